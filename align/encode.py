@@ -1,0 +1,145 @@
+"""Encode images and captions once with frozen encoders; the features go into stores that training reads.
+
+    accelerate launch align/encode.py --config align/recipes/quickstart.yaml
+    accelerate launch --multi_gpu --num_processes 8 align/encode.py --data 'cc3m/*.tar' --output features/cc3m \
+        --vision facebook/dinov2-large --text Alibaba-NLP/gte-large-en-v1.5 --captions raw long
+    python align/encode.py --config recipe.yaml --dry-run          # rows, disk and settings, nothing encoded
+    python align/encode.py --config recipe.yaml --verify           # compare every byte with its committed hash
+
+Killed at any moment, the same command goes on with the shards that are not committed. SLURM array tasks or several hosts
+share the work if they are given the same `--job` name and see the same `--output`.
+"""
+
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from align.cli import run
+from align.config import EncodeConfig
+from align.encoders import TextEncoder, VisionEncoder, load_text_encoder, load_vision_encoder
+from align.errors import UsageError
+from align.extract import Extraction, Progress, Stopping
+from align.files import human_bytes
+from align.gate import Limits
+from align.lease import Lease
+from align.samples import Plan, Source, plan
+from align.store import FeatureStore
+
+
+def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEncoder | None, TextEncoder | None, dict[str, dict[str, object]]]:
+    """Return both encoders (None where not asked for) and the arguments that load them again."""
+    loaders: dict[str, dict[str, object]] = {}
+    vision, text = None, None
+    if config.vision:
+        loaders["vision"] = {"name": config.vision, "revision": config.vision_revision, "feature": config.feature, "layer": config.layer}
+        loaders["vision"]["image_size"] = config.image_size
+        vision = load_vision_encoder(
+            **loaders["vision"], precision=config.precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.vision_revision)  # type: ignore[arg-type]
+        )
+    if config.text:
+        loaders["text"] = {"name": config.text, "revision": config.text_revision, "prompt": config.prompt, "max_length": config.max_length}
+        text = load_text_encoder(
+            **loaders["text"], precision=config.precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.text_revision)  # type: ignore[arg-type]
+        )
+    return vision, text, loaders
+
+
+def shared_plan(config: EncodeConfig, source: Source, state: PartialState) -> Plan:
+    """Return the plan of the job, made by the first process and saved in the output folder for all others."""
+    folder = Path(config.output)
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = plan(source, config.shard_rows)
+        made.save(folder)
+    state.wait_for_everyone()
+    return Plan.load(folder)
+
+
+class Meter:
+    """Shows the rate, the time left and where the time goes, at most twice a second on a terminal and every 10 s in a log."""
+
+    def __init__(self, console: Console, rows: int, workers: int) -> None:
+        self.console, self.rows, self.workers = console, rows, workers
+        self.begin = self.last = time.monotonic()
+
+    def __call__(self, progress: Progress, last: bool = False) -> None:
+        """Print one line if it is time to."""
+        now = time.monotonic()
+        if not last and now - self.last < (0.5 if self.console.is_terminal else 10):
+            return
+        self.last = now
+        rate = progress.rows * self.workers / max(1e-9, now - self.begin)
+        left = max(0, self.rows - progress.rows * self.workers) / max(rate, 1e-9)
+        busy = max(1e-9, progress.wait + progress.forward + progress.write)
+        line = (
+            f"encoded {min(self.rows, progress.rows * self.workers)}/{self.rows} samples, {rate:.0f}/s, {left:.0f} s left | "
+            f"waiting for decode {progress.wait / busy:.0%}, forward {progress.forward / busy:.0%}, write {progress.write / busy:.0%} | "
+            f"rejected {progress.rejected}"
+        )
+        self.console.print(line, end="\r" if self.console.is_terminal and not last else "\n")
+
+
+def main(config: EncodeConfig) -> None:
+    """Plan, load the encoders, encode what is missing, report what was rejected."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    console = Console(quiet=not state.is_main_process, soft_wrap=True, highlight=False)
+    source = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
+    chosen = shared_plan(config, source, state)
+    vision, text, loaders = load_encoders(config, state.device)
+    job = Extraction(
+        source, chosen, Path(config.output), vision=vision, text=text, columns=config.captions, loaders=loaders,
+        batch_size=config.batch_size, text_batch_size=config.text_batch_size, workers=config.workers,
+        limits=Limits(max_pixels=config.max_pixels), stopping=Stopping(config.max_reject_fraction, config.max_rejects_in_a_row),
+    )  # fmt: skip
+    missing = sum(not all(writer.done(shard) for writer in job.writers) for shard in range(len(chosen.shards)))
+    size = human_bytes(sum(writer.predicted_bytes() for writer in job.writers))
+    console.print(f"{chosen.rows} samples in {len(chosen.shards)} shards, {missing} to encode ({size}) into {config.output}")
+    if config.verify:
+        for writer in job.writers:
+            FeatureStore(writer.folder).verify()
+            console.print(f"{writer.folder}: every byte as committed")
+        return
+    for writer in job.writers:
+        writer.require_space()
+    if config.dry_run:
+        return
+    names = [config.job or f"run-{uuid.uuid4().hex[:8]}"]
+    broadcast_object_list(names)
+    with Lease(Path(config.output), str(names[0])) as lease:
+        if state.is_main_process and not config.job:
+            for writer in job.writers:
+                writer.clean()
+        state.wait_for_everyone()
+        rows = sum(
+            stop - start
+            for shard, (start, stop) in enumerate(zip(chosen.shards["start"].to_pylist(), chosen.shards["stop"].to_pylist(), strict=True))
+            if not all(writer.done(shard) for writer in job.writers)
+        )
+        meter = Meter(console, rows, state.num_processes)
+        job.run(lease, meter)
+        meter(job.progress, last=True)
+        state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    if any(not writer.done(shard) for writer in job.writers for shard in range(len(chosen.shards))):
+        if config.job is None:
+            raise UsageError(f"{config.output}: some shards are not committed; run the same command again")
+        console.print("this worker is done; other workers of the job still have shards")
+        return
+    rejects = job.finish()
+    counts = Counter(rejects["code"].to_pylist())
+    summary = ", ".join(f"{code} {count}" for code, count in counts.most_common()) or "none"
+    console.print(f"rejected: {summary} (each in rejects.parquet)")
+    for writer in job.writers:
+        store = FeatureStore(writer.folder)
+        console.print(f"{writer.folder}: {len(store)} x {store.width} features, {human_bytes(store.nbytes)}")
+
+
+if __name__ == "__main__":
+    run(main, EncodeConfig, "encode")

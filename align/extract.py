@@ -1,0 +1,274 @@
+"""Samples to features: workers read and decode, the frozen encoders run, shards are committed.
+
+Shapes: `B` images of a batch, `F` image feature width, `D` caption feature width, `N` rows of a shard. A batch never spans
+two shards and its rows are a pure function of the plan, so a shard's bytes do not depend on who encodes it, or when.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from align.encoders import TextEncoder, VisionEncoder
+from align.errors import DataError
+from align.gate import Limits, Reject, gate_captions, gate_image
+from align.lease import Lease
+from align.samples import Plan, Source, open_unit
+from align.store import RejectedRow, StoreHeader, StoreWriter
+
+MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a job in its middle
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When rejects stop a job: above `fraction` of the rows, or at `in_a_row` rows one after the other."""
+
+    fraction: float = 0.05
+    in_a_row: int = 100
+
+
+@dataclass
+class Progress:
+    """What one process has done so far; times in seconds."""
+
+    rows: int = 0
+    rejected: int = 0
+    committed: int = 0  # shards
+    wait: float = 0.0  # for decoded batches
+    forward: float = 0.0
+    write: float = 0.0
+    codes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Rows start..stop of a shard, and what is wanted of them."""
+
+    shard: int
+    start: int
+    stop: int
+    images: bool
+    columns: tuple[str, ...]
+
+
+@dataclass
+class _Decoded:
+    """A batch as the workers hand it over: pixels (B, 3, H, W) of the good images, captions by column as (key, texts)."""
+
+    task: _Task
+    pixels: Tensor | None
+    keys: list[str]
+    captions: dict[str, list[tuple[str, list[str]]]]
+    rejects: list[tuple[bool, RejectedRow]]  # True: the row's image
+
+
+class _Batches(Dataset):  # type: ignore[type-arg]
+    """Decodes tasks; lives in DataLoader workers, which get tasks instead of row numbers."""
+
+    def __init__(self, source: Source, plan: Plan, transform: Callable[..., Tensor] | None, limits: Limits) -> None:
+        self.source, self.plan, self.transform, self.limits = source, plan, transform, limits
+        self._unit: tuple[int, object] | None = None
+
+    def __getitem__(self, task: _Task) -> _Decoded:
+        if self._unit is None or self._unit[0] != task.shard:
+            self._unit = (task.shard, open_unit(self.source, self.plan, task.shard))
+        decoded = _Decoded(task, None, [], {column: [] for column in task.columns}, [])
+        pixels = []
+        for row in self._unit[1].rows(task.start, task.stop, images=task.images):  # type: ignore[attr-defined]
+            if row.reject is not None:
+                decoded.rejects.append((True, _rejected(row.index, row.key, "row", row.reject)))
+                continue
+            if task.images:
+                try:
+                    assert self.transform is not None
+                    pixels.append(self.transform(gate_image(row.image, self.limits)))
+                    decoded.keys.append(row.key)
+                except Reject as reject:
+                    decoded.rejects.append((True, _rejected(row.index, row.key, "image", reject)))
+            for column in task.columns:
+                try:
+                    texts = self._captions(row.fields, column)
+                    decoded.captions[column].append((row.key, texts))
+                except Reject as reject:
+                    decoded.rejects.append((False, _rejected(row.index, row.key, column, reject)))
+        if pixels:
+            decoded.pixels = torch.stack(pixels)
+        return decoded
+
+    def _captions(self, fields: dict[str, object], column: str) -> list[str]:
+        if column not in fields:
+            raise Reject("missing_column", f"no {column!r}; the row has {', '.join(fields) or 'nothing'}")
+        return gate_captions(fields[column], self.limits)
+
+
+def _rejected(index: int, key: str, column: str, reject: Reject) -> RejectedRow:
+    return RejectedRow(index, key, column, reject.code, reject.detail[:500])
+
+
+class Extraction:
+    """One job: a plan, the encoders and the stores they fill. `run` may be called by several processes at once."""
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        output: Path,
+        *,
+        vision: VisionEncoder | None = None,
+        text: TextEncoder | None = None,
+        columns: tuple[str, ...] = (),
+        loaders: dict[str, dict[str, object]] | None = None,
+        batch_size: int = 64,
+        text_batch_size: int = 256,
+        workers: int = 2,
+        limits: Limits | None = None,
+        stopping: Stopping | None = None,
+    ) -> None:
+        self.source, self.plan, self.output = source, plan, output
+        self.vision, self.text, self.columns = vision, text, columns
+        self.batch_size, self.text_batch_size, self.workers = batch_size, text_batch_size, workers
+        self.limits, self.stopping = limits or Limits(), stopping or Stopping()
+        self.progress = Progress()
+        self._in_a_row = 0
+        loaders = loaders or {}
+        self.image_writer = None
+        if vision is not None:
+            header = self._header("image", vision.fingerprint, vision.feature_width, loaders.get("vision", {}))
+            self.image_writer = StoreWriter(output / "images", header)
+        self.caption_writers = {}
+        for column in columns:
+            assert text is not None
+            header = self._header("caption", text.fingerprint, text.width, loaders.get("text", {}))
+            self.caption_writers[column] = StoreWriter(output / f"captions-{column}", header)
+            text.tokenizer.save_pretrained(output / f"captions-{column}" / "tokenizer")  # so that training needs no encoder
+
+    def _header(self, kind: str, fingerprint: dict[str, object], width: int, loader: dict[str, object]) -> StoreHeader:
+        return StoreHeader(kind, fingerprint, loader, width, self.plan.digest, len(self.plan.shards), self.plan.rows)  # type: ignore[arg-type]
+
+    @property
+    def writers(self) -> list[StoreWriter]:
+        """The stores of this job."""
+        return [*([self.image_writer] if self.image_writer else []), *self.caption_writers.values()]
+
+    def run(self, lease: Lease, report: Callable[[Progress], None] = lambda progress: None) -> None:
+        """Encode and commit every shard that no living worker of the job has claimed; `report` is called after each batch."""
+        loader = DataLoader(
+            _Batches(self.source, self.plan, self.vision.transform if self.vision else None, self.limits),
+            sampler=self._tasks(lease),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+        )
+        shard = _Shard()
+        clock = time.perf_counter()
+        for decoded in loader:
+            now = time.perf_counter()
+            self.progress.wait += now - clock
+            self._take(decoded, shard)
+            clock = time.perf_counter()
+            self.progress.forward += clock - now
+            if decoded.task.stop == int(self.plan.shards["stop"][decoded.task.shard].as_py()) - int(
+                self.plan.shards["start"][decoded.task.shard].as_py()
+            ):
+                self._commit(decoded.task, shard)
+                lease.release(decoded.task.shard)
+                shard = _Shard()
+                clock = time.perf_counter()
+            report(self.progress)
+
+    def finish(self) -> pa.Table:
+        """Check that every shard is committed, write each store's `rejects.parquet` and return them all in one table."""
+        tables = [writer.finish() for writer in self.writers]
+        rejects = pa.concat_tables(tables)
+        fraction = _rejected_samples(rejects) / max(1, self.plan.rows)
+        if fraction > self.stopping.fraction:
+            self._stop(f"{100 * fraction:.1f}% of the samples were rejected, {100 * self.stopping.fraction:.1f}% are allowed", rejects)
+        return rejects
+
+    def _tasks(self, lease: Lease) -> Iterator[_Task]:
+        for shard, (start, stop) in enumerate(zip(self.plan.shards["start"].to_pylist(), self.plan.shards["stop"].to_pylist(), strict=True)):
+            images = self.image_writer is not None and not self.image_writer.done(shard)
+            columns = tuple(column for column, writer in self.caption_writers.items() if not writer.done(shard))
+            if not (images or columns) or not lease.claim(shard):
+                continue
+            rows = stop - start
+            step = self.batch_size if images else max(self.batch_size, 1024)
+            for begin in range(0, rows, step):
+                yield _Task(shard, begin, min(begin + step, rows), images, columns)
+
+    def _take(self, decoded: _Decoded, shard: "_Shard") -> None:
+        if decoded.pixels is not None and self.vision is not None:
+            shard.features.append(self.vision(decoded.pixels).numpy(force=True))
+            shard.keys += decoded.keys
+        for column, captions in decoded.captions.items():
+            shard.captions.setdefault(column, []).extend(captions)
+        shard.rejects += [reject for _, reject in decoded.rejects]
+        self.progress.rows += decoded.task.stop - decoded.task.start
+        rejected_rows = {reject.row: reject.code for _, reject in decoded.rejects}
+        self.progress.rejected += len(rejected_rows)
+        self.progress.codes.update(rejected_rows.values())
+        for row in range(decoded.task.start, decoded.task.stop):
+            self._in_a_row = self._in_a_row + 1 if row in rejected_rows else 0
+            if self._in_a_row >= self.stopping.in_a_row:
+                self._stop(f"{self._in_a_row} samples in a row were rejected", shard.rejected_table())
+        if self.progress.rows >= MIN_ROWS_FOR_SHARE and self.progress.rejected > self.stopping.fraction * max(
+            self.progress.rows, self.plan.rows // 2
+        ):
+            self._stop(f"{self.progress.rejected} of {self.progress.rows} samples were rejected", shard.rejected_table())
+
+    def _commit(self, task: _Task, shard: "_Shard") -> None:
+        if task.images:
+            assert self.image_writer is not None and self.vision is not None
+            empty = np.empty((0, self.vision.feature_width), dtype=np.float32)
+            features = np.concatenate(shard.features) if shard.features else empty
+            rejects = [reject for reject in shard.rejects if reject.column in ("row", "image")]
+            self._write(self.image_writer, task.shard, features, shard.keys, [0] * len(shard.keys), rejects)
+        for column in task.columns:
+            assert self.text is not None
+            flat = [(key, item, text) for key, texts in shard.captions[column] for item, text in enumerate(texts)]
+            before = time.perf_counter()
+            features = self.text.encode([text for _, _, text in flat], self.text_batch_size).numpy(force=True)
+            self.progress.forward += time.perf_counter() - before
+            rejects = [reject for reject in shard.rejects if reject.column in ("row", column)]
+            self._write(self.caption_writers[column], task.shard, features, [f[0] for f in flat], [f[1] for f in flat], rejects)
+        self.progress.committed += 1
+
+    def _write(self, writer: StoreWriter, number: int, features: np.ndarray, keys: list[str], items: list[int], rejects: list[RejectedRow]) -> None:
+        before = time.perf_counter()
+        writer.write(number, features, keys, items, rejects)
+        self.progress.write += time.perf_counter() - before
+
+    def _stop(self, why: str, rejects: pa.Table) -> None:
+        counts = Counter(rejects["code"].to_pylist()).most_common(5)
+        example = rejects.slice(0, 1).to_pylist()
+        first = f" First: {example[0]['key']!r} {example[0]['column']}: {example[0]['code']} ({example[0]['detail']})." if example else ""
+        raise DataError(
+            f"{why} (codes: {', '.join(f'{code} {count}' for code, count in counts)}).{first} Mend the data, or raise "
+            "--max-reject-fraction / --max-rejects-in-a-row; committed shards are kept."
+        )
+
+
+@dataclass
+class _Shard:
+    """What has been gathered for the shard in hand."""
+
+    features: list[np.ndarray] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    captions: dict[str, list[tuple[str, list[str]]]] = field(default_factory=dict)
+    rejects: list[RejectedRow] = field(default_factory=list)
+
+    def rejected_table(self) -> pa.Table:
+        """Return the rejects so far as a table with the columns that matter for a message."""
+        return pa.table({name: [getattr(reject, name) for reject in self.rejects] for name in ("key", "column", "code", "detail")})
+
+
+def _rejected_samples(rejects: pa.Table) -> int:
+    """Return how many different samples (shard, row) are in a table of rejects."""
+    return rejects.group_by(["shard", "row"]).aggregate([]).num_rows

@@ -1,0 +1,151 @@
+"""Files that survive a crash: atomic writes, content hashes, disk space and failpoints.
+
+A file that exists is never taken for done. Whoever writes one also records its hash, and whoever reads it may check it.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from align.errors import DamagedError, DiskFullError, UsageError
+
+TEMPORARY = ".partial"  # suffix of files that are being written; removed by `remove_temporaries`
+_armed: dict[str, int] = {}
+
+
+def arm_failpoint(spec: str) -> None:
+    """Kill this process with SIGKILL at the n-th passage of a named write boundary.
+
+    `spec` is `name` or `name:n` (n counts from 1). Used by reliability tests only; entries read it from SAIL_FAILPOINT.
+    """
+    name, _, count = spec.partition(":")
+    if count and not count.isdigit():
+        raise UsageError(f"failpoint {spec!r}: expected name or name:n with n a whole number from 1")
+    _armed[name] = int(count or 1)
+
+
+def failpoint(name: str) -> None:
+    """Pass the write boundary `name`; the process dies here if that failpoint is armed and its turn has come."""
+    if name not in _armed:
+        return
+    _armed[name] -= 1
+    if _armed[name] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hash_bytes(data: bytes) -> str:
+    """Return the xxh3-128 of `data` as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3-128 of a file's content as 32 hex digits, reading 16 MiB at a time."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk; its name is flushed with `sync_folder`."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it and rename it to `path`, on failure remove it.
+
+    Raises DiskFullError, naming what is free, when the file system is full.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with disk_full_named(path):
+            yield temporary
+            failpoint("write")
+            sync_file(temporary)
+        failpoint("rename")
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+        failpoint("renamed")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old content or the new one, never a part."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinities are refused by `json`."""
+    atomic_bytes(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON content of `path`; DamagedError if it does not parse."""
+    try:
+        return json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} is not valid JSON ({error}); restore it or delete the folder and run again") from error
+
+
+def remove_temporaries(folder: Path) -> int:
+    """Delete files that a dead writer left half-written in `folder` (not in its subfolders); return how many."""
+    leftovers = list(folder.glob(f"*{TEMPORARY}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+@contextmanager
+def disk_full_named(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn "no space left" from the block into a DiskFullError that names the file and the space (`needed` in bytes)."""
+    try:
+        yield
+    except OSError as error:
+        # safetensors and arrow wrap the errno in their own text
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+            raise
+        raise DiskFullError(_space_message(path, needed)) from error
+
+
+def require_free(folder: Path, needed: int) -> None:
+    """Raise DiskFullError unless the file system of `folder` has `needed` bytes free."""
+    if shutil.disk_usage(folder).free < needed:
+        raise DiskFullError(_space_message(folder, needed))
+
+
+def _space_message(path: Path, needed: int | None) -> str:
+    existing = path if path.exists() else path.parent
+    free = shutil.disk_usage(existing).free
+    wanted = f"{human_bytes(needed)} needed, " if needed is not None else ""
+    return f"disk full while writing {path}: {wanted}{human_bytes(free)} free. Free some space and run the same command again."
+
+
+def human_bytes(count: float) -> str:
+    """Return a byte count as text with a binary unit, for example `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

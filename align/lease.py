@@ -1,0 +1,126 @@
+"""Who may write to a folder: one job at a time (lease), its workers sharing the shards among them (claims).
+
+A lease names its holder and is kept alive by touching the file. A holder that died, or was silent for `STALE_SECONDS` on
+another machine, loses it. Claims only save work: two workers that encode the same shard write the same bytes.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from align.errors import LeaseError
+
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 120.0
+PATIENCE_SECONDS = 4.0  # how long to wait for the lock file of a lease
+
+
+def _myself(job: str) -> dict[str, Any]:
+    pid = os.getpid()
+    return {"job": job, "host": socket.gethostname(), "pid": pid, "started": psutil.Process(pid).create_time()}
+
+
+def _is_stale(path: Path) -> bool:
+    """Return whether the holder written in `path` is dead (same host) or silent for too long (another host)."""
+    try:
+        holder = json.loads(path.read_bytes())
+        silent = time.time() - path.stat().st_mtime
+        if holder["host"] != socket.gethostname():
+            return silent > STALE_SECONDS
+        return not psutil.pid_exists(holder["pid"]) or psutil.Process(holder["pid"]).create_time() != holder["started"]
+    except FileNotFoundError:
+        return True
+    except (ValueError, KeyError, TypeError):  # cut short by a crash
+        return True
+    except psutil.NoSuchProcess:
+        return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as lock:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LeaseError(f"{path} is locked by another process; wait for it to end, then run again") from None
+                time.sleep(0.05)
+        yield
+
+
+class Lease:
+    """Held while a job writes to `folder`; processes that give the same `job` share it. Use it as a context manager."""
+
+    def __init__(self, folder: Path, job: str) -> None:
+        self.folder, self.job = folder, job
+        self._leases, self._claims = folder / ".work" / "leases", folder / ".work" / "claims"
+        self._mine = self._leases / f"{socket.gethostname()}-{os.getpid()}.json"
+        self._claimed: set[Path] = set()
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "Lease":
+        """Take the lease; LeaseError within seconds, naming the holder, if a living process of another job has one."""
+        self._leases.mkdir(parents=True, exist_ok=True)
+        self._claims.mkdir(parents=True, exist_ok=True)
+        with _locked(self._leases / "lock"):
+            for path in self._leases.glob("*.json"):
+                if _is_stale(path):
+                    path.unlink(missing_ok=True)
+                    continue
+                holder = json.loads(path.read_bytes())
+                if holder["job"] != self.job:
+                    raise LeaseError(
+                        f"{self.folder} is being written by process {holder['pid']} on {holder['host']} (job {holder['job']}). "
+                        "Wait for it to end, or give both the same --job to share the work."
+                    )
+            self._mine.write_text(json.dumps(_myself(self.job)))
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._heart.join()
+        for path in (self._mine, *self._claimed):
+            path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            for path in (self._mine, *tuple(self._claimed)):
+                try:
+                    os.utime(path)
+                except FileNotFoundError:
+                    continue  # taken over, or released this moment: its owner is someone else now
+
+    def claim(self, unit: int) -> bool:
+        """Return True if this process may work on `unit`, False if a living worker of the job already does."""
+        path = self._claims / f"{unit:06d}.json"
+        if path.exists() and not _is_stale(path):
+            return False
+        path.unlink(missing_ok=True)
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(_myself(self.job)))
+        self._claimed.add(path)
+        return True
+
+    def release(self, unit: int) -> None:
+        """Give up the claim on `unit`, after its shard was committed."""
+        path = self._claims / f"{unit:06d}.json"
+        self._claimed.discard(path)
+        path.unlink(missing_ok=True)

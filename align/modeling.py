@@ -1,0 +1,283 @@
+"""The dual encoder as a Hugging Face model: frozen encoders by reference, heads, scale and bias by value.
+
+    model = SailModel.from_pretrained("runs/quickstart/best")
+    pipeline("zero-shot-image-classification", model="runs/quickstart/best")      # after `import align.modeling`
+
+Shapes: `B` images, `T` texts, `P` patches, `F` image feature width, `D` caption feature width, `E` aligned width.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    BaseImageProcessor,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from align.encoders import TextEncoder, VisionEncoder, copy_encoder, load_text_encoder, load_transform, load_vision_encoder
+from align.errors import DamagedError, UsageError
+from align.files import TEMPORARY, disk_full_named, failpoint, sync_file, sync_folder
+from align.heads import build_head, initialize
+from align.store import compare_fingerprints
+
+FORMAT_VERSION = 1
+VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded copies of the encoders lie
+
+
+class SailConfig(PreTrainedConfig):
+    """What a SailModel is made of. `vision` and `text` are the arguments that load the frozen encoders."""
+
+    model_type = "sail"
+
+    def __init__(
+        self,
+        vision: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        vision_fingerprint: dict[str, Any] | None = None,
+        text_fingerprint: dict[str, Any] | None = None,
+        vision_width: int = 1,
+        text_width: int = 1,
+        width: int = 1,
+        head: str = "glu",
+        expansion: int | None = None,
+        dropout: float | None = None,
+        log_scale: float = 2.995732273553991,
+        bias: float = -10.0,
+        precision: str = "fp32",
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise DamagedError(f"model format {format_version!r}, this version reads {FORMAT_VERSION}; convert or train again")
+        self.vision, self.text = vision or {}, text or {}
+        self.vision_fingerprint, self.text_fingerprint = vision_fingerprint or {}, text_fingerprint or {}
+        self.vision_width, self.text_width, self.width = vision_width, text_width, width
+        self.head, self.expansion, self.dropout = head, expansion, dropout
+        self.log_scale, self.bias, self.precision = log_scale, bias, precision
+        self.format_version = format_version
+        super().__init__(**kwargs)
+
+
+@dataclass
+class SailOutput(ModelOutput):
+    """logits_per_image (B, T) = t <x, y> + b, its transpose, and the L2-normalised embeddings (B, E) and (T, E)."""
+
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+class SailModel(PreTrainedModel):
+    """Heads, scale and bias; the frozen encoders are loaded, and checked against their fingerprints, when first used."""
+
+    config_class = SailConfig
+    base_model_prefix = "sail"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+
+    def __init__(self, config: SailConfig) -> None:
+        super().__init__(config)
+        kinds = ("identity", "sharelock") if config.head == "sharelock" else (config.head, config.head)
+        options = [{"expansion": config.expansion, "dropout": config.dropout} if kind != "identity" else {} for kind in kinds]
+        self.vision_head = build_head(kinds[0], config.vision_width, config.width, **options[0])  # type: ignore[arg-type]
+        self.text_head = build_head(kinds[1], config.text_width, config.width, **options[1])  # type: ignore[arg-type]
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.log_scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.bias)))
+        self._encoders: dict[str, Any] = {}  # not submodules: their weights are no part of this model's state
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every weight as it is: `initialize` and the strict `from_pretrained` set them all."""
+
+    def initialize(self, seed: int) -> "SailModel":
+        """Give the heads their initial weights (Xavier uniform, zero bias), a pure function of `seed`; return self."""
+        generator = torch.Generator().manual_seed(seed)
+        initialize(self.vision_head, generator)
+        initialize(self.text_head, generator)
+        with torch.no_grad():
+            self.logit_scale.fill_(self.config.log_scale)
+            self.logit_bias.fill_(self.config.bias)
+        return self
+
+    def untrained(self, seed: int) -> "SailModel":
+        """Return a model with the same encoders and architecture whose heads are freshly initialized from `seed`."""
+        other = SailModel(self.config).initialize(seed)
+        other.config.name_or_path = self.config.name_or_path
+        other._encoders = self._encoders
+        return other.eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> "SailModel":  # type: ignore[override]
+        """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+        if wrong:
+            raise DamagedError(f"{folder} does not hold the weights its config describes: {wrong}; restore it or train again")
+        model.eval()
+        return (model, info) if wants_info else model
+
+    def _reference(self, side: str) -> dict[str, Any]:
+        """Return the arguments that load one encoder; a copy inside the model folder is found relative to it."""
+        arguments = dict(getattr(self.config, side))
+        if not arguments:
+            raise UsageError(f"this model names no {side} encoder; it can only align features that are already encoded")
+        if arguments["name"] in (VISION_FOLDER, TEXT_FOLDER):
+            arguments["name"] = str(Path(self.config.name_or_path) / arguments["name"])
+        return arguments
+
+    @property
+    def vision_encoder(self) -> VisionEncoder:
+        """The frozen vision encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
+        if "vision" not in self._encoders:
+            encoder = load_vision_encoder(**self._reference("vision"), precision=self.config.precision)
+            _check_encoder(encoder.fingerprint, self.config.vision_fingerprint, self.config.name_or_path)
+            self._encoders["vision"] = encoder
+        return self._encoders["vision"].to(self.device)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The frozen text encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
+        if "text" not in self._encoders:
+            encoder = load_text_encoder(**self._reference("text"), precision=self.config.precision)
+            _check_encoder(encoder.fingerprint, self.config.text_fingerprint, self.config.name_or_path)
+            self._encoders["text"] = encoder
+        return self._encoders["text"].to(self.device)
+
+    def align_images(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of image features (..., F), pooled or dense."""
+        return functional.normalize(self.vision_head(features.to(self.logit_scale.dtype)).float(), dim=-1)
+
+    def align_texts(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of caption features (..., D)."""
+        return functional.normalize(self.text_head(features.to(self.logit_scale.dtype)).float(), dim=-1)
+
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Return an output whose `pooler_output` (B, E) are L2-normalised image embeddings, as CLIP's in transformers.
+
+        pixel_values (B, 3, H, W) come from the processor; `last_hidden_state` holds the patches (B, P, width) before the head.
+        """
+        cls, patches = self.vision_encoder.encode(pixel_values)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=patches,  # type: ignore[arg-type]
+            pooler_output=self.align_images(self.vision_encoder.pool(cls, patches)),  # type: ignore[arg-type]
+        )
+
+    def get_patch_features(self, pixel_values: Tensor) -> Tensor:
+        """Return (B, P, E) L2-normalised dense embeddings: each patch as [cls ; p_i] through the image head."""
+        return self.align_images(self.vision_encoder.dense(pixel_values))
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
+        """Return an output whose `pooler_output` (T, E) are L2-normalised text embeddings; token ids come from the processor."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return BaseModelOutputWithPooling(pooler_output=self.align_texts(self.text_encoder(input_ids, mask)))  # type: ignore[arg-type]
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SailOutput:
+        """Return logits (B, T) of all images against all texts, with the embeddings they come from."""
+        images = self.get_image_features(pixel_values).pooler_output
+        texts = self.get_text_features(input_ids, attention_mask).pooler_output
+        assert images is not None and texts is not None
+        logits = self.logit_scale.exp() * images @ texts.T + self.logit_bias  # type: ignore[attr-defined]
+        return SailOutput(logits_per_image=logits, logits_per_text=logits.T, text_embeds=texts, image_embeds=images)  # type: ignore[arg-type]
+
+
+def _check_encoder(found: dict[str, Any], trained: dict[str, Any], folder: str) -> None:
+    # A copied or renamed folder is the same encoder: its weights hash says so, its name does not matter.
+    compare_fingerprints({**found, "encoder": ""}, {**trained, "encoder": ""}, f"the model in {folder}")
+
+
+class SailImageProcessor(BaseImageProcessor):
+    """Prepares images exactly as they were encoded for training: it is the vision encoder's own transform."""
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, vision: dict[str, Any] | None = None, folder: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.vision, self.folder = vision or {}, folder
+        self._transform: Any = None
+
+    @classmethod
+    def get_image_processor_dict(cls, folder: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the saved settings, with the folder they came from."""
+        values, rest = super().get_image_processor_dict(folder, **kwargs)
+        return {**values, "folder": str(folder)}, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings to save."""
+        return {"image_processor_type": type(self).__name__, "vision": self.vision}
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """Return pixel_values (B, 3, H, W) float32 for one PIL image or a list of them."""
+        if self._transform is None:
+            name = self.vision["name"]
+            name = str(Path(self.folder) / name) if name == VISION_FOLDER else name
+            self._transform = load_transform(name, image_size=self.vision.get("image_size"), revision=self.vision.get("revision"))
+        listed = images if isinstance(images, (list, tuple)) else [images]
+        pixels = torch.stack([self._transform(image.convert("RGB")) for image in listed])
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+class SailProcessor(ProcessorMixin):
+    """Image processor and tokenizer of a SailModel in one: `processor(text=[...], images=[...], padding=True)`."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+
+def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, embed_encoders: bool = False) -> None:
+    """Write model and processor to `folder` so that a crash leaves the old folder or the new one.
+
+    `tokenizer` is a folder with the text encoder's tokenizer files, which are copied; `embed_encoders` copies the encoders
+    themselves, so that the folder can be moved to a machine that has neither.
+    """
+    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
+    retired = folder.with_name(f"{folder.name}.retired")
+    for leftover in (temporary, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with disk_full_named(folder):
+        config = SailConfig.from_dict(model.config.to_dict())
+        if tokenizer is not None and tokenizer.is_dir():
+            shutil.copytree(tokenizer, temporary)
+        if embed_encoders:
+            for side, name in (("vision", VISION_FOLDER), ("text", TEXT_FOLDER)):
+                reference = getattr(model.config, side)
+                copy_encoder(reference["name"], temporary / name, reference.get("revision"))
+                setattr(config, side, {**reference, "name": name, "revision": None})
+        holder = SailModel(config)
+        holder.load_state_dict(model.state_dict())
+        holder.save_pretrained(temporary)
+        if config.vision:
+            SailImageProcessor(config.vision).save_pretrained(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+    failpoint("model-saved")
+    if folder.exists():
+        folder.rename(retired)
+    failpoint("model-retired")
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+AutoConfig.register("sail", SailConfig)
+AutoModel.register(SailConfig, SailModel)
+AutoModelForZeroShotImageClassification.register(SailConfig, SailModel)
+AutoImageProcessor.register(SailConfig, slow_image_processor_class=SailImageProcessor)
+AutoProcessor.register(SailConfig, SailProcessor)

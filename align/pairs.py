@@ -1,0 +1,233 @@
+"""Pairs of image and caption features, joined by key, in a batch order that is a pure function of (seed, step).
+
+Shapes: `B` global batch, `F` image feature width, `D` caption feature width, `N` images that have their captions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from align.errors import DataError, UsageError
+from align.runs import generator
+from align.store import FeatureStore, compare_fingerprints
+
+BLOCK_BYTES = 1 << 20  # what is read in one piece when features do not fit in memory
+MEMORY_SHARE = 0.5  # of the available memory that features may take before batches are read in blocks
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Features of one batch: images (B, F) float16, one (B, D) float16 a caption slot, ids (B,) int64 of the samples."""
+
+    images: np.ndarray
+    captions: list[np.ndarray]
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """One data set: its stores and, per usable image, the image row and where each slot's captions start and how many."""
+
+    images: FeatureStore
+    slots: list[FeatureStore]
+    image_rows: np.ndarray  # (n,)
+    first: np.ndarray  # (slots, n) row in the slot's store
+    count: np.ndarray  # (slots, n)
+
+
+class PairedFeatures:
+    """Image features and their captions' from one or more data sets.
+
+    `images[d]` is the image store of data set d and `slots[c][d]` the caption store that slot c uses for it. A slot gives
+    each image one caption; if its store holds several for a key, one is drawn for each step. The same store in two slots
+    gives two different captions of an image, as long as it has two.
+    """
+
+    def __init__(self, images: Sequence[FeatureStore], slots: Sequence[Sequence[FeatureStore]]) -> None:
+        if not images or not slots:
+            raise UsageError("pairs need at least one image store and one caption slot")
+        for slot in slots:
+            if len(slot) != len(images):
+                raise UsageError(f"a caption slot lists {len(slot)} stores for {len(images)} image stores; list one per image store")
+        for stores in (images, *slots):
+            for other in stores[1:]:
+                compare_fingerprints(other.fingerprint, stores[0].fingerprint, str(stores[0].folder))
+        text = slots[0][0]
+        for slot in slots[1:]:
+            compare_fingerprints(slot[0].fingerprint, text.fingerprint, str(text.folder))
+        self.image_fingerprint, self.image_width = images[0].fingerprint, images[0].width
+        self.text_fingerprint, self.text_width = text.fingerprint, text.width
+        self.unpaired = 0  # images left out: no caption in a slot, or an ambiguous key
+        self._datasets = [self._join(store, [slot[d] for slot in slots]) for d, store in enumerate(images)]
+        self._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in self._datasets)])
+        if len(self) == 0:
+            raise DataError(
+                f"no image of {', '.join(str(store.folder) for store in images)} has a caption with its key in every slot "
+                f"({', '.join(str(slot[0].folder) for slot in slots)}); were they made from the same data?"
+            )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stores read in training."""
+        stores = {store.folder: store for dataset in self._datasets for store in (dataset.images, *dataset.slots)}
+        return sum(store.nbytes for store in stores.values())
+
+    def _join(self, images: FeatureStore, slots: list[FeatureStore]) -> _Dataset:
+        keys = images.keys.combine_chunks()
+        usable = _occurs_once(keys)
+        firsts, counts = [], []
+        for store in slots:
+            first, count, unambiguous = _caption_runs(keys, store)
+            same_plan = images.header.data == store.header.data
+            if same_plan:  # same rows, so a pair must come from one shard: catches a key that two samples share
+                found = first >= 0
+                unambiguous[found] &= images.shard_of(np.flatnonzero(found)) == store.shard_of(first[found])
+            usable &= unambiguous & (count > 0)
+            firsts.append(first)
+            counts.append(count)
+        rows = np.flatnonzero(usable)
+        self.unpaired += len(keys) - len(rows)
+        return _Dataset(images, slots, rows, np.stack(firsts)[:, rows], np.stack(counts)[:, rows])
+
+    def batch(self, indices: np.ndarray, seed: int, step: int, part: slice = slice(None)) -> PairBatch:
+        """Return the pairs `indices[part]` (numbers in 0..N-1); captions are drawn as for the whole batch of `step`."""
+        draws = generator(seed, 2, step).random((len(indices), max(int(d.count.max(initial=1)) for d in self._datasets)))
+        indices, draws = indices[part], draws[part]
+        images = np.empty((len(indices), self.image_width), dtype=np.float16)
+        captions = [np.empty((len(indices), self.text_width), dtype=np.float16) for _ in self._datasets[0].slots]
+        home = np.searchsorted(self._starts, indices, side="right") - 1
+        for number, dataset in enumerate(self._datasets):
+            here = np.flatnonzero(home == number)
+            if len(here) == 0:
+                continue
+            local = indices[here] - self._starts[number]
+            images[here] = dataset.images.features(dataset.image_rows[local])
+            for slot, rows in enumerate(_draw(dataset, local, draws[here])):
+                captions[slot][here] = dataset.slots[slot].features(rows)
+        return PairBatch(images, captions, indices.astype(np.int64))
+
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """Return the sample keys of pairs, prefixed with their image store when there are several data sets."""
+        names = []
+        for index in indices.tolist():
+            number = int(np.searchsorted(self._starts, index, side="right") - 1)
+            dataset = self._datasets[number]
+            key = dataset.images.keys[int(dataset.image_rows[index - self._starts[number]])].as_py()
+            names.append(key if len(self._datasets) == 1 else f"{dataset.images.folder}:{key}")
+        return names
+
+    def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return images (n, F), all their captions (T, D) of all slots without repeats, and each caption's image number (T,).
+
+        For validation. Images beyond `limit` are left out.
+        """
+        wanted = np.arange(len(self) if limit is None else min(limit, len(self)))
+        images, captions, owners = [], [], []
+        for number, dataset in enumerate(self._datasets):
+            local = wanted[(wanted >= self._starts[number]) & (wanted < self._starts[number + 1])] - self._starts[number]
+            images.append(dataset.images.features(dataset.image_rows[local]))
+            for slot, store in enumerate(dataset.slots):
+                if any(store.folder == earlier.folder for earlier in dataset.slots[:slot]):
+                    continue
+                count = dataset.count[slot, local]
+                offsets = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+                captions.append(store.features(np.repeat(dataset.first[slot, local], count) + offsets))
+                owners.append(np.repeat(local + self._starts[number], count))
+        return np.concatenate(images), np.concatenate(captions), np.concatenate(owners)
+
+
+def open_pairs(images: Sequence[str], slots: Sequence[str]) -> PairedFeatures:
+    """Return the pairs of image stores and caption slots ('+' joins the stores of one slot), opening each store once."""
+    stores: dict[str, FeatureStore] = {}
+    opened = [[stores.setdefault(name, FeatureStore(name)) for name in names] for names in (images, *(slot.split("+") for slot in slots))]
+    return PairedFeatures(opened[0], opened[1:])
+
+
+def _occurs_once(keys: pa.Array) -> np.ndarray:
+    """Return (n,) bool: whether the key at each position occurs nowhere else."""
+    if len(keys) == 0:
+        return np.zeros(0, dtype=bool)
+    codes = pc.dictionary_encode(keys).indices.to_numpy(zero_copy_only=False)
+    return np.bincount(codes)[codes] == 1
+
+
+def _caption_runs(keys: pa.Array, store: FeatureStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, for each key, the first row of its captions in `store` (-1: none), how many follow, and whether it is one run."""
+    table = store.key_table
+    if len(table) == 0:
+        return np.full(len(keys), -1), np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=bool)
+    codes = pc.dictionary_encode(table["key"].combine_chunks())
+    numbers = codes.indices.to_numpy(zero_copy_only=False)
+    items = table["item"].to_numpy()
+    begins = np.flatnonzero(np.concatenate([[True], (numbers[1:] != numbers[:-1]) | (items[1:] <= items[:-1])]))
+    lengths = np.diff(np.concatenate([begins, [len(numbers)]]))
+    runs_of_key = np.bincount(numbers[begins], minlength=len(codes.dictionary))
+    run_of_key = np.empty(len(codes.dictionary), dtype=np.int64)
+    run_of_key[numbers[begins]] = np.arange(len(begins))
+    position = pc.fill_null(pc.index_in(keys, value_set=codes.dictionary), -1).to_numpy(zero_copy_only=False)
+    run = np.where(position >= 0, run_of_key[position], 0)
+    return (
+        np.where(position >= 0, begins[run], -1),
+        np.where(position >= 0, lengths[run], 0),
+        (position >= 0) & (runs_of_key[position] == 1),
+    )
+
+
+def _draw(dataset: _Dataset, local: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
+    """Return, for each slot, the caption rows (n,) drawn for images `local` (n,); slots on one store draw without repeats."""
+    chosen: list[np.ndarray] = []
+    uses: dict[str, int] = {}
+    for slot, store in enumerate(dataset.slots):
+        name = str(store.folder)
+        count = dataset.count[slot, local]
+        # a random order of each image's captions: numbers beyond its count sort last
+        order = np.where(np.arange(draws.shape[1]) < count[:, None], draws, 2.0).argsort(axis=1, kind="stable")
+        turn = uses.get(name, 0) % count
+        uses[name] = uses.get(name, 0) + 1
+        chosen.append(dataset.first[slot, local] + order[np.arange(len(local)), turn])
+    return chosen
+
+
+class BatchOrder:
+    """Which pairs make batch number `step`: a pure function of (rows, batch size, seed, block rows, step).
+
+    Each epoch is a fresh permutation of blocks of `block_rows` neighbours; the last, incomplete batch is left out. With
+    `block_rows=1` it is a permutation of all pairs.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, block_rows: int = 1) -> None:
+        if batch_size > rows:
+            raise UsageError(f"a batch of {batch_size} is larger than the data ({rows} pairs); give a smaller --batch-size")
+        self.rows, self.batch_size, self.seed, self.block_rows = rows, batch_size, seed, block_rows
+        self.steps_per_epoch = rows // batch_size
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Return the (B,) int64 pair numbers of batch `step` (from 0)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._permutation(epoch)
+        return self._order[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        random = generator(self.seed, 1, epoch)
+        if self.block_rows == 1:
+            return random.permutation(self.rows)
+        shift = int(random.integers(self.block_rows))  # other neighbours meet in a block in each epoch
+        edges = np.arange(shift - self.block_rows, self.rows + self.block_rows, self.block_rows).clip(0, self.rows)
+        blocks = [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
+        return np.concatenate([blocks[number] for number in random.permutation(len(blocks))])
+
+
+def block_rows_for(pairs: PairedFeatures) -> int:
+    """Return 1 if the features fit in half of the available memory, else the rows of one block of at least 1 MiB."""
+    if pairs.nbytes < MEMORY_SHARE * psutil.virtual_memory().available:
+        return 1
+    return max(1, BLOCK_BYTES // (2 * min(pairs.image_width, pairs.text_width)))

@@ -1,0 +1,35 @@
+"""Exact ranks of the right answer, in chunks: what every retrieval metric is computed from.
+
+Shapes: `Q` queries, `T` targets, `E` aligned width.
+"""
+
+import torch
+from torch import Tensor
+
+from align.errors import UsageError
+
+
+@torch.no_grad()
+def best_ranks(queries: Tensor, targets: Tensor, query_ids: Tensor, target_ids: Tensor, chunk: int = 1024) -> Tensor:
+    """Return (Q,) int64 ranks, from 1, of each query's best positive target.
+
+    queries (Q, E) and targets (T, E) are L2-normalised floats; target j is a positive of query i if `target_ids[j] ==
+    query_ids[i]`. A non-positive that ties with the best positive is ranked before it, so that a collapsed model, whose
+    scores are all equal, gets the last rank and not the first. No (Q, T) matrix is kept: memory is O(chunk T).
+    Raises UsageError if a query has no positive.
+    """
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        scores = queries[start : start + chunk] @ targets.T  # (chunk, T)
+        positive = query_ids[start : start + chunk, None] == target_ids[None, :]
+        if not positive.any(dim=1).all():
+            missing = start + int((~positive.any(dim=1)).nonzero()[0])
+            raise UsageError(f"query {missing} has no positive among {len(targets)} targets; every query needs at least one")
+        best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(1 + ((scores >= best) & ~positive).sum(dim=1))
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+
+
+def recalls(ranks: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[int, float]:
+    """Return, for each k, the fraction of ranks that are at most k."""
+    return {k: float((ranks <= k).double().mean()) for k in ks}

@@ -1,0 +1,301 @@
+"""The feature store: fixed-width fp16 features in shards that are committed one by one and read by key.
+
+    store/
+      store.json               what made the features (fingerprint), their width, how many shards the plan has
+      shards/000000.safetensors  "features" (N, W) float16
+      shards/000000.parquet      key (string), item (int16: which caption of the sample), one row a feature
+      shards/000000.rejects.parquet
+      commits/000000.json      rows, rejects and the xxh3-128 of each file; written last
+      rejects.parquet          all rejects, written when every shard is committed
+
+Shapes: `N` rows of a shard, `W` width. A shard without its commit record does not exist for readers.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save as safetensors_bytes
+
+from align.errors import DamagedError, DataError, FingerprintError, UsageError
+from align.files import (
+    atomic_bytes,
+    atomic_json,
+    atomic_path,
+    failpoint,
+    hash_file,
+    human_bytes,
+    read_json,
+    remove_temporaries,
+    require_free,
+)
+
+FORMAT_VERSION = 1
+REJECTS_SCHEMA = pa.schema(
+    [("shard", pa.int32()), ("row", pa.int64()), ("key", pa.string()), ("column", pa.string()), ("code", pa.string()), ("detail", pa.string())]
+)
+KEYS_SCHEMA = pa.schema([("key", pa.string()), ("item", pa.int16())])
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What a store holds; two stores can be one only if every field is equal."""
+
+    kind: Literal["image", "caption"]
+    fingerprint: dict[str, Any]  # of the encoder and its settings, flat
+    loader: dict[str, Any]  # how the encoder was loaded (name, revision, ...); not compared: a moved folder is the same encoder
+    width: int
+    data: str  # digest of the plan: which rows of which files make which shard
+    shards: int
+    rows: int  # rows of the source, before rejects
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """One thing that could not be used: `row` counts within the shard, `column` is "image" or a caption column."""
+
+    row: int
+    key: str
+    column: str
+    code: str
+    detail: str
+
+
+def compare_fingerprints(given: dict[str, Any], stored: dict[str, Any], place: str) -> None:
+    """Raise FingerprintError, naming each field that differs, unless the two fingerprints are equal."""
+    differing = [name for name in sorted(given.keys() | stored.keys()) if given.get(name) != stored.get(name)]
+    if differing:
+        lines = "; ".join(f"{name}: {stored.get(name)!r} there, {given.get(name)!r} asked for" for name in differing)
+        raise FingerprintError(f"{place} was made differently ({lines}). Use the same settings or another folder.")
+
+
+class StoreWriter:
+    """Writes and commits the shards of one store; several processes may each write other shards of it at once."""
+
+    def __init__(self, folder: Path, header: StoreHeader) -> None:
+        """Create the store, or open it for going on; FingerprintError if it was made differently."""
+        self.folder, self.header = folder, header
+        for name in ("shards", "commits"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if (folder / "store.json").exists():
+            stored = read_header(folder)
+            compare_fingerprints(_flat(header), _flat(stored), str(folder))
+        else:
+            atomic_json(folder / "store.json", asdict(header))
+
+    def clean(self) -> None:
+        """Remove what a killed writer left half-written; call it before any process writes."""
+        for name in ("", "shards", "commits"):
+            remove_temporaries(self.folder / name)
+
+    def done(self, shard: int) -> bool:
+        """Return whether `shard` is committed and its files have their committed sizes."""
+        path = self.folder / "commits" / f"{shard:06d}.json"
+        if not path.exists():
+            return False
+        sizes = read_json(path)["bytes"]
+        shards = self.folder / "shards"
+        return all((shards / name).exists() and (shards / name).stat().st_size == size for name, size in sizes.items())
+
+    def write(self, shard: int, features: np.ndarray, keys: Sequence[str], items: Sequence[int], rejects: list[RejectedRow]) -> None:
+        """Write and commit one shard: features (N, W) floats, keys and item numbers (N), what was rejected.
+
+        A row that is not finite in fp16, or all zero, is rejected here (`nonfinite_feature`, `zero_feature`).
+        """
+        assert features.shape == (len(keys), self.header.width) and len(items) == len(keys), (features.shape, len(keys))
+        with np.errstate(over="ignore"):
+            half = features.astype(np.float16)
+        finite, nonzero = np.isfinite(half).all(axis=1), half.any(axis=1)
+        good = finite & nonzero
+        if not good.all():
+            rejects = rejects + [
+                RejectedRow(int(row), keys[row], "feature", "zero_feature" if finite[row] else "nonfinite_feature", "")
+                for row in np.flatnonzero(~good)
+            ]
+        kept = np.flatnonzero(good)
+        name = f"{shard:06d}"
+        shards = self.folder / "shards"
+        atomic_bytes(shards / f"{name}.safetensors", safetensors_bytes({"features": np.ascontiguousarray(half[kept])}))
+        table = {"key": [keys[row] for row in kept], "item": [items[row] for row in kept]}
+        with atomic_path(shards / f"{name}.parquet") as temporary:
+            pq.write_table(pa.table(table, schema=KEYS_SCHEMA), temporary, compression="zstd")
+        with atomic_path(shards / f"{name}.rejects.parquet") as temporary:
+            rows = [{"shard": shard, **asdict(reject)} for reject in rejects]
+            pq.write_table(pa.Table.from_pylist(rows, schema=REJECTS_SCHEMA), temporary, compression="zstd")
+        failpoint("commit")
+        files = [shards / f"{name}.{suffix}" for suffix in ("safetensors", "parquet", "rejects.parquet")]
+        commit = {
+            "rows": len(kept),
+            "rejected": len(rejects),
+            "bytes": {file.name: file.stat().st_size for file in files},
+            "xxh3": {file.name: hash_file(file) for file in files},
+        }
+        atomic_json(self.folder / "commits" / f"{name}.json", commit)
+
+    def finish(self) -> pa.Table:
+        """Write `rejects.parquet` from all shards and return it; DataError if a shard is not committed yet."""
+        missing = [shard for shard in range(self.header.shards) if not self.done(shard)]
+        if missing:
+            raise DataError(f"{self.folder}: {len(missing)} of {self.header.shards} shards are not committed; run the same command again")
+        parts = [pq.read_table(self.folder / "shards" / f"{shard:06d}.rejects.parquet") for shard in range(self.header.shards)]
+        rejects = pa.concat_tables(parts) if parts else REJECTS_SCHEMA.empty_table()
+        with atomic_path(self.folder / "rejects.parquet") as temporary:
+            pq.write_table(rejects, temporary, compression="zstd")
+        return rejects
+
+    def predicted_bytes(self) -> int:
+        """Return the space the missing shards need, from rows, width and 40 bytes a key."""
+        missing = sum(not self.done(shard) for shard in range(self.header.shards))
+        return int(self.header.rows * (2 * self.header.width + 40) * missing / max(1, self.header.shards))
+
+    def require_space(self) -> None:
+        """Raise DiskFullError unless the file system can take the missing shards."""
+        require_free(self.folder, self.predicted_bytes())
+
+
+def _flat(header: StoreHeader) -> dict[str, Any]:
+    values = asdict(header)
+    del values["loader"]
+    return {**values.pop("fingerprint"), **values}
+
+
+def read_header(folder: Path) -> StoreHeader:
+    """Return the header of the store in `folder`; UsageError if there is no store, DamagedError if it is unreadable."""
+    if not (folder / "store.json").exists():
+        raise UsageError(f"{folder} is not a feature store (no store.json); make one with align/encode.py")
+    values = read_json(folder / "store.json")
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise DamagedError(f"{folder} has store format {version!r}, this version reads {FORMAT_VERSION}; encode again")
+    try:
+        return StoreHeader(**values)
+    except TypeError as error:
+        raise DamagedError(f"{folder}/store.json is not a store header ({error}); restore it or encode again") from error
+
+
+class FeatureStore:
+    """Reads a complete store: keys and memory-mapped features. Rows are numbered over all shards in order."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Open the store; DataError if shards are missing, DamagedError if a file has not its committed size."""
+        self.folder = Path(folder)
+        self.header = read_header(self.folder)
+        self.fingerprint, self.width = self.header.fingerprint, self.header.width
+        self._commits = []
+        for shard in range(self.header.shards):
+            path = self.folder / "commits" / f"{shard:06d}.json"
+            if not path.exists():
+                raise DataError(
+                    f"{self.folder} is incomplete: shard {shard} of {self.header.shards} is not committed. Run align/encode.py again."
+                )
+            self._commits.append(read_json(path))
+        self.starts = np.concatenate([[0], np.cumsum([commit["rows"] for commit in self._commits])]).astype(np.int64)
+        self._maps: list[np.ndarray | None] = [None] * self.header.shards
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all features."""
+        return len(self) * self.width * 2
+
+    @cached_property
+    def key_table(self) -> pa.Table:
+        """Columns key (string) and item (int16), one row a feature."""
+        paths = [self.folder / "shards" / f"{shard:06d}.parquet" for shard in range(self.header.shards)]
+        tables = [self._read_keys(path, commit["rows"]) for path, commit in zip(paths, self._commits, strict=True)]
+        return pa.concat_tables(tables) if tables else KEYS_SCHEMA.empty_table()
+
+    @property
+    def keys(self) -> pa.ChunkedArray:
+        """Sample keys, one a row."""
+        return self.key_table["key"]
+
+    def _read_keys(self, path: Path, rows: int) -> pa.Table:
+        try:
+            table = pq.read_table(path, schema=KEYS_SCHEMA)
+        except (OSError, pa.ArrowException) as error:
+            raise DamagedError(f"{path} cannot be read ({error}); delete its commit record and encode again") from error
+        if len(table) != rows:
+            raise DamagedError(f"{path} has {len(table)} keys where {rows} were committed; delete its commit record and encode again")
+        return table
+
+    def _map(self, shard: int) -> np.ndarray:
+        mapped = self._maps[shard]
+        if mapped is None:
+            path = self.folder / "shards" / f"{shard:06d}.safetensors"
+            mapped = self._maps[shard] = _map_features(path, self._commits[shard]["rows"], self.width)
+        return mapped
+
+    def features(self, rows: np.ndarray) -> np.ndarray:
+        """Return features (n, W) float16 of the given row numbers (n,) int64, in the order asked for.
+
+        Reading is done in row order, so that neighbouring rows are read together.
+        """
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        bounds = np.searchsorted(ordered, self.starts)
+        out = np.empty((len(rows), self.width), dtype=np.float16)
+        for shard in range(self.header.shards):
+            begin, end = bounds[shard], bounds[shard + 1]
+            if begin < end:
+                out[order[begin:end]] = self._map(shard)[ordered[begin:end] - self.starts[shard]]
+        return out
+
+    def all_features(self) -> np.ndarray:
+        """Return features (N, W) float16 of every row; only for stores that fit in memory."""
+        maps = [self._map(shard) for shard in range(self.header.shards)]
+        return np.concatenate(maps) if maps else np.empty((0, self.width), dtype=np.float16)
+
+    def shard_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the shard number (n,) of each row number (n,)."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def verify(self) -> None:
+        """Read every byte and compare with the committed hashes; DamagedError lists the shards that differ."""
+        damaged = []
+        expected = {"store.json", "rejects.parquet", "lease.json"}
+        for shard, commit in enumerate(self._commits):
+            for name, digest in commit["xxh3"].items():
+                path = self.folder / "shards" / name
+                expected.add(name)
+                if not path.exists() or hash_file(path) != digest:
+                    damaged.append(f"{name} (shard {shard})")
+        extra = [path.name for path in (self.folder / "shards").iterdir() if path.name not in expected]
+        if damaged or extra:
+            raise DamagedError(
+                f"{self.folder}: damaged: {', '.join(damaged) or 'none'}; not committed: {', '.join(extra) or 'none'}. "
+                "Delete the commit records of damaged shards and run align/encode.py again."
+            )
+
+
+def _map_features(path: Path, rows: int, width: int) -> np.ndarray:
+    """Return the (rows, width) float16 memory map of a shard, after checking header and size against the commit."""
+    size = rows * width * 2
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
+            header = json.loads(file.read(length)) if 0 < length < 10_000 else {}
+        actual = path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}); delete its commit record and encode again") from error
+    header.pop("__metadata__", None)
+    expected = {"features": {"dtype": "F16", "shape": [rows, width], "data_offsets": [0, size]}}
+    if header != expected or actual != 8 + length + size:
+        raise DamagedError(
+            f"{path}: expected {rows} x {width} float16 ({human_bytes(size)}), found {header} in {human_bytes(actual)}; "
+            "delete its commit record and encode again"
+        )
+    if rows == 0:
+        return np.empty((0, width), dtype=np.float16)
+    return np.memmap(path, dtype=np.float16, mode="r", offset=8 + length, shape=(rows, width))

@@ -1,0 +1,230 @@
+"""Train alignment heads on pre-encoded features.
+
+    accelerate launch align/train.py --config align/recipes/quickstart.yaml
+    accelerate launch align/train.py --config align/recipes/sail_l_gte.yaml --images a/images b/images ...
+    accelerate launch --multi_gpu --num_processes 8 align/train.py --config align/recipes/sail_l_gte.yaml
+    python align/train.py --config recipe.yaml --dry-run
+
+Leaves in --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml.
+Killed at any moment, the same command goes on from the newest checkpoint that verifies, to the same weights. On SIGTERM it
+saves a checkpoint and exits with code 75.
+"""
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+from transformers.utils.logging import disable_progress_bar
+
+from align.cli import run, to_recipe
+from align.config import TrainConfig
+from align.errors import NonFiniteError, Preempted, UsageError
+from align.files import atomic_bytes, atomic_json, human_bytes
+from align.losses import any_rank
+from align.modeling import SailConfig, SailModel, save_model
+from align.pairs import BatchOrder, PairedFeatures, block_rows_for, open_pairs
+from align.runs import JsonLines, add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.store import FeatureStore
+from align.training import Objective, Schedule, Stepper, batches, build_optimizer, validate
+
+FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "tile", "output", "embed_encoders"}
+
+
+def model_for(config: TrainConfig, pairs: PairedFeatures) -> SailModel:
+    """Return the untrained model for these features: heads of the configured kind between the stores' widths and E."""
+    image_store, text_store = FeatureStore(config.images[0]).header, FeatureStore(config.captions[0].split("+")[0]).header
+    settings = SailConfig(
+        vision=image_store.loader, text=text_store.loader,
+        vision_fingerprint=pairs.image_fingerprint, text_fingerprint=pairs.text_fingerprint,
+        vision_width=pairs.image_width, text_width=pairs.text_width, width=config.width,
+        head=config.head, expansion=config.expansion, dropout=config.dropout,
+        log_scale=config.log_scale, bias=config.bias, precision=str(image_store.fingerprint.get("precision", "fp32")),
+    )  # fmt: skip
+    return SailModel(settings).initialize(config.seed)
+
+
+def refuse_other_config(config: TrainConfig, folder: Path) -> None:
+    """Raise UsageError, naming the fields, if the run in `folder` was started with another config."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    before = yaml.safe_load(path.read_text())["train"]
+    now = yaml.safe_load(to_recipe(config, "train"))["train"]
+    differing = [f"{key}: {before.get(key)!r} there, {now[key]!r} given" for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    if differing:
+        raise UsageError(f"{folder} holds a run with other settings ({'; '.join(differing)}). Give another --output or the same settings.")
+
+
+class Run:
+    """Everything one run writes; silent on all processes but the first."""
+
+    def __init__(self, config: TrainConfig, stepper: Stepper, main_process: bool) -> None:
+        self.config, self.stepper, self.main_process = config, stepper, main_process
+        self.folder = Path(config.output)
+        self.metrics, self.speed = JsonLines(self.folder / "metrics.jsonl"), JsonLines(self.folder / "speed.jsonl")
+        self.state: dict[str, Any] = {"best": -1.0, "best_step": 0, "skipped": 0, "block_rows": 1}
+
+    def resume(self, console: Console) -> int:
+        """Load the newest checkpoint that verifies and return its step; 0 if there is none."""
+        path, tensors, values, problems = newest_checkpoint(self.folder / "checkpoints")
+        for problem in problems:
+            console.print(f"passed over a checkpoint: {problem}")
+        if path is not None:
+            self.stepper.load_state(tensors, values["optimizer"])
+            self.state = values["run"]
+            console.print(f"going on from {path} (step {values['step']})")
+        step = values.get("step", 0)
+        if self.main_process:
+            clean_checkpoints(self.folder / "checkpoints")
+            for lines in (self.metrics, self.speed):
+                lines.cut(step if path else -1)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step or None)
+        return step
+
+    def log(self, row: dict[str, Any], speed: dict[str, Any] | None = None) -> None:
+        """Write a row of metrics (and of speed) to the JSON lines and to TensorBoard."""
+        if not self.main_process:
+            return
+        self.metrics.append(row)
+        if speed is not None:
+            self.speed.append({"step": row["step"], **speed})
+        for name, value in {**row, **(speed or {})}.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
+
+    def validated(self, step: int, values: dict[str, float]) -> None:
+        """Log a validation and keep the model as `best/` if it is the best so far."""
+        self.log({"step": step, **values})
+        if values["val_mean_recall"] > self.state["best"]:
+            self.state |= {"best": values["val_mean_recall"], "best_step": step}
+            self.save("best")
+
+    def save(self, name: str) -> None:
+        """Write the model folder `name`."""
+        if self.main_process:
+            tokenizer = Path(self.config.captions[0].split("+")[0]) / "tokenizer"
+            save_model(self.stepper.model, self.folder / name, tokenizer, self.config.embed_encoders)
+
+    def checkpoint(self, step: int) -> None:
+        """Commit the whole state at `step`."""
+        if self.main_process:
+            tensors, values = self.stepper.state()
+            state = {"optimizer": values, "run": self.state}
+            save_checkpoint(self.folder / "checkpoints", step, tensors, state, self.config.keep)
+
+    def skipped(self, step: int, keys: list[str]) -> None:
+        """Count a non-finite step and write down which samples it held."""
+        self.state["skipped"] += 1
+        if self.main_process:
+            atomic_json(self.folder / f"nonfinite-step-{step:08d}.json", {"step": step, "keys": keys})
+
+
+def main(config: TrainConfig) -> None:
+    """Open the features, build the heads, resume, train, validate, save."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    console = Console(quiet=not state.is_main_process, soft_wrap=True, highlight=False)
+    disable_progress_bar()  # of transformers: a bar for each saved model
+    if config.batch_size % state.num_processes:
+        raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")
+    folder = Path(config.output)
+    refuse_other_config(config, folder)
+    pairs = open_pairs(config.images, config.captions)
+    held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
+    model = model_for(config, pairs).to(state.device)
+    steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(pairs) // config.batch_size)))
+    schedule = Schedule(config.lr, steps, config.warmup, config.min_lr)
+    optimizer = build_optimizer(model, config.optimizer, config.lr, config.betas, config.weight_decay)
+    objective = Objective(config.loss, config.reduction, config.positives, config.tile)
+    stepper = Stepper(
+        model, optimizer, schedule, objective, seed=config.seed, rank=state.process_index,
+        accumulate=config.accumulate, precision=config.precision, max_grad_norm=config.max_grad_norm,
+    )  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"{len(pairs)} pairs ({pairs.unpaired} images without partner left out), {human_bytes(pairs.nbytes)} of features, "
+        f"{parameters / 1e6:.2f}M parameters, {steps} steps of {config.batch_size} on {state.num_processes} process(es)",
+    )
+    job = Run(config, stepper, state.is_main_process)
+    job.state["block_rows"] = block_rows_for(pairs)
+    if config.dry_run:
+        order = BatchOrder(len(pairs), config.batch_size, config.seed, job.state["block_rows"])
+        share = config.batch_size // state.num_processes
+        held = 16 * parameters + 4 * share * config.width * (2 + len(config.captions)) * 4 + 3 * 4 * config.tile**2
+        console.print(f"{order.steps_per_epoch} steps an epoch, about {human_bytes(held)} a process beside the heads' activations")
+        return
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_bytes(folder / "config.yaml", to_recipe(config, "train").encode())
+        facts = {"pairs": len(pairs), "vision": pairs.image_fingerprint, "text": pairs.text_fingerprint, "processes": state.num_processes}
+        add_launch(folder, {"config": yaml.safe_load(to_recipe(config, "train"))["train"], **facts})
+    first = job.resume(console)
+    train(job, pairs, held_out, range(first, steps), state, console)
+
+
+def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, steps: range, state: PartialState, console: Console) -> None:
+    """Do the steps, with logging, validation, checkpoints and a clean stop on SIGTERM."""
+    config, stepper = job.config, job.stepper
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    order = BatchOrder(len(pairs), config.batch_size, config.seed, job.state["block_rows"])
+    share = config.batch_size // state.num_processes
+    part = slice(state.process_index * share, (state.process_index + 1) * share)
+    if steps.start == 0 and held_out is not None:
+        job.validated(0, validate(stepper.model, held_out, config.val_limit, config.precision))
+    in_a_row, waited, begin, last_step = 0, 0.0, time.monotonic(), steps.start
+    clock = time.monotonic()
+    for step, batch in zip(steps, batches(pairs, order, config.seed, steps, part), strict=True):
+        waited += time.monotonic() - clock
+        result = stepper.step(batch, step)
+        done, final = step + 1, step + 1 == steps.stop
+        in_a_row = 0 if result.updated else in_a_row + 1
+        if not result.updated:
+            job.skipped(done, pairs.keys(order.indices(step)))
+            console.print(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, weights left as they were")
+            if in_a_row >= config.max_nonfinite:
+                job.checkpoint(step + 1 - in_a_row)
+                raise NonFiniteError(f"{in_a_row} non-finite steps in a row; the last good state and the batches' keys are in {job.folder}")
+        elif done % config.log_every == 0 or final:
+            seconds = time.monotonic() - begin
+            rate = (done - last_step) * config.batch_size / max(seconds, 1e-9)
+            row = {
+                "step": done, "epoch": done / order.steps_per_epoch, "loss": result.loss, "lr": stepper.schedule.at(step),
+                "scale": float(stepper.model.logit_scale.exp()), "bias": float(stepper.model.logit_bias),
+                "positive_logit": result.positive_logit, "negative_logit": result.negative_logit, "grad_norm": result.grad_norm,
+                "skipped": job.state["skipped"],
+            }  # fmt: skip
+            job.log(row, {"pairs_per_second": rate, "data_wait": waited / max(seconds, 1e-9)})
+            left = (steps.stop - done) * seconds / max(1, done - last_step)
+            console.print(
+                f"step {done}/{steps.stop} loss {result.loss:.4g} t {row['scale']:.1f} b {row['bias']:.2f} "
+                f"mean logit of positives {result.positive_logit:.2f}, negatives {result.negative_logit:.2f} | {rate:.0f} pairs/s, {left:.0f} s left",
+                    )
+            waited, begin, last_step = 0.0, time.monotonic(), done
+        if held_out is not None and (done % config.val_every == 0 or final):
+            values = validate(stepper.model, held_out, config.val_limit, config.precision)
+            job.validated(done, values)
+            console.print(
+                f"step {done}: validation R@1 image-to-text {values['val_i2t_r1']:.1%}, text-to-image {values['val_t2i_r1']:.1%}"
+            )
+        stop = any_rank(bool(stopping), state.device)
+        if done % config.save_every == 0 or final or stop:
+            job.checkpoint(done)
+        if stop and not final:
+            raise Preempted(f"stopped by SIGTERM at step {done}, state saved; run the same command to go on")
+        clock = time.monotonic()
+    job.save("last")
+    if held_out is None:
+        job.save("best")
+    state.wait_for_everyone()
+    console.print(f"done: {job.folder}/best (step {job.state['best_step'] or steps.stop}) and {job.folder}/last")
+
+
+if __name__ == "__main__":
+    run(main, TrainConfig, "train")

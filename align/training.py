@@ -1,0 +1,219 @@
+"""The training loop of the heads: schedule, one exact step, validation, resume.
+
+Shapes: `B` global batch, `b` this process's share of it, `F` image feature width, `D` caption feature width, `E` aligned width.
+A step is a pure function of (state, seed, step number): a killed run goes on to the same weights as one that was not.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lion_pytorch import Lion
+from torch import Tensor, nn
+
+from align.errors import DamagedError
+from align.losses import LossStats, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
+from align.modeling import SailModel
+from align.pairs import BatchOrder, PairBatch, PairedFeatures
+from align.ranking import best_ranks, recalls
+from align.runs import generator
+
+MAX_LOG_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss and how it is computed; see `align.losses`."""
+
+    loss: str = "sigmoid"
+    reduction: str = "mean"
+    positives: str = "diagonal"
+    tile: int = 4096
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then cosine from `lr` to `min_lr` over `steps`."""
+
+    lr: float
+    steps: int
+    warmup: float = 0.1
+    min_lr: float = 0.0
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of step number `step` (from 0)."""
+        rising = round(self.warmup * self.steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        share = (step - rising) / max(1, self.steps - rising)
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * share))
+
+
+def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+    """Return Lion or AdamW over the parameters of `model`; weight decay acts on matrices only, never on scale, bias or norms."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    kinds: dict[str, Any] = {"lion": Lion, "adamw": torch.optim.AdamW}
+    return kinds[kind]([group for group in groups if group["params"]], lr=lr, betas=betas)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did: loss and mean logits of the whole batch, gradient norm, and whether the weights were updated."""
+
+    loss: float
+    positive_logit: float
+    negative_logit: float
+    grad_norm: float
+    updated: bool
+
+
+class Stepper:
+    """Does training steps on `model`, on this process's share of each global batch."""
+
+    def __init__(
+        self,
+        model: SailModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        objective: Objective,
+        *,
+        seed: int,
+        rank: int = 0,
+        accumulate: int = 1,
+        precision: str = "bf16",
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.schedule, self.objective = model, optimizer, schedule, objective
+        self.seed, self.rank, self.accumulate, self.precision = seed, rank, accumulate, precision
+        self.max_grad_norm = max_grad_norm
+
+    def step(self, batch: PairBatch, step: int) -> StepResult:
+        """Do step number `step` (from 0) on this process's part of the batch; skip the update if loss or gradient is not finite."""
+        device = self.model.device
+        images = torch.from_numpy(batch.images).to(device)  # (b, F)
+        captions = [torch.from_numpy(c).to(device) for c in batch.captions]  # (b, D) each
+        ids = torch.from_numpy(batch.ids).to(device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.at(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        if self.accumulate == 1:
+            embeddings = self._embed(images, captions, step, 0)
+            loss, stats = self._loss(embeddings, ids)
+            loss.backward()
+        else:
+            loss, stats = self._accumulate(images, captions, ids, step)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in parameters:  # the bias has none under InfoNCE
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        average_gradients(parameters)
+        clip = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+        value = float(loss.detach())
+        finite = math.isfinite(value) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+        return StepResult(value, stats.positive_mean_logit, stats.negative_mean_logit, norm, finite)
+
+    def _embed(self, images: Tensor, captions: list[Tensor], step: int, piece: int) -> list[Tensor]:
+        """Return [x, y_1, ..., y_K], each (b, E), L2-normalised; dropout depends on (seed, step, rank, piece) only."""
+        torch.manual_seed(int(generator(self.seed, 3, step, self.rank, piece).integers(1 << 62)))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return [self.model.align_images(images), *(self.model.align_texts(caption) for caption in captions)]
+
+    def _loss(self, embeddings: list[Tensor], ids: Tensor) -> tuple[Tensor, LossStats]:
+        images, captions = embeddings[0], embeddings[1:]
+        options: dict[str, Any] = {"ids": ids, "positives": self.objective.positives}
+        bias = self.model.logit_bias if self.objective.loss == "sigmoid" else None
+        stats = logit_stats(images, captions, self.model.logit_scale, bias, **options)
+        options |= {"tile": self.objective.tile, "matmul_dtype": torch.bfloat16 if self.precision == "bf16" else None}
+        if bias is None:
+            return info_nce_loss(images, captions, self.model.logit_scale, **options), stats
+        options["reduction"] = self.objective.reduction
+        return sigmoid_loss(images, captions, self.model.logit_scale, bias, **options), stats
+
+    def _accumulate(self, images: Tensor, captions: list[Tensor], ids: Tensor, step: int) -> tuple[Tensor, LossStats]:
+        """Give the parameters the gradient of the whole batch while holding the activations of one piece.
+
+        A contrastive loss does not split into pieces; its gradient with respect to the embeddings does. So: embed all pieces
+        without a graph, take the loss's gradient on the embeddings, embed each piece again and push its part back.
+        """
+        pieces = np.array_split(np.arange(len(images)), self.accumulate)
+        rows = [slice(int(piece[0]), int(piece[-1]) + 1) for piece in pieces if len(piece)]
+        with torch.no_grad():
+            parts = [self._embed(images[r], [c[r] for c in captions], step, n) for n, r in enumerate(rows)]
+        leaves = [torch.cat(side).requires_grad_() for side in zip(*parts, strict=True)]
+        loss, stats = self._loss(leaves, ids)
+        loss.backward()
+        for number, r in enumerate(rows):
+            embeddings = self._embed(images[r], [c[r] for c in captions], step, number)
+            trained = [(e, leaf.grad[r]) for e, leaf in zip(embeddings, leaves, strict=True) if e.requires_grad and leaf.grad is not None]
+            torch.autograd.backward([e for e, _ in trained], [g for _, g in trained])
+        return loss, stats
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return tensors and JSON values that `load_state` needs to go on exactly."""
+        tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        saved = self.optimizer.state_dict()
+        for number, entries in saved["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value).cpu() for name, value in entries.items()}
+        return tensors, {"param_groups": saved["param_groups"]}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Put a state back; DamagedError if it is not of this model and optimizer."""
+        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, entry = name.split(".", 2)
+                entries.setdefault(int(number), {})[entry] = tensor
+        try:
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict({"state": entries, "param_groups": values["param_groups"]})
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise DamagedError(f"the checkpoint is not of this model: {error}") from error
+
+
+def batches(pairs: PairedFeatures, order: BatchOrder, seed: int, steps: range, part: slice) -> Iterator[PairBatch]:
+    """Yield this process's part of each batch of `steps`, reading the next one while the current one is used."""
+
+    def read(step: int) -> PairBatch:
+        return pairs.batch(order.indices(step), seed, step, part)
+
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(read, steps.start) if len(steps) else None
+        for step in steps:
+            assert following is not None
+            current = following.result()
+            following = reader.submit(read, step + 1) if step + 1 < steps.stop else None
+            yield current
+
+
+@torch.no_grad()
+def validate(model: SailModel, pairs: PairedFeatures, limit: int, precision: str) -> dict[str, float]:
+    """Return retrieval recalls `val_i2t_r1` ... `val_t2i_r10` (fractions) and their mean `val_mean_recall`, all captions counting."""
+    model.eval()
+    images, captions, owners = pairs.everything(limit)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        x = _in_chunks(model.align_images, images, model.device)
+        y = _in_chunks(model.align_texts, captions, model.device)
+    image_ids, caption_ids = torch.arange(len(x), device=x.device), torch.from_numpy(owners).to(x.device)
+    found = {
+        "i2t": recalls(best_ranks(x, y, image_ids, caption_ids)),
+        "t2i": recalls(best_ranks(y, x, caption_ids, image_ids)),
+    }
+    values = {f"val_{way}_r{k}": value for way, at in found.items() for k, value in at.items()}
+    return {**values, "val_mean_recall": sum(values.values()) / len(values)}
+
+
+def _in_chunks(align: Any, features: np.ndarray, device: torch.device, chunk: int = 4096) -> Tensor:
+    return torch.cat([align(torch.from_numpy(features[at : at + chunk]).to(device)) for at in range(0, len(features), chunk)])

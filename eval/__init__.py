@@ -1,0 +1,1 @@
+"""Measurement: zero-shot classification, retrieval and one report for before and after."""

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Encode, train, evaluate and report on the embedded default: about four minutes on two CPU cores. `make quickstart` calls it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=runs/quickstart
+recipe=align/recipes/quickstart.yaml
+launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+export TOKENIZERS_PARALLELISM=false
+
+python align/prepare.py --output "$out/data"
+for split in train val; do
+  "${launch[@]}" align/encode.py --config "$recipe" --data "$out/data/$split/*.tar" --output "$out/features/$split"
+done
+"${launch[@]}" align/train.py --config "$recipe"
+python eval/run.py --config "$recipe"
+
+cat <<TEXT
+
+Next:
+  your encoder   accelerate launch align/encode.py --vision facebook/dinov2-base --text sentence-transformers/all-MiniLM-L6-v2 \\
+                   --data 'my/shards/*.tar' --captions txt --output features/mine
+  your data      a folder, webdataset tars, parquet, CSV or JSONL: README.md, "Your own data"
+  8 GPUs         accelerate launch --multi_gpu --num_processes 8 align/train.py --config align/recipes/sail_l_gte.yaml
+TEXT

@@ -1,0 +1,69 @@
+"""Shared builders: small feature stores with known content, and one CPU thread so that runs can be compared bit by bit."""
+
+import os
+import sys
+import traceback
+
+import numpy as np
+import pytest
+import torch
+
+from align.store import FeatureStore, StoreHeader, StoreWriter
+
+torch.set_num_threads(1)
+
+
+def build_store(folder, shards, kind="image", width=8, fingerprint=None, data="plan-1", rejects=None):
+    """Write a store; `shards` is a list of lists of (key, item, vector) and return it opened."""
+    header = StoreHeader(kind, fingerprint or {"encoder": "tiny", "layer": -1}, {}, width, data, len(shards), sum(map(len, shards)))
+    writer = StoreWriter(folder, header)
+    for number, rows in enumerate(shards):
+        vectors = np.array([row[2] for row in rows], dtype=np.float32).reshape(len(rows), width)
+        writer.write(number, vectors, [row[0] for row in rows], [row[1] for row in rows], (rejects or {}).get(number, []))
+    writer.finish()
+    return FeatureStore(folder)
+
+
+@pytest.fixture
+def make_store():
+    return build_store
+
+
+@pytest.fixture
+def forked():
+    """Run a function in a child forked from this warm process; return its exit code, or minus the signal that ended it."""
+
+    def call(function, *arguments):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                function(*arguments)
+                code = 0
+            except SystemExit as leaving:
+                code = leaving.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return call
+
+
+@pytest.fixture
+def paired_folders(tmp_path):
+    """Image and caption stores of 96 samples in 3 shards whose captions are a linear map of the images, plus noise."""
+    random = np.random.default_rng(0)
+    images = random.normal(size=(96, 12)).astype(np.float32)
+    mix = random.normal(size=(12, 8)).astype(np.float32)
+    captions = images @ mix + 0.1 * random.normal(size=(96, 8)).astype(np.float32)
+    keys = [f"k{n:03d}" for n in range(96)]
+    build_store(tmp_path / "images", [[(keys[n], 0, images[n]) for n in range(a, a + 32)] for a in (0, 32, 64)], width=12)
+    for name in ("short", "long"):
+        shards = [[(keys[n], 0, captions[n] * (1 if name == "short" else 2)) for n in range(a, a + 32)] for a in (0, 32, 64)]
+        build_store(tmp_path / f"captions-{name}", shards, kind="caption", fingerprint={"encoder": "text"})
+    return tmp_path

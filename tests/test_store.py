@@ -1,0 +1,141 @@
+"""A store returns what was committed, refuses what was not, and notices every changed byte."""
+
+import json
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from align.errors import DamagedError, DataError, FingerprintError, UsageError
+from align.files import arm_failpoint
+from align.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
+
+
+def rows(count, start=0, width=8):
+    values = np.random.default_rng(start).normal(size=(count, width)).astype(np.float32)
+    return [(f"key-{start + n}", 0, values[n]) for n in range(count)]
+
+
+def test_features_come_back_in_the_order_asked_for(tmp_path, make_store):
+    shards = [rows(5), rows(3, 5), rows(7, 8)]
+    store = make_store(tmp_path / "s", shards)
+    flat = np.array([row[2] for shard in shards for row in shard]).astype(np.float16)
+    wanted = np.array([14, 0, 7, 7, 4, 5])
+    assert np.array_equal(store.features(wanted), flat[wanted])
+    assert np.array_equal(store.all_features(), flat)
+    assert store.keys.to_pylist() == [f"key-{n}" for n in range(15)]
+    assert store.shard_of(np.array([0, 4, 5, 7, 8, 14])).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_empty_shard_and_an_empty_selection_are_fine(tmp_path, make_store):
+    store = make_store(tmp_path / "s", [rows(2), [], rows(2, 2)])
+    assert len(store) == 4 and store.features(np.array([3, 0])).shape == (2, 8)
+    assert store.features(np.array([], dtype=np.int64)).shape == (0, 8)
+
+
+def test_a_store_with_a_missing_shard_is_refused(tmp_path, make_store):
+    make_store(tmp_path / "s", [rows(2), rows(2, 2)])
+    (tmp_path / "s/commits/000001.json").unlink()
+    with pytest.raises(DataError, match="shard 1 of 2 is not committed"):
+        FeatureStore(tmp_path / "s")
+
+
+def test_not_a_store(tmp_path):
+    with pytest.raises(UsageError, match="not a feature store"):
+        FeatureStore(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["encoder", "layer", "width", "data", "kind"])
+def test_a_store_made_differently_is_refused_by_field(tmp_path, field):
+    values = {"kind": "image", "fingerprint": {"encoder": "a", "layer": -1}, "loader": {}, "width": 8, "data": "d", "shards": 1, "rows": 2}
+    StoreWriter(tmp_path / "s", StoreHeader(**values))
+    other = json.loads(json.dumps(values))
+    if field in ("encoder", "layer"):
+        other["fingerprint"][field] = "b"
+    else:
+        other[field] = {"width": 9, "data": "e", "kind": "caption"}[field]
+    with pytest.raises(FingerprintError, match=f"{field}: "):
+        StoreWriter(tmp_path / "s", StoreHeader(**other))
+    StoreWriter(tmp_path / "s", StoreHeader(**{**values, "loader": {"name": "moved"}}))  # a moved encoder is the same encoder
+
+
+def test_rows_that_do_not_fit_fp16_or_are_zero_are_rejected_not_stored(tmp_path, make_store):
+    shard = rows(5)
+    shard[1][2][:] = 0
+    shard[2][2][3] = 1e6
+    shard[3][2][0] = np.nan
+    store = make_store(tmp_path / "s", [shard], rejects={0: [RejectedRow(9, "bad", "image", "empty_file", "0 bytes")]})
+    assert store.keys.to_pylist() == ["key-0", "key-4"]
+    rejects = pq.read_table(tmp_path / "s/rejects.parquet").to_pylist()
+    assert [(r["key"], r["code"]) for r in rejects] == [
+        ("bad", "empty_file"), ("key-1", "zero_feature"), ("key-2", "nonfinite_feature"), ("key-3", "nonfinite_feature"),
+    ]  # fmt: skip
+
+
+def test_every_flipped_bit_is_found_and_none_is_invented(tmp_path, make_store):
+    store = make_store(tmp_path / "s", [rows(16), rows(16, 16)])
+    store.verify()
+    draw = random.Random(0)
+    files = [path for path in (tmp_path / "s/shards").iterdir()]
+    for _ in range(120):
+        path = draw.choice(files)
+        content = bytearray(path.read_bytes())
+        at = draw.randrange(len(content))
+        content[at] ^= 1 << draw.randrange(8)
+        good = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(DamagedError, match=path.name):
+            store.verify()
+        path.write_bytes(good)
+    store.verify()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "longer", "missing", "other width"])
+def test_damaged_shards_do_not_load(tmp_path, make_store, damage):
+    store = make_store(tmp_path / "s", [rows(16)])
+    path = tmp_path / "s/shards/000000.safetensors"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other width":
+        make_store(tmp_path / "t", [rows(16, width=4)], width=4)
+        path.write_bytes((tmp_path / "t/shards/000000.safetensors").read_bytes())
+    else:
+        path.write_bytes({"cut": content[:-10], "empty": b"", "longer": content + b"\0"}[damage])
+    with pytest.raises(DamagedError, match="000000.safetensors"):
+        store.features(np.array([0]))
+
+
+def test_a_commit_whose_file_is_gone_is_done_again(tmp_path):
+    writer = StoreWriter(tmp_path / "s", StoreHeader("image", {}, {}, 8, "d", 1, 2))
+    assert not writer.done(0)
+    data = rows(2)
+    writer.write(0, np.array([row[2] for row in data]), [row[0] for row in data], [0, 0], [])
+    assert writer.done(0)
+    (tmp_path / "s/shards/000000.parquet").write_bytes(b"cut")
+    assert not writer.done(0)
+
+
+def write_all(folder, failpoint):
+    writer = StoreWriter(folder, StoreHeader("image", {"encoder": "a"}, {}, 8, "d", 3, 30))
+    writer.clean()
+    if failpoint:
+        arm_failpoint(failpoint)
+    for shard in range(3):
+        if not writer.done(shard):
+            vectors = np.random.default_rng(shard).normal(size=(10, 8))
+            writer.write(shard, vectors, [f"{shard}-{n}" for n in range(10)], [0] * 10, [])
+    writer.finish()
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("spec", ["write:1", "rename:2", "renamed:3", "commit:2", "rename:4", "renamed:8", "write:9"])
+def test_kill_at_a_write_boundary_then_rerun_gives_the_uninterrupted_store(tmp_path, forked, spec):
+    assert forked(write_all, tmp_path / "straight", None) == 0
+    assert forked(write_all, tmp_path / "killed", spec) == -9
+    assert forked(write_all, tmp_path / "killed", None) == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "straight")

@@ -1,0 +1,235 @@
+"""Training is exact: accumulation is one big batch, several processes are one, a killed run is the uninterrupted one."""
+
+import json
+import os
+import signal
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from align.cli import parse
+from align.config import TrainConfig
+from align.errors import NonFiniteError, UsageError
+from align.files import arm_failpoint
+from align.modeling import SailConfig, SailModel
+from align.pairs import BatchOrder, PairBatch, open_pairs
+from align.runs import newest_checkpoint
+from align.train import main
+from align.training import Objective, Schedule, Stepper, build_optimizer
+
+
+def flags(folder, output, **changes):
+    values = {
+        "images": folder / "images", "captions": [folder / "captions-short", folder / "captions-long"], "output": output,
+        "val-images": folder / "images", "val-captions": [folder / "captions-short"],
+        "head": "glu", "expansion": 2, "width": 16, "batch-size": 32, "steps": 12, "optimizer": "adamw", "lr": 0.01,
+        "precision": "fp32", "log-every": 2, "val-every": 4, "save-every": 3, **changes,
+    }  # fmt: skip
+    listed = []
+    for name, value in values.items():
+        listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return listed
+
+
+def train(folder, output, failpoint=None, **changes):
+    if failpoint:
+        arm_failpoint(failpoint)
+    main(parse(TrainConfig, "train", flags(folder, output, **changes)))
+
+
+def evidence(output):
+    path, tensors, state, _ = newest_checkpoint(output / "checkpoints")
+    models = {name: (output / name / "model.safetensors").read_bytes() for name in ("best", "last")}
+    return path.name, {k: v.numpy().tobytes() for k, v in tensors.items()}, state, (output / "metrics.jsonl").read_bytes(), models
+
+
+@pytest.fixture
+def straight(paired_folders, forked):
+    assert forked(train, paired_folders, paired_folders / "straight") == 0
+    return evidence(paired_folders / "straight")
+
+
+def test_it_learns(paired_folders, straight):
+    rows = [json.loads(line) for line in straight[3].decode().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    recalls = [row["val_mean_recall"] for row in rows if "val_mean_recall" in row]
+    assert losses[-1] < losses[0] and recalls[-1] > recalls[0] + 0.2
+    last = [row for row in rows if "loss" in row][-1]
+    assert last["step"] == 12 and last["positive_logit"] > last["negative_logit"] and last["epoch"] == 4
+
+
+@pytest.mark.parametrize(
+    "failpoint",
+    ["checkpoint-tensors:2", "checkpoint-state:3", "checkpoint-commit:1", "checkpoint-saved:2", "renamed:5", "rename:9", "model-saved:3", "model-retired:2"],
+)
+def test_kill_anywhere_then_the_same_command_gives_the_same_run(paired_folders, forked, straight, failpoint):
+    output = paired_folders / "killed"
+    assert forked(train, paired_folders, output, failpoint) == -signal.SIGKILL
+    assert forked(train, paired_folders, output) == 0
+    assert evidence(output) == straight
+    assert not list(output.rglob("*.partial")) and not list(output.rglob("*.retired"))
+
+
+def test_a_resumed_run_that_is_killed_again_still_arrives(paired_folders, forked, straight):
+    output = paired_folders / "killed"
+    for failpoint in ("checkpoint-saved:1", "checkpoint-tensors:2", "checkpoint-commit:1"):
+        assert forked(train, paired_folders, output, failpoint) == -signal.SIGKILL
+    assert forked(train, paired_folders, output) == 0
+    assert evidence(output) == straight
+
+
+def stopped(folder, output):
+    steps = []
+    original = Stepper.step
+
+    def step(self, batch, number):
+        steps.append(number)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, number)
+
+    Stepper.step = step
+    try:
+        train(folder, output)
+    except Exception as error:
+        raise SystemExit(error.exit_code) from error
+
+
+def test_sigterm_saves_exits_75_and_resumes_exactly(paired_folders, forked, straight):
+    output = paired_folders / "preempted"
+    assert forked(stopped, paired_folders, output) == 75
+    assert newest_checkpoint(output / "checkpoints")[2]["step"] == 5
+    assert forked(train, paired_folders, output) == 0
+    ours, theirs = evidence(output), straight
+    assert ours == theirs
+
+
+def test_another_config_in_the_same_folder_is_refused_by_field(paired_folders, straight):
+    with pytest.raises(UsageError, match="batch_size: 32 there, 16 given"):
+        train(paired_folders, paired_folders / "straight", **{"batch-size": 16})
+
+
+def tiny(seed=0, head="glu", dtype=torch.float64, **changes):
+    config = SailConfig(vision_width=12, text_width=8, width=16, head=head, expansion=2 if head == "glu" else None)
+    model = SailModel(config).initialize(seed).to(dtype)
+    values = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.01, **changes}
+    return model, build_optimizer(model, "adamw", **values)
+
+
+def batch(rows=24, bad=False):
+    random = np.random.default_rng(5)
+    images, first, second = (random.normal(size=(rows, w)).astype(np.float16) for w in (12, 8, 8))
+    if bad:
+        images[3, 2] = np.inf
+    return PairBatch(images, [first, second], np.arange(rows) % 20)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_accumulating_pieces_equals_one_big_batch(loss, pieces):
+    results = []
+    for accumulate in (1, pieces):
+        model, optimizer = tiny()
+        stepper = Stepper(model, optimizer, Schedule(0.01, 10), Objective(loss, tile=7), seed=0, accumulate=accumulate, precision="fp32")
+        result = stepper.step(batch(), 0)
+        results.append(([p.grad.clone() for p in model.parameters()], result))
+    (whole, first), (pieced, second) = results
+    assert first.loss == pytest.approx(second.loss, rel=1e-6) and first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(whole, pieced, strict=True))
+    assert max(float(g.abs().max()) for g in whole) > 1e-6
+
+
+def worker(folder, rank, world, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    pairs = open_pairs((str(folder / "images"),), (str(folder / "captions-short"), str(folder / "captions-long")))
+    order = BatchOrder(len(pairs), 32, seed=0)
+    model, optimizer = tiny(dtype=torch.float32)
+    stepper = Stepper(model, optimizer, Schedule(0.01, 10), Objective(), seed=0, rank=rank, precision="fp32")
+    part = slice(rank * 32 // world, (rank + 1) * 32 // world)
+    losses = [stepper.step(pairs.batch(order.indices(step), 0, step, part), step).loss for step in range(4)]
+    torch.save({"losses": losses, "weights": [p.detach() for p in model.parameters()]}, folder / f"w{world}r{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_train_like_one(paired_folders, world):
+    runs = {}
+    for size in (1, world):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(size):
+            child = os.fork()
+            if child == 0:
+                try:
+                    worker(paired_folders, rank, size, port)
+                finally:
+                    os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        runs[size] = [torch.load(paired_folders / f"w{size}r{rank}.pt", weights_only=True) for rank in range(size)]
+    one = runs[1][0]
+    for other in runs[world]:
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(other["weights"], one["weights"], strict=True))
+
+
+def test_a_non_finite_step_changes_nothing():
+    model, optimizer = tiny()
+    stepper = Stepper(model, optimizer, Schedule(0.01, 10), Objective(), seed=0, precision="fp32")
+    stepper.step(batch(), 0)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, json.dumps(str(stepper.state()))
+    result = stepper.step(batch(bad=True), 1)
+    assert not result.updated and not np.isfinite(result.grad_norm)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert json.dumps(str(stepper.state())).replace(str(optimizer.param_groups[0]["lr"]), "") != "" and state
+
+
+def poisoned(folder, output):
+    original = Stepper.step
+
+    def step(self, batch, number):
+        if number >= 6:
+            batch.images[0] = np.inf
+        return original(self, batch, number)
+
+    Stepper.step = step
+    try:
+        train(folder, output)
+    except NonFiniteError as error:
+        raise SystemExit(error.exit_code) from error
+
+
+def test_three_non_finite_steps_stop_the_run_with_state_and_keys(paired_folders, forked):
+    output = paired_folders / "poisoned"
+    assert forked(poisoned, paired_folders, output) == 8
+    assert newest_checkpoint(output / "checkpoints")[2]["step"] == 6
+    dumped = json.loads((output / "nonfinite-step-00000007.json").read_text())
+    assert len(dumped["keys"]) == 32 and dumped["keys"][0].startswith("k0")
+
+
+def test_warm_up_then_cosine():
+    schedule = Schedule(lr=1.0, steps=100, warmup=0.1, min_lr=0.1)
+    assert [schedule.at(s) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert schedule.at(55) == pytest.approx(0.55) and schedule.at(99) == pytest.approx(0.1, abs=1e-3)
+    assert Schedule(1.0, 10, warmup=0).at(0) == 1.0
+
+
+def test_scale_stays_between_1_and_100():
+    model, optimizer = tiny(lr=1e3)
+    stepper = Stepper(model, optimizer, Schedule(1e3, 10, warmup=0), Objective(), seed=0, precision="fp32")
+    for step in range(3):
+        stepper.step(batch(), step)
+        assert 1 - 1e-6 <= float(model.logit_scale.exp()) <= 100 + 1e-3
+
+
+def test_weight_decay_spares_norms_scale_and_bias():
+    model, optimizer = tiny()
+    free = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert free == {id(p) for p in model.parameters() if p.ndim < 2} and len(free) > 4
