@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.errors import UsageError
+from align.hardware import Precision
 
-Precision = Literal["fp32", "bf16"]
 
 
 def _check(condition: bool, given: str, allowed: str) -> None:
@@ -45,8 +45,8 @@ class EncodeConfig:
     """Text put before every caption."""
     max_length: int | None = None
     """Longest caption in tokens. None: the text encoder's own."""
-    precision: Precision = "bf16"
-    """Arithmetic of the encoders; features are stored in fp16 either way."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoders (auto: bf16 where the hardware has it); features are stored in fp16 either way."""
     batch_size: int = 64
     """Images a forward pass."""
     text_batch_size: int = 256
@@ -100,6 +100,8 @@ class TrainConfig:
     """Image store for validation retrieval."""
     val_captions: tuple[str, ...] = ()
     """Caption stores for validation retrieval; all their captions count."""
+    val_rows: int = 0
+    """Without --val-images: hold this many pairs of the training stores out for validation, chosen by the seed."""
     val_limit: int = 5000
     """Validate on at most so many images."""
     head: Literal["linear", "mlp", "glu", "sharelock"] = "glu"
@@ -142,8 +144,8 @@ class TrainConfig:
     """Learning rate that the cosine ends at."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this."""
-    precision: Precision = "bf16"
-    """Autocast of the heads' matrix products; weights, loss and optimizer stay fp32."""
+    precision: Precision = "auto"
+    """Autocast of the heads' matrix products (auto: bf16 where the hardware has it); weights, loss and optimizer stay fp32."""
     tile: int = 4096
     """Side of the loss's tiles; memory is O(tile^2 + B E)."""
     seed: int = 0
@@ -172,5 +174,6 @@ class TrainConfig:
         _check(0 <= self.warmup < 1, f"--warmup {self.warmup}", "is a share of the steps in [0, 1)")
         _check(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"--lr {self.lr} --min-lr {self.min_lr}", "need 0 <= min-lr <= lr, lr > 0")
         _check(bool(self.val_images) == bool(self.val_captions), "--val-images and --val-captions", "give both or neither")
+        _check(self.val_rows >= 0 and not (self.val_rows and self.val_images), f"--val-rows {self.val_rows}", "at least 0, not with --val-images")
         _check(self.keep >= 1, f"--keep {self.keep}", "must be at least 1: the run must be able to resume")
         _check(min(self.log_every, self.val_every, self.save_every) >= 1, "--log-every, --val-every, --save-every", "must be at least 1")

@@ -27,6 +27,7 @@ from align.errors import UsageError
 from align.extract import Extraction, Progress, Stopping
 from align.files import human_bytes
 from align.gate import Limits
+from align.hardware import resolve_precision
 from align.lease import Lease
 from align.samples import Plan, Source, plan
 from align.store import FeatureStore
@@ -36,16 +37,17 @@ def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEnc
     """Return both encoders (None where not asked for) and the arguments that load them again."""
     loaders: dict[str, dict[str, object]] = {}
     vision, text = None, None
+    precision = resolve_precision(config.precision, device)
     if config.vision:
         loaders["vision"] = {"name": config.vision, "revision": config.vision_revision, "feature": config.feature, "layer": config.layer}
         loaders["vision"]["image_size"] = config.image_size
         vision = load_vision_encoder(
-            **loaders["vision"], precision=config.precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.vision_revision)  # type: ignore[arg-type]
+            **loaders["vision"], precision=precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.vision_revision)  # type: ignore[arg-type]
         )
     if config.text:
         loaders["text"] = {"name": config.text, "revision": config.text_revision, "prompt": config.prompt, "max_length": config.max_length}
         text = load_text_encoder(
-            **loaders["text"], precision=config.precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.text_revision)  # type: ignore[arg-type]
+            **loaders["text"], precision=precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.text_revision)  # type: ignore[arg-type]
         )
     return vision, text, loaders
 
@@ -55,7 +57,7 @@ def shared_plan(config: EncodeConfig, source: Source, state: PartialState) -> Pl
     folder = Path(config.output)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        made = plan(source, config.shard_rows)
+        made = plan(source, config.shard_rows, config.captions)
         made.save(folder)
     state.wait_for_everyone()
     return Plan.load(folder)

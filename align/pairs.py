@@ -3,8 +3,9 @@
 Shapes: `B` global batch, `F` image feature width, `D` caption feature width, `N` images that have their captions.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
@@ -95,6 +96,22 @@ class PairedFeatures:
         rows = np.flatnonzero(usable)
         self.unpaired += len(keys) - len(rows)
         return _Dataset(images, slots, rows, np.stack(firsts)[:, rows], np.stack(counts)[:, rows])
+
+    def split(self, held_out: int, seed: int) -> "PairedFeatures":
+        """Take `held_out` pairs, chosen by `seed` and the number of pairs, out of this object and return them as another one."""
+        if held_out >= len(self):
+            raise UsageError(f"{held_out} pairs cannot be held out of {len(self)}; give a smaller --val-rows")
+        chosen = np.zeros(len(self), dtype=bool)
+        chosen[generator(seed, 4).choice(len(self), held_out, replace=False)] = True
+        other, parts = copy.copy(self), np.split(chosen, self._starts[1:-1])
+        everything = self._datasets
+        for pairs, taken in ((other, True), (self, False)):
+            masks = [part == taken for part in parts]
+            pairs._datasets = [
+                replace(d, image_rows=d.image_rows[m], first=d.first[:, m], count=d.count[:, m]) for d, m in zip(everything, masks, strict=True)
+            ]
+            pairs._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in pairs._datasets)])
+        return other
 
     def batch(self, indices: np.ndarray, seed: int, step: int, part: slice = slice(None)) -> PairBatch:
         """Return the pairs `indices[part]` (numbers in 0..N-1); captions are drawn as for the whole batch of `step`."""

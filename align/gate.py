@@ -1,0 +1,267 @@
+"""The gate: every image is decoded once and completely, every caption is checked, and what is bad is rejected with a code.
+
+Nothing here repairs or guesses. A Reject is one sample's own fault: callers count it, list it and go on. Call the gate in
+worker processes, not in threads (it silences Pillow's warnings while it decodes).
+"""
+
+import io
+import math
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from align.errors import UsageError
+
+REJECT_CODES: dict[str, str] = {
+    # images
+    "image_missing": "the row has no image: no such member, an empty cell or null",
+    "image_ambiguous": "the sample has several images and none has the suffix that was asked for",
+    "image_type": "the image cell is neither bytes, nor a path, nor a struct of bytes and path",
+    "image_empty": "the image has no bytes",
+    "image_format": "not an accepted image format, judged by content: HTML, SVG, EPS, PDF, gzip, a cut header, ...",
+    "image_pixels": "the header announces more pixels than Limits.max_pixels",
+    "image_small": "the shorter side is below Limits.min_side",
+    "image_aspect": "the longer side is more than Limits.max_aspect times the shorter",
+    "image_damaged": "the header is good but the content is cut, fails its checksum or expands beyond Pillow's limits",
+    "image_nonfinite": "a float image with NaN or infinity",
+    # image files and archive members
+    "unsafe_path": "an absolute path, a URL, or a path that leaves the image folder or archive",
+    "file_missing": "no file at that path (it may have vanished since the manifest was made)",
+    "file_denied": "no permission to read the file",
+    "file_kind": "a folder, pipe, device or link loop where a file is expected",
+    "file_large": "more bytes than a sample may have; not read",
+    "file_unreadable": "the operating system could not read the file",
+    "archive_link": "a link or device in the archive; never followed",
+    "archive_truncated": "the archive is cut or damaged here; its later samples are lost",
+    # rows and keys
+    "row_blank": "an empty line",
+    "row_large": "a line longer than a row may be; not read",
+    "row_syntax": "not valid JSON or CSV: open quotes, huge fields, too many cells, nesting too deep",
+    "row_type": "the row is valid JSON but not an object",
+    "row_duplicate_name": "a JSON object names a column twice",
+    "row_nonfinite": "NaN or Infinity, which are not JSON",
+    "row_utf8": "bytes that are not UTF-8",
+    "row_unreadable": "a parquet row group that does not decode",
+    "missing_column": "a column that other rows have is missing here",
+    "key_missing": "the key is empty or null",
+    "key_invalid": "the key is not text or a whole number, or holds NUL or a lone surrogate",
+    "key_large": "the key has more than 512 bytes",
+    "duplicate_key": "another row has this key; the first one is kept",
+    # captions
+    "caption_missing": "the caption is null, NaN, or an empty list",
+    "caption_empty": "the caption is empty or blank",
+    "caption_type": "the caption is not text",
+    "caption_large": "more characters than Limits.max_caption_chars",
+    "caption_invalid": "the caption holds NUL or a lone surrogate",
+    "caption_count": "more captions than Limits.max_captions",
+}
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow may try; nothing with scripts or outside references
+MAX_KEY_BYTES = 512
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+# what Pillow's decoders raise on hostile bytes (RuntimeError includes NotImplementedError and RecursionError)
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
+    EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class Reject(Exception):
+    """One sample cannot be used: `code` is a key of REJECT_CODES, `detail` says what was found."""
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        assert code in REJECT_CODES, code
+        super().__init__(code, detail)
+        self.code, self.detail = code, detail
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail or REJECT_CODES[self.code]}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a usable sample looks like. Anything beyond is rejected, never shrunk or cut to fit."""
+
+    max_pixels: int = 64_000_000  # width x height in the header, checked before decoding
+    min_side: int = 4  # pixels of the shorter side
+    max_aspect: float = 50.0  # longer side / shorter side
+    max_caption_chars: int = 20_000  # Unicode code points of one caption
+    max_captions: int = 100  # captions in one cell
+
+    def __post_init__(self) -> None:
+        highest = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        if not 1 <= self.max_pixels <= highest:
+            raise UsageError(f"max_pixels is {self.max_pixels}; allowed is 1 to {highest}, where Pillow itself refuses an image")
+        if self.min_side < 1 or self.max_aspect < 1 or self.max_caption_chars < 1 or not 1 <= self.max_captions <= 32_767:
+            raise UsageError(f"{self}: all limits must be at least 1, and max_captions at most 32767")
+
+
+def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
+    """Return the image in `data` (an encoded file) as a fully decoded, upright, 8-bit RGB image; raise Reject if it is bad.
+
+    `data` may also be the Reject, or the None, that a Row carries instead of bytes; it is raised. Formats: see FORMATS.
+    Animations give their first frame. EXIF orientation is applied; an EXIF block that cannot be read is ignored, and so is a
+    color profile. Transparency is composited on white. 16-bit gray is divided by 257. Float gray within [0, 1] is multiplied
+    by 255; other float gray, and 32-bit integers outside 16 bits, are stretched from their minimum and maximum to 0..255.
+    """
+    if data is None:
+        raise Reject("image_missing")
+    if isinstance(data, Reject):
+        raise data
+    if not data:
+        raise Reject("image_empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # corrupt EXIF, large images: judged here instead
+        image = _open(data)
+        _check_size(image.size, limits)
+        try:
+            if image.format == "PNG":
+                _open(data).verify()  # checksums of all chunks; decoding alone does not look at them
+            image.load()
+            method = _TRANSPOSE.get(_orientation(image))
+            converted = _to_rgb(image)
+        except _DECODER_ERRORS as error:
+            raise Reject("image_damaged", f"{image.format} {image.mode}: {error}") from error
+    return converted if method is None else converted.transpose(method)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise Reject("image_format", f"{len(data)} bytes beginning with {data[:16]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise Reject("image_pixels", str(error)) from error
+    except _DECODER_ERRORS as error:
+        raise Reject("image_damaged", str(error)) from error
+
+
+def _check_size(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise Reject("image_pixels", f"{width}x{height}, at most {limits.max_pixels} pixels are allowed")
+    if min(size) < limits.min_side:
+        raise Reject("image_small", f"{width}x{height}, at least {limits.min_side} pixels a side are needed")
+    if max(size) > limits.max_aspect * min(size):
+        raise Reject("image_aspect", f"{width}x{height}, at most {limits.max_aspect:g} to 1 is allowed")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF or XMP orientation (1 to 8), or 1 if there is none that can be read."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _DECODER_ERRORS:
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BITS or image.mode in ("I", "F"):
+        return _to_eight_bits(image).convert("RGB")
+    if image.mode in _ALPHA or "transparency" in image.info:
+        if image.mode in ("RGBa", "La"):  # premultiplied: only to its own plain mode
+            image = image.convert(image.mode.upper())
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return 16-bit, 32-bit or float gray (H, W) as 8-bit gray; Reject `image_nonfinite` for NaN or infinity."""
+    values = np.asarray(image)
+    if image.mode == "F" and not np.isfinite(values).all():
+        raise Reject("image_nonfinite")
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    elif image.mode != "F" and low >= 0 and high <= 65_535:
+        low, high = 0.0, 65_535.0
+    scale = 255 / (high - low) if high > low else 0.0
+    gray = values.astype(np.float32)
+    gray *= scale  # scaled first: the range of float32 itself cannot overflow then
+    gray -= low * scale
+    return Image.fromarray(np.rint(gray, out=gray).clip(0, 255).astype(np.uint8))
+
+
+def gate_captions(value: Any, limits: Limits) -> list[str]:
+    """Return the usable captions (at least one) of a cell that holds one text or a list of texts; raise Reject if none is.
+
+    White space is stripped at both ends, nothing else is changed: `<image>` or a model's special tokens are plain text.
+    """
+    return split_captions(value, limits)[0]
+
+
+def split_captions(value: Any, limits: Limits) -> tuple[list[str], list[Reject]]:
+    """Return (usable captions, why the others of the list were dropped); raise the first Reject if none is usable."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise Reject("caption_missing", "an empty list")
+    if len(values) > limits.max_captions:
+        raise Reject("caption_count", f"{len(values)} captions, at most {limits.max_captions} are allowed")
+    good: list[str] = []
+    dropped: list[Reject] = []
+    for item in values:
+        try:
+            good.append(_gate_caption(item, limits))
+        except Reject as reject:
+            dropped.append(reject)
+    if not good:
+        raise dropped[0]
+    return good, dropped
+
+
+def _gate_caption(value: Any, limits: Limits) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise Reject("caption_missing", repr(value))
+    if not isinstance(value, str):
+        raise Reject("caption_type", f"{type(value).__name__} {str(value)[:50]!r}")
+    text = value.strip()
+    if not text:
+        raise Reject("caption_empty")
+    if len(text) > limits.max_caption_chars:
+        raise Reject("caption_large", f"{len(text)} characters, at most {limits.max_caption_chars} are allowed")
+    if problem := text_problem(text):
+        raise Reject("caption_invalid", problem)
+    return text
+
+
+def gate_key(value: Any) -> str:
+    """Return a sample's key as text (whole numbers become their digits); raise Reject if it cannot identify a row."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or value == "":
+        raise Reject("key_missing")
+    if not isinstance(value, str):
+        raise Reject("key_invalid", f"{type(value).__name__} {str(value)[:50]!r}")
+    if problem := text_problem(value):
+        raise Reject("key_invalid", problem)
+    if len(value.encode()) > MAX_KEY_BYTES:
+        raise Reject("key_large", f"{len(value.encode())} bytes, at most {MAX_KEY_BYTES} are allowed")
+    return value
+
+
+def text_problem(text: str) -> str:
+    """Return what keeps `text` from being stored as UTF-8 ("a NUL character", "a lone surrogate"), or "" if nothing does."""
+    if "\x00" in text:
+        return "a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate at character {error.start}"
+    return ""

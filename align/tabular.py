@@ -1,0 +1,266 @@
+"""Rows of JSONL, CSV, TSV and parquet files: where they are in the file, and random access to those of one shard."""
+
+import csv
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.errors import DataError
+from align.gate import Reject, gate_key
+from align.units import HEAD_ROWS, MAX_ROW_BYTES, UTF8_MARK, Row, Unit, parse_json, require_columns
+
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def newline_blocks(descriptor: int, offset: int) -> Iterator[np.ndarray]:
+    """Yield arrays (n,) int64 of the byte positions of the newlines after `offset`, a block of 4 MiB at a time."""
+    while block := os.pread(descriptor, 1 << 22, offset):
+        yield np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10) + offset
+        offset += len(block)
+
+
+def text_start(file: str) -> int:
+    """Return the byte at which a text file's content begins (after a UTF-8 mark); DataError for UTF-16."""
+    with open(file, "rb") as opened:
+        first = opened.read(3)
+    if first[:2] in UTF16_MARKS:
+        raise DataError(f"{file} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file} > new.{file.rpartition('.')[2]}")
+    return 3 if first == UTF8_MARK else 0
+
+
+class TableUnit(Unit):
+    """Rows that are records of named cells; where the file has no key column, a row's key is the file's name and its number."""
+
+    @abstractmethod
+    def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
+        """Yield the records with indices start..stop; `columns` (None: all) are the ones that will be looked at."""
+
+    def _keys(self) -> Iterator[str | None]:
+        if self.key not in self.columns:
+            return
+        for index, record in enumerate(self._records(0, len(self), {self.key})):
+            row = self._row(index, record, images=False)
+            yield None if row.reject else row.key
+
+    def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
+        if images:
+            require_columns(self.file, self.columns, [self.image])
+        wanted = None if images else set(self.columns) - {self.image}
+        for index, record in zip(range(start, stop), self._records(start, stop, wanted), strict=True):
+            yield self._row(index, record, images)
+
+    def _row(self, index: int, record: dict[str, Any] | Reject, images: bool) -> Row:
+        if isinstance(record, Reject):
+            return Row(index, self._row_name(index), None, {}, record)
+        fields = {name: value for name, value in record.items() if name != self.image}
+        key = self._row_name(index)
+        if self.key in self.columns:
+            try:
+                if self.key not in record:
+                    raise Reject("missing_column", f"no {self.key!r}")
+                key = gate_key(record[self.key])
+            except Reject as reject:
+                return Row(index, key, None, {}, reject)
+        image = None
+        if images:
+            image = self._image_of(record[self.image]) if self.image in record else Reject("missing_column", f"no {self.image!r}")
+        return Row(index, key, image, fields)
+
+
+class JsonlUnit(TableUnit):
+    """Lines of JSON objects."""
+
+    def _open(self) -> None:
+        found = [np.array([self.offset - 1], dtype=np.int64)]
+        with open(self.file, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for block in newline_blocks(file.fileno(), self.offset):
+                found.append(block)
+                if sum(map(len, found)) > len(self):
+                    break
+        ends = np.concatenate([*found, np.array([size], dtype=np.int64)])  # a last line may lack its newline
+        self._ends = ends[: len(self) + 1]
+        self._require_rows(len(self._ends) - 1)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        names: dict[str, None] = {}
+        rejects = []
+        with open(self.file, "rb") as file:
+            file.seek(text_start(self.file))
+            for _ in range(HEAD_ROWS):
+                if not (line := file.readline(MAX_ROW_BYTES)):
+                    break
+                try:
+                    names.update(dict.fromkeys(parse_json(line)))
+                except Reject as reject:
+                    rejects.append(reject)
+        if not names and rejects:
+            raise DataError(f"{self.file}: none of its first rows is a JSON object ({rejects[0]}); expected one object a line")
+        return list(names)
+
+    def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
+        with open(self.file, "rb") as file:
+            for index in range(start, stop):
+                begin, end = int(self._ends[index]) + 1, int(self._ends[index + 1])
+                if end - begin > MAX_ROW_BYTES:
+                    yield Reject("row_large", f"a line of {end - begin} bytes, at most {MAX_ROW_BYTES} are read")
+                    continue
+                line = os.pread(file.fileno(), end - begin, begin)
+                try:
+                    yield parse_json(line) if line.strip() else Reject("row_blank")
+                except Reject as reject:
+                    yield reject
+
+
+class _Lines(Iterator[str]):
+    """Lines of a file for `csv`, one byte a character, counted."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.position = file, file.tell()
+        self.lengths: list[int] = []  # of the lines since it was last cleared
+
+    def __next__(self) -> str:
+        line = self.file.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            raise StopIteration
+        length = len(line)
+        while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            line = self.file.readline(MAX_ROW_BYTES + 1)
+            length += len(line)
+        self.lengths.append(length)
+        self.position += length
+        if length > MAX_ROW_BYTES:
+            raise csv.Error(f"a line of {length} bytes")
+        return line.decode("latin-1")
+
+
+def csv_records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, int, list[str] | Reject]]:
+    """Yield (first byte, byte after the last, cells or why it is bad) of each record of an open binary file from where it stands.
+
+    Cells hold one character a byte: `cell.encode("latin-1")` are the file's bytes. A record that breaks the quoting rules, or
+    with a cell above `csv.field_size_limit()`, is cut at its first line end, so that one open quote costs one row.
+    """
+    lines = _Lines(file)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        begin = lines.position
+        lines.lengths.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            end = begin + lines.lengths[0]
+            yield begin, end, Reject("row_syntax", str(error))
+            file.seek(end)
+            lines.position = end
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        else:
+            yield begin, lines.position, cells if cells else Reject("row_blank")
+
+
+def csv_delimiter(file: str) -> str:
+    """Return the character between the cells: a tab in .tsv files, else a comma."""
+    return "\t" if file.lower().endswith(".tsv") else ","
+
+
+def csv_header(file: str) -> tuple[list[str], int]:
+    """Return the column names of a CSV or TSV file and the byte at which its first row begins; DataError if they are unusable."""
+    with open(file, "rb") as opened:
+        opened.seek(text_start(file))
+        _, end, cells = next(csv_records(opened, csv_delimiter(file)), (0, 0, Reject("row_blank")))
+    if isinstance(cells, Reject):
+        raise DataError(f"{file}: its first line is not a header ({cells}); expected column names")
+    try:
+        names = [cell.encode("latin-1").decode("utf-8") for cell in cells]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: its header is not UTF-8 ({error}); convert the file") from error
+    if len(set(names)) != len(names):
+        raise DataError(f"{file}: a column name occurs twice in its header {names}; rename one")
+    return names, end
+
+
+class CsvUnit(TableUnit):
+    """Records of a CSV or TSV file with a header."""
+
+    def _open(self) -> None:
+        edges = [self.offset]
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            for _, end, _ in csv_records(file, csv_delimiter(self.file)):
+                edges.append(end)
+                if len(edges) > len(self):
+                    break
+        self._edges = np.array(edges, dtype=np.int64)
+        self._require_rows(len(edges) - 1)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        return csv_header(self.file)[0]
+
+    def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
+        if start >= stop:
+            return
+        with open(self.file, "rb") as file:
+            file.seek(int(self._edges[start]))
+            for _, (_, _, cells) in zip(range(start, stop), csv_records(file, csv_delimiter(self.file)), strict=False):
+                yield cells if isinstance(cells, Reject) else self._named(cells)
+
+    def _named(self, cells: list[str]) -> dict[str, Any] | Reject:
+        if len(cells) > len(self.columns):
+            return Reject("row_syntax", f"{len(cells)} cells under {len(self.columns)} column names")
+        try:
+            values = [cell.encode("latin-1").decode("utf-8") for cell in cells]
+        except UnicodeDecodeError as error:
+            return Reject("row_utf8", str(error))
+        return dict(zip(self.columns, values, strict=False))  # cells missing at the end are missing columns
+
+
+class ParquetUnit(TableUnit):
+    """Rows of a parquet file; the last row group is kept, because neighboring batches need it."""
+
+    def _open(self) -> None:
+        self._metadata = pq.read_metadata(self.file)
+        counts = [self._metadata.row_group(number).num_rows for number in range(self._metadata.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._require_rows(int(self._starts[-1]) - self.start)
+        self._kept: tuple[Any, pa.Table] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    @cached_property
+    def columns(self) -> list[str]:
+        return list(pq.ParquetFile(self.file, metadata=self._metadata).schema_arrow.names)
+
+    def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
+        first, last = self.start + start, self.start + stop
+        for group in range(len(self._starts) - 1):
+            begin, end = max(first, int(self._starts[group])), min(last, int(self._starts[group + 1]))
+            if begin >= end:
+                continue
+            try:
+                table = self._group(group, columns)
+            except (OSError, pa.ArrowException) as error:
+                yield from [Reject("row_unreadable", str(error)[:200])] * (end - begin)
+                continue
+            for number in range(begin - int(self._starts[group]), end - int(self._starts[group])):
+                try:
+                    yield {name: table[name][number].as_py() for name in table.column_names}
+                except UnicodeDecodeError as error:
+                    yield Reject("row_utf8", str(error))
+
+    def _group(self, group: int, columns: set[str] | None) -> pa.Table:
+        names = [name for name in self.columns if columns is None or name in columns]
+        if self._kept is None or self._kept[0] != (group, names):
+            self._kept = None  # one at a time in memory
+            file = pq.ParquetFile(self.file, metadata=self._metadata)
+            self._kept = ((group, names), file.read_row_group(group, columns=names, use_threads=False))
+        return self._kept[1]

@@ -1,0 +1,186 @@
+"""How each family of vision models is read: where its blocks and final norm are, and how many tokens precede the patches.
+
+`VISION_ADAPTERS` maps the exact `model_type` of a config to a function that wraps the model which AutoModel opens in a tower.
+A tower returns the tokens of any of its layers after the final norm. Legend: `B` batch, `P` patches, `D` width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import UsageError
+
+
+class BlockTower(nn.Module):
+    """A model that is a list of blocks (ViT) or stages (CNN) with a final norm.
+
+    `blocks` and `norm` are module paths inside `model`. `prefix` tokens precede the patches: CLS first if `has_cls`, then
+    registers. `unused` are parameter prefixes that no feature reads. `arguments(model, pixels)` are extra forward arguments.
+    Layer 0 is the input of the first block; a CNN starts at layer 1, and its norm fits its last stage only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: str,
+        norm: str | None,
+        *,
+        has_cls: bool = False,
+        prefix: int = 0,
+        cnn: bool = False,
+        unused: tuple[str, ...] = (),
+        arguments: Callable[[Any, Tensor], dict[str, Any]] = lambda model, pixels: {},
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.blocks, self.norm = blocks, norm
+        self.has_cls, self.prefix, self.cnn = has_cls, prefix, cnn
+        self.unused, self.arguments = unused, arguments
+        self.first, self.count = int(cnn), len(self._blocks())
+
+    def _blocks(self) -> Any:
+        return self.model.get_submodule(self.blocks)  # ModuleList or Sequential
+
+    def truncate(self, layer: int) -> None:
+        """Drop the blocks of a ViT after `layer`: they would be computed in vain. (The norm after a CNN needs its last stage.)"""
+        if not self.cnn:
+            self.model.set_submodule(self.blocks, self._blocks()[: max(layer, 1)])
+
+    def forward(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Return, per layer, the tokens after the final norm, prefix included: (B, prefix + P, D)."""
+        outputs: dict[int, Tensor] = {}
+        blocks = self._blocks()
+        handles = [blocks[layer - 1].register_forward_hook(partial(_keep, outputs, layer)) for layer in set(layers) - {0}]
+        if 0 in layers:
+            handles.append(blocks[0].register_forward_pre_hook(partial(_keep_input, outputs)))
+        try:
+            self.model(pixels, **self.arguments(self.model, pixels))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [self._tokens(outputs[layer], layer) for layer in layers]
+
+    def _tokens(self, output: Tensor, layer: int) -> Tensor:
+        tokens = output.flatten(2).transpose(1, 2) if self.cnn else output  # (B, D, h, w) -> (B, P, D)
+        if self.norm is None or (self.cnn and layer < self.count):
+            return tokens
+        return self.model.get_submodule(self.norm)(tokens)
+
+
+class MapTower(nn.Module):
+    """A timm CNN, or a pyramid like Swin: layers 1..n are its stages' maps, layer n + 1 is what its `forward_features` gives."""
+
+    has_cls, prefix, cnn, first = False, 0, True, 1
+    unused: tuple[str, ...] = ()
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.count = len(model.timm_model.feature_info) + 1
+        self.channels_last = hasattr(model.timm_model, "output_fmt") and model.timm_model.output_fmt == "NHWC"
+
+    def truncate(self, layer: int) -> None:
+        """Nothing to drop: inner stages are read with `stop_early`."""
+
+    def forward(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Return, per layer, the map as tokens: (B, P, D), D differing between layers."""
+        inner = sorted(set(layers) - {self.count})
+        last = self.count in layers
+        read = partial(self.model.timm_model.forward_intermediates, pixels, output_fmt="NCHW", indices=[k - 1 for k in inner])
+        maps: dict[int, Tensor] = {}
+        if last and not inner:
+            final = self.model.timm_model.forward_features(pixels)
+        elif last:
+            final, found = read()
+        else:
+            found = read(intermediates_only=True, stop_early=True)
+        if inner:
+            maps = dict(zip(inner, found, strict=True))
+        if last:
+            maps[self.count] = final.permute(0, 3, 1, 2) if self.channels_last else final
+        return [maps[layer].flatten(2).transpose(1, 2) for layer in layers]
+
+
+Tower = BlockTower | MapTower
+
+
+def _keep(outputs: dict[int, Tensor], layer: int, block: nn.Module, inputs: Any, output: Any) -> None:
+    outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+
+def _keep_input(outputs: dict[int, Tensor], block: nn.Module, inputs: Any) -> None:
+    outputs[0] = inputs[0]
+
+
+def _interpolated(model: Any, pixels: Tensor) -> dict[str, Any]:
+    return {"interpolate_pos_encoding": True}  # a no-op at the size that the model was trained with
+
+
+def _unmasked(model: Any, pixels: Tensor) -> dict[str, Any]:
+    """MAE drops and shuffles patches by sorting random noise; ascending noise and a mask ratio of 0 keep all, in order."""
+    model.config.mask_ratio = 0.0
+    height, width = model.embeddings.patch_embeddings.patch_size
+    patches = (pixels.shape[2] // height) * (pixels.shape[3] // width)
+    noise = torch.arange(patches, dtype=torch.float32, device=pixels.device).expand(len(pixels), -1)
+    return {"noise": noise, "interpolate_pos_encoding": True}
+
+
+def _vit(blocks: str, norm: str, has_cls: bool = True, registers: bool = False, **more: Any) -> Callable[[Any], Tower]:
+    def adapter(model: Any) -> Tower:
+        prefix = int(has_cls) + (model.config.num_register_tokens if registers else 0)
+        return BlockTower(model, blocks, norm, has_cls=has_cls, prefix=prefix, **more)
+
+    return adapter
+
+
+def _cnn(blocks: str, norm: str | None) -> Callable[[Any], Tower]:
+    return lambda model: BlockTower(model, blocks, norm, cnn=True)
+
+
+def _timm(model: Any) -> Tower:
+    timm_model = model.timm_model
+    if not hasattr(timm_model, "num_prefix_tokens"):
+        return MapTower(model)
+    if not hasattr(timm_model, "blocks") or not hasattr(timm_model, "norm"):
+        raise UsageError(
+            f"timm architecture {model.config.architecture!r} is neither a ViT (blocks, then norm) nor a CNN; "
+            "choose another architecture, or one that transformers has itself"
+        )
+    return BlockTower(
+        model,
+        "timm_model.blocks",
+        "timm_model.norm",
+        has_cls=timm_model.cls_token is not None,
+        prefix=timm_model.num_prefix_tokens,
+        arguments=lambda model, pixels: {"do_pooling": False},
+    )
+
+
+# CLIP's last_hidden_state is before its post_layernorm; it is applied here to all tokens. SigLIP, AIMv2 and I-JEPA have no CLS.
+# `siglip2` means the NaFlex models, whose pixels come as packed patches: not an image contract (fixed-size SigLIP 2 is `siglip`).
+_CLIP = _vit("encoder.layers", "post_layernorm", arguments=_interpolated)
+_SIGLIP = _vit("encoder.layers", "post_layernorm", has_cls=False, unused=("head.",), arguments=_interpolated)
+_AIMV2 = _vit("encoder.layers", "rms_norm", has_cls=False, unused=("head.",))
+
+VISION_ADAPTERS: dict[str, Callable[[Any], Tower]] = {
+    "dinov2": _vit("encoder.layer", "layernorm", unused=("embeddings.mask_token",)),
+    "dinov2_with_registers": _vit("encoder.layer", "layernorm", registers=True, unused=("embeddings.mask_token",)),
+    "dinov3_vit": _vit("model.layer", "norm", registers=True, unused=("embeddings.mask_token",)),
+    "dinov3_convnext": _cnn("model.stages", "layer_norm"),
+    "vit": _vit("layers", "layernorm", unused=("pooler.",), arguments=_interpolated),
+    "vit_mae": _vit("layers", "layernorm", arguments=_unmasked),
+    "ijepa": _vit("layers", "layernorm", has_cls=False, unused=("pooler.",), arguments=_interpolated),
+    "aimv2": _AIMV2,
+    "aimv2_vision_model": _AIMV2,
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "convnextv2": _cnn("encoder.stages", "layernorm"),
+    "resnet": _cnn("encoder.stages", None),
+    "timm_wrapper": _timm,
+}
+DUAL_ENCODERS = ("aimv2", "clip", "siglip")  # the vision tower is read out of the image-text model's folder

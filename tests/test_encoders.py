@@ -1,0 +1,720 @@
+"""Encoders against plain transformers on tiny random models: same tokens, same order, honest fingerprints."""
+
+import ast
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, ViTImageProcessor
+
+from align import encoders
+from align.encoders import VisionEncoder, feature_width, load_text_encoder, load_vision_encoder
+from align.errors import DamagedError, OfflineError, UsageError
+from align.towers import VISION_ADAPTERS
+
+SIZE, PATCH, GRID = 42, 14, 3
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+STAGES = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1]}
+TIMM_SIZE = {"input_size": (3, SIZE, SIZE), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "crop_pct": 0.9}
+
+
+def tokens_of(map_):
+    return map_.flatten(2).transpose(1, 2)
+
+
+def cls_first(skip):
+    def expected(model, pixels):
+        hidden = model(pixels).last_hidden_state
+        return hidden[:, 0], hidden[:, skip:]
+
+    return expected
+
+
+def no_cls(model, pixels):
+    return None, model(pixels).last_hidden_state
+
+
+def mae(model, pixels):
+    """Run the stock model with nothing masked but patches shuffled at random, and put them back in order."""
+    model.config.mask_ratio = 0.0
+    output = model(pixels)
+    cls, shuffled = output.last_hidden_state[:, 0], output.last_hidden_state[:, 1:]
+    return cls, torch.stack([row[order] for row, order in zip(shuffled, output.ids_restore, strict=True)])
+
+
+def clip(model, pixels):
+    vision = model.vision_model if hasattr(model, "vision_model") else model
+    hidden = vision.post_layernorm(vision(pixels).last_hidden_state)
+    return hidden[:, 0], hidden[:, 1:]
+
+
+def vision_tower(model, pixels):
+    return no_cls(model.vision_model, pixels)
+
+
+def timm_tokens(prefix, has_cls):
+    def expected(model, pixels):
+        hidden = model.timm_model.forward_features(pixels)
+        return hidden[:, 0] if has_cls else None, hidden[:, prefix:]
+
+    return expected
+
+
+# model class, config arguments, what the stock model gives
+CASES = {
+    "dinov2": ("Dinov2Model", VIT, cls_first(1)),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", {**VIT, "num_register_tokens": 3}, cls_first(4)),
+    "dinov3_vit": ("DINOv3ViTModel", {**VIT, "num_register_tokens": 4}, cls_first(5)),
+    "dinov3_convnext": ("DINOv3ConvNextModel", STAGES, lambda model, pixels: (None, model(pixels).last_hidden_state[:, 1:])),
+    "vit": ("ViTModel", VIT, cls_first(1)),
+    "vit_mae": ("ViTMAEModel", {**VIT, "mask_ratio": 0.75}, mae),
+    "ijepa": ("IJepaModel", VIT, no_cls),
+    "aimv2_vision_model": ("Aimv2VisionModel", VIT, no_cls),
+    "aimv2": ("Aimv2Model", {"vision_config": {**VIT, "is_native": True}, "text_config": TEXT}, vision_tower),
+    "clip_vision_model": ("CLIPVisionModel", VIT, clip),
+    "clip": ("CLIPModel", {"vision_config": VIT, "text_config": TEXT}, clip),
+    "siglip_vision_model": ("SiglipVisionModel", VIT, no_cls),
+    "siglip": ("SiglipModel", {"vision_config": VIT, "text_config": TEXT}, vision_tower),
+    "convnextv2": (
+        "ConvNextV2Model",
+        STAGES,
+        lambda model, pixels: (None, model.layernorm(tokens_of(model(pixels).last_hidden_state))),
+    ),
+    "resnet": (
+        "ResNetModel",
+        {**STAGES, "embedding_size": 8, "layer_type": "basic"},
+        lambda model, pixels: (None, tokens_of(model(pixels).last_hidden_state)),
+    ),
+}
+TIMM_VIT = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 32, "depth": 3, "num_heads": 4}
+TIMM_CASES = {
+    "vit with cls and registers": ("vit_small_patch14_reg4_dinov2", TIMM_VIT, timm_tokens(5, True)),
+    "vit with registers, no cls": (
+        "vit_small_patch16_224",
+        {**TIMM_VIT, "class_token": False, "reg_tokens": 2, "global_pool": "avg"},
+        timm_tokens(2, False),
+    ),
+    "distilled deit": ("deit_tiny_distilled_patch16_224", TIMM_VIT, timm_tokens(2, True)),
+    "efficientnet": ("test_efficientnet", {}, lambda model, pixels: (None, tokens_of(model.timm_model.forward_features(pixels)))),
+    "resnet": ("test_resnet", {}, lambda model, pixels: (None, tokens_of(model.timm_model.forward_features(pixels)))),
+    "channels-last swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 56, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)},
+        lambda model, pixels: (None, model.timm_model.forward_features(pixels).flatten(1, 2)),
+    ),
+}
+VITS = [name for name, (_, arguments, _) in CASES.items() if arguments is not STAGES and "embedding_size" not in arguments]
+
+
+def shake(model):
+    """Make norms, biases and scales non-trivial, so that a norm left out or applied twice shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def save(folder, model_type, **config):
+    torch.manual_seed(0)
+    model_class, arguments, _ = CASES[model_type]
+    model_class = getattr(transformers, model_class)
+    shake(model_class(model_class.config_class(**{**arguments, **config}))).save_pretrained(folder)
+    processor = BitImageProcessor(
+        size={"shortest_edge": 48},
+        crop_size={"height": SIZE, "width": SIZE},
+        resample=3,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        do_convert_rgb=True,
+    )
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def save_timm(folder, architecture, arguments):
+    torch.manual_seed(0)
+    size = arguments.get("img_size", SIZE)
+    pretrained = {**TIMM_SIZE, "input_size": (3, size, size)}
+    config = transformers.TimmWrapperConfig(architecture=architecture, model_args=arguments, pretrained_cfg=pretrained, num_labels=2)
+    shake(transformers.TimmWrapperModel(config)).save_pretrained(folder)
+    return str(folder)
+
+
+def pixels_of(encoder, count=2):
+    sample = encoder.transform(Image.new("RGB", (60, 50)))
+    return torch.randn((count, *sample.shape), generator=torch.Generator().manual_seed(2))
+
+
+def close(actual, expected, tolerance=1e-5):
+    if expected is None:
+        assert actual is None
+    else:
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("dinov2") / "tiny", "dinov2")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (75, 100, 3), dtype=np.uint8)).resize((500, 375))
+
+
+def test_every_adapter_is_tested():
+    assert set(VISION_ADAPTERS) == {*CASES, "timm_wrapper"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", CASES)
+def test_tokens_are_those_of_the_stock_model(tmp_path, model_type):
+    folder = save(tmp_path / "m", model_type)
+    encoder = load_vision_encoder(folder)
+    pixels = pixels_of(encoder)
+    stock = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    cls, patches = CASES[model_type][2](stock, pixels)
+    own_cls, own_patches = encoder.encode(pixels)
+    close(own_cls, cls)
+    close(own_patches, patches)
+    assert encoder.patch_grid[0] * encoder.patch_grid[1] == own_patches.shape[1]
+    assert (encoder.width, encoder.has_cls) == (patches.shape[-1], cls is not None)
+    if model_type in VITS:
+        assert encoder.patch_grid == (GRID, GRID)
+    pooled = patches.mean(1) if cls is None else torch.cat([cls, patches.mean(1)], -1)
+    close(encoder(pixels), pooled)
+    assert encoder.feature_width == pooled.shape[-1]
+    dense = encoder.dense(pixels)
+    close(dense[:, -1], patches[:, -1] if cls is None else torch.cat([cls, patches[:, -1]], -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", TIMM_CASES)
+def test_tokens_are_those_of_timm(tmp_path, case):
+    architecture, arguments, expected = TIMM_CASES[case]
+    folder = save_timm(tmp_path / "m", architecture, arguments)
+    encoder = load_vision_encoder(folder)
+    pixels = pixels_of(encoder)
+    stock = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    cls, patches = expected(stock, pixels)
+    own_cls, own_patches = encoder.encode(pixels)
+    close(own_cls, cls)
+    close(own_patches, patches)
+    assert encoder.patch_grid[0] * encoder.patch_grid[1] == own_patches.shape[1]
+    assert encoder.width == patches.shape[-1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", VITS)
+def test_patches_are_in_row_major_order(tmp_path, model_type):
+    encoder = load_vision_encoder(save(tmp_path / "m", model_type), layer=0)
+    blank = torch.zeros(1, 3, SIZE, SIZE)
+    for row, column in ((0, 0), (0, 2), (1, 0), (2, 1)):
+        bright = blank.clone()
+        bright[..., row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] = 5.0
+        change = (encoder.encode(bright)[1] - encoder.encode(blank)[1]).norm(dim=-1)[0]
+        assert change.argmax() == row * GRID + column
+        assert (change > 1e-4).sum() == 1  # the embeddings of other patches do not see it
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", VITS)
+def test_inner_layers_pass_the_final_norm_and_drop_later_blocks(tmp_path, model_type):
+    folder = save(tmp_path / "m", model_type)
+    whole = load_vision_encoder(folder)
+    assert (whole.layers, whole.layer) == (3, 3)
+    pixels = pixels_of(whole)
+    every = whole.encode_layers(pixels, range(4))
+    for layer, (cls, patches) in enumerate(every):
+        part = load_vision_encoder(folder, layer=layer)
+        assert sum(p.numel() for p in part.parameters()) <= sum(p.numel() for p in whole.parameters()) - (layer in (0, 1, 2))
+        close(part.encode(pixels)[0], cls, 1e-6)
+        close(part.encode(pixels)[1], patches, 1e-6)
+    close(every[3][1], whole.encode(pixels)[1], 0)
+    assert load_vision_encoder(folder, layer=-2).layer == 2
+
+
+@torch.no_grad()
+def test_inner_layers_are_the_stock_hidden_states(dinov2):
+    encoder = load_vision_encoder(dinov2)
+    pixels = pixels_of(encoder)
+    stock = AutoModel.from_pretrained(dinov2).eval()
+    hidden = stock(pixels, output_hidden_states=True).hidden_states
+    for layer, (cls, patches) in enumerate(encoder.encode_layers(pixels, [0, 1, 2, 3])):
+        close(cls, stock.layernorm(hidden[layer])[:, 0])
+        close(patches, stock.layernorm(hidden[layer])[:, 1:])
+
+
+@torch.no_grad()
+def test_inner_layers_of_cnns_are_stage_maps(tmp_path):
+    folder = save(tmp_path / "c", "dinov3_convnext")
+    encoder = load_vision_encoder(folder)
+    pixels = pixels_of(encoder)
+    hidden = AutoModel.from_pretrained(folder).eval()(pixels, output_hidden_states=True).hidden_states
+    second = load_vision_encoder(folder, layer=2)
+    assert (second.width, encoder.width, encoder.layers) == (12, 20, 4)
+    close(second.encode(pixels)[1], tokens_of(hidden[2]))
+    with pytest.raises(UsageError, match="allowed: 1 to 4, or -4 to -1"):
+        load_vision_encoder(folder, layer=0)
+
+
+@torch.no_grad()
+def test_inner_layers_of_timm_cnns_are_stage_maps(tmp_path):
+    folder = save_timm(tmp_path / "t", "test_efficientnet", {})
+    encoder = load_vision_encoder(folder)
+    pixels = pixels_of(encoder)
+    stock = AutoModel.from_pretrained(folder).eval().timm_model
+    maps = stock.forward_intermediates(pixels, intermediates_only=True)
+    assert encoder.layers == len(maps) + 1
+    together = encoder.encode_layers(pixels, [*range(1, len(maps) + 1), -1])
+    for (_, patches), expected in zip(together, [*maps, stock.forward_features(pixels)], strict=True):
+        close(patches, tokens_of(expected))
+    third = load_vision_encoder(folder, layer=3)
+    assert third.width == maps[2].shape[1]
+    assert third.patch_grid == tuple(maps[2].shape[2:])
+    close(third.encode(pixels)[1], tokens_of(maps[2]))
+
+
+def test_layers_out_of_range_are_refused(dinov2):
+    for layer in (4, -5):
+        with pytest.raises(UsageError, match=r"allowed: 0 to 3, or -4 to -1"):
+            load_vision_encoder(dinov2, layer=layer)
+    inner = load_vision_encoder(dinov2, layer=1)
+    with pytest.raises(UsageError, match="load it with layer=-1"):
+        inner.encode_layers(torch.zeros(1, 3, SIZE, SIZE), [2])
+
+
+@pytest.mark.parametrize("feature", ["cls", "cls_mean"])
+def test_cls_features_need_a_cls(tmp_path, feature):
+    with pytest.raises(UsageError, match="feature='mean'"):
+        load_vision_encoder(save(tmp_path / "m", "siglip_vision_model"), feature=feature)
+    assert (feature_width(8, "auto", True), feature_width(8, "auto", False), feature_width(8, "cls", True)) == (16, 8, 8)
+
+
+@torch.no_grad()
+def test_bf16_is_close_and_returns_float32(dinov2, tmp_path):
+    for folder in (dinov2, save_timm(tmp_path / "t", "test_resnet", {})):
+        exact, fast = load_vision_encoder(folder), load_vision_encoder(folder, precision="bf16")
+        pixels = pixels_of(exact, 4)
+        expected, actual = exact(pixels), fast(pixels)
+        assert actual.dtype == torch.float32
+        assert 0 < (actual - expected).norm() / expected.norm() < 0.02
+
+
+@torch.no_grad()
+def test_an_outer_autocast_does_not_touch_an_fp32_encoder(dinov2):
+    encoder = load_vision_encoder(dinov2)
+    pixels = pixels_of(encoder)
+    expected = encoder(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(pixels), expected)
+
+
+def test_encoders_stay_frozen(dinov2):
+    encoder = load_vision_encoder(dinov2)
+    torch.nn.Sequential(encoder).train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_transform_is_the_image_processor(dinov2, tmp_path, photo):
+    encoder = load_vision_encoder(dinov2)
+    expected = AutoImageProcessor.from_pretrained(dinov2)(photo, return_tensors="pt")["pixel_values"][0]
+    assert expected.shape == (3, SIZE, SIZE)
+    assert expected.dtype == torch.float32
+    assert torch.equal(encoder.transform(photo), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(encoder.transform))(photo), expected)
+    timm = load_vision_encoder(save_timm(tmp_path / "t", "test_resnet", {}))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "t")
+    assert torch.equal(timm.transform(photo), processor(photo)["pixel_values"][0])
+
+
+def test_the_backend_of_the_processor_is_recorded(dinov2, tmp_path):
+    def backend(encoder):
+        return json.loads(encoder.fingerprint["preprocessing"])["backend"]
+
+    assert backend(load_vision_encoder(dinov2)) == "torchvision"
+    assert backend(load_vision_encoder(save_timm(tmp_path / "t", "test_resnet", {}))) == "pil"
+
+
+def test_image_size_scales_resize_and_crop(dinov2, tmp_path, photo):
+    larger = load_vision_encoder(dinov2, image_size=70)
+    assert larger.transform(photo).shape == (3, 70, 70)
+    assert larger.patch_grid == (5, 5)
+    values = json.loads(larger.fingerprint["preprocessing"])
+    assert (values["size"], values["crop_size"]) == ({"shortest_edge": 80}, {"height": 70, "width": 70})
+    timm = load_vision_encoder(save_timm(tmp_path / "t", *TIMM_CASES["vit with cls and registers"][:2]), image_size=70)
+    assert timm.patch_grid == (5, 5)
+    assert timm(timm.transform(photo)[None]).shape == (1, 64)
+
+
+@pytest.mark.parametrize("model_type", ["vit", "clip", "siglip", "vit_mae", "ijepa", "dinov3_vit"])
+def test_position_embeddings_are_interpolated(tmp_path, model_type):
+    assert load_vision_encoder(save(tmp_path / "m", model_type), image_size=56).patch_grid == (4, 4)
+
+
+def test_sizes_that_a_model_cannot_take_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="does not take images of 56 x 56"):
+        load_vision_encoder(save(tmp_path / "m", "aimv2_vision_model"), image_size=56)
+
+
+def test_processors_with_varying_output_are_refused(dinov2, tmp_path):
+    shutil.copytree(dinov2, tmp_path / "m")
+    BitImageProcessor(size={"shortest_edge": 48}, do_center_crop=False).save_pretrained(tmp_path / "m")
+    with pytest.raises(UsageError, match="different shapes"):
+        load_vision_encoder(str(tmp_path / "m"))
+
+
+def test_non_square_images_keep_their_grid(dinov2, tmp_path):
+    shutil.copytree(dinov2, tmp_path / "m")
+    ViTImageProcessor(size={"height": 28, "width": 70}).save_pretrained(tmp_path / "m")
+    assert load_vision_encoder(str(tmp_path / "m")).patch_grid == (2, 5)
+
+
+def change_processor(folder, **values):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_weight(folder, name):
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+CHANGES = {
+    "weights": lambda folder: change_weight(folder, "encoder.layer.2.mlp.fc1.weight"),
+    "mean": lambda folder: change_processor(folder, image_mean=[0.5, 0.5, 0.5]),
+    "std": lambda folder: change_processor(folder, image_std=[0.5, 0.5, 0.5]),
+    "resize": lambda folder: change_processor(folder, size={"shortest_edge": 50}),
+    "crop": lambda folder: change_processor(folder, crop_size={"height": 56, "width": 56}),
+    "interpolation": lambda folder: change_processor(folder, resample=2),
+    "processor": lambda folder: change_processor(folder, image_processor_type="ViTImageProcessor"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_fingerprint_follows_the_folder(dinov2, tmp_path, change):
+    folder = tmp_path / "tiny"
+    shutil.copytree(dinov2, folder)
+    before = load_vision_encoder(dinov2).fingerprint
+    assert load_vision_encoder(str(folder)).fingerprint == before  # moved, same name
+    CHANGES[change](folder)
+    after = load_vision_encoder(str(folder)).fingerprint
+    assert {key for key in before if before[key] != after[key]} == {"weights" if change == "weights" else "preprocessing"}
+    assert all(isinstance(value, str | int) for value in before.values())
+
+
+def test_fingerprint_follows_the_settings(dinov2):
+    before = load_vision_encoder(dinov2).fingerprint
+    for setting, value in {"feature": "cls", "layer": 2, "precision": "bf16"}.items():
+        after = load_vision_encoder(dinov2, **{setting: value}).fingerprint
+        assert {key for key in before if before[key] != after[key]} == {setting}
+    larger = load_vision_encoder(dinov2, image_size=70).fingerprint
+    assert {key for key in before if before[key] != larger[key]} == {"preprocessing"}
+    assert load_vision_encoder(dinov2, layer=3, feature="cls_mean").fingerprint == before  # the same, said otherwise
+
+
+def test_weights_hash_ignores_storage_and_unused_parameters(tmp_path):
+    folder = tmp_path / "vit"
+    before = load_vision_encoder(save(folder, "vit")).fingerprint
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if not key.startswith("pooler.")}
+    assert len(kept) < len(weights)
+    half = len(kept) // 2
+    parts = {"model-00001-of-00002.safetensors": list(kept)[half:], "model-00002-of-00002.safetensors": list(kept)[:half]}
+    for name, keys in parts.items():
+        save_file({key: kept[key] for key in keys}, folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {key: name for name, keys in parts.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_vision_encoder(str(folder)).fingerprint == before
+
+
+def test_tower_of_a_dual_encoder_has_the_same_weights_alone(tmp_path):
+    folder = save(tmp_path / "full", "clip")
+    transformers.CLIPModel.from_pretrained(folder).vision_model.save_pretrained(tmp_path / "alone")
+    shutil.copy(tmp_path / "full" / "preprocessor_config.json", tmp_path / "alone")
+    full, alone = load_vision_encoder(folder), load_vision_encoder(str(tmp_path / "alone"))
+    assert full.fingerprint["weights"] == alone.fingerprint["weights"]
+
+
+def test_half_precision_checkpoints_are_read_as_float32(dinov2, tmp_path):
+    shutil.copytree(dinov2, tmp_path / "half")
+    AutoModel.from_pretrained(dinov2).half().save_pretrained(tmp_path / "half")
+    encoder = load_vision_encoder(str(tmp_path / "half"))
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+
+
+def without_weight(folder, name="encoder.layer.1.mlp.fc1.weight"):
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def as_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def of_type(folder, model_type):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+
+
+def cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (without_weight, UsageError, "lacks 1 weights of its architecture, such as encoder.layer.1.mlp.fc1.weight"),
+        (as_pickle, UsageError, "model.safetensors"),
+        (cut, DamagedError, "cannot be read"),
+        (lambda folder: of_type(folder, "bert"), UsageError, "'bert' has no vision adapter; known model types: aimv2"),
+        (lambda folder: of_type(folder, "nonesuch"), UsageError, "known model types: aimv2"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), UsageError, "preprocessor_config.json"),
+        (lambda folder: (folder / "config.json").unlink(), UsageError, "has no config.json"),
+    ],
+)
+def test_bad_folders_are_refused_in_one_line(dinov2, tmp_path, damage, error, message):
+    shutil.copytree(dinov2, tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(error, match=message) as caught:
+        load_vision_encoder(str(tmp_path / "m"))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_lead_nowhere_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in (str(tmp_path / "nothing"), "./nothing", "a/b/c"):
+        with pytest.raises(UsageError, match="is not a folder"):
+            load_vision_encoder(name)
+    with pytest.raises(OfflineError, match="give a downloaded folder") as caught:
+        load_vision_encoder("nobody/has-this-model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OfflineError):
+        load_text_encoder("nobody/has-this-model")
+    with pytest.raises(UsageError, match="pinned commit"):
+        load_vision_encoder("nobody/has-this-model", trust_remote_code=True, revision="main")
+
+
+def test_precision_is_checked(dinov2):
+    with pytest.raises(UsageError, match="allowed: fp32, bf16"):
+        load_vision_encoder(dinov2, precision="fp16")
+    assert isinstance(load_vision_encoder(dinov2), VisionEncoder)
+
+
+# ---------------------------------------------------------------- text
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "dog", "cat", "on", "left", "red", "big", "small", "blue", "the"]
+WORDS += ["and", "car", "tree", "##s"]
+CAPTIONS = ["a dog", "a big red dog on the left of a small blue car and a tree", "cats", "", "the the the", "a photo of a cat"]
+
+
+def save_bert(folder, pooling="mean", normalize=True, dense=False, **tokenizer):
+    """Save a tiny sentence-transformers folder with a closing Normalize, as all-MiniLM has."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=24
+    )
+    plain = folder / "plain"
+    shake(transformers.BertModel(config)).save_pretrained(plain)
+    (plain / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(vocab=str(plain / "vocab.txt"), model_max_length=16, **tokenizer).save_pretrained(plain)
+    modules = [Transformer(str(plain)), Pooling(32, pooling)]
+    modules += [Dense(32, 20)] if dense else []
+    modules += [Normalize()] if normalize else []
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "st"))
+    return str(folder / "st"), str(plain)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@torch.no_grad()
+def stock_mean(folder, text, max_length=16, side="right"):
+    """Return the mean of one text's token vectors by plain transformers, without a batch or padding."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, truncation_side=side)
+    tokens = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+    return AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state.mean(1)[0]
+
+
+@torch.no_grad()
+def test_text_embeddings_are_the_stock_masked_mean(bert):
+    folder, plain = bert
+    for name in (folder, plain):
+        encoder = load_text_encoder(name)
+        actual = encoder.encode(CAPTIONS, batch_size=4)
+        assert (actual.dtype, actual.shape) == (torch.float32, (len(CAPTIONS), encoder.width))
+        close(actual, torch.stack([stock_mean(plain, text) for text in CAPTIONS]))
+        assert (actual.norm(dim=1) - 1).abs().min() > 0.1  # not normalized
+        assert '"pooling_mode": "mean"' in encoder.fingerprint["pooling"]
+        assert "Normalize" not in encoder.fingerprint["pooling"]
+
+
+@torch.no_grad()
+def test_text_embeddings_do_not_depend_on_the_batch(bert):
+    encoder = load_text_encoder(bert[0])
+    one_by_one = torch.cat([encoder.encode([text], batch_size=1) for text in CAPTIONS])
+    for batch_size in (1, 2, 16):
+        close(encoder.encode(CAPTIONS, batch_size), one_by_one)
+    close(encoder.encode(CAPTIONS[::-1], 3), one_by_one.flip(0))
+    assert encoder.encode([], batch_size=4).shape == (0, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["", "a photo of "])
+def test_text_forward_is_encode(bert, prompt):
+    encoder = load_text_encoder(bert[0], prompt=prompt)
+    batch = encoder.tokenizer([prompt + text for text in CAPTIONS], padding=True, truncation=True, return_tensors="pt")
+    close(encoder(batch["input_ids"], batch["attention_mask"]), encoder.encode(CAPTIONS, 8))
+    close(encoder.encode(CAPTIONS, 8), load_text_encoder(bert[0]).encode([prompt + text for text in CAPTIONS], 8))
+
+
+@torch.no_grad()
+def test_text_tokens_average_to_the_embedding(bert):
+    encoder = load_text_encoder(bert[0], prompt="the ")
+    tokens, mask = encoder.encode_tokens(CAPTIONS)
+    assert (tokens.ndim, mask.dtype, tokens.shape[:2]) == (3, torch.bool, mask.shape)
+    close((tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), encoder.encode(CAPTIONS, 8))
+
+
+@torch.no_grad()
+def test_text_is_truncated_at_max_length_on_the_recorded_side(bert, tmp_path):
+    long = "a dog and a cat and a car and a tree"
+    short = load_text_encoder(bert[0], max_length=5)
+    close(short.encode([long], 1)[0], stock_mean(bert[1], long, max_length=5))
+    assert (short.max_length, short.fingerprint["max_length"]) == (5, 5)
+    left = load_text_encoder(save_bert(tmp_path, truncation_side="left")[0], max_length=5)
+    assert left.fingerprint["truncation_side"] == "left"
+    close(left.encode([long], 1)[0], stock_mean(bert[1], long, max_length=5, side="left"))
+    assert load_text_encoder(bert[0], max_length=24).max_length == 24  # more than the tokenizer says, within the positions
+    with pytest.raises(UsageError, match="max_length=25 is more than"):
+        load_text_encoder(bert[0], max_length=25)
+    with pytest.raises(UsageError, match="at least 1"):
+        load_text_encoder(bert[0], max_length=0)
+
+
+@torch.no_grad()
+def test_text_heads_of_the_folder_are_kept(tmp_path):
+    folder, plain = save_bert(tmp_path, pooling="cls", dense=True)
+    encoder = load_text_encoder(folder)
+    tokens = transformers.AutoTokenizer.from_pretrained(plain)(CAPTIONS[:1], return_tensors="pt")
+    cls = AutoModel.from_pretrained(plain).eval()(**tokens).last_hidden_state[:, 0]
+    head = load_file(tmp_path / "st" / "2_Dense" / "model.safetensors")
+    close(encoder.encode(CAPTIONS[:1], 1), torch.tanh(cls @ head["linear.weight"].T + head["linear.bias"]))
+    assert encoder.width == 20
+
+
+@torch.no_grad()
+def test_decoders_are_pooled_at_their_last_token(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    _, plain = save_bert(tmp_path / "bert")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+    )
+    model = shake(transformers.Qwen3Model(config))
+    model.save_pretrained(tmp_path / "qwen")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(plain, padding_side="left")
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    SentenceTransformer(modules=[Transformer(str(tmp_path / "qwen")), Pooling(32, "lasttoken")], device="cpu").save(str(tmp_path / "st"))
+    encoder = load_text_encoder(str(tmp_path / "st"))
+    expected = [
+        model(**tokenizer(text, truncation=True, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0, -1]
+        for text in CAPTIONS
+    ]
+    close(encoder.encode(CAPTIONS, 4), torch.stack(expected))
+    batch = encoder.tokenizer(CAPTIONS, padding=True, truncation=True, return_tensors="pt")
+    close(encoder(batch["input_ids"], batch["attention_mask"]), torch.stack(expected))
+
+
+@torch.no_grad()
+def test_text_bf16_is_close_and_frozen(bert):
+    exact, fast = load_text_encoder(bert[0]), load_text_encoder(bert[0], precision="bf16")
+    expected, actual = exact.encode(CAPTIONS, 4), fast.encode(CAPTIONS, 4)
+    assert actual.dtype == torch.float32
+    assert 0 < (actual - expected).norm() / expected.norm() < 0.02
+    exact.train()
+    assert not any(module.training for module in exact.modules())
+    assert not any(parameter.requires_grad for parameter in exact.parameters())
+
+
+def test_a_head_can_train_on_text_embeddings(bert):
+    torch.nn.Linear(32, 4)(load_text_encoder(bert[0]).encode(CAPTIONS, 4)).sum().backward()
+
+
+def test_text_fingerprint_follows_settings_and_folder(bert, tmp_path):
+    before = load_text_encoder(bert[0]).fingerprint
+    assert all(isinstance(value, str | int) for value in before.values())
+    assert before["normalized"] == "no"
+
+    def changed(name=bert[0], **settings):
+        after = load_text_encoder(name, **settings).fingerprint
+        return {key for key in before if before[key] != after[key]}
+
+    assert changed(prompt="query: ") == {"prompt"}
+    assert changed(max_length=8) == {"max_length"}
+    assert changed(precision="bf16") == {"precision"}
+    assert changed(save_bert(tmp_path / "side", truncation_side="left")[0]) == {"truncation_side"}
+    assert changed(save_bert(tmp_path / "pooling", pooling="cls")[0]) == {"pooling"}
+    assert changed(save_bert(tmp_path / "unnormalized", normalize=False)[0]) == set()  # the closing Normalize is left out
+    assert changed(save_bert(tmp_path / "words", do_lower_case=False)[0]) == {"preprocessing"}
+    copy = tmp_path / "copy" / "st"
+    shutil.copytree(bert[0], copy)
+    assert changed(str(copy)) == set()
+    change_weight(copy, "encoder.layer.0.output.dense.weight")
+    assert changed(str(copy)) == {"weights"}
+
+
+def test_text_checkpoints_without_weights_are_refused(bert, tmp_path):
+    folder = tmp_path / "st"
+    shutil.copytree(bert[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    pooler = {key: value for key, value in weights.items() if not key.startswith("pooler.")}
+    save_file(pooler, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_text_encoder(str(folder)).fingerprint == load_text_encoder(bert[0]).fingerprint  # no pooling reads the pooler
+    without_weight(folder, "encoder.layer.1.output.dense.weight")
+    with pytest.raises(UsageError, match="lacks 1 weights"):
+        load_text_encoder(str(folder))
+
+
+def test_sentence_transformers_is_imported_only_when_a_text_encoder_is_loaded():
+    top = ast.parse(Path(encoders.__file__).read_text()).body
+    modules = [node.module for node in top if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
+    assert "torch" in modules
+    assert not any(module.startswith("sentence_transformers") for module in modules)
