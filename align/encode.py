@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from align.cli import run
 from align.config import EncodeConfig
-from align.encoders import TextEncoder, VisionEncoder, load_text_encoder, load_vision_encoder
+from align.encoders import VisionEncoder, load_vision_encoder
 from align.errors import UsageError
 from align.extract import Extraction, Progress, Stopping
 from align.files import human_bytes
@@ -31,24 +32,25 @@ from align.hardware import resolve_precision
 from align.lease import Lease
 from align.samples import Plan, Source, plan
 from align.store import FeatureStore
+from align.text_encoders import TextEncoder, load_text_encoder
+
+Loaders = dict[str, dict[str, Any]]
 
 
-def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEncoder | None, TextEncoder | None, dict[str, dict[str, object]]]:
+def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEncoder | None, TextEncoder | None, Loaders]:
     """Return both encoders (None where not asked for) and the arguments that load them again."""
-    loaders: dict[str, dict[str, object]] = {}
+    loaders: Loaders = {}
     vision, text = None, None
     precision = resolve_precision(config.precision, device)
     if config.vision:
         loaders["vision"] = {"name": config.vision, "revision": config.vision_revision, "feature": config.feature, "layer": config.layer}
         loaders["vision"]["image_size"] = config.image_size
-        vision = load_vision_encoder(
-            **loaders["vision"], precision=precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.vision_revision)  # type: ignore[arg-type]
-        )
+        trusted = config.trust_remote_code and bool(config.vision_revision)
+        vision = load_vision_encoder(**loaders["vision"], precision=precision, device=device, trust_remote_code=trusted)
     if config.text:
         loaders["text"] = {"name": config.text, "revision": config.text_revision, "prompt": config.prompt, "max_length": config.max_length}
-        text = load_text_encoder(
-            **loaders["text"], precision=precision, device=device, trust_remote_code=config.trust_remote_code and bool(config.text_revision)  # type: ignore[arg-type]
-        )
+        trusted = config.trust_remote_code and bool(config.text_revision)
+        text = load_text_encoder(**loaders["text"], precision=precision, device=device, trust_remote_code=trusted)
     return vision, text, loaders
 
 
@@ -118,11 +120,7 @@ def main(config: EncodeConfig) -> None:
             for writer in job.writers:
                 writer.clean()
         state.wait_for_everyone()
-        rows = sum(
-            stop - start
-            for shard, (start, stop) in enumerate(zip(chosen.shards["start"].to_pylist(), chosen.shards["stop"].to_pylist(), strict=True))
-            if not all(writer.done(shard) for writer in job.writers)
-        )
+        rows = sum(n for shard, n in enumerate(chosen.lengths) if not all(writer.done(shard) for writer in job.writers))
         meter = Meter(console, rows, state.num_processes)
         job.run(lease, meter)
         meter(job.progress, last=True)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from align.encoders import TextEncoder, VisionEncoder
+from align.encoders import VisionEncoder
 from align.errors import DataError
 from align.gate import Limits, Reject, gate_captions, gate_image
 from align.lease import Lease
 from align.samples import Plan, Source, open_unit
 from align.store import RejectedRow, StoreHeader, StoreWriter
+from align.text_encoders import TextEncoder
 
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a job in its middle
 
@@ -124,7 +126,7 @@ class Extraction:
         vision: VisionEncoder | None = None,
         text: TextEncoder | None = None,
         columns: tuple[str, ...] = (),
-        loaders: dict[str, dict[str, object]] | None = None,
+        loaders: dict[str, dict[str, Any]] | None = None,
         batch_size: int = 64,
         text_batch_size: int = 256,
         workers: int = 2,
@@ -149,7 +151,7 @@ class Extraction:
             self.caption_writers[column] = StoreWriter(output / f"captions-{column}", header)
             text.tokenizer.save_pretrained(output / f"captions-{column}" / "tokenizer")  # so that training needs no encoder
 
-    def _header(self, kind: str, fingerprint: dict[str, object], width: int, loader: dict[str, object]) -> StoreHeader:
+    def _header(self, kind: str, fingerprint: dict[str, Any], width: int, loader: dict[str, Any]) -> StoreHeader:
         return StoreHeader(kind, fingerprint, loader, width, self.plan.digest, len(self.plan.shards), self.plan.rows)  # type: ignore[arg-type]
 
     @property
@@ -174,9 +176,7 @@ class Extraction:
             self._take(decoded, shard)
             clock = time.perf_counter()
             self.progress.forward += clock - now
-            if decoded.task.stop == int(self.plan.shards["stop"][decoded.task.shard].as_py()) - int(
-                self.plan.shards["start"][decoded.task.shard].as_py()
-            ):
+            if decoded.task.stop == self.plan.lengths[decoded.task.shard]:
                 self._commit(decoded.task, shard)
                 lease.release(decoded.task.shard)
                 shard = _Shard()
@@ -193,12 +193,11 @@ class Extraction:
         return rejects
 
     def _tasks(self, lease: Lease) -> Iterator[_Task]:
-        for shard, (start, stop) in enumerate(zip(self.plan.shards["start"].to_pylist(), self.plan.shards["stop"].to_pylist(), strict=True)):
+        for shard, rows in enumerate(self.plan.lengths):
             images = self.image_writer is not None and not self.image_writer.done(shard)
             columns = tuple(column for column, writer in self.caption_writers.items() if not writer.done(shard))
             if not (images or columns) or not lease.claim(shard):
                 continue
-            rows = stop - start
             step = self.batch_size if images else max(self.batch_size, 1024)
             for begin in range(0, rows, step):
                 yield _Task(shard, begin, min(begin + step, rows), images, columns)
@@ -240,9 +239,9 @@ class Extraction:
             self._write(self.caption_writers[column], task.shard, features, [f[0] for f in flat], [f[1] for f in flat], rejects)
         self.progress.committed += 1
 
-    def _write(self, writer: StoreWriter, number: int, features: np.ndarray, keys: list[str], items: list[int], rejects: list[RejectedRow]) -> None:
+    def _write(self, writer: StoreWriter, *shard: Any) -> None:
         before = time.perf_counter()
-        writer.write(number, features, keys, items, rejects)
+        writer.write(*shard)
         self.progress.write += time.perf_counter() - before
 
     def _stop(self, why: str, rejects: pa.Table) -> None:

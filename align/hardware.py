@@ -5,9 +5,10 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
+Arithmetic = Literal["fp32", "bf16"]
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+def resolve_precision(precision: Precision, device: torch.device) -> Arithmetic:
     """Return `precision`, with `auto` resolved to bf16 where the device computes it in hardware, else fp32.
 
     A CPU without AMX or AVX512-BF16 emulates bf16: 78 times slower than fp32 in matrix products on AVX2 (docs/decisions.md).

@@ -237,9 +237,7 @@ class _StoredGradients(torch.autograd.Function):
 
 class _SigmoidLoss(_StoredGradients):
     @staticmethod
-    def forward(
-        ctx: Any, task: _Task, factor: float, images: Tensor, log_scale: Tensor, bias: Tensor, *captions: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, task: _Task, factor: float, images: Tensor, log_scale: Tensor, bias: Tensor, *captions: Tensor) -> Tensor:
         scale, shift = log_scale.to(task.wide).exp(), bias.to(task.wide)
         x, x_wide = images.to(task.matmul), images.to(task.wide)  # (N, E)
         loss, bias_grad = torch.zeros_like(scale), torch.zeros_like(scale)
@@ -269,9 +267,7 @@ class _SigmoidLoss(_StoredGradients):
             caption_grads.append(task.ranks.add_own(caption_grad).mul_(scale))
         image_grad *= scale
         scale_grad = (image_grad * x_wide).sum()  # Euler: the logits are linear in the images
-        _StoredGradients.store(
-            ctx, task, factor, [image_grad, scale_grad, bias_grad, *caption_grads], [images, log_scale, bias, *captions]
-        )
+        _StoredGradients.store(ctx, task, factor, [image_grad, scale_grad, bias_grad, *caption_grads], [images, log_scale, bias, *captions])
         return task.ranks.add(loss) * factor
 
 

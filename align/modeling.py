@@ -29,11 +29,13 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from align.encoders import TextEncoder, VisionEncoder, copy_encoder, load_text_encoder, load_transform, load_vision_encoder
+from align.encoders import VisionEncoder, load_transform, load_vision_encoder
 from align.errors import DamagedError, UsageError
 from align.files import TEMPORARY, disk_full_named, failpoint, sync_file, sync_folder
 from align.heads import build_head, initialize
+from align.opening import copy_encoder
 from align.store import compare_fingerprints
+from align.text_encoders import TextEncoder, load_text_encoder
 
 FORMAT_VERSION = 1
 VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded copies of the encoders lie
@@ -126,7 +128,8 @@ class SailModel(PreTrainedModel):
     def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> "SailModel":  # type: ignore[override]
         """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all reported in `info`, and refused below
+        model, info = super().from_pretrained(folder, *args, **kwargs)
         wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if wrong:
             raise DamagedError(f"{folder} does not hold the weights its config describes: {wrong}; restore it or train again")

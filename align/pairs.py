@@ -39,6 +39,10 @@ class _Dataset:
     first: np.ndarray  # (slots, n) row in the slot's store
     count: np.ndarray  # (slots, n)
 
+    def only(self, mask: np.ndarray) -> "_Dataset":
+        """Return the images where `mask` (n,) is True."""
+        return replace(self, image_rows=self.image_rows[mask], first=self.first[:, mask], count=self.count[:, mask])
+
 
 class PairedFeatures:
     """Image features and their captions' from one or more data sets.
@@ -107,9 +111,7 @@ class PairedFeatures:
         everything = self._datasets
         for pairs, taken in ((other, True), (self, False)):
             masks = [part == taken for part in parts]
-            pairs._datasets = [
-                replace(d, image_rows=d.image_rows[m], first=d.first[:, m], count=d.count[:, m]) for d, m in zip(everything, masks, strict=True)
-            ]
+            pairs._datasets = [dataset.only(mask) for dataset, mask in zip(everything, masks, strict=True)]
             pairs._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in pairs._datasets)])
         return other
 

@@ -36,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from align import cli
 from align.assets import COMMIT, check, commit, fetch
+from align.config import PrepareConfig
 from align.errors import DataError, LeaseError, UsageError
 from align.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
 from align.scenes import SpriteScenes, read_sprites, split_sprites
@@ -49,45 +50,13 @@ FIRST_INDEX = {"train": 0, "val": 1 << 33, "retrieval": 2 << 33, "seen": 3 << 33
 TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Fetch the embedded default and write the sprite-scene data sets."""
-
-    output: str = "runs/quickstart/data"
-    """Folder to create; a finished one is verified and kept."""
-    train: int = 6000
-    """Training scenes."""
-    val: int = 500
-    """Validation scenes (same sprites, other scenes)."""
-    retrieval: int = 300
-    """Scenes of the retrieval task; no two show the same objects."""
-    held_out: int = 150
-    """Sprites kept out of training altogether: the classes of sprites-unseen. Sprites-seen gets as many classes."""
-    per_class: int = 4
-    """Pictures a class in sprites-seen and sprites-unseen."""
-    image_size: int = 224
-    """Side of the square pictures, in pixels."""
-    seed: int = 0
-    """Another seed gives other scenes and other held-out sprites."""
-    workers: int = 0
-    """Processes that render; 0 means one a core. Does not change the result."""
-    assets: tuple[str, ...] = ("embedded:efficientnet-lite0", "embedded:minilm")
-    """Encoders to fetch as well, so that later commands need no network."""
-    cache: str | None = None
-    """Folder of fetched assets; by default the user's cache."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("train", 1),
-            ("val", 1),
-            ("retrieval", 1),
-            ("held_out", 1),
-            ("per_class", 1),
-            ("workers", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+TESTED = (
+    "embedded:efficientnet-lite0",
+    "embedded:efficientnet-lite1",
+    "embedded:efficientnet-lite2",
+    "embedded:vit-s14-focus",
+    "embedded:minilm",
+)
 
 
 @dataclass(frozen=True)
@@ -284,9 +253,11 @@ def write_retrieval(renderer: Renderer, folder: Path, count: int) -> None:
 def main(config: PrepareConfig) -> None:
     """Fetch the assets, then render, commit and rename into place."""
     cache = Path(config.cache) if config.cache else None
-    for asset in config.assets:
+    for asset in TESTED if config.assets_only else config.assets:
         print(f"{asset}: {fetch(asset, cache, progress=print)}")
     sprites = fetch("embedded:twemoji", cache, progress=print)
+    if config.assets_only:
+        return
     output, wanted = Path(config.output), settings(config, sprites)
     if is_done(output, wanted):
         print(f"{output} is complete and verified; nothing to do")

@@ -1,11 +1,11 @@
 """The run folder: what a training run leaves behind and how it goes on after a crash.
 
-    run/
-      manifest.json          config, command, versions, git commit and data fingerprints of every launch
-      config.yaml            the resolved recipe: `--config run/config.yaml` repeats the run
-      metrics.jsonl          what was learnt, a row a log or validation step; identical whether the run was killed or not
-      speed.jsonl            rates and waiting times, which are never identical
-      checkpoints/step-N/    state for resuming: tensors.safetensors, state.json and COMMIT (their hashes), written last
+run/
+  manifest.json          config, command, versions, git commit and data fingerprints of every launch
+  config.yaml            the resolved recipe: `--config run/config.yaml` repeats the run
+  metrics.jsonl          what was learnt, a row a log or validation step; identical whether the run was killed or not
+  speed.jsonl            rates and waiting times, which are never identical
+  checkpoints/step-N/    state for resuming: tensors.safetensors, state.json and COMMIT (their hashes), written last
 """
 
 import json
@@ -27,10 +27,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.errors import DamagedError
-from align.files import TEMPORARY, atomic_bytes, atomic_json, disk_full_named, failpoint, hash_bytes, hash_file, read_json, sync_file, sync_folder
+from align.files import (
+    TEMPORARY,
+    atomic_bytes,
+    atomic_json,
+    disk_full_named,
+    failpoint,
+    hash_bytes,
+    hash_file,
+    read_json,
+    sync_file,
+    sync_folder,
+)
 
 COMMIT = "COMMIT"
-PACKAGES = ("sail-upgrade-kit", "torch", "torchvision", "transformers", "accelerate", "sentence-transformers", "timm", "safetensors", "numpy")
+PACKAGES = (
+    "sail-upgrade-kit",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "sentence-transformers",
+    "timm",
+    "safetensors",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +61,12 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows of all shards, before rejects."""
-        return int(pc.sum(pc.subtract(self.shards["stop"], self.shards["start"])).as_py())
+        return sum(self.lengths)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each shard."""
+        return pc.subtract(self.shards["stop"], self.shards["start"]).to_pylist()
 
     def save(self, folder: Path) -> None:
         """Write `plan.parquet`, and for an image folder `listing.arrow`, atomically."""

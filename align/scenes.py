@@ -136,9 +136,7 @@ def split_sprites(sprites: Sequence[Sprite], seed: int, held_out: int = 150) -> 
 class SpriteScenes:
     """Generator of scenes from the sprites of a folder; see the module's docstring. Holds decoded sprites, about 20 KB each."""
 
-    def __init__(
-        self, folder: Path, seed: int, size: int = 224, sprites: Sequence[Sprite] | None = None, max_objects: int = 4
-    ) -> None:
+    def __init__(self, folder: Path, seed: int, size: int = 224, sprites: Sequence[Sprite] | None = None, max_objects: int = 4) -> None:
         if size < 64:
             raise UsageError(f"size is {size} pixels; sprites are only told apart from 64 on")
         if not 1 <= max_objects <= len(OBJECT_COUNTS):

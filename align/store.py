@@ -39,7 +39,7 @@ from align.files import (
 
 FORMAT_VERSION = 1
 REJECTS_SCHEMA = pa.schema(
-    [("shard", pa.int32()), ("row", pa.int64()), ("key", pa.string()), ("column", pa.string()), ("code", pa.string()), ("detail", pa.string())]
+    [("shard", pa.int32()), ("row", pa.int64()), *((name, pa.string()) for name in ("key", "column", "code", "detail"))]
 )
 KEYS_SCHEMA = pa.schema([("key", pa.string()), ("item", pa.int16())])
 

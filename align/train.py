@@ -58,7 +58,8 @@ def refuse_other_config(config: TrainConfig, folder: Path) -> None:
         return
     before = yaml.safe_load(path.read_text())["train"]
     now = yaml.safe_load(to_recipe(config, "train"))["train"]
-    differing = [f"{key}: {before.get(key)!r} there, {now[key]!r} given" for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    fixed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+    differing = [f"{key}: {before.get(key)!r} there, {now[key]!r} given" for key in fixed]
     if differing:
         raise UsageError(f"{folder} holds a run with other settings ({'; '.join(differing)}). Give another --output or the same settings.")
 
@@ -206,17 +207,16 @@ def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, step
             }  # fmt: skip
             job.log(row, {"pairs_per_second": rate, "data_wait": waited / max(seconds, 1e-9)})
             left = (steps.stop - done) * seconds / max(1, done - last_step)
+            logits = f"mean logit of positives {result.positive_logit:.2f}, negatives {result.negative_logit:.2f}"
             console.print(
                 f"step {done}/{steps.stop} loss {result.loss:.4g} t {row['scale']:.1f} b {row['bias']:.2f} "
-                f"mean logit of positives {result.positive_logit:.2f}, negatives {result.negative_logit:.2f} | {rate:.0f} pairs/s, {left:.0f} s left",
-                    )
+                f"{logits} | {rate:.0f} pairs/s, {left:.0f} s left",
+            )
             waited, begin, last_step = 0.0, time.monotonic(), done
         if held_out is not None and (done % config.val_every == 0 or final):
             values = validate(stepper.model, held_out, config.val_limit, stepper.precision)
             job.validated(done, values)
-            console.print(
-                f"step {done}: validation R@1 image-to-text {values['val_i2t_r1']:.1%}, text-to-image {values['val_t2i_r1']:.1%}"
-            )
+            console.print(f"step {done}: validation R@1 image-to-text {values['val_i2t_r1']:.1%}, text-to-image {values['val_t2i_r1']:.1%}")
         stop = any_rank(bool(stopping), state.device)
         if done % config.save_every == 0 or final or stop:
             job.checkpoint(done)

@@ -8,9 +8,7 @@ launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision n
 export TOKENIZERS_PARALLELISM=false
 
 python align/prepare.py --output "$out/data"
-for split in train val; do
-  "${launch[@]}" align/encode.py --config "$recipe" --data "$out/data/$split/*.tar" --output "$out/features/$split"
-done
+"${launch[@]}" align/encode.py --config "$recipe"
 "${launch[@]}" align/train.py --config "$recipe"
 python eval/run.py --config "$recipe"
 

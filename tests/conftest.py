@@ -44,7 +44,7 @@ def forked():
                 code = 0
             except SystemExit as leaving:
                 code = leaving.code
-            except BaseException:
+            except BaseException:  # noqa: BLE001  the child must never return into pytest
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()

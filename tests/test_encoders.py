@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, ViTImageProcessor
 
 from align import encoders
-from align.encoders import VisionEncoder, feature_width, load_text_encoder, load_vision_encoder
+from align.encoders import VisionEncoder, feature_width, load_vision_encoder
 from align.errors import DamagedError, OfflineError, UsageError
+from align.text_encoders import load_text_encoder
 from align.towers import VISION_ADAPTERS
 
 SIZE, PATCH, GRID = 42, 14, 3

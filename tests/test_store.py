@@ -77,7 +77,7 @@ def test_every_flipped_bit_is_found_and_none_is_invented(tmp_path, make_store):
     store = make_store(tmp_path / "s", [rows(16), rows(16, 16)])
     store.verify()
     draw = random.Random(0)
-    files = [path for path in (tmp_path / "s/shards").iterdir()]
+    files = list((tmp_path / "s/shards").iterdir())
     for _ in range(120):
         path = draw.choice(files)
         content = bytearray(path.read_bytes())

@@ -63,7 +63,16 @@ def test_it_learns(paired_folders, straight):
 
 @pytest.mark.parametrize(
     "failpoint",
-    ["checkpoint-tensors:2", "checkpoint-state:3", "checkpoint-commit:1", "checkpoint-saved:2", "renamed:5", "rename:9", "model-saved:3", "model-retired:2"],
+    [
+        "checkpoint-tensors:2",
+        "checkpoint-state:3",
+        "checkpoint-commit:1",
+        "checkpoint-saved:2",
+        "renamed:5",
+        "rename:9",
+        "model-saved:3",
+        "model-retired:2",
+    ],
 )
 def test_kill_anywhere_then_the_same_command_gives_the_same_run(paired_folders, forked, straight, failpoint):
     output = paired_folders / "killed"

@@ -1,0 +1,120 @@
+"""Opening encoder folders safely, and what identifies their weights: shared by vision and text encoders.
+
+No remote code unless asked for with a pinned commit; weights from safetensors only; a checkpoint that lacks weights is refused.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import xxhash
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from align.errors import DamagedError, KitError, OfflineError, UsageError
+from align.hardware import Arithmetic
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+COMMIT_ID = re.compile(r"[0-9a-f]{40}")
+VISION_FILES = "needed are config.json, preprocessor_config.json (timm: only config.json) and model.safetensors"
+TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors and, for its own pooling, modules.json"
+
+
+def resolve_encoder(name: str, revision: str | None, trust_remote_code: bool) -> str:
+    """Return the local folder or hub id to open."""
+    if name.startswith("embedded:"):
+        from align.assets import resolve
+
+        return resolve(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+            raise UsageError(f"{name} has no config.json; vision encoders: {VISION_FILES}; text encoders: {TEXT_FILES}")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise UsageError(f"{name!r} is not a folder; give an existing folder, a hub id (owner/name) or an embedded: id")
+    if trust_remote_code and not COMMIT_ID.fullmatch(revision or ""):
+        raise UsageError(f"{name}: remote code runs only from a pinned commit; pass revision= with the 40 hex digits of one")
+    return name
+
+
+@contextmanager
+def opening(name: str, needed: str) -> Iterator[None]:
+    """Turn what the libraries raise while opening `name` into one line, and silence their load reports and bars meanwhile."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except KitError:
+        raise
+    except SafetensorError as error:
+        raise DamagedError(f"{name}: the weights cannot be read ({first_line(error)}); fetch or copy them again") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        if any(sign in str(error) for sign in ("couldn't connect", "offline mode", "Cannot reach", "ConnectError")):
+            raise OfflineError(
+                f"{name} is not a local folder, and the hub is out of reach ({first_line(error)}); give a downloaded folder"
+            ) from error
+        raise UsageError(f"{name} cannot be opened ({first_line(error)}); {needed}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def recorded_id(name: str) -> str:
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name
+
+
+def require_precision(precision: str) -> None:
+    if precision not in ("fp32", "bf16"):
+        raise UsageError(f"precision={precision!r} is unknown; allowed: fp32, bf16")
+
+
+def require_complete(name: str, missing: Iterable[str], unused: tuple[str, ...]) -> None:
+    """Refuse a checkpoint that lacks weights a feature depends on: they would be random."""
+    lacking = sorted(key for key in missing if is_used(key, unused))
+    if lacking:
+        raise UsageError(f"{name} lacks {len(lacking)} weights of its architecture, such as {lacking[0]}; use a complete checkpoint")
+
+
+def is_used(key: str, unused: tuple[str, ...]) -> bool:
+    return not key.startswith(unused) and not key.endswith("num_batches_tracked")
+
+
+def hash_weights(model: nn.Module, unused: tuple[str, ...]) -> str:
+    """Return the xxh3-128 over names, types, shapes and bytes of the tensors that features depend on, sorted by name."""
+    digest = xxhash.xxh3_128()
+    for key, value in sorted(model.state_dict().items()):
+        if is_used(key, unused):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def autocast(device: torch.device, precision: Arithmetic) -> torch.autocast:
+    """Return the context of an encoder's forward; it also shields an fp32 encoder from an outer autocast."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def copy_encoder(name: str, folder: Path, revision: str | None = None) -> None:
+    """Copy the files that load the encoder `name` (json, txt, model, safetensors; no code, no other weights) to `folder`."""
+    source = Path(resolve_encoder(name, revision, trust_remote_code=False))
+    if not source.is_dir():
+        with opening(name, "a downloaded snapshot"):
+            source = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    for file in source.rglob("*"):
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors"):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)

@@ -1,0 +1,156 @@
+"""Frozen text encoders by hub id, local folder or `embedded:` id, read by sentence-transformers with their own pooling.
+
+Shapes: `B` batch, `T` tokens, `D` width. A closing `Normalize` is left out: features are never stored normalized.
+"""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from align.errors import UsageError
+from align.hardware import Arithmetic
+from align.opening import TEXT_FILES, autocast, hash_weights, opening, recorded_id, require_complete, require_precision, resolve_encoder
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+TEXT_UNUSED = ("pooler.",)  # BERT's pooler is not part of any sentence-transformers pooling
+
+
+class TextEncoder(nn.Module):
+    """A frozen text encoder: its own pooling, no normalization, always in eval mode, parameters without gradient.
+
+    `prompt` is put before each text by `encode` and `encode_tokens`; `max_length` is in tokens, special tokens included.
+    """
+
+    model: Any  # a SentenceTransformer
+
+    def __init__(self, model: "SentenceTransformer", *, prompt: str, precision: Arithmetic) -> None:
+        super().__init__()
+        self.model = model
+        self.prompt = prompt
+        self.precision = precision
+        self.id = ""
+        self.fingerprint: dict[str, Any] = {}
+        self.max_length: int = self.model.max_seq_length
+        self.tokenizer = model.tokenizer
+        self.requires_grad_(False).eval()
+        blank = model.preprocess(["a"], prompt=prompt)
+        # a pooling that leaves the prompt out needs to know its length
+        self._prompt = {key: blank[key] for key in ("prompt_length",) if key in blank}
+        self.width = self.encode(["a"], batch_size=1).shape[1]
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Return self, left in eval mode: a frozen encoder has no training mode."""
+        return super().train(False)
+
+    def encode(self, texts: list[str], batch_size: int) -> Tensor:
+        """Return embeddings (B, D), float32 on the CPU, not normalized, in the order of `texts`; batches are sorted by length."""
+        if not texts:
+            return torch.empty(0, self.width)
+        with autocast(self.model.device, self.precision):
+            embeddings = self.model.encode(
+                texts, batch_size=batch_size, prompt=self.prompt, convert_to_tensor=True, show_progress_bar=False
+            )
+        return embeddings.to("cpu", torch.float32).clone()  # inference tensors cannot be trained on; their clone can
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return embeddings (B, D), float32, of token ids (B, T) that `tokenizer` made, the prompt included."""
+        features = {"input_ids": input_ids, "attention_mask": attention_mask, **self._prompt}
+        with autocast(self.model.device, self.precision):
+            return self.model(features)["sentence_embedding"].float()
+
+    def encode_tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Return token embeddings before pooling (B, T, D), float32, and their mask (B, T), bool, on the encoder's device."""
+        features = self.model.preprocess(texts, prompt=self.prompt)
+        moved = {key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in features.items()}
+        with autocast(self.model.device, self.precision):
+            output = self.model[0](moved)
+        return output["token_embeddings"].float(), output["attention_mask"].bool()
+
+
+def load_text_encoder(
+    name: str,
+    *,
+    prompt: str = "",
+    max_length: int | None = None,
+    precision: Arithmetic = "fp32",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> TextEncoder:
+    """Return the frozen text encoder `name`: a hub id, a local folder or an `embedded:` id.
+
+    A sentence-transformers folder is read with its own modules, without a closing `Normalize`; a plain Hugging Face folder gets
+    sentence-transformers' default, the masked mean (decoders: the last token). A default prompt of the model is not applied.
+    Raises UsageError (unknown id, missing files or weights, max_length), OfflineError, DamagedError.
+    """
+    # imported here as it takes seconds, which vision users need not wait for
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+
+    require_precision(precision)
+    source = resolve_encoder(name, revision, trust_remote_code)
+    remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with opening(name, TEXT_FILES):
+        kwargs = {"dtype": torch.float32, "use_safetensors": True}
+        model: Any = SentenceTransformer(source, device="cpu", model_kwargs=kwargs, **remote)
+        if not isinstance(model[0], Transformer):
+            raise UsageError(f"{name}: its first module is {type(model[0]).__name__}; choose a text encoder that is a transformer")
+        language_model = model[0].auto_model
+        # sentence-transformers does not tell which weights were missing; loading without data does
+        _, report = type(language_model).from_pretrained(
+            language_model.name_or_path,
+            config=language_model.config,
+            device_map="meta",
+            use_safetensors=True,
+            output_loading_info=True,
+            **remote,
+        )
+    require_complete(name, report["missing_keys"], TEXT_UNUSED)
+    if isinstance(model[-1], Normalize):
+        del model[-1]
+    _limit_length(name, model, max_length)
+    encoder = TextEncoder(model.to(device), prompt=prompt, precision=precision)
+    encoder.id = name
+    encoder.fingerprint = {
+        "encoder": recorded_id(name),
+        "weights": hash_weights(model, tuple(f"0.model.{key}" for key in TEXT_UNUSED)),
+        "preprocessing": f"tokenizer {_hash_tokenizer(model.tokenizer)}",
+        "pooling": json.dumps([{"type": type(module).__name__, **module.get_config_dict()} for module in list(model)[1:]], default=str),
+        "prompt": prompt,
+        "max_length": encoder.max_length,
+        "truncation_side": model.tokenizer.truncation_side,
+        "precision": precision,
+        "normalized": "no",
+    }
+    return encoder
+
+
+def _limit_length(name: str, model: "SentenceTransformer", max_length: int | None) -> None:
+    """Set the longest input in tokens; one longer than the folder says is tried out, as position tables end somewhere."""
+    own = model.max_seq_length
+    if max_length is None:
+        if own is None or own > 1 << 20:
+            raise UsageError(f"{name} does not say how long a text may be; pass max_length")
+        return
+    if max_length < 1:
+        raise UsageError(f"max_length={max_length} must be at least 1 token")
+    model.max_seq_length = max_length
+    if own is not None and max_length > own:
+        try:
+            model.encode(["a " * max_length])
+        except (IndexError, RuntimeError) as error:
+            raise UsageError(f"max_length={max_length} is more than {name} has positions for; {own} is sure to work") from error
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # these follow the calls
+    else:
+        content = tokenizer.get_vocab()
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -1,0 +1,72 @@
+"""What the entries of `eval` can be told: frozen dataclasses, checked when they are made. Every field is a flag."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from align.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure aligned models on tasks: results.json with intervals, per-sample answers and a report."""
+
+    model: tuple[str, ...] = ()
+    """Model folders (a training run's output), each as PATH or NAME=PATH."""
+    tasks: tuple[str, ...] = ()
+    """Task ids (see --list-tasks) or YAML files that describe a task of your own."""
+    data_root: str = "data"
+    """Folder below which every task's data lies."""
+    output: str = "runs/eval"
+    """Folder for results.json, answers/, examples/ and the report."""
+    cache: str | None = None
+    """Folder for frozen features, kept by task and encoder fingerprint. None: OUTPUT/cache."""
+    templates: str | None = None
+    """Prompts for every classification task instead of its own: a set's id, or a .txt or .json file in the task's folder."""
+    baseline: bool = True
+    """Also measure each model with freshly initialised heads, and add the majority and chance rates."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    text_batch_size: int = 256
+    """Sentences a forward pass."""
+    workers: int = 2
+    """Processes that read and decode images beside the forward pass."""
+    device: str = "auto"
+    """Where the encoders run: auto (a GPU if there is one), cpu, cuda, cuda:1."""
+    max_reject_fraction: float = 0.05
+    """Stop when a larger share of a task's samples is rejected."""
+    seed: int = 0
+    """Seed of the untrained heads, the bootstrap and the choice of examples."""
+    confidence: float = 0.95
+    """Confidence of the intervals."""
+    examples: int = 8
+    """Examples shown in the report, per task and direction."""
+    train_runs: tuple[str, ...] = ()
+    """Training runs whose curves the report shows (folders with metrics.jsonl). Empty: those the models lie in."""
+    report: bool = True
+    """Write report.html, its figures and entries.csv beside the results."""
+    list_tasks: bool = False
+    """Print the known tasks and where their data belongs, then exit."""
+
+    def __post_init__(self) -> None:
+        if not self.list_tasks and not (self.model and self.tasks):
+            raise UsageError("nothing to measure: give --model FOLDER and --tasks ID (--list-tasks shows the known ids)")
+        if min(self.batch_size, self.text_batch_size) < 1 or self.workers < 0 or self.examples < 0:
+            raise UsageError("--batch-size and --text-batch-size must be at least 1, --workers and --examples 0 or more")
+        if not 0 < self.confidence < 1 or not 0 <= self.max_reject_fraction <= 1:
+            raise UsageError("--confidence must lie between 0 and 1, --max-reject-fraction in 0..1")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one HTML page, its figures and a CSV from results; needs no model, no data and no network."""
+
+    results: str
+    """Folder with results.json, answers/ and examples/ (the output of eval/run.py)."""
+    output: str | None = None
+    """Folder for report.html, figures/ and entries.csv. None: the results folder."""
+    train_runs: tuple[str, ...] = ()
+    """Training runs whose curves are shown (folders with metrics.jsonl). Empty: those the models lie in."""
+    title: str = "What the encoder learned"
+    """Heading of the page."""
+    theme: Literal["both", "light"] = "both"
+    """Also embed dark figures for readers whose screen is dark, or light ones only (half the size)."""

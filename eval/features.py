@@ -1,0 +1,144 @@
+"""Frozen features of a task, computed once: images in a feature store by content and encoder, texts by content and encoder.
+
+    <cache>/images/<images digest>/<encoder digest>/images/    a feature store
+    <cache>/texts/<encoder digest>/<texts digest>.safetensors  "features" (T, D) float16, with their hash
+
+Models that share an encoder share its features, so before and after cost one forward pass, and a second run none: neither
+encoder is even loaded. Shapes: `N` samples, `T` texts, `F` image feature width, `D` text feature width, `E` aligned width.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load as tensors_from_bytes
+from safetensors.numpy import save as tensors_to_bytes
+from torch import Tensor
+
+from align.errors import DataError, NonFiniteError
+from align.extract import Extraction, Progress, Stopping
+from align.files import atomic_bytes, hash_bytes
+from align.lease import Lease
+from align.modeling import SailModel
+from align.store import FeatureStore, compare_fingerprints
+from eval.tasks import TaskData
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Where features are kept and how they are computed if they are not there yet."""
+
+    folder: Path
+    batch_size: int = 64
+    text_batch_size: int = 256
+    workers: int = 2
+    max_reject_fraction: float = 0.05
+
+    def images(self, data: TaskData, model: SailModel, report: Report = lambda progress: None) -> tuple[TaskData, np.ndarray]:
+        """Return the samples whose image could be encoded and their features (N, F) float16, in the same order."""
+        folder = self.folder / "images" / data.images_digest / fingerprint_digest(model.config.vision_fingerprint)
+        store = _open_complete(folder / "images")
+        if store is None:
+            job = Extraction(
+                data.source,
+                data.plan,
+                folder,
+                vision=model.vision_encoder,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                stopping=Stopping(self.max_reject_fraction),
+            )
+            with Lease(folder, f"eval-{os.getpid()}") as lease:
+                for writer in job.writers:
+                    writer.clean()
+                    writer.require_space()
+                job.run(lease, report)
+            job.finish()
+            store = FeatureStore(folder / "images")
+        wanted = {**model.config.vision_fingerprint, "encoder": ""}
+        compare_fingerprints(wanted, {**store.fingerprint, "encoder": ""}, str(store.folder))
+        rejects = pq.read_table(store.folder / "rejects.parquet")
+        return select_rows(data, store, rejects, self.max_reject_fraction)
+
+    def texts(self, texts: Sequence[str], model: SailModel) -> Tensor:
+        """Return features (T, D) float16 of `texts`, in order; equal texts are encoded once."""
+        unique = sorted(set(texts))
+        fingerprint = model.config.text_fingerprint
+        path = self.folder / "texts" / fingerprint_digest(fingerprint) / f"{hash_bytes(json.dumps(unique).encode())}.safetensors"
+        features = _read_texts(path, len(unique))
+        if features is None:
+            encoded = model.text_encoder.encode(unique, self.text_batch_size).numpy(force=True)
+            with np.errstate(over="ignore"):
+                features = encoded.astype(np.float16)
+            finite = np.isfinite(features).all(axis=1)
+            if not finite.all():
+                raise NonFiniteError(f"the text encoder gave features beyond fp16 for {unique[int(np.argmin(finite))]!r}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metadata = {"xxh3": hash_bytes(features.tobytes()), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
+            atomic_bytes(path, tensors_to_bytes({"features": features}, metadata))
+        rows = np.searchsorted(np.array(unique, dtype=object), np.array(texts, dtype=object))
+        return torch.from_numpy(features[rows.astype(np.int64)])
+
+
+def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
+    """Return 16 hex digits that stand for an encoder's fingerprint; its name does not count, the hash of its weights does."""
+    return hash_bytes(json.dumps({**fingerprint, "encoder": ""}, sort_keys=True).encode())[:16]
+
+
+def select_rows(data: TaskData, store: FeatureStore, rejects: pa.Table, max_reject_fraction: float) -> tuple[TaskData, np.ndarray]:
+    """Return the samples that have a feature, and the features by key; DataError if too many are left out."""
+    row_of: dict[str, int] = {}
+    for row, key in enumerate(store.keys.to_pylist()):
+        row_of.setdefault(key, row)
+    rows = np.array([row_of.get(key, -1) for key in data.keys], dtype=np.int64)
+    lost = {key for key, row in zip(data.keys, rows, strict=True) if row < 0}
+    codes = Counter(reject["code"] for reject in rejects.to_pylist() if reject["key"] in lost)
+    kept = data.keep(rows >= 0, dict(codes))
+    total = len(kept.keys) + sum(kept.rejected.values())
+    if len(kept.keys) < (1 - max_reject_fraction) * total or not kept.keys:
+        shown = ", ".join(f"{code} {count}" for code, count in kept.rejected.items())
+        raise DataError(
+            f"task {data.task.id!r}: {total - len(kept.keys)} of {total} samples were rejected ({shown}); "
+            "mend the data, or raise --max-reject-fraction"
+        )
+    return kept, store.features(rows[rows >= 0])
+
+
+@torch.inference_mode()
+def aligned(head: Callable[[Tensor], Tensor], features: np.ndarray | Tensor, device: torch.device, chunk: int = 8192) -> Tensor:
+    """Return (N, E) float32 embeddings on the CPU: `head` (a model's align_images or align_texts) over rows of features."""
+    rows = torch.as_tensor(features)
+    parts = [head(rows[start : start + chunk].to(device).float()).cpu() for start in range(0, len(rows), chunk)]
+    return torch.cat(parts)
+
+
+def _open_complete(folder: Path) -> FeatureStore | None:
+    """Return the store in `folder` if all its shards are committed and its rejects are known, else None."""
+    if not (folder / "store.json").exists() or not (folder / "rejects.parquet").exists():
+        return None
+    return FeatureStore(folder)
+
+
+def _read_texts(path: Path, rows: int) -> np.ndarray | None:
+    """Return cached text features if the file is there and its content has the hash it was written with."""
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    try:
+        features = tensors_from_bytes(data)["features"]
+        length = int.from_bytes(data[:8], "little")
+        expected = json.loads(data[8 : 8 + length])["__metadata__"]["xxh3"]
+    except (SafetensorError, KeyError, ValueError):
+        return None  # a damaged cache is made again
+    return features if len(features) == rows and hash_bytes(features.tobytes()) == expected else None

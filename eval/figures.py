@@ -1,0 +1,255 @@
+"""Pictures of the report: data in, PNG bytes out. One restrained style, a light and a dark theme, no global state.
+
+Labels that come from data are drawn as plain text: no math, no control characters.
+"""
+
+import io
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
+
+from eval.results import Entry, ModelRecord
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colors of a figure; `series` are those of trained models, in order."""
+
+    name: str
+    background: str
+    ink: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]
+    baselines: Mapping[str, str]
+    heat: str
+
+
+LIGHT = Theme(
+    "light", "#ffffff", "#1d2430", "#667085", "#e4e7ec", ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3"),
+    {"untrained": "#98a2b3", "majority": "#d8b365", "chance": "#d0d5dd"}, "Blues",
+)  # fmt: skip
+DARK = Theme(
+    "dark", "#171c24", "#e6e9ef", "#98a2b3", "#2c3440", ("#6ea8e8", "#e8965f", "#66c08f", "#b792dd"),
+    {"untrained": "#7b8494", "majority": "#b08f45", "chance": "#4b5563"}, "cividis",
+)  # fmt: skip
+THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
+
+
+def plain(text: str, width: int = 0, lines: int = 3) -> str:
+    """Return `text` without control characters and lone surrogates, wrapped to `width` characters if it is not 0."""
+    clean = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text.encode("utf-8", "replace").decode())
+    if not width:
+        return clean
+    return "\n".join(textwrap.wrap(clean, width, max_lines=lines, placeholder=" ...") or [""])
+
+
+def _figure(theme: Theme, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=theme.background, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(figure: Figure, theme: Theme, title: str = "", at: tuple[int, int, int] = (1, 1, 1)) -> Axes:
+    axes = figure.add_subplot(*at, facecolor=theme.background)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(theme.grid)
+    axes.tick_params(colors=theme.muted, labelsize=8.5, length=0, pad=5)
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if title:
+        axes.set_title(plain(title), loc="left", fontsize=10.5, color=theme.ink, pad=10, fontweight="bold", parse_math=False)
+    return axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # captions may hold any script
+        figure.savefig(buffer, format="png", metadata={"Software": ""})
+    return buffer.getvalue()
+
+
+def _percent(axes: Axes, axis: str = "y") -> None:
+    chosen = axes.yaxis if axis == "y" else axes.xaxis
+    chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+
+
+def _legend(axes: Axes, theme: Theme, **options: Any) -> None:
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, handlelength=1.6, **options)
+
+
+def model_color(model: ModelRecord, models: Sequence[ModelRecord], theme: Theme) -> str:
+    """Return the color that stands for `model` in every figure of the report."""
+    if model.kind != "trained":
+        return theme.baselines[model.kind]
+    trained = [other.name for other in models if other.kind == "trained"]
+    return theme.series[trained.index(model.name) % len(theme.series)]
+
+
+def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme, percent: bool = False) -> bytes:
+    """Return a small line chart; `lines` maps a label to (steps, values). Of six lines or more, the second half is dashed."""
+    figure = _figure(theme, 4.0, 3.0)
+    axes = _axes(figure, theme, title)
+    for number, (label, (steps, values)) in enumerate(lines.items()):
+        dashed = len(lines) > 5 and number >= len(lines) / 2
+        color = theme.series[number % 3 if len(lines) > 5 else number % len(theme.series)]
+        mark = "o" if len(steps) < 25 and len(lines) > 1 else None
+        style = "--" if dashed else "-"
+        axes.plot(steps, values, color=color, linewidth=1.7, linestyle=style, marker=mark, markersize=2.5, label=label)
+    axes.set_xlabel("step", fontsize=8.5, color=theme.muted)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if percent:
+        axes.set_ylim(0, 1)
+        _percent(axes)
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if len(lines) > 1:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2} if len(lines) > 4 else {}
+        _legend(axes, theme, **below)
+    return _png(figure)
+
+
+def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models: Sequence[ModelRecord], theme: Theme) -> bytes:
+    """Return grouped bars with intervals: one group for each metric of `labels` (metric -> shown name), one bar a model."""
+    figure = _figure(theme, 4.6, 3.3)
+    axes = _axes(figure, theme, title)
+    shown = [model for model in models if any(entry.model == model.name for entry in entries)]
+    width = 0.8 / len(shown)
+    for number, model in enumerate(shown):
+        found = {entry.metric: entry for entry in entries if entry.model == model.name}
+        places = [at + (number - (len(shown) - 1) / 2) * width for at, metric in enumerate(labels) if metric in found]
+        rows = [found[metric] for metric in labels if metric in found]
+        values = np.array([row.value for row in rows])
+        spread = np.clip([values - [row.low for row in rows], [row.high for row in rows] - values], 0, None)
+        axes.bar(places, values, width * 0.9, color=model_color(model, models, theme), label=plain(model.name))
+        axes.errorbar(places, values, yerr=spread, fmt="none", ecolor=theme.ink, elinewidth=0.9, capsize=2, alpha=0.75)
+        for place, row in zip(places, rows, strict=True):
+            if model.kind in ("trained", "untrained") or len(shown) < 3:
+                axes.annotate(
+                    f"{100 * row.value:.1f}", (place, max(row.high, row.value)), xytext=(0, 3), textcoords="offset points",
+                    ha="center", fontsize=7.5, color=theme.ink if model.kind == "trained" else theme.muted,
+                )  # fmt: skip
+    axes.set_xticks(range(len(labels)), list(labels.values()))
+    axes.tick_params(axis="x", labelcolor=theme.ink)
+    tallest = max(entry.high for entry in entries)
+    axes.set_ylim(0, 1.09 if tallest > 0.6 else 1.15 * tallest)
+    if tallest > 0.6:
+        axes.set_yticks(np.linspace(0, 1, 6))
+    _percent(axes)
+    _legend(axes, theme, loc="lower left", bbox_to_anchor=(0, -0.32), ncols=len(shown))
+    return _png(figure)
+
+
+def recall_curve(title: str, ranks: Mapping[str, np.ndarray], targets: int, models: Sequence[ModelRecord], theme: Theme) -> bytes:
+    """Return recall@k for every k on a log axis, one line a model, and the diagonal of a random order."""
+    figure = _figure(theme, 4.6, 3.3)
+    axes = _axes(figure, theme, title)
+    by_name = {model.name: model for model in models}
+    ks = np.unique(np.round(np.geomspace(1, targets, 120)).astype(int))
+    for name, found in ranks.items():
+        values = np.searchsorted(np.sort(found), ks, side="right") / len(found)
+        axes.plot(ks, values, color=model_color(by_name[name], models, theme), linewidth=1.9, label=plain(name))
+    axes.plot(ks, ks / targets, color=theme.muted, linewidth=1, linestyle=":", label="random order")
+    axes.set_xscale("log")
+    axes.set_xlabel("k (answers looked at)", fontsize=8.5, color=theme.muted)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(0, 1.02)
+    _percent(axes)
+    _legend(axes, theme)
+    return _png(figure)
+
+
+def similarity(captions: Sequence[str], thumbs: Sequence[Path], scores: Mapping[str, Sequence[Sequence[float]]], theme: Theme) -> bytes:
+    """Return one heat map a model over the same captions (rows) and images (columns, drawn on top); right pairs are framed.
+
+    `scores` maps a model's name to (captions, images) cosines; all maps share one color scale.
+    """
+    count = len(captions)
+    matrices = {name: np.asarray(matrix, dtype=np.float64) for name, matrix in scores.items()}
+    low, high = min(m.min() for m in matrices.values()), max(m.max() for m in matrices.values())
+    figure = _figure(theme, 2.6 + (0.52 * count + 0.4) * len(matrices), 0.52 * count + 1.5)
+    grid = figure.add_gridspec(2, len(matrices) + 1, height_ratios=[1, count], width_ratios=[*[count] * len(matrices), 0.35])
+    for column, (name, matrix) in enumerate(matrices.items()):
+        strip, axes = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
+        strip.set_xlim(-0.5, count - 0.5)
+        strip.set_ylim(-0.5, 0.5)
+        strip.axis("off")
+        strip.set_title(plain(name), fontsize=10.5, color=theme.ink, parse_math=False)
+        for at, thumb in enumerate(thumbs):
+            with Image.open(thumb) as image:
+                strip.imshow(np.asarray(image.convert("RGB")), extent=(at - 0.46, at + 0.46, -0.46, 0.46), aspect="auto")
+        strip.set_xlim(-0.5, count - 0.5)
+        drawn = axes.imshow(matrix, cmap=matplotlib.colormaps[theme.heat], vmin=low, vmax=high, aspect="auto")
+        for row in range(count):
+            corner = (row - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=theme.series[1], linewidth=1.6, clip_on=False))
+            for other in range(count):
+                red, green, blue, _ = drawn.cmap(drawn.norm(matrix[row, other]))
+                color = "#fff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#111"
+                axes.text(other, row, f"{matrix[row, other]:.2f}", ha="center", va="center", fontsize=6.5, color=color)
+        axes.tick_params(length=0, labelsize=7.5, colors=theme.ink)
+        axes.set_xticks([])
+        axes.set_yticks(range(count), [plain(text, 34) for text in captions] if column == 0 else [""] * count)
+        for label in axes.get_yticklabels():
+            label.set_parse_math(False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    bar = figure.colorbar(drawn, cax=figure.add_subplot(grid[1, len(matrices)]))
+    bar.ax.tick_params(labelsize=7.5, colors=theme.muted, length=0)
+    bar.outline.set_visible(False)
+    bar.set_label("cosine", fontsize=8, color=theme.muted)
+    return _png(figure)
+
+
+def sorted_classes(title: str, accuracy: Mapping[str, Sequence[float]], models: Sequence[ModelRecord], theme: Theme) -> bytes:
+    """Return each model's accuracies by class, sorted from its best to its worst class."""
+    figure = _figure(theme, 4.6, 3.3)
+    axes = _axes(figure, theme, title)
+    by_name = {model.name: model for model in models}
+    for name, values in accuracy.items():
+        heights = np.sort(np.asarray(values))[::-1]
+        axes.step(
+            np.arange(1, len(heights) + 1), heights, color=model_color(by_name[name], models, theme), linewidth=1.9, label=plain(name)
+        )
+    axes.set_xlabel("classes, each model's best first", fontsize=8.5, color=theme.muted)
+    axes.set_ylim(-0.02, 1.02)
+    _percent(axes)
+    _legend(axes, theme)
+    return _png(figure)
+
+
+def class_bars(title: str, rows: Sequence[tuple[str, int, float]], before: Mapping[str, float], color: str, theme: Theme) -> bytes:
+    """Return horizontal bars of (class, images, accuracy) `rows`, the first on top; dots mark `before`'s accuracy."""
+    figure = _figure(theme, 4.6, 0.24 * len(rows) + 1.0)
+    axes = _axes(figure, theme, title)
+    places = np.arange(len(rows))[::-1]
+    axes.barh(places, [row[2] for row in rows], height=0.68, color=color)
+    if before:
+        axes.scatter([before[row[0]] for row in rows], places, s=16, color=theme.ink, zorder=3, label="untrained")
+        _legend(axes, theme, loc="upper left", bbox_to_anchor=(-0.02, -0.22 * 7 / (len(rows) + 3)))
+    axes.set_yticks(places, [f"{plain(name, 26, 1)} ({n})" for name, n, _ in rows])
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    axes.tick_params(axis="y", labelcolor=theme.ink, labelsize=8)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=theme.grid, linewidth=0.8)
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    _percent(axes, "x")
+    return _png(figure)

@@ -1,0 +1,28 @@
+"""Write the report of a finished measurement again: one HTML page, its figures as PNG, the numbers as CSV.
+
+    python eval/report.py --results runs/quickstart/eval
+    python eval/report.py --results runs/flickr8k/eval --train-runs runs/flickr8k --title 'Flickr8k' --output site
+
+Needs no model, no data and no network.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from align.cli import run
+from eval.config import ReportConfig
+from eval.page import write_report
+
+
+def main(config: ReportConfig) -> None:
+    """Write the page and say where it is."""
+    output = Path(config.output or config.results)
+    output.mkdir(parents=True, exist_ok=True)
+    runs = [Path(folder) for folder in config.train_runs]
+    page = write_report(Path(config.results), output, runs, config.title, dark=config.theme == "both")
+    Console().print(f"report: {page}", highlight=False)
+
+
+if __name__ == "__main__":
+    run(main, ReportConfig, "report")

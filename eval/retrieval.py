@@ -1,0 +1,110 @@
+"""Image-text retrieval in both directions: exact ranks in chunks, recalls, and the answer to every query.
+
+Shapes: `N` images, `M` captions, `E` aligned width, `K` answers kept. An image may have any number of captions, but at least
+one. A query is a hit at k if any of its right answers is among the first k. Embeddings are L2-normalised float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from align.ranking import best_ranks
+from eval.metrics import bootstrap_interval, chance_recall, median_rank, recall_at, wilson_interval
+from eval.results import Entry
+
+KS = (1, 5, 10)
+TOP = 10  # answers kept for each query
+
+
+@dataclass(frozen=True)
+class RetrievalAnswers:
+    """Ranks from 1 of the best right answer, and the first K answers with their cosines, in both directions.
+
+    `i2t_ranks` (N,), `i2t_top` (N, K) caption numbers; `t2i_ranks` (M,), `t2i_top` (M, K) image numbers.
+    """
+
+    i2t_ranks: np.ndarray
+    i2t_top: np.ndarray
+    i2t_scores: np.ndarray
+    t2i_ranks: np.ndarray
+    t2i_top: np.ndarray
+    t2i_scores: np.ndarray
+
+
+def retrieve(images: Tensor, captions: Tensor, caption_image: Tensor, chunk: int = 1024) -> RetrievalAnswers:
+    """Return the answers for `images` (N, E) and `captions` (M, E); caption j belongs to image `caption_image[j]` (M,) int64.
+
+    Memory is O(chunk max(N, M)): the (N, M) matrix is never kept.
+    """
+    image_ids = torch.arange(len(images))
+    i2t = best_ranks(images, captions, image_ids, caption_image, chunk)
+    t2i = best_ranks(captions, images, caption_image, image_ids, chunk)
+    i2t_top, i2t_scores = top_targets(images, captions, TOP, chunk)
+    t2i_top, t2i_scores = top_targets(captions, images, TOP, chunk)
+    return RetrievalAnswers(i2t.numpy(), i2t_top, i2t_scores, t2i.numpy(), t2i_top, t2i_scores)
+
+
+@torch.no_grad()
+def top_targets(queries: Tensor, targets: Tensor, k: int, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers (Q, K) and cosines (Q, K) of each query's K = min(k, targets) best targets, best first."""
+    keep = min(k, len(targets))
+    best = [torch.topk(queries[start : start + chunk] @ targets.T, keep) for start in range(0, len(queries), chunk)]
+    return torch.cat([b.indices for b in best]).numpy(), torch.cat([b.values for b in best]).numpy()
+
+
+def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generator: np.random.Generator, confidence: float) -> list[Entry]:
+    """Return R@1/5/10 (Wilson intervals) and the median rank (bootstrap) of both directions.
+
+    The intervals take queries as independent; captions of one image are not quite, so text-to-image ones are a little narrow.
+    """
+    entries = []
+    for direction, ranks in (("i2t", answers.i2t_ranks), ("t2i", answers.t2i_ranks)):
+        n = len(ranks)
+        for k in KS:
+            value = recall_at(ranks, k)
+            entries.append(Entry(task, f"{direction}_r@{k}", value, *wilson_interval(round(value * n), n, confidence), n, model))
+        interval = bootstrap_interval(ranks, lambda drawn: np.median(drawn, axis=1), generator, confidence=confidence)
+        entries.append(Entry(task, f"{direction}_median_rank", median_rank(ranks), *interval, n, model))
+    return entries
+
+
+def retrieval_chance(captions_per_image: np.ndarray, task: str, model: str) -> list[Entry]:
+    """Return the expected recalls of a random order, for images with `captions_per_image` (N,) captions; intervals are points."""
+    images, captions = len(captions_per_image), int(captions_per_image.sum())
+    directions = (("i2t", captions, captions_per_image, images), ("t2i", images, np.ones(1, dtype=np.int64), captions))
+    entries = []
+    for direction, targets, positives, n in directions:
+        for k in KS:
+            value = chance_recall(targets, positives, k)
+            entries.append(Entry(task, f"{direction}_r@{k}", value, value, value, n, model))
+    return entries
+
+
+def retrieval_table(answers: RetrievalAnswers, keys: Sequence[str], caption_image: np.ndarray) -> pa.Table:
+    """Return one row a query: direction (i2t, t2i), image key, caption number (-1 for i2t), rank, `top` numbers and scores.
+
+    Captions are numbered in the order of the task's images, images from 0 in the order of the i2t rows.
+    """
+    parts = (
+        ("i2t", np.arange(len(keys)), np.full(len(keys), -1), answers.i2t_ranks, answers.i2t_top, answers.i2t_scores),
+        ("t2i", caption_image, np.arange(len(caption_image)), answers.t2i_ranks, answers.t2i_top, answers.t2i_scores),
+    )
+    all_keys = pa.array(keys, pa.string())
+    tables = [
+        pa.table(
+            {
+                "direction": pa.repeat(direction, len(owners)),
+                "key": all_keys.take(pa.array(owners)),
+                "caption": pa.array(captions, pa.int32()),
+                "rank": pa.array(ranks, pa.int32()),
+                "top": pa.array(list(top.astype(np.int32)), pa.list_(pa.int32())),
+                "top_scores": pa.array(list(scores), pa.list_(pa.float32())),
+            }
+        )
+        for direction, owners, captions, ranks, top, scores in parts
+    ]
+    return pa.concat_tables(tables)

@@ -1,0 +1,133 @@
+"""Zero-shot classification: class weights from sentences, scores, and the answer to every image.
+
+Shapes: `N` images, `C` classes, `S` sentences, `E` aligned width. Embeddings are L2-normalised float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from align.errors import UsageError
+from eval.metrics import (
+    accuracy_at,
+    label_ranks,
+    majority_rates,
+    mean_per_class,
+    mean_per_class_interval,
+    wilson_interval,
+)
+from eval.results import Entry
+
+TOP = 5  # classes kept for each image
+
+
+@dataclass(frozen=True)
+class ClassificationAnswers:
+    """What a model said: `ranks` (N,) of the right class, `top` (N, min(5, C)) class numbers and their cosines, best first."""
+
+    ranks: np.ndarray
+    top: np.ndarray
+    top_scores: np.ndarray
+
+
+def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int]) -> Tensor:
+    """Return (C, E) L2-normalised class weights: the mean of each class's embeddings, normalised again.
+
+    `sentence_embeddings` (S, E) are L2-normalised and ordered class by class; `sentences_per_class` (C,) adds up to S.
+    """
+    counts = torch.as_tensor(sentences_per_class)
+    if len(sentence_embeddings) != int(counts.sum()) or bool((counts < 1).any()):
+        raise UsageError(f"{len(sentence_embeddings)} sentences for classes of {counts.tolist()}; every class needs at least one")
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (S,)
+    total = torch.zeros(len(counts), sentence_embeddings.shape[1]).index_add_(0, owner, sentence_embeddings.float())
+    return torch.nn.functional.normalize(total / counts[:, None], dim=-1)
+
+
+@torch.no_grad()
+def zero_shot_classification(images: Tensor, weights: Tensor, labels: Tensor, chunk: int = 4096) -> ClassificationAnswers:
+    """Return the answers for `images` (N, E) given class `weights` (C, E), both L2-normalised, and `labels` (N,) int64.
+
+    Ties are settled against the model: a class that scores as high as the right one is ranked before it.
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weights):
+        raise UsageError(f"labels run from {int(labels.min())} to {int(labels.max())}, but classes from 0 to {len(weights) - 1}")
+    keep = min(TOP, len(weights))
+    ranks, top, top_scores = [], [], []
+    for start in range(0, len(images), chunk):
+        scores = (images[start : start + chunk] @ weights.T).numpy()  # (chunk, C)
+        ranks.append(label_ranks(scores, labels[start : start + chunk].numpy()))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
+        top.append(order)
+        top_scores.append(np.take_along_axis(scores, order, axis=1))
+    return ClassificationAnswers(
+        np.concatenate(ranks or [np.zeros(0, np.int64)]),
+        np.concatenate(top or [np.zeros((0, keep), np.int64)]),
+        np.concatenate(top_scores or [np.zeros((0, keep), np.float32)]),
+    )
+
+
+def classification_entries(
+    answers: ClassificationAnswers,
+    labels: np.ndarray,
+    classes: int,
+    task: str,
+    model: str,
+    generator: np.random.Generator,
+    confidence: float,
+) -> list[Entry]:
+    """Return acc@1, acc@5 (left out with fewer than 5 classes) and mean_per_class, with Wilson and bootstrap intervals."""
+    n = len(labels)
+    entries = []
+    for k in (1, 5):
+        if k <= classes:
+            value = accuracy_at(answers.ranks, k, classes)
+            entries.append(Entry(task, f"acc@{k}", value, *wilson_interval(round(value * n), n, confidence), n, model))
+    correct = answers.ranks == 1
+    interval = mean_per_class_interval(correct, labels, classes, generator, confidence=confidence)
+    entries.append(Entry(task, "mean_per_class", mean_per_class(correct, labels, classes), *interval, n, model))
+    return entries
+
+
+def majority_entries(labels: np.ndarray, classes: int, task: str, model: str, confidence: float) -> list[Entry]:
+    """Return the scores of always naming the most frequent classes of these very labels: what counting alone can reach."""
+    n = len(labels)
+    rates = majority_rates(labels, classes, (1, 5) if classes >= 5 else (1,))
+    entries = [Entry(task, f"acc@{k}", rate, *wilson_interval(round(rate * n), n, confidence), n, model) for k, rate in rates.items()]
+    share = 1 / len(np.unique(labels))  # right on one of the classes that occur, wrong on the others
+    return [*entries, Entry(task, "mean_per_class", share, share, share, n, model)]
+
+
+def classification_chance(n: int, classes: int, task: str, model: str) -> list[Entry]:
+    """Return what a random order of the classes scores on average; it is exact, so its interval is a point."""
+    values = {"acc@1": 1 / classes, **({"acc@5": 5 / classes} if classes >= 5 else {}), "mean_per_class": 1 / classes}
+    return [Entry(task, metric, value, value, value, n, model) for metric, value in values.items()]
+
+
+def classification_table(answers: ClassificationAnswers, keys: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> pa.Table:
+    """Return one row an image: key, label and predicted class (number and name), rank of the label, score of the prediction.
+
+    `top` and `top_scores` hold the best classes and their cosines.
+    """
+    names = pa.array(class_names, pa.string())
+
+    def named(numbers: np.ndarray) -> pa.DictionaryArray:
+        return pa.DictionaryArray.from_arrays(pa.array(numbers, pa.int32()), names)
+
+    predicted = answers.top[:, 0]
+    return pa.table(
+        {
+            "key": pa.array(keys, pa.string()),
+            "label": pa.array(labels, pa.int32()),
+            "label_name": named(labels),
+            "predicted": pa.array(predicted, pa.int32()),
+            "predicted_name": named(predicted),
+            "rank": pa.array(answers.ranks, pa.int32()),
+            "score": pa.array(answers.top_scores[:, 0], pa.float32()),
+            "top": pa.array(list(answers.top.astype(np.int32)), pa.list_(pa.int32())),
+            "top_scores": pa.array(list(answers.top_scores), pa.list_(pa.float32())),
+        }
+    )

@@ -1,0 +1,185 @@
+"""Encoding: one process, two processes, other batch sizes and killed runs all give the same store; bad samples are counted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_encoders import save, save_bert
+
+from align.cli import parse
+from align.config import EncodeConfig
+from align.encode import main
+from align.encoders import load_vision_encoder
+from align.errors import DataError, FingerprintError, LeaseError
+from align.files import arm_failpoint
+from align.lease import Lease
+from align.store import FeatureStore
+
+SHARDS = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """40 pictures with two caption columns in a JSONL, two of them bad, and two tiny encoders."""
+    folder = tmp_path_factory.mktemp("world")
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    rows = []
+    for n in range(40):
+        Image.fromarray(random.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(folder / f"images/{n}.png")
+        rows.append({"key": f"k{n}", "image": f"images/{n}.png", "short": f"dog {n}", "many": [f"cat {n}", f"the red cat {n} runs"]})
+    (folder / "images/7.png").write_bytes((folder / "images/7.png").read_bytes()[:200])
+    rows[21]["short"] = "  "
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save(folder / "vision", "dinov2")
+    save_bert(folder / "text")
+    return folder
+
+
+def flags(world, output, **changes):
+    values = {
+        "data": world / "data.jsonl", "output": output, "vision": world / "vision", "text": world / "text", "captions": ["short", "many"],
+        "precision": "fp32", "batch-size": 4, "shard-rows": 14, "workers": 0, "max-reject-fraction": 0.2, **changes,
+    }  # fmt: skip
+    listed = []
+    for name, value in values.items():
+        if value is not None:
+            listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return listed
+
+
+def encode(world, output, failpoint=None, **changes):
+    if failpoint:
+        arm_failpoint(failpoint)
+    main(parse(EncodeConfig, "encode", flags(world, output, **changes)))
+
+
+def content(output):
+    return {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file() and ".work" not in p.parts}
+
+
+@pytest.fixture(scope="module")
+def straight(world):
+    encode(world, world / "straight")
+    return world / "straight"
+
+
+def test_features_are_those_of_the_encoder_by_key(world, straight):
+    store = FeatureStore(straight / "images")
+    encoder = load_vision_encoder(str(world / "vision"))
+    assert store.keys.to_pylist() == [f"k{n}" for n in range(40) if n != 7]
+    for row, key in enumerate(store.keys.to_pylist()):
+        expected = encoder(encoder.transform(Image.open(world / f"images/{key[1:]}.png"))[None])[0].numpy()
+        np.testing.assert_allclose(store.features(np.array([row]))[0].astype(np.float32), expected, rtol=2e-3, atol=2e-3)
+    many = FeatureStore(straight / "captions-many").key_table.to_pylist()
+    assert many[:3] == [{"key": "k0", "item": 0}, {"key": "k0", "item": 1}, {"key": "k1", "item": 0}] and len(many) == 80
+    assert "k21" not in FeatureStore(straight / "captions-short").keys.to_pylist()
+
+
+def test_every_reject_is_listed_with_its_code(straight):
+    images = pq.read_table(straight / "images/rejects.parquet").to_pylist()
+    assert [(r["key"], r["column"], r["code"], r["shard"], r["row"]) for r in images] == [("k7", "image", "image_damaged", 0, 7)]
+    captions = pq.read_table(straight / "captions-short/rejects.parquet").to_pylist()
+    assert [(r["key"], r["code"]) for r in captions] == [("k21", "caption_empty")]
+
+
+@pytest.mark.parametrize("failpoint", ["write:1", "rename:6", "commit:2", "renamed:9", "commit:5", "rename:20", "renamed:33"])
+def test_killed_anywhere_the_same_command_gives_the_same_store(world, straight, forked, tmp_path, failpoint):
+    assert forked(encode, world, tmp_path / "out", failpoint) == -signal.SIGKILL
+    assert forked(encode, world, tmp_path / "out") == 0
+    assert content(tmp_path / "out") == content(straight)
+
+
+def close_to(first, second):
+    for name in ("images", "captions-short", "captions-many"):
+        a, b = FeatureStore(first / name), FeatureStore(second / name)
+        assert a.key_table.equals(b.key_table) and np.array_equal(a.starts, b.starts)
+        np.testing.assert_allclose(a.all_features().astype(np.float32), b.all_features().astype(np.float32), rtol=2e-3, atol=2e-3)
+
+
+def test_batch_sizes_and_workers_do_not_matter(world, straight, tmp_path):
+    encode(world, tmp_path / "out", **{"batch-size": 9, "text-batch-size": 5, "workers": 2})
+    close_to(tmp_path / "out", straight)
+
+
+def test_images_and_captions_can_be_encoded_separately(world, straight, tmp_path):
+    encode(world, tmp_path / "out", text=None, captions=None)
+    encode(world, tmp_path / "out", vision=None)
+    assert content(tmp_path / "out") == content(straight)
+
+
+@pytest.mark.slow
+def test_two_processes_under_accelerate_give_the_store_of_one(world, straight, tmp_path):
+    script = str(Path(main.__code__.co_filename))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", script, *flags(world, tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "2 process" in ran.stdout
+    assert content(tmp_path / "out") == content(straight)
+
+
+def test_a_store_of_another_encoder_or_other_data_is_refused_by_field(world, straight, tmp_path):
+    with pytest.raises(FingerprintError, match="layer: "):
+        encode(world, straight, layer=0)
+    with pytest.raises(FingerprintError, match="prompt: "):
+        encode(world, straight, prompt="query: ")
+    with pytest.raises(FingerprintError, match="data: "):
+        encode(world, straight, **{"shard-rows": 20})
+    assert content(straight)  # nothing was written over
+    encode(world, straight)
+
+
+def test_too_many_rejects_stop_the_job_with_the_codes(world, tmp_path):
+    with pytest.raises(DataError, match="image_damaged 1"):
+        encode(world, tmp_path / "out", **{"max-reject-fraction": 0.01})
+    rows = [{"key": f"k{n}", "image": f"images/{n}.png"} for n in range(100, 130)]
+    (tmp_path / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="10 samples in a row were rejected .*file_missing"):
+        encode(world, tmp_path / "none", data=tmp_path / "gone.jsonl", text=None, captions=None, **{"max-rejects-in-a-row": 10})
+
+
+def test_verify_and_dry_run_touch_nothing(world, straight, tmp_path, capsys):
+    before = content(straight)
+    encode(world, straight, verify=None)
+    main(parse(EncodeConfig, "encode", [*flags(world, straight), "--verify"]))
+    assert "every byte as committed" in capsys.readouterr().out and content(straight) == before
+    main(parse(EncodeConfig, "encode", [*flags(world, tmp_path / "dry"), "--dry-run"]))
+    assert "40 samples in 3 shards, 3 to encode" in capsys.readouterr().out
+    assert not list((tmp_path / "dry").rglob("*.safetensors"))
+
+
+def hold(folder, job, ready):
+    with Lease(folder, job):
+        ready.write_text("")
+        signal.pause()
+
+
+def test_a_second_job_is_refused_naming_the_holder_and_a_dead_one_is_taken_over(tmp_path):
+    ready = tmp_path / "ready"
+    holder = os.fork()
+    if holder == 0:
+        try:
+            hold(tmp_path / "store", "first", ready)
+        finally:
+            os._exit(0)
+    while not ready.exists():
+        assert psutil.pid_exists(holder)
+    with pytest.raises(LeaseError, match=f"process {holder} on .* .job first"), Lease(tmp_path / "store", "second"):
+        pass
+    with Lease(tmp_path / "store", "first") as shared:  # the same job shares the work
+        assert shared.claim(3) and not shared.claim(3)
+        shared.release(3)
+        assert shared.claim(3)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with Lease(tmp_path / "store", "second") as lease:
+        assert lease.claim(3)

@@ -1,0 +1,130 @@
+"""Metrics against cases worked out by hand."""
+
+import numpy as np
+import pytest
+
+from align.errors import UsageError
+from eval.metrics import (
+    accuracy_at,
+    bootstrap_interval,
+    chance_recall,
+    class_accuracy,
+    label_ranks,
+    majority_rates,
+    mean_per_class,
+    mean_per_class_interval,
+    median_rank,
+    recall_at,
+    wilson_interval,
+)
+
+
+def test_label_ranks_count_better_classes_and_ties_against_the_model():
+    scores = np.array([[0.1, 0.9, 0.5], [0.7, 0.2, 0.7], [0.3, 0.3, 0.3]])
+    assert label_ranks(scores, np.array([1, 0, 2])).tolist() == [1, 2, 3]  # clear win; tie with one; all equal: last
+    assert label_ranks(scores, np.array([0, 1, 0])).tolist() == [3, 3, 3]
+
+
+def test_one_item_of_one_class():
+    assert label_ranks(np.array([[0.4]]), np.array([0])).tolist() == [1]
+    assert recall_at(np.array([1]), 1) == 1.0
+    assert median_rank(np.array([7])) == 7.0
+
+
+def test_accuracy_at_5_with_fewer_than_5_classes_is_refused():
+    ranks = np.array([1, 2, 5, 6])
+    assert accuracy_at(ranks, 1, 10) == 0.25
+    assert accuracy_at(ranks, 5, 10) == 0.75
+    assert accuracy_at(np.array([1, 5]), 5, 5) == 1.0
+    with pytest.raises(UsageError, match="4 classes"):
+        accuracy_at(np.array([1, 4]), 5, 4)
+
+
+def test_median_rank_of_an_even_number_is_the_mean_of_the_two_in_the_middle():
+    assert median_rank(np.array([1, 9, 2, 4])) == 3.0
+
+
+def test_mean_per_class_weighs_classes_not_images():
+    labels = np.array([0, 0, 0, 0, 2])
+    correct = np.array([True, True, True, False, False])
+    per_class = class_accuracy(correct, labels, 3)
+    assert per_class[0] == 0.75 and np.isnan(per_class[1]) and per_class[2] == 0.0
+    assert mean_per_class(correct, labels, 3) == 0.375  # the class without images does not count
+    assert correct.mean() == 0.6
+
+
+def test_majority_names_the_most_frequent_classes():
+    labels = np.array([3, 3, 3, 1, 1, 0])
+    assert majority_rates(labels, 5, (1, 2, 5)) == {1: 0.5, 2: 5 / 6, 5: 1.0}
+
+
+def test_chance_recall_equals_the_count_of_all_orders():
+    from itertools import permutations
+
+    targets, positives = 5, 2
+    for k in (1, 2, 3, 4, 5):
+        orders = list(permutations(range(targets)))
+        hits = sum(any(item < positives for item in order[:k]) for order in orders)
+        assert chance_recall(targets, np.array([positives]), k) == pytest.approx(hits / len(orders))
+    assert chance_recall(10, np.array([1]), 5) == pytest.approx(0.5)
+    assert chance_recall(3, np.array([1, 3]), 1) == pytest.approx((1 / 3 + 1) / 2)
+    assert chance_recall(4, np.array([1]), 10) == 1.0
+
+
+def test_wilson_interval_equals_published_values():
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    for successes, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(20, 20)[1] == 1.0
+    wide, narrow = wilson_interval(5, 10, 0.99), wilson_interval(5, 10, 0.9)
+    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
+
+
+def test_wilson_interval_refuses_impossible_counts():
+    for successes, n in ((3, 2), (-1, 5), (0, 0)):
+        with pytest.raises(UsageError):
+            wilson_interval(successes, n)
+
+
+def test_bootstrap_of_a_mean_is_near_the_normal_interval_and_repeats_exactly():
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+
+    def interval(seed, **options):
+        return bootstrap_interval(values, lambda drawn: drawn.mean(axis=1), np.random.default_rng(seed), **options)
+
+    half = 1.96 * values.std() / 20
+    assert interval(0, resamples=4000) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+    assert interval(0) == interval(0) != interval(1)
+
+
+def test_bootstrap_in_blocks_draws_what_one_block_draws(monkeypatch):
+    sizes = []
+
+    def statistic(drawn):
+        sizes.append(drawn.shape)
+        return drawn.mean(axis=1)
+
+    values = np.arange(3_000_000, dtype=np.float32)
+    low, high = bootstrap_interval(values, statistic, np.random.default_rng(0), resamples=3)
+    assert sizes == [(1, 3_000_000)] * 3 and low <= high
+
+
+def test_mean_per_class_interval_equals_the_bootstrap_over_samples():
+    rng = np.random.default_rng(2)
+    labels = np.repeat(np.arange(6), [100, 10, 10, 10, 10, 10])
+    correct = rng.random(150) < np.where(labels == 0, 0.05, 0.8)
+    rows = np.arange(150)
+
+    def statistic(drawn):
+        return np.array([mean_per_class(correct[row], labels[row], 6) for row in drawn])
+
+    slow = bootstrap_interval(rows, statistic, np.random.default_rng(3), resamples=2000)
+    fast = mean_per_class_interval(correct, labels, 6, np.random.default_rng(4), resamples=2000)
+    assert fast == pytest.approx(slow, abs=0.015)
+    assert fast[0] < mean_per_class(correct, labels, 6) < fast[1]
+
+
+@pytest.mark.parametrize("metric", [lambda x: recall_at(x, 1), median_rank, lambda x: majority_rates(x, 2, (1,))])
+def test_no_samples_is_an_error_not_a_nan(metric):
+    with pytest.raises(UsageError, match="no samples"):
+        metric(np.zeros(0, dtype=np.int64))

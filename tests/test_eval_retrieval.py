@@ -1,0 +1,96 @@
+"""Retrieval against a plain loop and the protocol's traps: several captions an image, ties, one item."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from eval.examples import retrieval_examples, shown_images
+from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve, top_targets
+
+
+def test_both_directions_equal_a_plain_loop_whatever_the_chunk():
+    torch.manual_seed(0)
+    counts = [5, 1, 3, 5, 2, 4]
+    owner = torch.repeat_interleave(torch.arange(6), torch.tensor(counts))
+    images, captions = normalize(torch.randn(6, 8), dim=-1), normalize(torch.randn(20, 8), dim=-1)
+    answers = retrieve(images, captions, owner, chunk=3)
+    scores = (images @ captions.T).tolist()
+    for i in range(6):
+        order = sorted(range(20), key=lambda c: -scores[i][c])
+        best = min(order.index(c) for c in range(20) if owner[c] == i)
+        # other right captions above the best one do not exist, and those below do not matter
+        assert answers.i2t_ranks[i] == best + 1
+        assert answers.i2t_top[i].tolist() == order[:10]
+    for c in range(20):
+        order = sorted(range(6), key=lambda i: -scores[i][c])
+        assert answers.t2i_ranks[c] == order.index(int(owner[c])) + 1
+        assert answers.t2i_top[c].tolist() == order
+
+
+def test_an_image_hits_if_any_of_its_captions_does():
+    images = torch.eye(2)
+    captions = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])  # image 0: one bad, one perfect; image 1: two good
+    answers = retrieve(images, captions, torch.tensor([0, 0, 1, 1]))
+    # image 1: its caption 3 ties with image 0's bad caption, and a tie counts against it
+    assert answers.i2t_ranks.tolist() == [1, 2]
+    assert answers.t2i_ranks.tolist() == [2, 1, 1, 1]
+    found = {e.metric: e for e in retrieval_entries(answers, "t", "m", np.random.default_rng(0), 0.95)}
+    assert found["i2t_r@1"].value == 0.5 and found["i2t_r@1"].n == 2
+    assert found["t2i_r@1"].value == 0.75 and found["t2i_r@1"].n == 4
+    assert found["i2t_median_rank"].value == 1.5
+    assert found["t2i_r@1"].low < 0.75 < found["t2i_r@1"].high
+
+
+def test_a_collapsed_model_ranks_last():
+    answers = retrieve(torch.ones(4, 2) / 2**0.5, torch.ones(8, 2) / 2**0.5, torch.arange(4).repeat_interleave(2))
+    assert answers.t2i_ranks.tolist() == [4] * 8
+    assert answers.i2t_ranks.tolist() == [7] * 4  # six captions of others, then its own
+
+
+def test_one_image_with_one_caption():
+    answers = retrieve(torch.eye(1), torch.eye(1), torch.tensor([0]))
+    found = {e.metric: e.value for e in retrieval_entries(answers, "t", "m", np.random.default_rng(0), 0.95)}
+    assert found["i2t_r@1"] == found["t2i_r@10"] == found["t2i_median_rank"] == 1.0
+
+
+def test_chance_counts_all_captions_of_an_image():
+    found = {e.metric: e for e in retrieval_chance(np.array([2, 2, 2, 2]), "t", "chance")}
+    assert found["t2i_r@1"].value == pytest.approx(1 / 4) and found["t2i_r@1"].n == 8
+    assert found["i2t_r@1"].value == pytest.approx(2 / 8) and found["i2t_r@1"].n == 4
+    assert found["i2t_r@5"].value == pytest.approx(1 - (6 * 5 * 4 * 3 * 2) / (8 * 7 * 6 * 5 * 4))
+    assert found["t2i_r@10"].value == 1.0
+
+
+def test_top_targets_are_as_many_as_there_are():
+    numbers, scores = top_targets(torch.eye(3), torch.eye(3)[:2], 10)
+    assert numbers.shape == scores.shape == (3, 2)
+
+
+def test_the_table_holds_one_row_a_query():
+    answers = retrieve(torch.eye(2), torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1, 1]))
+    rows = retrieval_table(answers, ["a", "b"], np.array([0, 1, 1])).to_pylist()
+    assert [(row["direction"], row["key"], row["caption"], row["rank"]) for row in rows] == [
+        ("i2t", "a", -1, 1),
+        ("i2t", "b", -1, 1),
+        ("t2i", "a", 0, 1),
+        ("t2i", "b", 1, 1),
+        ("t2i", "b", 2, 1),
+    ]
+    assert rows[0]["top"][0] == 0 and rows[0]["top_scores"][0] == 1.0
+
+
+def test_the_best_own_caption_is_shown_for_an_image():
+    images = torch.eye(2)
+    captions = torch.tensor([[0.0, 1.0], [0.8, 0.6], [0.6, 0.8]])  # image 0 owns two, the second is nearer
+    owner = torch.tensor([0, 0, 1])
+    shown = retrieval_examples(
+        {"m": retrieve(images, captions, owner)},
+        {"m": (images, captions)},
+        ["far", "near", "other"],
+        owner.numpy(),
+        2,
+        np.random.default_rng(0),
+    )
+    assert {example["image"]: example["answers"]["m"]["best"] for example in shown["i2t"]} == {0: "near", 1: "other"}
+    assert sorted(shown_images(shown)) == [0, 1]

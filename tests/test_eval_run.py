@@ -1,0 +1,273 @@
+"""eval/run.py from end to end in a world of colors: an aligned model is right, an untrained one is not, and nothing runs twice."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import align.modeling
+from align.errors import DataError, FingerprintError, UsageError
+from align.modeling import SailConfig, SailModel
+from eval.config import EvalConfig
+from eval.features import FeatureCache
+from eval.results import load_answers, load_results
+from eval.run import main
+from eval.tasks import find_task, load_task
+
+RGB = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "yellow": (250, 250, 0), "pink": (255, 0, 255), "black": (0, 0, 0)}
+NAMES = list(RGB)
+VISION_FINGERPRINT = {"encoder": "eye", "weights": "11", "feature": "mean", "precision": "fp32"}
+TEXT_FINGERPRINT = {"encoder": "ear", "weights": "22", "prompt": "", "precision": "fp32"}
+
+
+def to_vector(rgb):
+    return torch.tensor([*(value / 255 for value in rgb), 0.4])
+
+
+def see(image):
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float()
+
+
+class Eye(nn.Module):
+    """Sees the mean color of a picture."""
+
+    feature_width = 4
+    transform = staticmethod(see)
+    fingerprint = VISION_FINGERPRINT
+
+    def forward(self, pixels):
+        return torch.stack([to_vector(color) for color in pixels.mean(dim=(2, 3))])
+
+
+class Ear(nn.Module):
+    """Hears the name of a color."""
+
+    width = 4
+    fingerprint = TEXT_FINGERPRINT
+
+    def encode(self, texts, batch_size):
+        return torch.stack([to_vector(RGB[next(name for name in NAMES if name in text)]) for text in texts])
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Count how often each encoder is loaded."""
+    counts = {"vision": 0, "text": 0}
+
+    def loader(side, kind):
+        def load(**_):
+            counts[side] += 1
+            return kind()
+
+        return load
+
+    monkeypatch.setattr(align.modeling, "load_vision_encoder", loader("vision", Eye))
+    monkeypatch.setattr(align.modeling, "load_text_encoder", loader("text", Ear))
+    return counts
+
+
+def save_model(folder, **changes):
+    settings = {
+        "vision": {"name": "eye"}, "text": {"name": "ear"}, "vision_fingerprint": VISION_FINGERPRINT, "text_fingerprint": TEXT_FINGERPRINT,
+        "vision_width": 4, "text_width": 4, "width": 4, "head": "linear",
+    }  # fmt: skip
+    model = SailModel(SailConfig(**{**settings, **changes})).initialize(3)
+    with torch.no_grad():
+        for head in (model.vision_head, model.text_head):
+            for module in head.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.copy_(torch.eye(4))
+    model.save_pretrained(folder)
+    return folder
+
+
+def picture(color, number):
+    pixels = np.full((16, 16, 3), RGB[color], dtype=np.int16) + np.random.default_rng(number).integers(-12, 12, size=(16, 16, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A model folder and two tasks: 24 pictures of 6 colors to classify (one of them damaged), 6 to retrieve with 2 captions each."""
+    root = tmp_path / "data"
+    (root / "colors" / "test").mkdir(parents=True)
+    with tarfile.open(root / "colors" / "test" / "0.tar", "w") as archive:
+        for number in range(24):
+            data = picture(NAMES[number % 6], number)
+            for name, content in (("png", data[:-60] if number == 7 else data), ("cls", str(number % 6).encode())):
+                info = tarfile.TarInfo(f"{number:04d}.{name}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    (root / "colors" / "classnames.txt").write_text("\n".join(NAMES))
+    rows = []
+    (root / "pairs").mkdir()
+    for number, name in enumerate(NAMES):
+        (root / "pairs" / f"{name}.png").write_bytes(picture(name, number))
+        rows.append({"key": name, "image": f"{name}.png", "captions": [f"a {name} square", f"<b>{name}</b>"]})
+    (root / "pairs" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "colors.yaml").write_text(
+        "id: colors\nkind: classification\nlayout: webdataset\npath: colors\ndata: test/*.tar\nclasses: classnames.txt\n"
+    )
+    (tmp_path / "pairs.yaml").write_text("id: pairs\nkind: retrieval\nlayout: jsonl\npath: pairs\ndata: test.jsonl\n")
+    save_model(tmp_path / "run" / "best")
+    return tmp_path
+
+
+def config(world, **changes):
+    settings = {
+        "model": (str(world / "run"),), "tasks": (str(world / "colors.yaml"), str(world / "pairs.yaml")), "data_root": str(world / "data"),
+        "output": str(world / "out"), "workers": 0, "batch_size": 5, "device": "cpu", "report": False, "examples": 3,
+    }  # fmt: skip
+    return EvalConfig(**{**settings, **changes})
+
+
+def values(results):
+    return {(e.task, e.metric, e.model): e for e in results.entries}
+
+
+def test_an_aligned_model_is_right_and_a_second_run_loads_no_encoder(world, loads):
+    main(config(world, report=True))
+    first = load_results(world / "out")
+    found = values(first)
+    assert found["colors", "acc@1", "trained"].value == 1.0 and found["colors", "acc@1", "trained"].n == 23
+    assert found["pairs", "t2i_r@1", "trained"].value == 1.0 and found["pairs", "t2i_r@1", "trained"].n == 12
+    assert found["pairs", "i2t_r@1", "trained"].n == 6
+    assert found["colors", "acc@1", "untrained"].value < 0.9
+    assert found["colors", "acc@1", "majority"].value == 4 / 23 and found["colors", "acc@1", "chance"].value == pytest.approx(1 / 6)
+    assert found["pairs", "t2i_r@1", "chance"].value == pytest.approx(1 / 6)
+    assert [task.rejected for task in first.tasks] == [{"image_damaged": 1}, {}]
+    assert first.tasks[0].prompts == "simple" and first.tasks[1].prompts == ""
+    assert loads == {"vision": 1, "text": 1}, "before and after share the encoders and the features of both tasks"
+    assert (world / "out" / "report.html").is_file()
+
+    main(config(world))
+    assert loads == {"vision": 1, "text": 1}
+    assert load_results(world / "out").entries == first.entries
+
+
+def test_answers_and_examples_lie_beside_the_results(world, loads):
+    main(config(world))
+    answers = load_answers(world / "out", "colors", "trained")
+    assert len(answers) == 23 and "0007" not in answers["key"].to_pylist()
+    assert answers["label_name"].to_pylist() == answers["predicted_name"].to_pylist()
+    assert len(load_answers(world / "out", "pairs", "untrained")) == 6 + 12
+    examples = json.loads((world / "out" / "examples" / "pairs.json").read_text())
+    assert len(examples["t2i"]) == len(examples["i2t"]) == 3 and len(examples["matrix"]["captions"]) == 6
+    assert np.argmax(examples["matrix"]["scores"]["trained"], axis=1).tolist() == list(range(6))
+    for example in examples["i2t"]:
+        assert all(NAMES[example["image"]] in said["best"] for said in example["answers"].values())
+        assert example["answers"]["trained"]["top"][0]["right"]
+    for path in examples["thumbs"].values():
+        with Image.open(world / "out" / "examples" / path) as image:
+            assert image.format == "JPEG"
+
+
+def test_features_are_made_again_when_pictures_or_encoder_change(world, loads):
+    main(config(world, tasks=(str(world / "pairs.yaml"),)))
+    (world / "data" / "pairs" / "red.png").write_bytes(picture("red", 99))
+    main(config(world, tasks=(str(world / "pairs.yaml"),)))
+    assert loads == {"vision": 2, "text": 1}
+
+
+def test_a_damaged_text_cache_is_made_again(world, loads):
+    main(config(world))
+    before = load_results(world / "out").entries
+    for path in (world / "out" / "cache" / "texts").rglob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 64
+        path.write_bytes(bytes(data))
+    main(config(world))
+    assert loads["text"] == 2 and load_results(world / "out").entries == before
+
+
+def test_a_renamed_encoder_is_the_same_encoder_but_another_is_refused(world, loads):
+    main(config(world))
+    save_model(world / "renamed", vision_fingerprint={**VISION_FINGERPRINT, "encoder": "moved/eye"})
+    main(config(world, model=(str(world / "renamed"),)))
+    assert loads["vision"] == 1
+    save_model(world / "other", vision_fingerprint={**VISION_FINGERPRINT, "weights": "33"})
+    with pytest.raises(FingerprintError, match="weights"):
+        main(config(world, model=(str(world / "other"),)))
+
+
+def test_two_models_side_by_side_without_baselines(world, loads):
+    save_model(world / "second")
+    main(config(world, model=(f"a={world / 'run' / 'best'}", f"b={world / 'second'}"), baseline=False))
+    results = load_results(world / "out")
+    assert [model.name for model in results.models] == ["a", "b"] and {entry.model for entry in results.entries} == {"a", "b"}
+    assert results.models[0].fingerprint == results.models[1].fingerprint
+    main(config(world, model=(f"a={world / 'run'}", f"b={world / 'second'}")))
+    assert [m.name for m in load_results(world / "out").models] == ["a", "b", "a untrained", "b untrained", "majority", "chance"]
+
+
+def test_untrained_heads_follow_the_seed(world, loads):
+    main(config(world))
+    first = values(load_results(world / "out"))
+    main(config(world, seed=5))
+    second = values(load_results(world / "out"))
+    assert first["pairs", "t2i_median_rank", "trained"].value == second["pairs", "t2i_median_rank", "trained"].value
+    answers = [load_results(world / "out").models[1].fingerprint["heads"], load_results(world / "out").models[0].fingerprint["heads"]]
+    assert answers[0] != answers[1]
+
+
+def test_other_prompts_are_recorded(world, loads):
+    (world / "data" / "colors" / "own.txt").write_text("{c}\na {c} thing\n")
+    main(config(world, tasks=(str(world / "colors.yaml"),), templates="own.txt"))
+    assert load_results(world / "out").tasks[0].prompts.startswith("templates:own.txt@")
+
+
+def test_too_many_rejects_stop_the_measurement(world, loads):
+    with pytest.raises(DataError, match="reject"):
+        main(config(world, max_reject_fraction=0.01))
+    with pytest.raises(DataError, match="reject"):  # and again when the features are cached
+        main(config(world, max_reject_fraction=0.01))
+    assert not (world / "out" / "results.json").exists()
+
+
+def test_wrong_models_are_refused_at_the_door(world, loads):
+    with pytest.raises(UsageError, match="neither a model folder"):
+        main(config(world, model=(str(world / "data"),)))
+    with pytest.raises(UsageError, match="same name"):
+        main(config(world, model=(f"a={world / 'run'}", f"a={world / 'run'}")))
+    assert loads == {"vision": 0, "text": 0}
+
+
+def test_nothing_to_measure_is_a_usage_error(capsys):
+    with pytest.raises(UsageError, match="--list-tasks"):
+        EvalConfig()
+    main(EvalConfig(list_tasks=True))
+    assert "sprites-unseen: classification" in capsys.readouterr().out
+
+
+def test_text_features_keep_the_order_and_encode_equal_texts_once(world, loads):
+    model = SailModel.from_pretrained(world / "run" / "best")
+    encoded = []
+
+    class Counting(Ear):
+        def encode(self, texts, batch_size):
+            encoded.extend(texts)
+            return super().encode(texts, batch_size)
+
+    model._encoders["text"] = Counting()
+    features = FeatureCache(world / "cache").texts(["red", "blue", "red", "a green one"], model)
+    assert sorted(encoded) == ["a green one", "blue", "red"]
+    assert torch.equal(features[0], features[2])
+    assert features.float().tolist()[1] == pytest.approx(to_vector(RGB["blue"]).tolist(), abs=1e-3)
+    assert features.float().tolist()[3] == pytest.approx(to_vector(RGB["green"]).tolist(), abs=1e-3)
+
+
+def test_features_follow_their_keys(world, loads):
+    data = load_task(find_task(str(world / "colors.yaml")), world / "data")
+    model = SailModel.from_pretrained(world / "run" / "best")
+    kept, features = FeatureCache(world / "cache", batch_size=4, workers=0).images(data, model)
+    assert len(kept.keys) == len(features) == 23
+    for key, label, feature in zip(kept.keys, kept.labels, features, strict=True):
+        assert int(key) % 6 == label
+        assert feature.astype(float)[:3] == pytest.approx(np.array(RGB[NAMES[label]]) / 255, abs=0.06)

@@ -1,0 +1,188 @@
+"""Tasks: exact ids, YAML of a user's own, the layouts on disk, and what is refused."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align.errors import DataError, UsageError
+from eval.tasks import TASKS, Task, find_task, load_task, read_images
+
+
+def jpeg(number, side=24):
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (number * 40 % 256, 90, 200)).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def clip_benchmark(folder, labels=(0, 1, 2, 1), classes=("dog", "hot dog", "cat")):
+    """A classification set in CLIP_benchmark's webdataset layout, in two tars."""
+    for part in (0, 1):
+        members = []
+        for number in range(part, len(labels), 2):
+            members += [(f"s{number:07d}.jpg", jpeg(number)), (f"s{number:07d}.cls", str(labels[number]).encode())]
+        write_tar(folder / "test" / f"{part}.tar", members)
+    (folder / "test" / "nshards.txt").write_text("2")
+    (folder / "classnames.txt").write_text("\n".join(classes) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\na {c}.\n")
+    return Task(
+        "birds", "classification", "webdataset", folder.name, "test/*.tar", "zeroshot_classification_templates.txt", "classnames.txt"
+    )
+
+
+def test_classification_in_clip_benchmarks_layout(tmp_path):
+    data = load_task(clip_benchmark(tmp_path / "wds"), tmp_path)
+    assert data.keys == ("s0000000", "s0000002", "s0000001", "s0000003")
+    assert data.labels.tolist() == [0, 2, 1, 1] and data.class_names == ("dog", "hot dog", "cat")
+    assert data.rejected == {}
+
+
+def test_retrieval_in_clip_benchmarks_layout(tmp_path):
+    members = [("a.jpg", jpeg(0)), ("a.txt", b"one\ntwo\nthree\n"), ("b.jpg", jpeg(1)), ("b.txt", b"four")]
+    write_tar(tmp_path / "coco" / "test" / "0.tar", members)
+    data = load_task(Task("coco", "retrieval", "webdataset", "coco", "test/*.tar"), tmp_path)
+    assert data.captions == ("one", "two", "three", "four")
+    assert data.caption_image.tolist() == [0, 0, 0, 1] and data.keys == ("a", "b")
+
+
+def test_retrieval_from_jsonl(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for number in range(3):
+        (folder / "images" / f"{number}.jpg").write_bytes(jpeg(number))
+        rows.append({"key": f"k{number}", "image": f"images/{number}.jpg", "captions": [f"c{number}.{part}" for part in range(number + 1)]})
+    rows.append({"key": "bad", "image": "images/0.jpg", "captions": ["", " "]})
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_task(Task("photos", "retrieval", "jsonl", "photos", "test.jsonl"), tmp_path)
+    assert data.keys == ("k0", "k1", "k2")
+    assert data.captions == ("c0.0", "c1.0", "c1.1", "c2.0", "c2.1", "c2.2") and data.caption_image.tolist() == [0, 1, 1, 2, 2, 2]
+    assert data.rejected == {"caption_empty": 1}
+    shown = dict(read_images(data, [2, 0]))
+    assert shown == {0: jpeg(0), 2: jpeg(2)}
+
+
+def test_folders_of_images_name_their_classes(tmp_path):
+    for name, count in (("hot_dog", 2), ("cat", 1)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "set" / name / f"{number}.jpg").write_bytes(jpeg(number))
+    data = load_task(Task("set", "classification", "folder", "set"), tmp_path)
+    assert data.class_names == ("cat", "hot dog")
+    assert [(key, int(label)) for key, label in zip(data.keys, data.labels, strict=True)] == [
+        ("cat/0", 0),
+        ("hot_dog/0", 1),
+        ("hot_dog/1", 1),
+    ]
+    (tmp_path / "set" / "names.txt").write_text("hot_dog\tsausage in bread\ncat\tcat\nbird\tbird\n")
+    named = load_task(Task("set", "classification", "folder", "set", classes="names.txt"), tmp_path)
+    assert named.class_names == ("sausage in bread", "cat", "bird") and named.labels.tolist() == [1, 0, 0]
+
+
+def test_the_digest_changes_with_whatever_is_measured_and_with_nothing_else(tmp_path):
+    task = clip_benchmark(tmp_path / "wds")
+    first = load_task(task, tmp_path)
+    clip_benchmark(tmp_path / "elsewhere" / "wds")
+    moved = load_task(task, tmp_path / "elsewhere")
+    assert (moved.digest, moved.images_digest) == (first.digest, first.images_digest)
+    clip_benchmark(tmp_path / "wds", labels=(0, 1, 2, 2))
+    relabeled = load_task(task, tmp_path)
+    assert relabeled.digest != first.digest and relabeled.images_digest == first.images_digest
+    clip_benchmark(tmp_path / "wds", classes=("dog", "hot dog", "kitten"))
+    renamed = load_task(task, tmp_path)
+    assert renamed.digest != first.digest and renamed.images_digest == first.images_digest
+    clip_benchmark(tmp_path / "wds")
+    tar = (tmp_path / "wds" / "test" / "0.tar").read_bytes()
+    at = tar.index(jpeg(0)) + len(jpeg(0)) - 5
+    (tmp_path / "wds" / "test" / "0.tar").write_bytes(tar[:at] + bytes([tar[at] ^ 1]) + tar[at + 1 :])
+    assert load_task(task, tmp_path).images_digest != first.images_digest
+
+
+def test_a_key_that_occurs_twice_is_left_out_both_times(tmp_path):
+    task = clip_benchmark(tmp_path / "wds")
+    write_tar(tmp_path / "wds" / "test" / "2.tar", [("s0000000.jpg", jpeg(5)), ("s0000000.cls", b"1")])
+    data = load_task(task, tmp_path)
+    assert "s0000000" not in data.keys and data.rejected == {"duplicate_key": 2}
+
+
+def test_samples_can_be_left_out_together_with_their_captions(tmp_path):
+    members = [part for n in range(3) for part in ((f"{n}.jpg", jpeg(n)), (f"{n}.txt", f"a{n}\nb{n}".encode()))]
+    write_tar(tmp_path / "coco" / "test" / "0.tar", members)
+    data = load_task(Task("coco", "retrieval", "webdataset", "coco", "test/*.tar"), tmp_path)
+    kept = data.keep(np.array([True, False, True]), {"image_damaged": 1})
+    assert kept.keys == ("0", "2") and kept.captions == ("a0", "b0", "a2", "b2") and kept.caption_image.tolist() == [0, 0, 1, 1]
+    assert kept.rejected == {"image_damaged": 1} and kept.places.tolist() == [[0, 0], [0, 2]]
+
+
+def test_missing_data_says_what_to_put_where(tmp_path):
+    with pytest.raises(DataError, match=r"put tars .* at .*sprites-unseen/test/\*\.tar, with classnames\.txt"):
+        load_task(TASKS["sprites-unseen"], tmp_path)
+    task = clip_benchmark(tmp_path / "wds")
+    (tmp_path / "wds" / "classnames.txt").unlink()
+    with pytest.raises(DataError, match=r"lacks .*classnames\.txt"):
+        load_task(task, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "says"),
+    [
+        ((0, 1, 3), ("dog", "cat", "cow"), "labels from 0 to 3.*0 to 2"),
+        ((0, 1, "dog"), ("dog", "cat", "cow"), "use one of them"),
+        (("dog", "dogs"), ("dog", "cat"), "'dogs' is not in classnames.txt; did you mean 'dog'"),
+        (("dog", "cat"), ("dog", "dog", "cat"), "twice"),
+    ],
+)
+def test_labels_that_would_falsify_the_result_are_errors(tmp_path, labels, classes, says):
+    task = clip_benchmark(tmp_path / "wds", labels, classes)
+    with pytest.raises(DataError, match=says):
+        load_task(task, tmp_path)
+
+
+def test_a_yaml_file_describes_a_task(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("id: my-birds\nkind: classification\nlayout: folder\npath: birds/test\ntemplates: imagenet80\n")
+    assert find_task(str(path)) == Task("my-birds", "classification", "folder", "birds/test", templates="imagenet80")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("id: a\nkind: classification\nlayout: folder\npth: x\n", "did you mean 'path'"),
+        ("id: a\nkind: clasification\nlayout: folder\npath: x\n", "did you mean 'classification'"),
+        ("id: a\nkind: retrieval\nlayout: zip\npath: x\n", "unknown layout 'zip'"),
+        ("id: a\nkind: retrieval\nlayout: jsonl\n", "lacks path"),
+        ("id: 3\nkind: retrieval\nlayout: jsonl\npath: x\n", "id should be text"),
+        ("id: a b\nkind: retrieval\nlayout: jsonl\npath: x\n", "letters, digits"),
+        ("id: sprites-seen\nkind: retrieval\nlayout: jsonl\npath: x\n", "taken"),
+        ("- id\n", "field: value"),
+        ("id: &a x\nkind: *a\n", "aliases"),
+        ("id: !!python/object/apply:os.system ['true']\n", "not plain YAML"),
+    ],
+)
+def test_wrong_task_files_say_what_is_wrong(tmp_path, content, says):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=says):
+        find_task(str(path))
+
+
+def test_an_unknown_id_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'sprites-unseen'"):
+        find_task("sprites-unsen")
+
+
+def test_registered_ids_are_those_of_their_tasks():
+    assert all(name == task.id for name, task in TASKS.items())
+    assert {"sprites-seen", "sprites-unseen", "sprites-retrieval"} <= set(TASKS)

@@ -1,0 +1,174 @@
+"""The dual encoder is a Hugging Face model: strict to load, equal after a reload, usable in a pipeline."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_encoders import save, save_bert
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from align.encoders import load_vision_encoder
+from align.errors import DamagedError, FingerprintError, UsageError
+from align.modeling import SailConfig, SailModel, save_model
+from align.text_encoders import load_text_encoder
+
+LABELS = ["a red dog", "the cat runs", "blue"]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    return save(folder / "vision", "dinov2"), save_bert(folder / "text")[0]
+
+
+def model_of(encoders, head="glu", width=16, seed=0):
+    vision, text = (load(name) for load, name in zip((load_vision_encoder, load_text_encoder), encoders, strict=True))
+    config = SailConfig(
+        vision={"name": encoders[0]}, text={"name": encoders[1]}, vision_fingerprint=vision.fingerprint, text_fingerprint=text.fingerprint,
+        vision_width=vision.feature_width, text_width=text.width, width=vision.feature_width if head == "sharelock" else width, head=head,
+    )  # fmt: skip
+    return SailModel(config).initialize(seed)
+
+
+@pytest.fixture(scope="module")
+def saved(encoders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "model"
+    tokenizer = folder.parent / "tokenizer"
+    load_text_encoder(encoders[1]).tokenizer.save_pretrained(tokenizer)
+    save_model(model_of(encoders), folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+
+
+def test_features_are_encoder_then_head_then_norm(encoders, saved, photo):
+    model = SailModel.from_pretrained(saved)
+    vision, text = load_vision_encoder(encoders[0]), load_text_encoder(encoders[1])
+    pixels = vision.transform(photo)[None]
+    cls, patches = vision.encode(pixels)
+    for ours, feature in (
+        (model.get_image_features(pixels).pooler_output, torch.cat([cls, patches.mean(1)], -1)),
+        (model.get_patch_features(pixels), torch.cat([cls[:, None].expand_as(patches), patches], -1)),
+    ):
+        expected = model.vision_head(feature)
+        torch.testing.assert_close(ours, expected / expected.norm(dim=-1, keepdim=True))
+    tokens = text.tokenizer(LABELS, padding=True, return_tensors="pt")
+    expected = model.text_head(text.encode(LABELS, 4))
+    ours = model.get_text_features(**tokens).pooler_output
+    torch.testing.assert_close(ours, expected / expected.norm(dim=-1, keepdim=True), rtol=1e-4, atol=1e-5)
+    out = model(**tokens, pixel_values=pixels)
+    images = model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(out.logits_per_image, 20 * images @ ours.T - 10)
+    assert torch.equal(out.logits_per_text, out.logits_per_image.T)
+
+
+PIPELINE = """
+import json, sys
+import align.modeling
+from transformers import pipeline
+from PIL import Image
+answer = pipeline("zero-shot-image-classification", model=sys.argv[1])(Image.open(sys.argv[2]), candidate_labels=json.loads(sys.argv[3]))
+print("ANSWER", json.dumps(answer))
+"""
+
+
+def test_pipeline_gives_the_same_in_a_fresh_process(saved, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    here = pipeline("zero-shot-image-classification", model=str(saved))(photo, candidate_labels=LABELS)
+    command = [sys.executable, "-c", PIPELINE, str(saved), str(tmp_path / "photo.png"), json.dumps(LABELS)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    there = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("ANSWER")).removeprefix("ANSWER"))
+    assert here == there and {row["label"] for row in here} == set(LABELS)
+    model = SailModel.from_pretrained(saved)
+    processor = AutoProcessor.from_pretrained(saved)
+    inputs = processor(text=[f"This is a photo of {label}." for label in LABELS], images=photo, padding=True, return_tensors="pt")
+    scores = model(**inputs).logits_per_image.softmax(-1)[0]
+    for row in here:
+        assert row["score"] == pytest.approx(scores[LABELS.index(row["label"])].item(), rel=1e-4)
+
+
+def test_auto_model_opens_it_and_saving_again_changes_nothing(saved, tmp_path):
+    model = AutoModel.from_pretrained(saved)
+    assert isinstance(model, SailModel)
+    save_model(model, tmp_path / "again", saved.parent / "tokenizer")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads((saved / "config.json").read_text())
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_refused(saved, tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "vision_head.gate.weight"
+    if damage == "missing":
+        del weights[name]
+    elif damage == "unexpected":
+        weights["extra"] = torch.zeros(2)
+    else:
+        weights[name] = weights[name][:, :-1].contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DamagedError, match="extra|gate"):
+        SailModel.from_pretrained(folder)
+
+
+def test_another_encoder_under_the_same_name_is_refused(encoders, saved, tmp_path):
+    for side in ("vision", "text"):
+        folder = tmp_path / side
+        shutil.copytree(saved, folder)
+        config = json.loads((folder / "config.json").read_text())
+        other = save(tmp_path / "other", "dinov2", hidden_size=48) if side == "vision" else save_bert(tmp_path / "bert", pooling="cls")[0]
+        config[side]["name"] = str(other)
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(FingerprintError, match="weights|pooling"):
+            getattr(SailModel.from_pretrained(folder), f"{side}_encoder")
+
+
+def test_embedded_encoders_travel_with_the_folder(encoders, saved, photo, tmp_path):
+    save_model(SailModel.from_pretrained(saved), tmp_path / "whole", saved.parent / "tokenizer", embed_encoders=True)
+    shutil.move(tmp_path / "whole", tmp_path / "moved")
+    assert json.loads((tmp_path / "moved/config.json").read_text())["vision"]["name"] == "vision_encoder"
+    by_reference = pipeline("zero-shot-image-classification", model=str(saved))(photo, candidate_labels=LABELS)
+    assert pipeline("zero-shot-image-classification", model=str(tmp_path / "moved"))(photo, candidate_labels=LABELS) == by_reference
+
+
+def test_initial_weights_are_xavier_and_follow_the_seed_only(encoders):
+    torch.manual_seed(123)
+    first = model_of(encoders, seed=5)
+    torch.manual_seed(456)
+    second, third = model_of(encoders, seed=5), model_of(encoders, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.vision_head.gate.weight, third.vision_head.gate.weight)
+    weight = first.vision_head.gate.weight
+    bound = (6 / sum(weight.shape)) ** 0.5
+    assert 0.95 * bound < float(weight.abs().max()) <= bound and not first.vision_head.out.bias.any()
+    assert float(first.logit_scale.exp()) == pytest.approx(20) and float(first.logit_bias) == -10
+
+
+def test_untrained_keeps_architecture_and_encoders(encoders, saved):
+    model = SailModel.from_pretrained(saved)
+    other = model.untrained(seed=9)
+    assert not torch.equal(other.vision_head.out.weight, model.vision_head.out.weight)
+    assert other.config.vision == model.config.vision
+
+
+def test_sharelock_keeps_the_image_side(encoders):
+    model = model_of(encoders, head="sharelock").eval()
+    features = torch.randn(3, model.config.vision_width)
+    torch.testing.assert_close(model.align_images(features), torch.nn.functional.normalize(features, dim=-1))
+    assert model.align_texts(torch.randn(3, model.config.text_width)).shape == features.shape
+
+
+def test_a_model_without_encoders_says_so():
+    with pytest.raises(UsageError, match="already encoded"):
+        _ = SailModel(SailConfig(vision_width=4, text_width=4, width=4)).vision_encoder
