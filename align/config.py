@@ -91,7 +91,7 @@ class EncodeConfig:
     """Arithmetic of the encoders (auto: bf16 where the hardware has it); features are stored in fp16 either way."""
     batch_size: int = 64
     """Images a forward pass."""
-    text_batch_size: int = 256
+    text_batch_size: int = 64
     """Captions a forward pass."""
     workers: int = 2
     """Processes that read and decode images beside the forward pass."""

@@ -10,6 +10,7 @@ Killed at any moment, the same command goes on with the shards that are not comm
 share the work if they are given the same `--job` name and see the same `--output`.
 """
 
+import os
 import time
 import uuid
 from collections import Counter
@@ -28,7 +29,7 @@ from align.errors import UsageError
 from align.extract import Extraction, Progress, Stopping
 from align.files import human_bytes
 from align.gate import Limits
-from align.hardware import resolve_precision
+from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
 from align.samples import Plan, Source, plan
 from align.store import FeatureStore
@@ -91,7 +92,9 @@ class Meter:
 
 def main(config: EncodeConfig) -> None:
     """Plan, load the encoders, encode what is missing, report what was rejected."""
+    reuse_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
+    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     console = Console(quiet=not state.is_main_process, soft_wrap=True, highlight=False)
     source = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
     chosen = shared_plan(config, source, state)

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.image_utils import SizeDict
-from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from align.errors import KitError, UsageError
 from align.hardware import Arithmetic
@@ -48,13 +47,18 @@ class Transform:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
+    @property
+    def is_timm(self) -> bool:
+        """Whether timm's own transforms are wrapped (known by name: importing timm takes seconds that others need not wait for)."""
+        return type(self.processor).__name__ == "TimmWrapperImageProcessor"
+
     def __call__(self, image: Image.Image) -> Tensor:
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
     def canonical(self) -> str:
         """Return the processor's values and backend as JSON; the torchvision and PIL backends differ by up to 0.015."""
         # timm's own transforms work on PIL images and do not name a backend
-        backend = "pil" if isinstance(self.processor, TimmWrapperImageProcessor) else self.processor.backend
+        backend = "pil" if self.is_timm else self.processor.backend
         return json.dumps({**self.processor.to_dict(), "backend": backend}, sort_keys=True)
 
 
@@ -234,10 +238,10 @@ def _resized(name: str, transform: Transform, image_size: int) -> Transform:
     """Return a copy of `transform` whose resize and crop are scaled so that the shorter side of its output is `image_size`."""
     scale = image_size / min(_output_size(name, transform))
     processor = copy.deepcopy(transform.processor)
-    if isinstance(processor, TimmWrapperImageProcessor):
+    if transform.is_timm:
         channels, height, width = processor.data_config["input_size"]
         data = {**processor.data_config, "input_size": (channels, round(height * scale), round(width * scale))}
-        processor = TimmWrapperImageProcessor(pretrained_cfg=data)
+        processor = type(processor)(pretrained_cfg=data)
     else:
         for key in ("size", "crop_size"):
             sides = getattr(processor, key)

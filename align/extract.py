@@ -71,7 +71,7 @@ class _Decoded:
     rejects: list[tuple[bool, RejectedRow]]  # True: the row's image
 
 
-class _Batches(Dataset):  # type: ignore[type-arg]
+class _Batches(Dataset):
     """Decodes tasks; lives in DataLoader workers, which get tasks instead of row numbers."""
 
     def __init__(self, source: Source, plan: Plan, transform: Callable[..., Tensor] | None, limits: Limits) -> None:
@@ -163,7 +163,7 @@ class Extraction:
         """Encode and commit every shard that no living worker of the job has claimed; `report` is called after each batch."""
         loader = DataLoader(
             _Batches(self.source, self.plan, self.vision.transform if self.vision else None, self.limits),
-            sampler=self._tasks(lease),  # type: ignore[arg-type]
+            sampler=self._tasks(lease),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -32,6 +33,7 @@ from transformers.utils import ModelOutput
 from align.encoders import VisionEncoder, load_transform, load_vision_encoder
 from align.errors import DamagedError, UsageError
 from align.files import TEMPORARY, disk_full_named, failpoint, sync_file, sync_folder
+from align.hardware import Arithmetic
 from align.heads import build_head, initialize
 from align.opening import copy_encoder
 from align.store import compare_fingerprints
@@ -60,7 +62,7 @@ class SailConfig(PreTrainedConfig):
         dropout: float | None = None,
         log_scale: float = 2.995732273553991,
         bias: float = -10.0,
-        precision: str = "fp32",
+        precision: Arithmetic = "fp32",
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -89,9 +91,10 @@ class SailModel(PreTrainedModel):
     """Heads, scale and bias; the frozen encoders are loaded, and checked against their fingerprints, when first used."""
 
     config_class = SailConfig
+    config: SailConfig
     base_model_prefix = "sail"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
 
     def __init__(self, config: SailConfig) -> None:
         super().__init__(config)
@@ -125,11 +128,12 @@ class SailModel(PreTrainedModel):
         return other.eval()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> "SailModel":  # type: ignore[override]
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape."""
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all reported in `info`, and refused below
-        model, info = super().from_pretrained(folder, *args, **kwargs)
+        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
+        model, info = loaded
         wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if wrong:
             raise DamagedError(f"{folder} does not hold the weights its config describes: {wrong}; restore it or train again")
@@ -142,7 +146,7 @@ class SailModel(PreTrainedModel):
         if not arguments:
             raise UsageError(f"this model names no {side} encoder; it can only align features that are already encoded")
         if arguments["name"] in (VISION_FOLDER, TEXT_FOLDER):
-            arguments["name"] = str(Path(self.config.name_or_path) / arguments["name"])
+            arguments["name"] = str(Path(str(self.config.name_or_path)) / arguments["name"])
         return arguments
 
     @property
@@ -150,7 +154,7 @@ class SailModel(PreTrainedModel):
         """The frozen vision encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "vision" not in self._encoders:
             encoder = load_vision_encoder(**self._reference("vision"), precision=self.config.precision)
-            _check_encoder(encoder.fingerprint, self.config.vision_fingerprint, self.config.name_or_path)
+            _check_encoder(encoder.fingerprint, self.config.vision_fingerprint, str(self.config.name_or_path))
             self._encoders["vision"] = encoder
         return self._encoders["vision"].to(self.device)
 
@@ -159,7 +163,7 @@ class SailModel(PreTrainedModel):
         """The frozen text encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "text" not in self._encoders:
             encoder = load_text_encoder(**self._reference("text"), precision=self.config.precision)
-            _check_encoder(encoder.fingerprint, self.config.text_fingerprint, self.config.name_or_path)
+            _check_encoder(encoder.fingerprint, self.config.text_fingerprint, str(self.config.name_or_path))
             self._encoders["text"] = encoder
         return self._encoders["text"].to(self.device)
 
@@ -178,8 +182,8 @@ class SailModel(PreTrainedModel):
         """
         cls, patches = self.vision_encoder.encode(pixel_values)
         return BaseModelOutputWithPooling(
-            last_hidden_state=patches,  # type: ignore[arg-type]
-            pooler_output=self.align_images(self.vision_encoder.pool(cls, patches)),  # type: ignore[arg-type]
+            last_hidden_state=patches,
+            pooler_output=self.align_images(self.vision_encoder.pool(cls, patches)),
         )
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
@@ -189,15 +193,15 @@ class SailModel(PreTrainedModel):
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
         """Return an output whose `pooler_output` (T, E) are L2-normalised text embeddings; token ids come from the processor."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return BaseModelOutputWithPooling(pooler_output=self.align_texts(self.text_encoder(input_ids, mask)))  # type: ignore[arg-type]
+        return BaseModelOutputWithPooling(pooler_output=self.align_texts(self.text_encoder(input_ids, mask)))
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SailOutput:
         """Return logits (B, T) of all images against all texts, with the embeddings they come from."""
         images = self.get_image_features(pixel_values).pooler_output
         texts = self.get_text_features(input_ids, attention_mask).pooler_output
         assert images is not None and texts is not None
-        logits = self.logit_scale.exp() * images @ texts.T + self.logit_bias  # type: ignore[attr-defined]
-        return SailOutput(logits_per_image=logits, logits_per_text=logits.T, text_embeds=texts, image_embeds=images)  # type: ignore[arg-type]
+        logits = self.logit_scale.exp() * images @ texts.T + self.logit_bias
+        return SailOutput(logits_per_image=logits, logits_per_text=logits.T, text_embeds=texts, image_embeds=images)
 
 
 def _check_encoder(found: dict[str, Any], trained: dict[str, Any], folder: str) -> None:
@@ -216,10 +220,10 @@ class SailImageProcessor(BaseImageProcessor):
         self._transform: Any = None
 
     @classmethod
-    def get_image_processor_dict(cls, folder: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the saved settings, with the folder they came from."""
-        values, rest = super().get_image_processor_dict(folder, **kwargs)
-        return {**values, "folder": str(folder)}, rest
+        values, rest = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        return {**values, "folder": str(pretrained_model_name_or_path)}, rest
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings to save."""
@@ -262,9 +266,11 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
                 reference = getattr(model.config, side)
                 copy_encoder(reference["name"], temporary / name, reference.get("revision"))
                 setattr(config, side, {**reference, "name": name, "revision": None})
-        holder = SailModel(config)
-        holder.load_state_dict(model.state_dict())
-        holder.save_pretrained(temporary)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(temporary)
+        # what save_pretrained writes for one shard, without its imports of other frameworks
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors", {"format": "pt"})
         if config.vision:
             SailImageProcessor(config.vision).save_pretrained(temporary)
         for file in temporary.rglob("*"):

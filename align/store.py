@@ -113,14 +113,14 @@ class StoreWriter:
         assert features.shape == (len(keys), self.header.width) and len(items) == len(keys), (features.shape, len(keys))
         with np.errstate(over="ignore"):
             half = features.astype(np.float16)
-        finite, nonzero = np.isfinite(half).all(axis=1), half.any(axis=1)
+        finite, nonzero = np.all(np.isfinite(half), axis=1), np.any(half, axis=1)
         good = finite & nonzero
         if not good.all():
             rejects = rejects + [
-                RejectedRow(int(row), keys[row], "feature", "zero_feature" if finite[row] else "nonfinite_feature", "")
-                for row in np.flatnonzero(~good)
+                RejectedRow(row, keys[row], "feature", "zero_feature" if finite[row] else "nonfinite_feature", "")
+                for row in np.flatnonzero(~good).tolist()
             ]
-        kept = np.flatnonzero(good)
+        kept = np.flatnonzero(good).tolist()
         name = f"{shard:06d}"
         shards = self.folder / "shards"
         atomic_bytes(shards / f"{name}.safetensors", safetensors_bytes({"features": np.ascontiguousarray(half[kept])}))

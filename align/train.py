@@ -11,6 +11,7 @@ saves a checkpoint and exits with code 75.
 """
 
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from align.cli import run, to_recipe
 from align.config import TrainConfig
 from align.errors import NonFiniteError, Preempted, UsageError
 from align.files import atomic_bytes, atomic_json, human_bytes
-from align.hardware import resolve_precision
+from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.losses import any_rank
 from align.modeling import SailConfig, SailModel, save_model
 from align.pairs import BatchOrder, PairedFeatures, block_rows_for, open_pairs
@@ -46,7 +47,7 @@ def model_for(config: TrainConfig, pairs: PairedFeatures) -> SailModel:
         vision_fingerprint=pairs.image_fingerprint, text_fingerprint=pairs.text_fingerprint,
         vision_width=pairs.image_width, text_width=pairs.text_width, width=config.width,
         head=config.head, expansion=config.expansion, dropout=config.dropout,
-        log_scale=config.log_scale, bias=config.bias, precision=str(image_store.fingerprint.get("precision", "fp32")),
+        log_scale=config.log_scale, bias=config.bias, precision=image_store.fingerprint.get("precision", "fp32"),
     )  # fmt: skip
     return SailModel(settings).initialize(config.seed)
 
@@ -130,7 +131,9 @@ class Run:
 
 def main(config: TrainConfig) -> None:
     """Open the features, build the heads, resume, train, validate, save."""
+    reuse_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
+    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     console = Console(quiet=not state.is_main_process, soft_wrap=True, highlight=False)
     disable_progress_bar()  # of transformers: a bar for each saved model
     if config.batch_size % state.num_processes:
@@ -201,7 +204,7 @@ def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, step
             rate = (done - last_step) * config.batch_size / max(seconds, 1e-9)
             row = {
                 "step": done, "epoch": done / order.steps_per_epoch, "loss": result.loss, "lr": stepper.schedule.at(step),
-                "scale": float(stepper.model.logit_scale.exp()), "bias": float(stepper.model.logit_bias),
+                "scale": stepper.model.logit_scale.exp().item(), "bias": stepper.model.logit_bias.item(),
                 "positive_logit": result.positive_logit, "negative_logit": result.negative_logit, "grad_norm": result.grad_norm,
                 "skipped": job.state["skipped"],
             }  # fmt: skip

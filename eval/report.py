@@ -21,7 +21,7 @@ def main(config: ReportConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     runs = [Path(folder) for folder in config.train_runs]
     page = write_report(Path(config.results), output, runs, config.title, dark=config.theme == "both")
-    Console().print(f"report: {page}", highlight=False)
+    Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from align.errors import DataError, UsageError
 from align.extract import Progress
 from align.files import hash_bytes
 from align.gate import Limits, Reject, gate_image
+from align.hardware import reuse_freed_memory, use_cores
 from align.modeling import SailModel
 from align.runs import generator, git_commit, versions
 from eval.config import EvalConfig
@@ -226,7 +227,7 @@ class ProgressLine:
         rate = progress.rows / max(now - self.begin, 1e-9)
         left = (self.rows - progress.rows) / max(rate, 1e-9)
         line = f"{self.task}: encoded {progress.rows}/{self.rows} images, {rate:.0f}/s, {left:.0f} s left"
-        self.console.print(line, end="\n" if done or not self.console.is_terminal else "\r", highlight=False)
+        self.console.print(line, end="\n" if done or not self.console.is_terminal else "\r", highlight=False, soft_wrap=True)
 
 
 def results_table(results: Results) -> Table:
@@ -246,10 +247,12 @@ def results_table(results: Results) -> Table:
 
 def main(config: EvalConfig) -> None:
     """Read the tasks, open the models, measure, save, report."""
+    reuse_freed_memory()
+    use_cores(1)
     console = Console()
     if config.list_tasks:
         for task in TASKS.values():
-            console.print(f"{task.id}: {task.kind}, {task.layout}, in DATA_ROOT/{task.path}/{task.data}", highlight=False)
+            console.print(f"{task.id}: {task.kind}, {task.layout}, in DATA_ROOT/{task.path}/{task.data}", highlight=False, soft_wrap=True)
         return
     disable_progress_bar()  # of transformers, for every checkpoint it opens
     tasks = [find_task(name) for name in config.tasks]
@@ -267,8 +270,8 @@ def main(config: EvalConfig) -> None:
         began = time.monotonic()
         page = write_report(output, output, [Path(folder) for folder in config.train_runs])
         save_results(output, replace(results, seconds={**results.seconds, "report": round(time.monotonic() - began, 2)}))
-        console.print(f"report: {page} (figures as PNG in {output / 'figures'})", highlight=False)
-    console.print(f"results: {saved}", highlight=False)
+        console.print(f"report: {page} (figures as PNG in {output / 'figures'})", highlight=False, soft_wrap=True)
+    console.print(f"results: {saved}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

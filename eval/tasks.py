@@ -100,7 +100,7 @@ def find_task(name: str) -> Task:
     """Return the task of that exact id, or the one a YAML file describes; UsageError for an unknown id, key or value."""
     if not name.endswith((".yaml", ".yml")):
         if name not in TASKS:
-            raise UsageError(f"unknown task {name!r}; {nearest(name, sorted(TASKS))}. A task of your own is a YAML file.")
+            raise UsageError(f"unknown task {name!r}; {nearest(name, sorted(TASKS))} (a task of your own is a YAML file)")
         return TASKS[name]
     content = load_yaml(Path(name))
     known = [field.name for field in fields(Task)]

@@ -2,14 +2,13 @@
 # Encode, train, evaluate and report on the embedded default: about four minutes on two CPU cores. `make quickstart` calls it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=runs/quickstart
 recipe=align/recipes/quickstart.yaml
-launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
+
 export TOKENIZERS_PARALLELISM=false
 
-python align/prepare.py --output "$out/data"
-"${launch[@]}" align/encode.py --config "$recipe"
-"${launch[@]}" align/train.py --config "$recipe"
+python align/prepare.py --config "$recipe"
+python align/encode.py --config "$recipe"
+python align/train.py --config "$recipe"
 python eval/run.py --config "$recipe"
 
 cat <<TEXT

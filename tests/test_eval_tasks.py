@@ -160,7 +160,7 @@ def test_a_yaml_file_describes_a_task(tmp_path):
     ("content", "says"),
     [
         ("id: a\nkind: classification\nlayout: folder\npth: x\n", "did you mean 'path'"),
-        ("id: a\nkind: clasification\nlayout: folder\npath: x\n", "did you mean 'classification'"),
+        ("id: a\nkind: classify\nlayout: folder\npath: x\n", "did you mean 'classification'"),
         ("id: a\nkind: retrieval\nlayout: zip\npath: x\n", "unknown layout 'zip'"),
         ("id: a\nkind: retrieval\nlayout: jsonl\n", "lacks path"),
         ("id: 3\nkind: retrieval\nlayout: jsonl\npath: x\n", "id should be text"),
