@@ -3,13 +3,14 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# By content, so that a new checkout of the same pins does not reinstall; with the folder, as the install is editable.
+STAMP := $(VENV)/.installed-$(shell (cat pyproject.toml constraints.txt; pwd) | cksum | cut -d' ' -f1)
 
 .PHONY: install assets quickstart test test-slow check format bench clean
 .DEFAULT_GOAL := quickstart
 
-# Reinstalled only when the pins change; an environment that is already there is left alone.
-$(STAMP): pyproject.toml constraints.txt
+# Installed once for these pins; an environment that is already there is left alone.
+$(STAMP):
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mllm,lmms,demo,dev]'
 	@touch $@
@@ -21,10 +22,10 @@ assets: $(STAMP)
 	$(BIN)/python align/prepare.py --assets-only
 
 quickstart: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/quickstart.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/quickstart.sh
 
 test: assets
-	$(BIN)/python -m pytest -m 'not slow' -q
+	$(BIN)/python -m pytest -m 'not slow' -q -n auto --dist loadfile
 
 test-slow: assets
 	$(BIN)/python -m pytest -m slow -q

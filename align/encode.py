@@ -27,12 +27,12 @@ from align.config import EncodeConfig
 from align.encoders import VisionEncoder, load_vision_encoder
 from align.errors import UsageError
 from align.extract import Extraction, Progress, Stopping
-from align.files import human_bytes
+from align.files import human_bytes, remove_temporaries
 from align.gate import Limits
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
 from align.samples import Plan, Source, plan
-from align.store import FeatureStore
+from align.store import FeatureStore, compare_fingerprints
 from align.text_encoders import TextEncoder, load_text_encoder
 
 Loaders = dict[str, dict[str, Any]]
@@ -61,7 +61,10 @@ def shared_plan(config: EncodeConfig, source: Source, state: PartialState) -> Pl
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         made = plan(source, config.shard_rows, config.captions)
-        made.save(folder)
+        if (folder / "plan.parquet").exists():
+            compare_fingerprints({"data": made.digest}, {"data": Plan.load(folder).digest}, f"{folder} (files, columns or --shard-rows)")
+        else:
+            made.save(folder)
     state.wait_for_everyone()
     return Plan.load(folder)
 
@@ -106,7 +109,9 @@ def main(config: EncodeConfig) -> None:
     )  # fmt: skip
     missing = sum(not all(writer.done(shard) for writer in job.writers) for shard in range(len(chosen.shards)))
     size = human_bytes(sum(writer.predicted_bytes() for writer in job.writers))
-    console.print(f"{chosen.rows} samples in {len(chosen.shards)} shards, {missing} to encode ({size}) into {config.output}")
+    console.print(
+        f"{chosen.rows} samples in {len(chosen.shards)} shards, {missing} to encode ({size}) into {config.output}, on {state.num_processes} process(es)"
+    )
     if config.verify:
         for writer in job.writers:
             FeatureStore(writer.folder).verify()
@@ -120,6 +125,7 @@ def main(config: EncodeConfig) -> None:
     broadcast_object_list(names)
     with Lease(Path(config.output), str(names[0])) as lease:
         if state.is_main_process and not config.job:
+            remove_temporaries(Path(config.output))
             for writer in job.writers:
                 writer.clean()
         state.wait_for_everyone()

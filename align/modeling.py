@@ -266,7 +266,7 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
                 reference = getattr(model.config, side)
                 copy_encoder(reference["name"], temporary / name, reference.get("revision"))
                 setattr(config, side, {**reference, "name": name, "revision": None})
-        config.architectures = [type(model).__name__]
+        config.architectures, config.dtype = [type(model).__name__], "float32"
         config.save_pretrained(temporary)
         # what save_pretrained writes for one shard, without its imports of other frameworks
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

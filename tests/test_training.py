@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ def flags(folder, output, **changes):
     }  # fmt: skip
     listed = []
     for name, value in values.items():
+        if value is None:
+            continue
         listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return listed
 
@@ -88,6 +91,18 @@ def test_a_resumed_run_that_is_killed_again_still_arrives(paired_folders, forked
         assert forked(train, paired_folders, output, failpoint) == -signal.SIGKILL
     assert forked(train, paired_folders, output) == 0
     assert evidence(output) == straight
+
+
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "lion", "lr": 1e-3}, {"loss": "infonce", "accumulate": 3}, {"val-images": None, "val-rows": 20}]
+)
+def test_other_recipes_resume_exactly_too(paired_folders, forked, changes):
+    if "val-rows" in changes:
+        changes = {**changes, "val-captions": None}
+    assert forked(partial(train, paired_folders, paired_folders / "a", **changes)) == 0
+    assert forked(partial(train, paired_folders, paired_folders / "b", failpoint="checkpoint-saved:2", **changes)) == -signal.SIGKILL
+    assert forked(partial(train, paired_folders, paired_folders / "b", **changes)) == 0
+    assert evidence(paired_folders / "b") == evidence(paired_folders / "a")
 
 
 def stopped(folder, output):
