@@ -110,7 +110,8 @@ def main(config: EncodeConfig) -> None:
     missing = sum(not all(writer.done(shard) for writer in job.writers) for shard in range(len(chosen.shards)))
     size = human_bytes(sum(writer.predicted_bytes() for writer in job.writers))
     console.print(
-        f"{chosen.rows} samples in {len(chosen.shards)} shards, {missing} to encode ({size}) into {config.output}, on {state.num_processes} process(es)"
+        f"{chosen.rows} samples in {len(chosen.shards)} shards, {missing} to encode ({size}) "
+        f"into {config.output}, on {state.num_processes} process(es)"
     )
     if config.verify:
         for writer in job.writers:
