@@ -11,7 +11,6 @@ share the work if they are given the same `--job` name and see the same `--outpu
 """
 
 import os
-import time
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -26,11 +25,12 @@ from align.cli import run
 from align.config import EncodeConfig
 from align.encoders import VisionEncoder, load_vision_encoder
 from align.errors import UsageError
-from align.extract import Extraction, Progress, Stopping
+from align.extract import Extraction, Stopping
 from align.files import human_bytes, remove_temporaries
 from align.gate import Limits
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
+from align.progress import Meter
 from align.samples import Plan, Source, plan
 from align.store import FeatureStore, compare_fingerprints
 from align.text_encoders import TextEncoder, load_text_encoder
@@ -67,30 +67,6 @@ def shared_plan(config: EncodeConfig, source: Source, state: PartialState) -> Pl
             made.save(folder)
     state.wait_for_everyone()
     return Plan.load(folder)
-
-
-class Meter:
-    """Shows the rate, the time left and where the time goes, at most twice a second on a terminal and every 10 s in a log."""
-
-    def __init__(self, console: Console, rows: int, workers: int) -> None:
-        self.console, self.rows, self.workers = console, rows, workers
-        self.begin = self.last = time.monotonic()
-
-    def __call__(self, progress: Progress, last: bool = False) -> None:
-        """Print one line if it is time to."""
-        now = time.monotonic()
-        if not last and now - self.last < (0.5 if self.console.is_terminal else 10):
-            return
-        self.last = now
-        rate = progress.rows * self.workers / max(1e-9, now - self.begin)
-        left = max(0, self.rows - progress.rows * self.workers) / max(rate, 1e-9)
-        busy = max(1e-9, progress.wait + progress.forward + progress.write)
-        line = (
-            f"encoded {min(self.rows, progress.rows * self.workers)}/{self.rows} samples, {rate:.0f}/s, {left:.0f} s left | "
-            f"waiting for decode {progress.wait / busy:.0%}, forward {progress.forward / busy:.0%}, write {progress.write / busy:.0%} | "
-            f"rejected {progress.rejected}"
-        )
-        self.console.print(line, end="\r" if self.console.is_terminal and not last else "\n")
 
 
 def main(config: EncodeConfig) -> None:
@@ -131,7 +107,7 @@ def main(config: EncodeConfig) -> None:
                 writer.clean()
         state.wait_for_everyone()
         rows = sum(n for shard, n in enumerate(chosen.lengths) if not all(writer.done(shard) for writer in job.writers))
-        meter = Meter(console, rows, state.num_processes)
+        meter = Meter(console, "encoded samples", rows, state.num_processes)
         job.run(lease, meter)
         meter(job.progress, last=True)
         state.wait_for_everyone()

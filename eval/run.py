@@ -26,11 +26,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from align.cli import run
 from align.errors import DataError, UsageError
-from align.extract import Progress
 from align.files import hash_bytes
 from align.gate import Limits, Reject, gate_image
 from align.hardware import reuse_freed_memory, use_cores
 from align.modeling import SailModel
+from align.progress import Meter
 from align.runs import generator, git_commit, versions
 from eval.config import EvalConfig
 from eval.examples import classification_examples, retrieval_examples, save_examples, shown_images
@@ -116,7 +116,7 @@ class Measurement:
         began = time.monotonic()
         features = {}
         for one in self.candidates:  # each in turn drops what its own encoder could not read
-            data, _ = self.cache.images(data, one.model, self._progress(data))
+            data, _ = self.cache.images(data, one.model, Meter(self.console, f"{data.task.id}: encoded images", data.plan.rows))
         for one in self.candidates:
             features[one.record.name] = self.cache.images(data, one.model)[1]
         if data.task.kind == "classification":
@@ -206,28 +206,6 @@ class Measurement:
         now = time.monotonic()
         self.seconds[part] += now - began
         return now
-
-    def _progress(self, data: TaskData) -> "ProgressLine":
-        return ProgressLine(self.console, data.task.id, data.plan.rows)
-
-
-class ProgressLine:
-    """Shows how many images of a task are encoded: twice a second on a terminal, every 10 s in a log."""
-
-    def __init__(self, console: Console, task: str, rows: int) -> None:
-        self.console, self.task, self.rows = console, task, rows
-        self.begin = self.last = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        """Print a line if it is time to."""
-        now, done = time.monotonic(), progress.rows >= self.rows
-        if not done and now - self.last < (0.5 if self.console.is_terminal else 10):
-            return
-        self.last = now
-        rate = progress.rows / max(now - self.begin, 1e-9)
-        left = (self.rows - progress.rows) / max(rate, 1e-9)
-        line = f"{self.task}: encoded {progress.rows}/{self.rows} images, {rate:.0f}/s, {left:.0f} s left"
-        self.console.print(line, end="\n" if done or not self.console.is_terminal else "\r", highlight=False, soft_wrap=True)
 
 
 def results_table(results: Results) -> Table:

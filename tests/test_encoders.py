@@ -719,3 +719,15 @@ def test_sentence_transformers_is_imported_only_when_a_text_encoder_is_loaded():
     modules += [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
     assert "torch" in modules
     assert not any(module.startswith("sentence_transformers") for module in modules)
+
+
+@pytest.mark.assets
+def test_the_embedded_encoders_know_pictures_and_words():
+    """Real weights: the shapes of ASSETS, and paraphrases nearer than other sentences."""
+    for name, grid, width, cls in (("efficientnet-lite0", (7, 7), 1280, False), ("vit-s14-focus", (16, 16), 384, True)):
+        encoder = load_vision_encoder(f"embedded:{name}")
+        assert (encoder.patch_grid, encoder.width, encoder.has_cls) == (grid, width, cls)
+        assert torch.isfinite(encoder(encoder.transform(Image.new("RGB", (300, 200), "red"))[None])).all()
+    text = load_text_encoder("embedded:minilm")
+    dog, puppy, tax = torch.nn.functional.normalize(text.encode(["a dog runs", "a running puppy", "the tax form is due"], 4), dim=-1)
+    assert dog @ puppy > dog @ tax + 0.3

@@ -1,0 +1,34 @@
+"""A line that says how far encoding is, how fast, and where the time goes."""
+
+import time
+
+from rich.console import Console
+
+from align.extract import Progress
+
+
+class Meter:
+    """Shows rate, time left and the split of time: twice a second on a terminal, every 10 s in a log, and once at the end.
+
+    `rows` is what all `workers` processes have to do; this one's progress is taken for theirs.
+    """
+
+    def __init__(self, console: Console, what: str, rows: int, workers: int = 1) -> None:
+        self.console, self.what, self.rows, self.workers = console, what, rows, workers
+        self.begin = self.last = time.monotonic()
+
+    def __call__(self, progress: Progress, last: bool = False) -> None:
+        """Print a line if it is time to, or if it is the last one."""
+        now = time.monotonic()
+        if not last and now - self.last < (0.5 if self.console.is_terminal else 10):
+            return
+        self.last = now
+        done = min(self.rows, progress.rows * self.workers)
+        rate = done / max(1e-9, now - self.begin)
+        busy = max(1e-9, progress.wait + progress.forward + progress.write)
+        line = (
+            f"{self.what} {done}/{self.rows}, {rate:.0f}/s, {(self.rows - done) / max(rate, 1e-9):.0f} s left | waiting for decode "
+            f"{progress.wait / busy:.0%}, forward {progress.forward / busy:.0%}, write {progress.write / busy:.0%} | "
+            f"rejected {progress.rejected}"
+        )
+        self.console.print(line, end="\r" if self.console.is_terminal and not last else "\n", highlight=False, soft_wrap=True)
