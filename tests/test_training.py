@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forking import exit_codes, fork
 
 from align.cli import parse
 from align.config import TrainConfig
@@ -186,17 +187,7 @@ def test_several_processes_train_like_one(paired_folders, world):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children = []
-        for rank in range(size):
-            child = os.fork()
-            if child == 0:
-                try:
-                    worker(paired_folders, rank, size, port)
-                finally:
-                    os._exit(0)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
+        assert exit_codes([fork(worker, paired_folders, rank, size, port) for rank in range(size)]) == [0] * size
         runs[size] = [torch.load(paired_folders / f"w{size}r{rank}.pt", weights_only=True) for rank in range(size)]
     one = runs[1][0]
     for other in runs[world]:
