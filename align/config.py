@@ -28,6 +28,12 @@ class PrepareConfig:
     """Sprites kept out of training altogether: the classes of sprites-unseen. Sprites-seen gets as many classes."""
     per_class: int = 4
     """Pictures a class in sprites-seen and sprites-unseen."""
+    mllm_pretrain: int = 0
+    """Scenes with a caption each, to train an MLLM's projector on. 0: none."""
+    mllm_instruct: int = 0
+    """Scenes with questions, answers and a caption each, to tune an MLLM on. 0: none."""
+    mllm_test: int = 0
+    """Scenes whose questions test an MLLM. 0: none."""
     image_size: int = 224
     """Side of the square pictures, in pixels."""
     seed: int = 0
@@ -48,6 +54,9 @@ class PrepareConfig:
             ("retrieval", 1),
             ("held_out", 1),
             ("per_class", 1),
+            ("mllm_pretrain", 0),
+            ("mllm_instruct", 0),
+            ("mllm_test", 0),
             ("workers", 0),
             ("seed", 0),
         ):

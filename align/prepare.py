@@ -2,6 +2,7 @@
 
     python align/prepare.py --output runs/quickstart/data
     python align/prepare.py --output runs/quickstart/data --train 20000 --val 1000 --seed 1
+    python align/prepare.py --output runs/mllm/data --mllm-pretrain 4000 --mllm-instruct 4000 --mllm-test 300
 
 Written below --output:
     train/000000.tar ...         webdataset as img2dataset writes it: KEY.jpg, KEY.json with key, short and long caption
@@ -9,6 +10,9 @@ Written below --output:
     tasks/sprites-seen/          zero-shot classification in CLIP_benchmark's layout: one sprite a picture, trained on
     tasks/sprites-unseen/        the same with sprites that are in no training picture or caption
     tasks/sprites-retrieval/     images/ and retrieval.jsonl: key, image, captions [short, long]
+    mllm/                        with --mllm-pretrain, --mllm-instruct, --mllm-test: stage two, again other scenes of the same sprites
+        images/, pretrain.json, instruct.json    LLaVA's format: captions, conversations; image paths are relative to mllm/
+        yesno.parquet, open.parquet, caption.parquet    test questions: id, image (bytes, path), question, answer, kind
     COMMIT.json                  settings and hashes, written last
 
 The same settings give the same bytes. Run again, it verifies what is there; killed half-way, run the same command again.
@@ -27,7 +31,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,8 @@ from align.assets import COMMIT, check, commit, fetch
 from align.config import PrepareConfig
 from align.errors import DataError, LeaseError, UsageError
 from align.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
+from align.llava_format import conversation_row, question_row, write_conversations, write_questions
+from align.questions import Question, Shown, conversations, single_questions
 from align.scenes import SpriteScenes, read_sprites, split_sprites
 
 FORMAT = 1
@@ -46,7 +52,10 @@ SCENES_PER_TAR = 1000
 SCENES_PER_JOB = 50
 BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
 JPEG_QUALITY = 90
-FIRST_INDEX = {"train": 0, "val": 1 << 33, "retrieval": 2 << 33, "seen": 3 << 33, "unseen": 4 << 33}  # never the same scene twice
+PARTS = ("train", "val", "retrieval", "seen", "unseen", "mllm_pretrain", "mllm_instruct", "mllm_test")
+FIRST_INDEX = {part: number << 33 for number, part in enumerate(PARTS)}  # never the same scene twice
+TEST_COPIES = 3  # of a picture in the test questions: one a file
+TEST_FILES = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
 TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
 
 
@@ -82,13 +91,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered scene: its key, JPEG, captions, and the names of its objects."""
+    """A rendered scene: its key, JPEG, captions, the names of its objects, and what can be asked about it."""
 
     key: str
     jpeg: bytes
     short: str
     long: str
     names: tuple[str, ...]
+    shown: Shown | None = None
 
 
 @lru_cache(maxsize=4)
@@ -116,7 +126,8 @@ def render(job: Job) -> list[Rendered]:
         buffer = io.BytesIO()
         scene.image.save(buffer, "JPEG", quality=JPEG_QUALITY)
         names = tuple(sorted(placed.sprite.name for placed in scene.objects))
-        rendered.append(Rendered(f"{job.part}-{number:07d}", buffer.getvalue(), scene.short, scene.long, names))
+        key = f"{job.part}-{number:07d}"
+        rendered.append(Rendered(key, buffer.getvalue(), scene.short, scene.long, names, Shown.of(scene)))
     return rendered
 
 
@@ -139,7 +150,9 @@ def write_tars(folder: Path, pattern: str, per_tar: int, samples: Iterable[tuple
 def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
     """Return what the written bytes depend on, as JSON values."""
     names = ("train", "val", "retrieval", "held_out", "per_class", "image_size", "seed")
-    return {**{name: getattr(config, name) for name in names}, "sprites": hash_file(sprites / "sprites.json"), "format": FORMAT}
+    stage_two = {name: getattr(config, name) for name in PARTS if name.startswith("mllm") and getattr(config, name)}
+    chosen = {name: getattr(config, name) for name in names} | stage_two
+    return {**chosen, "sprites": hash_file(sprites / "sprites.json"), "format": FORMAT}
 
 
 def is_done(output: Path, wanted: dict[str, Any]) -> bool:
@@ -149,7 +162,8 @@ def is_done(output: Path, wanted: dict[str, Any]) -> bool:
     if not (output / COMMIT).is_file():
         raise UsageError(f"{output} is not empty and was not written by this command; choose another --output")
     made = read_json(output / COMMIT)["settings"]
-    differing = [f"{name} {made.get(name)!r} there, {value!r} asked" for name, value in wanted.items() if made.get(name) != value]
+    pairs = {name: (made.get(name, 0), wanted.get(name, 0)) for name in {**wanted, **made}}
+    differing = [f"{name} {there!r} there, {asked!r} asked" for name, (there, asked) in pairs.items() if there != asked]
     if differing:
         raise UsageError(f"{output} was made with other settings ({'; '.join(differing)}); choose another --output or delete it")
     check(output, contents=True)
@@ -250,6 +264,47 @@ def write_retrieval(renderer: Renderer, folder: Path, count: int) -> None:
     (folder / "retrieval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, test: int) -> None:
+    """Write captions and conversations to train an MLLM on, and questions to test it: `pretrain`, `instruct`, `test` scenes."""
+    seed = renderer.world.seed
+
+    def kept(part: str, count: int) -> Iterator[Rendered]:
+        for scene in renderer.scenes(part, 0, count):
+            (folder / "images" / f"{scene.key}.jpg").write_bytes(scene.jpeg)
+            yield replace(scene, jpeg=b"")
+
+    def row(scene: Rendered, turns: list[tuple[str, str]]) -> dict[str, Any]:
+        return conversation_row(scene.key, f"images/{scene.key}.jpg", turns)
+
+    (folder / "images").mkdir(parents=True)
+    if pretrain:
+        write_conversations(folder / "pretrain.json", [row(scene, [("", scene.short)]) for scene in kept("mllm_pretrain", pretrain)])
+    if instruct:
+        scenes = list(kept("mllm_instruct", instruct))
+        asked = conversations([known(scene) for scene in scenes], seed)
+        rows = [row(scene, [(turn.question, turn.answer) for turn in turns]) for scene, turns in zip(scenes, asked, strict=True)]
+        write_conversations(folder / "instruct.json", rows)
+    if test:
+        scenes = list(renderer.scenes("mllm_test", 0, test))
+        pairs = list(zip(scenes, single_questions([known(scene) for scene in scenes], seed), strict=True))
+        for name, kinds in TEST_FILES.items():
+            chosen = [(scene, [turn for turn in turns if turn.kind in kinds]) for scene, turns in pairs]
+            write_questions(folder / f"{name}.parquet", [line for scene, turns in chosen for line in question_rows(scene, turns)])
+    failpoint("prepare-mllm")
+
+
+def known(scene: Rendered) -> Shown:
+    """Return what a rendered scene shows."""
+    assert scene.shown is not None
+    return scene.shown
+
+
+def question_rows(scene: Rendered, turns: list[Question]) -> Iterator[dict[str, Any]]:
+    """Yield a scene's rows of a question table."""
+    for number, turn in enumerate(turns):
+        yield question_row(f"{scene.key}-{number}", (f"{scene.key}.jpg", scene.jpeg), turn.question, turn.answer, turn.kind)
+
+
 def main(config: PrepareConfig) -> None:
     """Fetch the assets, then render, commit and rename into place."""
     cache = Path(config.cache) if config.cache else None
@@ -264,9 +319,11 @@ def main(config: PrepareConfig) -> None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     scenes = config.train + config.val + config.retrieval + 2 * config.held_out * config.per_class
+    stage_two = config.mllm_pretrain, config.mllm_instruct, config.mllm_test
+    scenes += config.mllm_pretrain + config.mllm_instruct + TEST_COPIES * config.mllm_test
     require_free(output.parent, scenes * BYTES_PER_SCENE)
     world = World(str(sprites), config.seed, config.image_size, config.held_out, config.per_class)
-    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn())
     timing = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with only_writer(output) as folder, disk_full_named(folder):
         spawn = multiprocessing.get_context("spawn")
@@ -278,6 +335,8 @@ def main(config: PrepareConfig) -> None:
             for part in ("seen", "unseen"):
                 write_classification(renderer, folder / "tasks" / f"sprites-{part}", part)
             write_retrieval(renderer, folder / "tasks" / "sprites-retrieval", config.retrieval)
+            if any(stage_two):
+                write_mllm(renderer, folder / "mllm", *stage_two)
         commit(folder, {"settings": wanted})
         failpoint("prepare-rename")
         if output.exists():
@@ -285,7 +344,8 @@ def main(config: PrepareConfig) -> None:
         os.rename(folder, output)
         sync_folder(output.parent)
     written = sum(entry["bytes"] for entry in read_json(output / COMMIT)["files"].values())
-    print(f"wrote {output}: {config.train} training and {config.val} validation scenes, 3 tasks, {human_bytes(written)}")
+    mllm = f"{stage_two[0]} + {stage_two[1]} + {stage_two[2]} scenes for an MLLM, " if any(stage_two) else ""
+    print(f"wrote {output}: {config.train} training and {config.val} validation scenes, 3 tasks, {mllm}{human_bytes(written)}")
 
 
 if __name__ == "__main__":

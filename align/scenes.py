@@ -1,7 +1,7 @@
-"""Sprite scenes: small pictures with exact captions, boxes, masks and questions, each a pure function of (seed, index).
+"""Sprite scenes: small pictures with exact captions, boxes and masks, each a pure function of (seed, index).
 
 One to four sprites (graphics with a name) stand on a colored or textured background. Because positions and sizes are known, every
-word of a caption is true by construction, and so is every answer. The same index gives the same picture in any process.
+word of a caption is true by construction. The same index gives the same picture in any process.
 
 Boxes are (left, top, right, bottom) in pixels, right and bottom exclusive; `H` and `W` are the picture's height and width.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 
 from align.errors import DataError, UsageError
 from align.files import hash_bytes, read_json
-from align.wording import Box, Thing, article, background_sentence, long_caption, relation, short_caption, where
+from align.wording import Box, Thing, article, background_sentence, long_caption, relation, short_caption
 
 COLORS = {
     "white": (242, 242, 242),
@@ -34,10 +34,6 @@ COLORS = {
 }
 TEXTURES = ("plain", "plain", "plain", "gradient", "gradient", "grain", "mottled", "stripes", "checks", "dots")
 OBJECT_COUNTS = (0.30, 0.70, 0.88, 1.0)  # cumulative share of scenes with 1, 2, 3 and 4 objects
-# A sprite is said to be absent only if no sprite that is there could be taken for it or show it: other kinds, no shared word.
-ABSENT_GROUPS = {"person": ("food", "music"), "place": ("food", "music"), "face": ("animal", "food", "vehicle", "music")}
-ABSENT_ANY = ("animal", "food", "vehicle", "music")
-SEEN_INSIDE_OTHERS = ("egg", "fish", "cheese", "horse", "donkey", "cherr", "pumpkin", "corn", "drum", "bird", "tangerine")
 _FILLER = {"a", "an", "the", "of", "with", "and", "its", "in", "on", "over", "pair", "at", "to"}
 
 
@@ -89,15 +85,6 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question about a scene with its exact answer; `kind` is exists | count | relation | what | where."""
-
-    kind: str
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What is drawn before pixels exist: sprites with slot (center x, center y, side) and mirroring, and the background."""
 
@@ -119,6 +106,11 @@ def read_sprites(folder: Path) -> list[Sprite]:
     if not sprites:
         raise DataError(f"{path} lists no sprites")
     return sprites
+
+
+def name_words(name: str) -> set[str]:
+    """Return the words of a name that tell what it is."""
+    return set(name.replace("-", " ").split()) - _FILLER
 
 
 def split_sprites(sprites: Sequence[Sprite], seed: int, held_out: int = 150) -> tuple[list[Sprite], list[Sprite]]:
@@ -145,7 +137,7 @@ class SpriteScenes:
         self.sprites = list(read_sprites(self.folder) if sprites is None else sprites)
         if len(self.sprites) < 2 * max_objects:
             raise UsageError(f"{len(self.sprites)} sprites are too few for scenes of up to {max_objects} objects")
-        self._words = {sprite.id: set(sprite.name.replace("-", " ").split()) - _FILLER for sprite in self.sprites}
+        self._words = {sprite.id: name_words(sprite.name) for sprite in self.sprites}
         self._decoded: dict[str, tuple[Image.Image, np.ndarray]] = {}
         self._y, self._x = np.indices((size, size), dtype=np.int32)
         noise = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, 9]))
@@ -173,28 +165,6 @@ class SpriteScenes:
                 break
         one, other = article(pair[0].name), article(pair[1].name)
         return replace(first, short=f"{one} {words[0]} {other}"), replace(second, short=f"{other} {words[0]} {one}")
-
-    def questions(self, index: int) -> list[Question]:
-        """Return questions about scene number `index` with exact answers; a kind is left out where no answer is exact."""
-        rng, scene = self._rng(index, stream=2), self.scene(index)
-        names = [placed.sprite.name for placed in scene.objects]
-        shown = names[int(rng.integers(len(names)))]
-        asked = [Question("exists", f"Is there {article(shown)} in the picture?", "yes")]
-        absent = self._absent(scene, rng)
-        if absent is not None:
-            asked.append(Question("exists", f"Is there {article(absent.name)} in the picture?", "no"))
-        if all(_is_one_thing(placed.sprite) for placed in scene.objects):
-            asked.append(Question("count", "How many objects are in the picture?", str(len(names))))
-        if len(names) == 2:
-            words = relation(scene.objects[0].box, scene.objects[1].box)
-            if words is not None:
-                asked.append(Question("relation", f"Is the {names[0]} {words} the {names[1]}?", "yes"))
-                asked.append(Question("relation", f"Is the {names[1]} {words} the {names[0]}?", "no"))
-                asked.append(Question("what", f"What is {words} the {names[1]}?", names[0]))
-        place = where(scene.objects[names.index(shown)].box, self.size)
-        if place is not None:
-            asked.append(Question("where", f"Where is the {shown}?", place))
-        return asked
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         if index < 0:
@@ -304,25 +274,6 @@ class SpriteScenes:
             step = side // 10 + width % (side // 8)
             pattern = ((self._x % step - step // 2) ** 2 + (self._y % step - step // 2) ** 2 < (step // 4) ** 2).astype(np.int32)
         return Image.fromarray(plan.shades.astype(np.uint8)[pattern])
-
-    def _absent(self, scene: Scene, rng: np.random.Generator) -> Sprite | None:
-        groups = set(ABSENT_ANY)
-        words: set[str] = set()
-        for placed in scene.objects:
-            groups &= set(ABSENT_GROUPS.get(placed.sprite.group, ABSENT_ANY)) - {placed.sprite.group}
-            words |= self._words[placed.sprite.id]
-        for _ in range(100):
-            sprite = self.sprites[int(rng.integers(len(self.sprites)))]
-            shown_elsewhere = any(sprite.name.find(part) >= 0 for part in SEEN_INSIDE_OTHERS)
-            if sprite.group in groups and words.isdisjoint(self._words[sprite.id]) and not shown_elsewhere:
-                return sprite
-        return None
-
-
-def _is_one_thing(sprite: Sprite) -> bool:
-    """Return whether anyone would count the sprite as one object: no pair, group, couple, person with something or view."""
-    several = {"of", "and", "with", "couple", "family", "on", "in"} & set(sprite.name.split())
-    return not several and sprite.group not in ("person", "place")
 
 
 def _cells(rng: np.random.Generator, count: int, size: int) -> list[tuple[float, float, float, float]]:

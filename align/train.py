@@ -24,7 +24,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers.utils.logging import disable_progress_bar
 
-from align.cli import run, to_recipe
+from align.cli import refuse_other_config, run, to_recipe
 from align.config import TrainConfig
 from align.errors import NonFiniteError, Preempted, UsageError
 from align.files import atomic_bytes, atomic_json, human_bytes
@@ -50,19 +50,6 @@ def model_for(config: TrainConfig, pairs: PairedFeatures) -> SailModel:
         log_scale=config.log_scale, bias=config.bias, precision=image_store.fingerprint.get("precision", "fp32"),
     )  # fmt: skip
     return SailModel(settings).initialize(config.seed)
-
-
-def refuse_other_config(config: TrainConfig, folder: Path) -> None:
-    """Raise UsageError, naming the fields, if the run in `folder` was started with another config."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    before = yaml.safe_load(path.read_text())["train"]
-    now = yaml.safe_load(to_recipe(config, "train"))["train"]
-    fixed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
-    differing = [f"{key}: {before.get(key)!r} there, {now[key]!r} given" for key in fixed]
-    if differing:
-        raise UsageError(f"{folder} holds a run with other settings ({'; '.join(differing)}). Give another --output or the same settings.")
 
 
 class Run:
@@ -139,7 +126,7 @@ def main(config: TrainConfig) -> None:
     if config.batch_size % state.num_processes:
         raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")
     folder = Path(config.output)
-    refuse_other_config(config, folder)
+    refuse_other_config(config, folder, "train", FREE_ON_RESUME)
     pairs = open_pairs(config.images, config.captions)
     held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
     if config.val_rows:

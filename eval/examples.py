@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from align.files import atomic_bytes, atomic_json
+from align.files import atomic_bytes, atomic_json, hash_bytes
 from eval.results import file_name
 from eval.retrieval import RetrievalAnswers
 from eval.zeroshot import ClassificationAnswers
@@ -104,6 +104,32 @@ def retrieval_examples(
     return {"t2i": t2i, "i2t": i2t, "matrix": matrix}
 
 
+def drawn_questions(task: str, numbers: Iterable[int], count: int, seed: int) -> list[int]:
+    """Return `count` of a task's question numbers: those that come first by hash of seed, task and number.
+
+    Processes that know only their own share of the numbers agree: the choice is among the choices of all.
+    """
+    return sorted(numbers, key=lambda number: hash_bytes(f"{seed}:{task}:{number}".encode()))[:count]
+
+
+def generation_examples(
+    numbers: Sequence[int], answers: Mapping[str, Mapping[int, Mapping[str, Any]]], pictured: Iterable[int]
+) -> dict[str, Any]:
+    """Return the questions `numbers` with what each model answered and the score of the answer (None if it has no score of its own).
+
+    `answers` maps model names to number -> row of `eval.lmms_results.answers_table`; `pictured` are the numbers with a picture.
+    """
+    known = set(pictured)
+    items = []
+    for number in numbers:
+        rows = {name: said[number] for name, said in answers.items() if number in said}
+        first = next(iter(rows.values()))
+        given = {name: {"text": row["answer"], "score": row["score"]} for name, row in rows.items()}
+        image = number if number in known else None
+        items.append({"image": image, "question": first["question"], "expected": first["expected"], "answers": given})
+    return {"items": items}
+
+
 def shown_images(examples: Mapping[str, Any]) -> list[int]:
     """Return the numbers of all images that examples show, in ascending order."""
     found = {item["image"] for part in ("items", "t2i", "i2t") for item in examples.get(part, [])}
@@ -119,14 +145,22 @@ def save_examples(folder: Path, task: str, examples: Mapping[str, Any], images: 
     place.mkdir(parents=True, exist_ok=True)
     thumbs = {}
     for number, image in images:
-        small = image.convert("RGB")
-        small.thumbnail((THUMB_SIDE, THUMB_SIDE))
-        buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=85, optimize=True)
-        atomic_bytes(place / f"{number}.jpg", buffer.getvalue())
+        save_thumbnail(folder / "examples", task, number, image)
         thumbs[str(number)] = f"{place.name}/{number}.jpg"
     path = place.with_name(f"{place.name}.json")
     atomic_json(path, {**examples, "thumbs": thumbs})
+    return path
+
+
+def save_thumbnail(folder: Path, task: str, number: int, image: Image.Image) -> Path:
+    """Write a small JPEG of a task's picture `number` below `folder` and return its path."""
+    path = folder / file_name(task) / f"{number}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = image.convert("RGB")
+    small.thumbnail((THUMB_SIDE, THUMB_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85, optimize=True)
+    atomic_bytes(path, buffer.getvalue())
     return path
 
 

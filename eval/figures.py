@@ -21,12 +21,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from eval.results import Entry, ModelRecord
+from eval.results import SUBJECTS, Entry, ModelRecord
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of a figure; `series` are those of trained models, in order."""
+    """Colors of a figure; `series` are those of the models that the report is about, in order, `baselines` the others' by kind."""
 
     name: str
     background: str
@@ -40,11 +40,11 @@ class Theme:
 
 LIGHT = Theme(
     "light", "#ffffff", "#1d2430", "#667085", "#e4e7ec", ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3"),
-    {"untrained": "#98a2b3", "majority": "#d8b365", "chance": "#d0d5dd"}, "Blues",
+    {"untrained": "#98a2b3", "majority": "#d8b365", "chance": "#d0d5dd", "mllm_random": "#98a2b3", "mllm_none": "#7f9c9c"}, "Blues",
 )  # fmt: skip
 DARK = Theme(
     "dark", "#171c24", "#e6e9ef", "#98a2b3", "#2c3440", ("#6ea8e8", "#e8965f", "#66c08f", "#b792dd"),
-    {"untrained": "#7b8494", "majority": "#b08f45", "chance": "#4b5563"}, "cividis",
+    {"untrained": "#7b8494", "majority": "#b08f45", "chance": "#4b5563", "mllm_random": "#7b8494", "mllm_none": "#5d7a7a"}, "cividis",
 )  # fmt: skip
 THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
 
@@ -96,10 +96,10 @@ def _legend(axes: Axes, theme: Theme, **options: Any) -> None:
 
 def model_color(model: ModelRecord, models: Sequence[ModelRecord], theme: Theme) -> str:
     """Return the color that stands for `model` in every figure of the report."""
-    if model.kind != "trained":
+    if model.kind not in SUBJECTS:
         return theme.baselines[model.kind]
-    trained = [other.name for other in models if other.kind == "trained"]
-    return theme.series[trained.index(model.name) % len(theme.series)]
+    subjects = [other.name for other in models if other.kind == model.kind]
+    return theme.series[subjects.index(model.name) % len(theme.series)]
 
 
 def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme, percent: bool = False) -> bytes:
@@ -127,9 +127,9 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
 
 def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models: Sequence[ModelRecord], theme: Theme) -> bytes:
     """Return grouped bars with intervals: one group for each metric of `labels` (metric -> shown name), one bar a model."""
-    figure = _figure(theme, 4.6, 3.3)
-    axes = _axes(figure, theme, title)
     shown = [model for model in models if any(entry.model == model.name for entry in entries)]
+    figure = _figure(theme, max(4.6, 0.32 * len(labels) * len(shown)), 3.3)
+    axes = _axes(figure, theme, title)
     width = 0.8 / len(shown)
     for number, model in enumerate(shown):
         found = {entry.metric: entry for entry in entries if entry.model == model.name}
@@ -140,15 +140,15 @@ def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models
         axes.bar(places, values, width * 0.9, color=model_color(model, models, theme), label=plain(model.name))
         axes.errorbar(places, values, yerr=spread, fmt="none", ecolor=theme.ink, elinewidth=0.9, capsize=2, alpha=0.75)
         for place, row in zip(places, rows, strict=True):
-            if model.kind in ("trained", "untrained") or len(shown) < 3:
+            if model.kind not in ("majority", "chance") or len(shown) < 3:
                 axes.annotate(
                     f"{100 * row.value:.1f}", (place, max(row.high, row.value)), xytext=(0, 3), textcoords="offset points",
-                    ha="center", fontsize=7.5, color=theme.ink if model.kind == "trained" else theme.muted,
+                    ha="center", fontsize=7.5, color=theme.ink if model.kind in SUBJECTS else theme.muted,
                 )  # fmt: skip
     axes.set_xticks(range(len(labels)), list(labels.values()))
     axes.tick_params(axis="x", labelcolor=theme.ink)
     tallest = max(entry.high for entry in entries)
-    axes.set_ylim(0, 1.09 if tallest > 0.6 else 1.15 * tallest)
+    axes.set_ylim(0, 1.09 if tallest > 0.6 else 1.15 * tallest or 1)
     if tallest > 0.6:
         axes.set_yticks(np.linspace(0, 1, 6))
     _percent(axes)

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from align.files import atomic_bytes, read_json
 from eval.figures import DARK, LIGHT, Theme, bars, class_bars, curves, model_color, recall_curve, similarity, sorted_classes
-from eval.results import Entry, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_answers, load_results
+from eval.results import SUBJECTS, Entry, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_answers, load_results
 
 SHOWN_METRICS = {
     "classification": {"acc@1": "top-1 accuracy", "acc@5": "top-5 accuracy", "mean_per_class": "mean per class"},
@@ -26,6 +27,18 @@ SHOWN_METRICS = {
         for direction, name in (("t2i", "text to image"), ("i2t", "image to text"))
         for metric, label in (("r@1", "R@1"), ("r@5", "R@5"), ("r@10", "R@10"), ("median_rank", "median rank"))
     },
+    "generation": {  # the main one of a task is the first that it has; metrics of other benchmarks come after these
+        "accuracy": "accuracy",
+        "exact_match": "exact match",
+        "cider": "CIDEr-D",
+        "rouge_l": "ROUGE-L",
+        "f1": "F1 of yes",
+        "precision": "precision of yes",
+        "recall": "recall of yes",
+        "yes_ratio": "answers that are yes",
+        "accuracy_exists": "accuracy, is it there",
+        "accuracy_relation": "accuracy, is the relation true",
+    },
 }
 BARS = {  # kind -> figures: (title, metric -> name below its bars)
     "classification": {"accuracy": {"acc@1": "top-1", "acc@5": "top-5", "mean_per_class": "mean per class"}},
@@ -33,8 +46,14 @@ BARS = {  # kind -> figures: (title, metric -> name below its bars)
         "text to image": {f"t2i_r@{k}": f"R@{k}" for k in (1, 5, 10)},
         "image to text": {f"i2t_r@{k}": f"R@{k}" for k in (1, 5, 10)},
     },
+    "generation": {
+        "yes or no": {"accuracy": "accuracy", "f1": "F1", "precision": "precision", "recall": "recall", "yes_ratio": "says yes"},
+        "caption": {"cider": "CIDEr-D", "rouge_l": "ROUGE-L"},
+    },
 }
 HEADLINE = {"classification": ("acc@1", "top-1 accuracy"), "retrieval": ("t2i_r@1", "text to image R@1")}
+POINTS = "(points)"  # ends the name of a metric that is no fraction and has its own scale
+KIND_ORDER = ("trained", "mllm", "untrained", "mllm_random", "mllm_none", "majority", "chance")  # of columns
 CURVES = (
     ("loss", {"loss": "loss"}),
     ("mean logits", {"positive_logit": "positive pairs", "negative_logit": "negative pairs"}),
@@ -77,15 +96,19 @@ def write_report(
     `train_runs` are folders with metrics.jsonl; without any, those that the models lie in are used.
     """
     results = load_results(results_folder)
+    results = replace(results, models=tuple(sorted(results.models, key=lambda model: KIND_ORDER.index(model.kind))))
     examples = {task.id: _examples(results_folder, task) for task in results.tasks}
     drawn = Figures(output / "figures", dark)
     training = _training(train_runs or found_runs(results), drawn)
     tables = [_table(results, task, drawn) for task in results.tasks]
     of_kind = {kind: [task for task in results.tasks if task.kind == kind] for kind in SHOWN_METRICS}
+    if len(of_kind["generation"]) > 1:
+        _overview(results, of_kind["generation"], drawn)
     context = {
         "title": title,
         "notes": list(dict.fromkeys(task.note for task in results.tasks if task.note)),
         "models": results.models,
+        "lead": "; ".join(model.description for model in _subjects(results)),
         "tasks": results.tasks,
         "headlines": [line for task in results.tasks if (line := _headline(results, task))],
         "confidence": f"{100 * results.confidence:g}%",
@@ -93,6 +116,7 @@ def write_report(
         "training": training,
         "retrieval": [_retrieval(results, task, examples[task.id], results_folder, drawn) for task in of_kind["retrieval"]],
         "classification": [_classification(results, task, examples[task.id], results_folder, drawn) for task in of_kind["classification"]],
+        "generation": [_generation(results, task, examples[task.id]) for task in of_kind["generation"]],
         "thumbs": {task.id: _thumbs(results_folder, examples[task.id]) for task in results.tasks},
         "figures": drawn.uris,
         "command": results.command,
@@ -117,7 +141,7 @@ def found_runs(results: Results) -> list[Path]:
     runs: list[Path] = []
     for model in results.models:
         folder = Path(model.folder)
-        if model.kind == "trained" and model.folder:
+        if model.kind in SUBJECTS and model.folder:
             near = [place for place in (folder, *folder.parents[:2]) if (place / "metrics.jsonl").is_file()]
             runs += [place for place in near[:1] if place not in runs]
     return runs
@@ -138,36 +162,44 @@ def _thumbs(folder: Path, examples: dict[str, Any] | None) -> dict[int, str]:
 
 
 def shown_value(entry: Entry) -> tuple[str, str]:
-    """Return value and interval as shown in tables: percents, or plain ranks; a constant has no interval."""
-    factor = 1 if "rank" in entry.metric else 100
+    """Return value and interval as shown in tables: percents, or plain ranks and points; a constant has no interval."""
+    factor = 1 if "rank" in entry.metric or entry.metric.endswith(POINTS) else 100
     low, high = f"{factor * entry.low:.1f}", f"{factor * entry.high:.1f}"
     return f"{factor * entry.value:.1f}", "" if entry.low == entry.high == entry.value else f"{low} – {high}"
 
 
-def _trained(results: Results) -> list[ModelRecord]:
-    return [model for model in results.models if model.kind == "trained"]
+def shown_metrics(results: Results, task: TaskRecord) -> dict[str, str]:
+    """Return the metrics that were measured on a task, in the order of the table, with the names shown: the main one first."""
+    found = dict.fromkeys(entry.metric for entry in results.entries if entry.task == task.id)
+    known = {metric: label for metric, label in SHOWN_METRICS[task.kind].items() if metric in found}
+    return known | {metric: metric for metric in found if task.kind == "generation" and metric not in known}
+
+
+def _subjects(results: Results) -> list[ModelRecord]:
+    return [model for model in results.models if model.kind in SUBJECTS]
 
 
 def _before(results: Results, task: TaskRecord, metric: str) -> Entry | None:
     """Return what the headline is compared with: the best of the baselines."""
-    others = [model.name for model in results.models if model.kind != "trained"]
+    others = [model.name for model in results.models if model.kind not in SUBJECTS]
     found = [entry for name in others if (entry := results.value(task.id, metric, name))]
     return max(found, key=lambda entry: entry.value) if found else None
 
 
 def _headline(results: Results, task: TaskRecord) -> dict[str, str] | None:
-    metric, label = HEADLINE[task.kind]
-    entry = next((e for model in _trained(results) if (e := results.value(task.id, metric, model.name))), None)
+    metric, label = HEADLINE.get(task.kind) or next(iter(shown_metrics(results, task).items()))
+    entry = next((e for model in _subjects(results) if (e := results.value(task.id, metric, model.name))), None)
     if entry is None:
         return None
+    unit = "" if metric.endswith(POINTS) else "%"
     before = _before(results, task, metric)
     value, interval = shown_value(entry)
     detail = f"{interval.replace(' – ', ' to ')} ({100 * results.confidence:g}%), n = {entry.n}"
     if before:
         detail += f"; best baseline: {before.model}"
     return {
-        "task": task.id, "metric": label, "value": f"{value}%",
-        "before": f"{shown_value(before)[0]}%" if before else "", "detail": detail,
+        "task": task.id, "metric": label, "value": f"{value}{unit}",
+        "before": f"{shown_value(before)[0]}{unit}" if before else "", "detail": detail,
     }  # fmt: skip
 
 
@@ -175,25 +207,40 @@ def _table(results: Results, task: TaskRecord, drawn: Figures) -> dict[str, Any]
     entries = [entry for entry in results.entries if entry.task == task.id]
     models = [model for model in results.models if any(entry.model == model.name for entry in entries)]
     rows = []
-    for metric, label in SHOWN_METRICS[task.kind].items():
+    for metric, label in shown_metrics(results, task).items():
         cells = []
         for model in models:
             entry = results.value(task.id, metric, model.name)
             value, interval = shown_value(entry) if entry else ("–", "")
-            cells.append({"value": value, "interval": interval, "kind": model.kind})
-        if any(cell["value"] != "–" for cell in cells):
-            rows.append({"label": label, "cells": cells})
+            cells.append({"value": value, "interval": interval, "main": model.kind in SUBJECTS})
+        rows.append({"label": label, "cells": cells})
     slug = file_name(task.id)
     names = []
     for title, known in BARS[task.kind].items():
         labels = {metric: name for metric, name in known.items() if any(entry.metric == metric for entry in entries)}
-        if labels:
+        if len(labels) > (1 if task.kind == "generation" else 0):
             names.append(f"bars-{slug}-{file_name(title)}")
             shown = [entry for entry in entries if entry.metric in labels]
             drawn.add(names[-1], bars, f"{task.id}: {title}", shown, labels, results.models)
-    targets = f"{task.targets} classes, prompts {task.prompts}" if task.kind == "classification" else f"{task.targets} captions"
-    detail = f"{task.images} images, {targets}"
+    detail = {
+        "classification": f"{task.images} images, {task.targets} classes, prompts {task.prompts}",
+        "retrieval": f"{task.images} images, {task.targets} captions",
+        "generation": f"{task.targets} questions" + (f", each with “{task.prompts}”" if task.prompts else ""),
+    }[task.kind]
     return {"task": task, "slug": slug, "models": models, "rows": rows, "bars": names, "detail": detail}
+
+
+def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: Figures) -> None:
+    """Draw the main metric of every generation task side by side; a metric on a scale of its own is left out."""
+    main = {task.id: next(iter(shown_metrics(results, task).items())) for task in tasks}
+    entries = [
+        replace(entry, metric=entry.task)
+        for entry in results.entries
+        if entry.task in main and entry.metric == main[entry.task][0] and not entry.metric.endswith(POINTS)
+    ]
+    labels = {task: f"{task.replace('_', ' ')}\n{main[task][1]}" for task in dict.fromkeys(entry.metric for entry in entries)}
+    if labels:
+        drawn.add("bars-generation", bars, "generated answers", entries, labels, results.models)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -215,7 +262,7 @@ def _training(runs: Sequence[Path], drawn: Figures) -> list[dict[str, Any]]:
         for title, columns in (CURVES[0], ("validation recall", VALIDATION), *CURVES[1:]):
             lines = {}
             for column, label in columns.items():
-                points = [(row["step"], row[column]) for row in rows if column in row]
+                points = [(row["step"], row[column]) for row in rows if column in row and "step" in row]
                 if points:
                     steps, values = zip(*points, strict=True)
                     lines[label] = (steps, values)
@@ -230,7 +277,7 @@ def _training(runs: Sequence[Path], drawn: Figures) -> list[dict[str, Any]]:
 def _answer(example: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
     """Return an example with the first trained model's `answer` and, if there is one, the rank the untrained one gave."""
     by_model = example["answers"]
-    main = next((model.name for model in _trained(results) if model.name in by_model), None)
+    main = next((model.name for model in _subjects(results) if model.name in by_model), None)
     if main is None:
         return None
     other = next((model.name for model in results.models if model.kind == "untrained" and model.name in by_model), None)
@@ -271,7 +318,7 @@ def _classification(results: Results, task: TaskRecord, examples: dict[str, Any]
         for model in results.models
         if model.kind in ("trained", "untrained") and results.value(task.id, "acc@1", model.name)
     }
-    main = next((model for model in _trained(results) if model.name in accuracy), None)
+    main = next((model for model in _subjects(results) if model.name in accuracy), None)
     if main:
         untrained = [model.name for model in results.models if model.kind == "untrained" and model.name in accuracy]
         before = accuracy[untrained[0]] if untrained else {}
@@ -289,6 +336,19 @@ def _classification(results: Results, task: TaskRecord, examples: dict[str, Any]
     for item in items:
         item["answer"]["top"] = item["answer"]["top"][:3]
     return {"id": task.id, "slug": slug, "seed": results.seed, "classes": task.targets, "items": items}
+
+
+def _generation(results: Results, task: TaskRecord, examples: dict[str, Any] | None) -> dict[str, Any]:
+    items = []
+    for one in examples["items"] if examples else []:
+        said = [
+            {"model": model.name, "main": model.kind in SUBJECTS, "text": given["text"], "score": given["score"]}
+            for model in results.models
+            if (given := one["answers"].get(model.name))
+        ]
+        if said:
+            items.append({**one, "said": said})
+    return {"id": task.id, "slug": file_name(task.id), "seed": results.seed, "items": items}
 
 
 def _draw_classes(title: str, rows: Any, before: Any, model: ModelRecord, models: Sequence[ModelRecord], theme: Theme) -> bytes:

@@ -1,4 +1,4 @@
-"""The results of a measurement on disk: one schema, written atomically, loaded strictly.
+"""The results of a measurement on disk: one schema for encoder pairs and MLLMs, written atomically, loaded strictly.
 
 `<output>/results.json` holds what was run and every number; beside it lie `answers/<task>--<model>.parquet` (one row per
 sample, so that runs can be compared pairwise) and `examples/<task>.json` with its thumbnails. Numbers are fractions.
@@ -7,7 +7,7 @@ sample, so that runs can be compared pairwise) and `examples/<task>.json` with i
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,9 @@ from align.files import atomic_json, atomic_path, read_json
 
 FORMAT_VERSION = 1
 RESULTS = "results.json"
-MODEL_KINDS = ("trained", "untrained", "majority", "chance")
+MODEL_KINDS = ("trained", "untrained", "majority", "chance", "mllm", "mllm_random", "mllm_none")
+SUBJECTS = ("trained", "mllm")  # the kinds that a report is about; the others are what they are compared with
+TASK_KINDS = ("classification", "retrieval", "generation")
 Record = TypeVar("Record")
 
 
@@ -43,7 +45,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What a column of the table is: `kind` is one of MODEL_KINDS; `fingerprint` is empty for majority and chance."""
+    """What a column of the table is: `kind` is one of MODEL_KINDS; `fingerprint` is empty for majority and chance.
+
+    trained and untrained are encoder pairs (aligned, or with fresh heads); mllm, mllm_random and mllm_none are LLaVA-style models
+    whose image head is trained, random or absent.
+    """
 
     name: str
     kind: str
@@ -58,7 +64,10 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What a task was measured on; `rejected` counts the samples left out, by reject code."""
+    """What a task was measured on; `rejected` counts the samples left out, by reject code.
+
+    `kind` is one of TASK_KINDS. `targets` counts classes, captions or questions; for generation, `images` counts questions too.
+    """
 
     id: str
     kind: str
@@ -70,10 +79,14 @@ class TaskRecord:
     credit: str
     rejected: dict[str, int]
 
+    def __post_init__(self) -> None:
+        if self.kind not in TASK_KINDS:
+            raise UsageError(f"task {self.id!r} has the unknown kind {self.kind!r}; known: {', '.join(TASK_KINDS)}")
+
 
 @dataclass(frozen=True)
 class Results:
-    """All that `eval/run.py` found out: what was run, by which code, and the numbers."""
+    """All that `eval/run.py` and `eval/lmms.py` found out: what was run (a command a line), by which code, and the numbers."""
 
     created: str
     command: str
@@ -97,6 +110,44 @@ class Results:
     def value(self, task: str, metric: str, model: str) -> Entry | None:
         """Return the entry of that task, metric and model, or None if it was not measured."""
         return next((e for e in self.entries if (e.task, e.metric, e.model) == (task, metric, model)), None)
+
+
+def merge_results(old: Results, new: Results) -> Results:
+    """Return both together: what `new` measured replaces the same task and model of `old`, the rest of `old` stays.
+
+    Entries of `old` are dropped where they would no longer be comparable: those of a model that is another one under the same name,
+    and those of a task whose data differ. UsageError if seed or confidence differ: one page shows one of each.
+    """
+    if (old.seed, old.confidence) != (new.seed, new.confidence):
+        kept_apart = f"seed {old.seed} and confidence {old.confidence:g}, not seed {new.seed} and confidence {new.confidence:g}"
+        raise UsageError(f"the results that are already there have {kept_apart}; use the same, or another --output")
+    models = {model.name: (model.kind, model.fingerprint) for model in new.models}
+    tasks = {task.id: task for task in new.tasks}
+    changed_models = {m.name for m in old.models if m.name in models and models[m.name] != (m.kind, m.fingerprint)}
+    changed_tasks = {t.id for t in old.tasks if t.id in tasks and tasks[t.id].digest != t.digest}
+    measured = {(entry.task, entry.model) for entry in new.entries}
+    kept = [
+        entry
+        for entry in old.entries
+        if (entry.task, entry.model) not in measured and entry.model not in changed_models and entry.task not in changed_tasks
+    ]
+    entries = (*kept, *new.entries)
+    used_models, used_tasks = {entry.model for entry in entries}, {entry.task for entry in entries}
+    return replace(
+        new,
+        command="\n".join([*(line for line in old.command.splitlines() if line != new.command), new.command]),
+        versions={**old.versions, **new.versions},
+        seconds={**old.seconds, **new.seconds},
+        models=_together(old.models, new.models, "name", used_models),
+        tasks=_together(old.tasks, new.tasks, "id", used_tasks),
+        entries=entries,
+    )
+
+
+def _together(old: Sequence[Record], new: Sequence[Record], key: str, used: set[str]) -> tuple[Record, ...]:
+    """Return the used records, those of `old` first and in their order, each in its newest version."""
+    newest = {getattr(record, key): record for record in (*old, *new)}
+    return tuple(record for name, record in newest.items() if name in used)
 
 
 def save_results(folder: Path, results: Results) -> Path:
@@ -149,7 +200,7 @@ def answers_path(folder: Path, task: str, model: str) -> Path:
 
 
 def save_answers(folder: Path, task: str, model: str, answers: pa.Table) -> Path:
-    """Write per-sample answers (columns as `eval.zeroshot` and `eval.retrieval` document) and return their path."""
+    """Write per-sample answers (columns as `eval.zeroshot`, `eval.retrieval` and `eval.lmms_results` say) and return their path."""
     path = answers_path(folder, task, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

@@ -19,7 +19,7 @@ from forking import exit_codes, fork
 
 from align import assets, conversions
 from align.assets import EMBEDDED, Asset, Wheel, cache_root, check, fetch, known, resolve
-from align.errors import DamagedError, OfflineError, UsageError
+from align.errors import DamagedError, DiskFullError, OfflineError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = "embedded:toy"
@@ -69,16 +69,18 @@ def test_every_asset_is_pinned_and_credited():
         "embedded:vit-s14-focus",
         "embedded:minilm",
         "embedded:mpnet",
+        "embedded:smollm2-135m",
         "embedded:twemoji",
     ]
     digests = [wheel.sha256 for asset in EMBEDDED.values() for wheel in asset.wheels]
-    assert len(set(digests)) == len(digests) == 11
+    assert len(set(digests)) == len(digests) == 12
     for asset in EMBEDDED.values():
-        assert asset.kind in ("vision", "text", "graphics") and asset.megabytes > 0
+        assert asset.kind in ("vision", "text", "llm", "graphics") and asset.megabytes > 0
         assert "License" in asset.credit or "CC-BY 4.0" in asset.credit
         for wheel in asset.wheels:
             assert re.fullmatch("[0-9a-f]{64}", wheel.sha256) and re.fullmatch(r"\d+\.\d+\.\d+", wheel.version)
     assert known("text") == ["embedded:minilm", "embedded:mpnet"] and len(known("vision")) == 4
+    assert known("llm") == ["embedded:smollm2-135m"]
 
 
 def test_unknown_ids_are_refused_with_the_known_ones(tmp_path):
@@ -158,6 +160,26 @@ def test_a_damaged_cache_is_detected(index, tmp_path, damage):
     if damage != "flipped":
         with pytest.raises(DamagedError):
             fetch(TOY, tmp_path / "cache")
+
+
+def test_a_missing_converter_is_named_before_anything_is_downloaded(index, tmp_path, monkeypatch):
+    replace_toy(monkeypatch, needs=("no_such_module", "mllm"))
+    monkeypatch.setattr(subprocess, "run", None)  # any use of pip would now fail
+    with pytest.raises(UsageError, match=r"needs the package no_such_module.*pip install 'sail-upgrade-kit\[mllm\]'"):
+        fetch(TOY, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["toy.lock"]
+
+
+def test_a_cached_asset_needs_no_converter(index, tmp_path, monkeypatch):
+    folder = fetch(TOY, tmp_path / "cache")
+    replace_toy(monkeypatch, needs=("no_such_module", "mllm"))
+    assert fetch(TOY, tmp_path / "cache") == folder
+
+
+def test_the_space_an_asset_takes_is_asked_for_beforehand(index, tmp_path, monkeypatch):
+    replace_toy(monkeypatch, space=1 << 40)
+    with pytest.raises(DiskFullError, match="needed"):
+        fetch(TOY, tmp_path / "cache")
 
 
 def test_a_cache_of_another_version_is_rebuilt(index, tmp_path, monkeypatch):
@@ -365,11 +387,70 @@ def test_the_text_encoder_knows_that_a_puppy_is_a_dog():
     assert vectors[0] @ vectors[1] > 0.7 > 0.4 > vectors[0] @ vectors[2]
 
 
+@pytest.fixture(scope="module")
+def llm():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = fetch("embedded:smollm2-135m")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.assets
+def test_the_llm_has_the_weights_of_the_packed_file(llm):
+    import torch
+
+    weights = llm[0].state_dict()
+    assert sum(value.numel() for name, value in weights.items() if name != "lm_head.weight") == 134_515_008
+    # unpacked once by hand from the bytes of the file: per 32 values of Q4_1 two fp16 numbers d and m and 16 bytes of nibbles n,
+    # d * n + m; per 32 values of Q8_0 one fp16 number d and 32 signed bytes n, d * n
+    torch.testing.assert_close(
+        weights["model.layers.7.mlp.down_proj.weight"][3, 40:46],
+        torch.tensor([-0.0591736, -0.4375, 0.157013, 0.265106, -0.221313, -0.167267]),
+        atol=0,
+        rtol=6e-4,
+    )
+    torch.testing.assert_close(
+        weights["model.embed_tokens.weight"][1234, 70:76],
+        torch.tensor([0.0994492, 0.146914, -0.00226021, 0.0497246, -0.0316429, -0.101709]),
+        atol=0,
+        rtol=6e-4,
+    )
+
+
+@pytest.mark.assets
+def test_the_llm_knows_a_capital_and_follows_its_chat_template(llm):
+    model, tokenizer = llm
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(model.generate(**prompt, max_new_tokens=1, do_sample=False)[0]) == "The capital of France is Paris"
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**chat, max_new_tokens=20, do_sample=False)[0, chat["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>", "the answer ends, and then the model stops"
+
+
+@pytest.mark.assets
+def test_the_llm_tokenizer_loses_nothing_and_splits_digits(llm):
+    tokenizer = llm[1]
+    for text in ("The cat sat.", "a  3 x12y", "caf\u00e9 \u65e5\u672c \U0001f642", " lead\n\n\ttail  ", "<|im_start|>user\nhi<|im_end|>\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert [tokenizer.decode([token]) for token in tokenizer("in 2024").input_ids] == ["in", " ", "2", "0", "2", "4"]
+    # two blanks before a digit stay one token only if digits are split off first, as the model was trained
+    assert [tokenizer.decode([token]) for token in tokenizer("a  3").input_ids] == ["a", "  ", "3"]
+    for number, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
+        assert tokenizer(token).input_ids == [number] == [tokenizer.convert_tokens_to_ids(token)]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert len(tokenizer) == llm[0].config.vocab_size == 49152 and tokenizer.model_max_length == 8192
+
+
 @pytest.mark.assets
 def test_fetched_folders_hold_plain_files_and_credits():
     from PIL import Image
 
-    for asset in ("embedded:efficientnet-lite0", "embedded:minilm", "embedded:twemoji"):
+    for asset in ("embedded:efficientnet-lite0", "embedded:minilm", "embedded:smollm2-135m", "embedded:twemoji"):
         folder = fetch(asset, verify=True)
         endings = {path.suffix for path in folder.rglob("*") if path.is_file()}
         assert endings <= {".json", ".safetensors", ".txt", ".md", ".png", ""}

@@ -1,4 +1,4 @@
-"""Sprite scenes: the same everywhere, captions and answers true to the geometry, masks exact, held-out sprites held out."""
+"""Sprite scenes: the same everywhere, captions true to the geometry, masks exact, held-out sprites held out."""
 
 import hashlib
 import itertools
@@ -74,12 +74,11 @@ def test_another_process_draws_the_same_scenes(folder, scenes):
         "import sys; sys.path.insert(0, 'tests')\n"
         "from pathlib import Path; from test_scenes import digest; from align.scenes import SpriteScenes\n"
         f"s = SpriteScenes(Path({str(folder)!r}), seed=3)\n"
-        "print(*[digest(s.scene(i)) for i in (4, 1 << 35)], *[digest(x) for x in s.swapped(3)], s.questions(11))"
+        "print(*[digest(s.scene(i)) for i in (4, 1 << 35)], *[digest(x) for x in s.swapped(3)])"
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     here = [digest(scenes.scene(4)), digest(scenes.scene(1 << 35)), *(digest(scene) for scene in scenes.swapped(3))]
-    assert printed.split(" [")[0].split() == here
-    assert printed.strip().endswith(repr(scenes.questions(11)))
+    assert printed.split() == here
 
 
 def test_pictures_are_rgb_with_one_to_four_objects_that_barely_overlap(scenes):
@@ -225,36 +224,6 @@ def test_swapped_scenes_differ_only_by_the_exchange(scenes):
             assert is_true(said, scene.objects[0].box, scene.objects[1].box)
             longer = [max(box[2] - box[0], box[3] - box[1]) for box in (p.box for p in scene.objects)]
             assert all(abs(x - y) <= 3 for x, y in zip(longer, [p.size for p in first.objects], strict=True)), "slots keep their sizes"
-
-
-def test_answers_are_exact(scenes):
-    seen = set()
-    for index in range(400):
-        scene = scenes.scene(index)
-        boxes = {placed.sprite.name: placed.box for placed in scene.objects}
-        groups = {placed.sprite.group for placed in scene.objects}
-        for asked in scenes.questions(index):
-            seen.add((asked.kind, asked.answer if asked.kind in ("exists", "relation") else ""))
-            named = re.findall("|".join(sorted((re.escape(s.name) for s in scenes.sprites), key=len, reverse=True)), asked.question)
-            if asked.kind == "exists":
-                assert (named[0] in boxes) == (asked.answer == "yes")
-                if asked.answer == "no":
-                    absent = next(sprite for sprite in scenes.sprites if sprite.name == named[0])
-                    assert absent.group not in groups
-                    assert not (groups & {"person", "place"} and absent.group == "vehicle")
-            elif asked.kind == "count":
-                assert int(asked.answer) == len(boxes)
-                assert not groups & {"person", "place"} and "cup and spoon" not in boxes
-            elif asked.kind == "relation":
-                said = next(word for word in SAID if word in asked.question)
-                assert is_true(said, boxes[named[0]], boxes[named[1]]) == (asked.answer == "yes")
-            elif asked.kind == "what":
-                said = next(word for word in SAID if word in asked.question)
-                assert is_true(said, boxes[asked.answer], boxes[named[0]]) and len(boxes) == 2
-            else:
-                assert asked.answer == where(boxes[named[0]], 224)
-    kinds = {("exists", "yes"), ("exists", "no"), ("count", ""), ("relation", "yes"), ("relation", "no"), ("what", ""), ("where", "")}
-    assert seen == kinds
 
 
 def test_a_scene_of_one_given_sprite_shows_it_alone(scenes):

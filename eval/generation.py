@@ -1,0 +1,152 @@
+"""Metrics of generated answers: text in, fractions out, with intervals. Pure; nothing here knows lmms-eval.
+
+`N` answers. A yes-no answer is reduced to "yes", "no" or "" (neither); everything else is compared after normalization. The
+values of a metric are what `eval.lmms_docs` logs for each answer: a number, [said, true] or [said, true, group].
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from align.errors import DataError, UsageError
+from eval.metrics import bootstrap_interval, wilson_interval
+
+ARTICLES = frozenset({"a", "an", "the"})
+NUMBERS = {
+    word: str(number) for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
+} | {"none": "0"}
+# "in the top left", "at the upper left corner" and "top left of the picture" are the same place
+_PLACE_WORDS = {"upper": "top", "lower": "bottom", "middle": "center", "centre": "center", "central": "center"}
+_PLACES = frozenset({"top", "bottom", "left", "right", "center"})
+GRADED = ("cider", "rouge_l")  # means of degrees, even if all happen to be 0 or 1
+YES_NO = ("precision", "recall", "f1", "yes_ratio")  # metrics whose values are [said, true] or [said, true, group]
+
+
+def words(text: str) -> list[str]:
+    """Return the words of `text` in lower case: punctuation apart from apostrophes separates, accents and digits stay."""
+    plain = unicodedata.normalize("NFKC", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").replace("'", "")
+    return re.findall(r"\w+(?:[.,]\d+)*", plain.replace("_", " "))
+
+
+def normalized(text: str) -> str:
+    """Return `text` in lower case without punctuation and articles, small number words as digits, for exact matching."""
+    return " ".join(NUMBERS.get(word, word) for word in words(text) if word not in ARTICLES)
+
+
+def place(text: str) -> str:
+    """Return the place that `text` names, for example "left top" for "In the upper left corner", or "" if it names none."""
+    found = {_PLACE_WORDS.get(word, word) for word in words(text)} & _PLACES
+    return " ".join(sorted(found - {"center"} or found))
+
+
+def matches(answer: str, truths: str | Sequence[str], kind: str = "") -> bool:
+    """Return whether `answer` equals one of `truths` after normalization; answers of the kind "where" are compared as places."""
+    compared = place if kind == "where" else normalized
+    said = compared(answer)
+    return said != "" and said in {compared(truth) for truth in ([truths] if isinstance(truths, str) else truths)}
+
+
+def yes_or_no(answer: str) -> str:
+    """Return "yes" or "no" if `answer` begins with that word, else ""."""
+    first = words(answer)[:1]
+    return first[0] if first and first[0] in ("yes", "no") else ""
+
+
+def pope_yes_or_no(answer: str) -> str:
+    """Return what POPE's protocol takes `answer` for: "no" if its first sentence holds the word no or not, else "yes"."""
+    return "no" if {"no", "not"} & set(words(answer.split(".")[0])) else "yes"
+
+
+def yes_no_scores(values: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return precision, recall, f1 and yes_ratio (share of answers that are yes) of [said, true] pairs (N); see POPE.
+
+    An answer that is neither is wrong: it lowers recall if yes was right. What has no denominator is 0. With a third item, the
+    group, each metric is the mean over groups.
+    """
+    codes, groups = _cells(values)
+    counts = np.bincount(codes, minlength=4 * groups)
+    return {name: float(_yes_no(name, counts[None].reshape(1, groups, 4))[0]) for name in YES_NO}
+
+
+def rouge_l(answer: str, truths: Sequence[str]) -> float:
+    """Return ROUGE-L (F with beta 1.2, the best of the references) of a caption, computed by pycocoevalcap on `words`."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return float(Rouge().calc_score([" ".join(words(answer))], [" ".join(words(truth)) for truth in truths]))
+
+
+def cider(values: Sequence[Sequence[Any]]) -> np.ndarray:
+    """Return (N,) CIDEr-D of captions, 0 to 10, from [answer, [reference, ...]] values; pycocoevalcap on `words`.
+
+    Rare words weigh more: the weights come from all N references, so scores of different sets cannot be compared.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    said = {number: [" ".join(words(answer))] for number, (answer, _) in enumerate(values)}
+    true = {number: [" ".join(words(text)) for text in truths] for number, (_, truths) in enumerate(values)}
+    return np.asarray(Cider().compute_score(true, said)[1], dtype=np.float64)
+
+
+def estimate(metric: str, values: Sequence[Any], generator: np.random.Generator, confidence: float) -> tuple[float, float, float] | None:
+    """Return (value, low, high) of a metric from what was logged for each answer (N), or None if the metric is not ours.
+
+    Rates get Wilson intervals, the others the percentile bootstrap over answers. Numbers are averaged, whatever their metric.
+    """
+    if not values:
+        raise UsageError(f"{metric} of no answers does not exist; check that the task's data is not empty")
+    if metric in YES_NO and all(isinstance(value, list | tuple) and len(value) in (2, 3) for value in values):
+        return _yes_no_estimate(metric, values, generator, confidence)
+    if metric == "cider":
+        scores = cider(values)
+    elif all(isinstance(value, int | float) for value in values):
+        scores = np.asarray(values, dtype=np.float64)
+    else:
+        return None
+    if not np.isfinite(scores).all():
+        raise DataError(f"{metric}: {int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite; the run is unusable")
+    if metric not in GRADED and np.isin(scores, (0, 1)).all():
+        return (float(scores.mean()), *wilson_interval(int(scores.sum()), len(scores), confidence))
+    interval = bootstrap_interval(scores, lambda drawn: drawn.mean(axis=1), generator, confidence=confidence)
+    return (float(scores.mean()), *interval)
+
+
+def _cells(values: Sequence[Sequence[str]]) -> tuple[np.ndarray, int]:
+    """Return (N,) codes 4 * group + (0 yes, true yes; 1 yes, true no; 2 not yes, true yes; 3 not yes, true no) and the number of groups."""
+    names = sorted({value[2] if len(value) > 2 else "" for value in values})
+    codes = []
+    for said, true, *group in values:
+        if true not in ("yes", "no"):
+            raise DataError(f"the right answer to a yes-no question is {true!r}; expected yes or no")
+        codes.append(4 * names.index(group[0] if group else "") + 2 * (said != "yes") + (true == "no"))
+    return np.asarray(codes, dtype=np.int64), len(names)
+
+
+def _yes_no(name: str, counts: np.ndarray) -> np.ndarray:
+    """Return (R,) a metric, averaged over groups, of counts (R, groups, 4) in the order of `_cells`."""
+    right, wrong, missed, rejected = (counts[..., cell] for cell in range(4))
+    over, under = {
+        "precision": (right, right + wrong),
+        "recall": (right, right + missed),
+        "f1": (2 * right, 2 * right + wrong + missed),
+        "yes_ratio": (right + wrong, right + wrong + missed + rejected),
+    }[name]
+    return np.divide(over, under, out=np.zeros(over.shape), where=under > 0).mean(axis=-1)
+
+
+def _yes_no_estimate(
+    name: str, values: Sequence[Sequence[str]], generator: np.random.Generator, confidence: float
+) -> tuple[float, float, float]:
+    codes, groups = _cells(values)
+    counts = np.bincount(codes, minlength=4 * groups)
+    value = yes_no_scores(values)[name]
+    if name == "f1" or groups > 1:
+        drawn = generator.multinomial(len(codes), counts / len(codes), size=1000).reshape(-1, groups, 4)
+        low, high = np.quantile(_yes_no(name, drawn), [0.5 - confidence / 2, 0.5 + confidence / 2])
+        return value, float(low), float(high)
+    right, wrong, missed, rejected = (int(count) for count in counts)
+    of = {"precision": right + wrong, "recall": right + missed, "yes_ratio": right + wrong + missed + rejected}[name]
+    hits = right + wrong if name == "yes_ratio" else right
+    return (value, *(wilson_interval(hits, of, confidence) if of else (0.0, 1.0)))

@@ -1,0 +1,186 @@
+"""What lmms-eval left in its output folder, checked and turned into rows of results.json, answers and examples.
+
+lmms-eval ends with exit code 0 whatever happens, so a run counts only if every task has a number and an answer to every question.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from align.errors import DataError
+from align.files import hash_bytes, hash_file, read_json
+from eval.generation import YES_NO, estimate, normalized
+from eval.metrics import wilson_interval
+from eval.results import Entry, ModelRecord, TaskRecord
+
+KINDS = {"trained": "mllm", "random": "mllm_random", "none": "mllm_none"}  # sail_head -> kind of the column
+POINTS = " (points)"  # ends the name of a metric that is no fraction
+OURS = (*YES_NO, "cider")  # metrics that are computed again from the answers, and must come out the same
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """One task of one run: lmms-eval's config of it, its numbers by (metric, filter), and for each filter the logged answers."""
+
+    task: str
+    config: dict[str, Any]
+    numbers: dict[tuple[str, str], float]
+    samples: dict[str, list[dict[str, Any]]]
+    questions: int  # that the task has; more than were asked if there was a limit
+
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        """The logged answers, one a question."""
+        return next(iter(self.samples.values()))
+
+
+def read_run(folder: Path, tasks: Sequence[str], limit: int | None = None) -> list[TaskRun]:
+    """Return what lmms-eval measured in `folder`, one TaskRun a task (of a group: its tasks).
+
+    DataError unless there is exactly one results file, with every one of `tasks` in it, a number for each, and the answers to all
+    questions (the first `limit`) in the samples.
+    """
+    found = sorted(folder.rglob("*_results.json"))
+    if len(found) != 1:
+        raise DataError(f"{len(found)} results files of lmms-eval in {folder}, expected 1: the evaluation did not finish")
+    content = read_json(found[0])
+    sizes = content.get("n-samples", {})
+    missing = [task for task in tasks if task not in sizes and task not in content.get("group_subtasks", {})]
+    if missing or not sizes:
+        raise DataError(f"{found[0]} lacks the tasks {', '.join(missing or tasks)}; it has {', '.join(sizes) or 'none'}")
+    ordered = sorted(sizes, key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task))
+    return [_task_run(content, found[0], task, int(sizes[task]["original"]), limit) for task in ordered]
+
+
+def _task_run(content: dict[str, Any], path: Path, task: str, questions: int, limit: int | None) -> TaskRun:
+    numbers = {}
+    for name, value in content["results"][task].items():
+        metric, comma, chosen = name.partition(",")
+        if comma and not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")) and isinstance(value, int | float):
+            numbers[metric, chosen] = float(value)
+    if not numbers or not all(math.isfinite(value) for value in numbers.values()):
+        raise DataError(f"task {task} has no finite number in {path}: {content['results'][task]}")
+    asked = min(questions, limit) if limit else questions
+    filters = list(dict.fromkeys(chosen for _, chosen in numbers))
+    logged = path.with_name(path.name.removesuffix("results.json") + f"samples_{task}.jsonl")
+    if not logged.is_file():
+        raise DataError(f"{logged} is missing: task {task} did not finish (or ran without --log_samples)")
+    try:
+        rows = [json.loads(line) for line in logged.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{logged} is cut or damaged ({error}); run again") from error
+    parts = {chosen: rows[at * asked : (at + 1) * asked] for at, chosen in enumerate(filters)}
+    complete = all(len({row["doc_id"] for row in part}) == asked for part in parts.values())
+    if len(rows) != asked * len(filters) or not complete:
+        raise DataError(f"task {task} has answers to {len({row['doc_id'] for row in rows})} of {asked} questions in {logged}; run again")
+    return TaskRun(task, content["configs"][task], numbers, parts, questions)
+
+
+def run_entries(run: TaskRun, model: str, generator: np.random.Generator, confidence: float) -> list[Entry]:
+    """Return the entries of a task. Rates have Wilson intervals, means bootstrap ones, and what lmms-eval alone computes has none.
+
+    DataError if a metric of the kit comes out otherwise than lmms-eval says: the logged answers are not those that were scored.
+    """
+    entries = []
+    for (metric, chosen), value in run.numbers.items():
+        values = [row[metric] for row in run.samples[chosen] if metric in row]
+        name = metric if chosen == next(iter(run.samples)) else f"{metric} {chosen}"
+        found = estimate(metric, values, generator, confidence) if values else None
+        if found and math.isclose(found[0], value, rel_tol=1e-6, abs_tol=1e-9):
+            entries.append(Entry(run.task, name, *found, len(values), model))
+        elif found and metric in OURS:
+            raise DataError(f"task {run.task}: lmms-eval says {metric} is {value}, the logged answers give {found[0]}")
+        else:
+            name = name if 0 <= value <= 1 else name + POINTS
+            entries.append(Entry(run.task, name, value, value, value, len(values) or len(run.answered), model))
+    return entries
+
+
+def majority_entry(run: TaskRun, confidence: float) -> list[Entry]:
+    """Return what always giving the task's most frequent right answer would score, if answers are simply right or wrong."""
+    for metric in ("accuracy", "exact_match"):
+        scores = [row.get(metric) for row in run.answered]
+        targets = [str(row["target"]) for row in run.answered]
+        if all(_is_number(score) and score in (0, 1) for score in scores) and not any(target.startswith("[") for target in targets):
+            most, n = Counter(normalized(target) for target in targets).most_common(1)[0][1], len(targets)
+            return [Entry(run.task, metric, most / n, *wilson_interval(most, n, confidence), n, "majority")]
+    return []
+
+
+def task_record(run: TaskRun) -> TaskRecord:
+    """Return what results say about a task; its digest covers questions, right answers and local data files."""
+    asked = [[row["doc_id"], row.get("input"), row["target"]] for row in sorted(run.answered, key=lambda row: row["doc_id"])]
+    files = [hash_file(Path(path)) for path in _data_files(run.config) if Path(path).is_file()]
+    digest = hash_bytes(json.dumps([asked, files]).encode())[:16]
+    metadata = run.config.get("metadata")
+    told = metadata if isinstance(metadata, dict) else {}
+    notes = [str(told["note"])] if "note" in told else []
+    if len(asked) < run.questions:
+        notes.append(f"{run.task}: only the first {len(asked)} of {run.questions} questions were asked.")
+    prompt = " ".join(_prompts(run.config)[1].split())
+    return TaskRecord(run.task, "generation", len(asked), len(asked), prompt, digest, " ".join(notes), str(told.get("credit", "")), {})
+
+
+def answers_table(run: TaskRun) -> pa.Table:
+    """Return one row a question, in order: key (its number), question, expected and given answer, score (null if it has none)."""
+    before, after = _prompts(run.config)
+    main = next((metric for metric, _ in run.numbers if all(_is_number(row.get(metric)) for row in run.answered)), None)
+    rows = sorted(run.answered, key=lambda row: row["doc_id"])
+    return pa.table(
+        {
+            "key": pa.array([str(row["doc_id"]) for row in rows], pa.string()),
+            "question": pa.array([str(row.get("input", "")).removeprefix(before).removesuffix(after).strip() for row in rows], pa.string()),
+            "expected": pa.array([str(row["target"]) for row in rows], pa.string()),
+            "answer": pa.array([_text(row["filtered_resps"]) for row in rows], pa.string()),
+            "score": pa.array([float(row[main]) if main else None for row in rows], pa.float64()),
+        }
+    )
+
+
+def model_record(name: str, folder: Path) -> ModelRecord:
+    """Return what results say about an MLLM folder: what it is made of, and the hash of its weights."""
+    config = read_json(folder / "config.json")
+    head, kind = str(config.get("sail_head", "none")), str(config.get("sail_head_kind", ""))
+    vision, text = (config.get(f"{part}_config") or {} for part in ("vision", "text"))
+    files = {file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    if not files or head not in KINDS:
+        raise DataError(f"{folder} is no complete MLLM folder ({len(files)} weight files, sail_head {head!r}); make it again")
+    described = "no head" if head == "none" else f"{'a trained' if head == 'trained' else 'an untrained'} {kind} head"
+    made_of = config.get("sail_fingerprint") or {}
+    encoder = made_of.get("encoder", vision.get("model_type", "an encoder"))
+    fingerprint = {"weights": hash_bytes(json.dumps(files).encode()), **{key: str(value) for key, value in made_of.items()}}
+    shape = f"{text.get('num_hidden_layers', '?')} layers of width {text.get('hidden_size', '?')}"
+    said = f"{text.get('model_type', 'LLM')} ({shape}) sees through {encoder} and {described}"
+    return ModelRecord(name, KINDS[head], said, str(folder), fingerprint)
+
+
+def _prompts(config: dict[str, Any]) -> tuple[str, str]:
+    """Return what the task puts before and after every question."""
+    settings = config.get("lmms_eval_specific_kwargs") or {}
+    chosen = settings.get("sail_llava") or settings.get("default") or {}
+    return str(chosen.get("pre_prompt", "")), str(chosen.get("post_prompt", ""))
+
+
+def _data_files(config: dict[str, Any]) -> list[str]:
+    given = (config.get("dataset_kwargs") or {}).get("data_files") or []
+    values = given.values() if isinstance(given, dict) else [given] if isinstance(given, str) else given
+    return [path for value in values for path in ([value] if isinstance(value, str) else value)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _text(answer: Any) -> str:
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, list) and all(isinstance(part, str) for part in answer):
+        return " | ".join(answer)
+    return json.dumps(answer)

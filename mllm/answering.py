@@ -1,0 +1,156 @@
+"""Answers from a SailLlava: conversations in, text or log-probabilities out, in batches.
+
+Prompts are encoded by `mllm.chat`, exactly as in training, and padded on the left. Decoding is what `Decoding` says, not the LLM's
+own generation config. Legend: `B` conversations, `T` tokens of the longest, `V` vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig
+
+from align.errors import DataError, UsageError
+from mllm.chat import IGNORED, Chat, Message
+from mllm.modeling import SailLlavaForConditionalGeneration
+from mllm.processing import SailLlavaProcessor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is chosen: greedily at temperature 0, else sampled."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+    until: tuple[str, ...] = ()  # the answer ends before the first of these
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens} and num_beams {self.num_beams}; both start at 1")
+        if self.temperature < 0 or self.top_k < 0 or self.repetition_penalty <= 0 or not 0 <= self.top_p <= 1:
+            raise UsageError(f"{self}: temperature and top_k must not be negative, repetition_penalty above 0, top_p within 0..1")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that end with a question, and the images for their image parts in order."""
+
+    messages: list[Message]
+    images: list[Image.Image]
+
+    def __post_init__(self) -> None:
+        contents = [message["content"] for message in self.messages if not isinstance(message["content"], str)]
+        places = sum(part["type"] == "image" for parts in contents for part in parts)
+        if places != len(self.images):
+            raise UsageError(f"a conversation has {places} image parts and {len(self.images)} images; give one for each")
+
+
+class Answerer:
+    """Generates and scores answers with one model in eval mode; its generation config is replaced by `Decoding`."""
+
+    def __init__(self, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, chat: Chat | None = None) -> None:
+        self.model, self.processor = model.eval(), processor
+        self.chat = chat or Chat.of_processor(processor)
+        tokenizer = processor.tokenizer
+        ends = model.generation_config.eos_token_id  # the template's, and those that the LLM has always known
+        self.stop_ids: list[int] = list(dict.fromkeys([*self.chat.stop_ids, *(ends if isinstance(ends, list) else [ends] if ends else [])]))
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        self.context: int = model.config.text_config.max_position_embeddings
+        model.generation_config = GenerationConfig(eos_token_id=self.stop_ids, pad_token_id=self.pad_id)
+
+    @torch.inference_mode()
+    def generate(self, conversations: Sequence[Conversation], decoding: Decoding, streamer: Any = None) -> list[str]:
+        """Return one answer for each conversation, without its end token and what follows the first `until`.
+
+        A `streamer` (transformers') is given the tokens of a single conversation as they come. DataError for a question that
+        leaves no room for an answer. An answer ends where the model's positions do.
+        """
+        prompts = [self.chat.prompt_ids(one.messages) for one in conversations]
+        rooms = [min(decoding.max_new_tokens, self._room(prompt)) for prompt in prompts]
+        if decoding.num_beams > 1 and any(len(one.images) != 1 for one in conversations):
+            raise UsageError("beam search needs exactly one image in every conversation; use num_beams 1")
+        sampling: dict[str, Any] = {"do_sample": False}
+        if decoding.temperature > 0:
+            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": decoding.top_k}
+            sampling["top_p"] = decoding.top_p or 1.0  # 0 is used for "not set"
+        stops, ends = self._until(decoding.until)
+        if stops:
+            sampling |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
+        inputs = self._inputs(conversations, prompts)
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=max(rooms),
+            num_beams=decoding.num_beams,
+            repetition_penalty=decoding.repetition_penalty,
+            eos_token_id=[*self.stop_ids, *ends],
+            streamer=streamer,
+            **sampling,
+        )
+        written = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._text(ids[:room], {*self.stop_ids, *ends}, stops) for ids, room in zip(written, rooms, strict=True)]
+
+    @torch.inference_mode()
+    def score(self, conversations: Sequence[Conversation], answers: Sequence[str]) -> list[tuple[float, bool]]:
+        """Return, for each conversation, the log-probability of its answer (at most 0) and whether greedy decoding would write it.
+
+        The answer's tokens are those of training: white space around it is the template's; its end token does not count.
+        """
+        rows, learned = [], []
+        for one, answer in zip(conversations, answers, strict=True):
+            encoded = self.chat.encode([*one.messages, {"role": "assistant", "content": answer.strip()}])
+            last = len(encoded.labels)
+            while encoded.labels[last - 1] == IGNORED or encoded.labels[last - 1] in self.stop_ids:
+                last -= 1
+            first = last
+            while encoded.labels[first - 1] != IGNORED:
+                first -= 1
+            if last > self.context:
+                raise DataError(f"question and answer have {last} tokens, the model reads {self.context}; shorten the question")
+            rows.append(encoded.input_ids[:last])
+            learned.append(last - first)
+        longest = max(learned)
+        inputs = self._inputs(conversations, rows)
+        places = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)  # generate computes them itself
+        logits = self.model(**inputs, position_ids=places, logits_to_keep=longest + 1, use_cache=False).logits  # (B, longest + 1, V)
+        scores = []
+        for row, ids, count in zip(logits, rows, learned, strict=True):
+            own = torch.tensor(ids[-count:], device=row.device)
+            log_probs = row[-count - 1 : -1].float().log_softmax(dim=-1)  # (count, V): position t predicts t + 1
+            total = log_probs.gather(1, own[:, None]).double().sum()
+            scores.append((float(total), bool((log_probs.argmax(dim=-1) == own).all())))
+        return scores
+
+    def _room(self, prompt: list[int]) -> int:
+        room = self.context - len(prompt)
+        if room < 1:
+            raise DataError(f"the question has {len(prompt)} tokens, the model reads {self.context}; shorten it or give fewer images")
+        return room
+
+    def _inputs(self, conversations: Sequence[Conversation], rows: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Return input_ids and attention_mask (B, T), padded on the left, and pixel_values if there are images."""
+        longest, device = max(map(len, rows)), self.model.device
+        ids = torch.tensor([[self.pad_id] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        images = [image for one in conversations for image in one.images]
+        if images:
+            inputs["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
+        return inputs
+
+    def _until(self, until: Sequence[str]) -> tuple[list[str], list[int]]:
+        """Return the strings among `until`, and the ids of those that are special tokens and so never appear as text."""
+        special = {token.content: number for number, token in self.processor.tokenizer.added_tokens_decoder.items() if token.special}
+        return [text for text in until if text and text not in special], [special[text] for text in until if text in special]
+
+    def _text(self, ids: list[int], ends: set[int], stops: Sequence[str]) -> str:
+        end = next((place for place, number in enumerate(ids) if number in ends), len(ids))
+        text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
+        return text[: min(cuts, default=len(text))].strip()

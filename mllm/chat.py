@@ -1,0 +1,272 @@
+"""Conversations to token ids and labels: where the images go and which tokens are learnt.
+
+What is learnt comes from the chat template itself, by character offsets. What a question or an answer says is data: `<image>`
+or `</s>` written there become ordinary text, never the special token.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from align.errors import UsageError
+from align.files import hash_bytes
+from mllm.rows import Message, RowError, change_texts, check_messages, count_images, texts_of
+from mllm.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
+
+__all__ = ["IGNORED", "TEMPLATES", "Chat", "Encoded", "Message", "RowError", "resolve_template"]
+
+IGNORED = -100  # the label of a token that is not learnt
+_CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, which hardly any text has
+_PROBE: list[Message] = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "first question"}]},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "second question"},
+    {"role": "assistant", "content": "second answer"},
+]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as the model reads it: T token ids with every image expanded, and T labels (IGNORED where nothing is learnt)."""
+
+    input_ids: list[int]
+    labels: list[int]
+    images: int  # the row's first so many images are in it
+    dropped_turns: int  # of its end, because of the maximum length
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A row in the template's words. Pieces are encoded one by one; spans count characters of all pieces joined by one cut."""
+
+    pieces: list[str]
+    spans: list[tuple[int, int]]  # what is learnt
+    images: int
+    controls: int  # special tokens that the template wrote
+
+
+_Tokens = tuple[np.ndarray, np.ndarray]  # ids (T,) and character offsets (T, 2)
+
+
+class Chat:
+    """Encodes conversations with one tokenizer and one chat template, `image_tokens` tokens an image.
+
+    `template` is a name of TEMPLATES, "own" (the tokenizer's), a .jinja file or Jinja. UsageError if the tokenizer is not a fast one, lacks
+    `image_token` or the token that ends an answer, or if the template does not tell which tokens are an answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>", image_tokens: int = 1) -> None:
+        if not tokenizer.is_fast:
+            raise UsageError(
+                f"{type(tokenizer).__name__} gives no character offsets, which labels need; use a tokenizer with tokenizer.json"
+            )
+        if image_tokens < 1:
+            raise UsageError(f"{image_tokens} tokens an image; at least 1 is needed")
+        if image_token not in tokenizer.added_tokens_encoder:
+            raise UsageError(f"the tokenizer has no token {image_token!r}; mllm/upgrade.py adds it")
+        self.tokenizer, self.image_token, self.image_tokens = tokenizer, image_token, image_tokens
+        self.template = resolve_template(tokenizer, template, image_token)
+        self._controls = control_tokens(tokenizer, self.template, image_token)
+        self._is_control = np.zeros(max(len(tokenizer), 1 + max(self._controls.values())), dtype=bool)  # by token id
+        self._is_control[list(self._controls.values())] = True
+        longest_first = sorted((text for text in self._controls if len(text) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)))
+        self._image_id = self._controls[image_token]
+        self._prefix = prefix_ids(tokenizer)
+        self.stop_ids = self._probe()
+
+    @classmethod
+    def of_processor(cls, processor: Any, template: str | None = None) -> "Chat":
+        """Return the chat of a SailLlavaProcessor, with its own template unless another one is given."""
+        return cls(processor.tokenizer, template or processor.chat_template, processor.image_token, processor.image_seq_length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The xxh3-128 of all that decides ids and labels: tokenizer, template, tokens an image."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        facts = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+        specials = {name: str(value) for name, value in self.tokenizer.special_tokens_map.items()}
+        return hash_bytes(json.dumps([facts, specials, self.template, self.image_token, self.image_tokens, self._prefix]).encode())
+
+    def encode(self, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
+        """Return a row's ids and labels; RowError if it cannot be used.
+
+        Of a row longer than `max_length`, whole turns are dropped from the end, with their images.
+        """
+        encoded = self.encode_many([messages], max_length)[0]
+        if isinstance(encoded, RowError):
+            raise encoded
+        return encoded
+
+    def encode_many(self, rows: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded | RowError]:
+        """Return, for each row, what `encode` returns or raises. Faster: the tokenizer takes all rows at once."""
+        rendered = [self._render_or_error(messages) for messages in rows]
+        tokens = iter(self._tokenize([row.pieces[0] for row in rendered if isinstance(row, _Rendered)]))
+        results: list[Encoded | RowError] = []
+        for messages, row in zip(rows, rendered, strict=True):
+            if isinstance(row, RowError):
+                results.append(row)
+                continue
+            try:
+                encoded = self._label(row, next(tokens))
+                if max_length is not None and len(encoded.input_ids) > max_length:
+                    encoded = self._shorten(messages, len(encoded.input_ids), max_length)
+                results.append(encoded)
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text that a model continues with its answer to the last question; every image is one `image_token`.
+
+        For people to read, and for a processor, which expands it; a model gets `prompt_ids`.
+        """
+        check_messages(messages, answered=False)
+        return "".join(self._render(messages, answered=False).pieces)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids that a model continues, images expanded; RowError if the last message is not a question."""
+        check_messages(messages, answered=False)
+        rendered = self._render(messages, answered=False)
+        return self._assemble(rendered, self._tokenize(rendered.pieces[:1])[0])[0].tolist()
+
+    def _probe(self) -> list[int]:
+        """Try the template on a small conversation; return the ids after which an answer has ended."""
+        probe = _PROBE
+        try:
+            rendered = self._render(probe)
+        except RowError as error:
+            probe = probe[:2]  # there are templates of one turn
+            rendered_or_error = self._render_or_error(probe)
+            if isinstance(rendered_or_error, RowError):
+                hint = "" if self.tokenizer.eos_token else " The tokenizer has no end token (eos_token)."
+                raise UsageError(f"the chat template cannot be used ({error}).{hint} Known good: {', '.join(TEMPLATES)}") from error
+            rendered = rendered_or_error
+        answers = [message["content"] for message in probe[1::2]]
+        said = [rendered.pieces[0][start:stop].lstrip() for start, stop in rendered.spans]
+        if len(said) != len(answers) or not all(map(str.startswith, said, answers)):
+            raise UsageError(
+                f"the chat template does not tell which tokens are answers: of {answers} it marks {said}. Use one of "
+                f"{', '.join(TEMPLATES)}, or put {{% generation %}} and {{% endgeneration %}} around the answers"
+            )
+        end = said[-1].removeprefix(answers[-1]).strip()
+        if end and end not in self._controls:
+            raise UsageError(
+                f"the chat template ends answers with {end!r}, which is no special token of this tokenizer: a model would not "
+                "learn to stop. Add the token or use vicuna_v1"
+            )
+        found = (self.tokenizer.eos_token_id, self._controls.get(end))
+        return list(dict.fromkeys(index for index in found if index is not None))
+
+    def _render_or_error(self, messages: Sequence[Message]) -> _Rendered | RowError:
+        try:
+            check_messages(messages)
+            return self._render(messages)
+        except RowError as error:
+            return error
+
+    def _render(self, messages: Sequence[Message], answered: bool = True) -> _Rendered:
+        """Return checked messages in the template's words; special tokens spelt in their texts are cut in two."""
+        texts = list(texts_of(messages))
+        cut = None
+        if any(map(self._control.search, texts)):
+            cut = next((mark for mark in _CUTS if not any(mark in text for text in texts)), None)
+            if cut is None:
+                raise RowError("special_text", "and it has all noncharacters from U+FDD0 to U+FDEF, too")
+            messages = [self._protected(message, cut) for message in messages]
+        text, spans = apply_template(self.tokenizer, self.template, messages, ask=not answered)
+        if answered and not marks_answers(self.template):
+            spans = self._additions(messages, text)
+        images, shown = count_images(messages), text.count(self.image_token)
+        if shown != images:
+            raise RowError("template", f"it shows {shown} of {images} images")
+        return _Rendered(text.split(cut) if cut else [text], spans, images, len(self._control.findall(text)))
+
+    def _protected(self, message: Message, cut: str) -> Message:
+        def cut_all(text: str) -> str:
+            while self._control.search(text):  # again, as what is left may spell another one
+                text = self._control.sub(lambda match: match[0][0] + cut + match[0][1:], text)
+            return text
+
+        return change_texts(message, cut_all)
+
+    def _additions(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Return the spans of the answers under a template without marks: what each answer adds to the prompt before it."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, _ = apply_template(self.tokenizer, self.template, messages[:number], ask=True)
+            after, _ = apply_template(self.tokenizer, self.template, messages[: number + 1])
+            if not after.startswith(before) or not text.startswith(after):
+                raise RowError("template", "it writes earlier turns anew as the conversation grows, so answers cannot be located")
+            said = after[len(before) :]
+            ends = [match.end() for match in self._control.finditer(said)]
+            if ends and not said[ends[-1] :].strip():  # the line break after the end token is not for the model to say
+                said = said[: ends[-1]]
+            spans.append((len(before), len(before) + len(said)))
+        return spans
+
+    def _tokenize(self, texts: list[str]) -> list[_Tokens]:
+        if not texts:
+            return []
+        batch = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        pairs = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+        return [(np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)) for ids, offsets in pairs]
+
+    def _continue(self, piece: str) -> _Tokens:
+        """Tokenize text that goes on after a cut: behind a line break, so that no tokenizer puts a space before it."""
+        ids, offsets = self._tokenize(["\n" + piece])[0]
+        if ((offsets[:, 0] < 1) & (offsets[:, 1] > 1)).any():  # a token of the break and more
+            return self._tokenize([piece])[0]
+        kept = offsets[:, 1] > 1
+        return ids[kept], offsets[kept] - 1
+
+    def _assemble(self, rendered: _Rendered, first: _Tokens) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids (T,), images expanded, and whether each is learnt (T,); `first`: the tokens of the first piece."""
+        chunks, begin = [first], len(rendered.pieces[0]) + 1
+        for piece in rendered.pieces[1:]:
+            ids, offsets = self._continue(piece)
+            chunks.append((ids, offsets + begin))
+            begin += len(piece) + 1
+        tokens = np.concatenate([ids for ids, _ in chunks])
+        start, stop = np.concatenate([offsets for _, offsets in chunks]).T
+        if (tokens == self._image_id).sum() != rendered.images or self._is_control[tokens].sum() != rendered.controls:
+            raise RowError("special_text")
+        learnt = np.zeros(len(tokens), dtype=bool)
+        for first_char, end in rendered.spans:  # tokens that reach into the span, or stand in it without characters of their own
+            learnt |= (start < end) & ((stop > first_char) | ((start == stop) & (start >= first_char)))
+        counts = np.where(tokens == self._image_id, self.image_tokens, 1)
+        tokens, learnt = np.repeat(tokens, counts), np.repeat(learnt, counts)
+        bos = self.tokenizer.bos_token
+        prefix = [] if bos and rendered.pieces[0].startswith(bos) else self._prefix
+        return np.concatenate([np.array(prefix, dtype=np.int64), tokens]), np.concatenate([np.zeros(len(prefix), dtype=bool), learnt])
+
+    def _label(self, rendered: _Rendered, first: _Tokens) -> Encoded:
+        tokens, learnt = self._assemble(rendered, first)
+        learnt[:1] = False  # nothing before it predicts it, and in a pack it follows another row
+        if not learnt.any():
+            raise RowError("no_supervised_tokens")
+        return Encoded(tokens.tolist(), np.where(learnt, tokens, IGNORED).tolist(), rendered.images, 0)
+
+    def _shorten(self, messages: Sequence[Message], length: int, max_length: int) -> Encoded:
+        """Return the row with as many turns as fit, found by bisection; RowError `too_long` if not even one does."""
+        head = int(messages[0]["role"] == "system")
+        turns = (len(messages) - head) // 2
+        best, low, high = None, 1, turns - 1
+        while low <= high:
+            kept = (low + high) // 2
+            encoded = self.encode(messages[: head + 2 * kept])
+            if len(encoded.input_ids) <= max_length:
+                best, low = replace(encoded, dropped_turns=turns - kept), kept + 1
+            else:
+                high = kept - 1
+        if best is None:
+            raise RowError("too_long", f"{length} tokens in {turns} turns, and not even the first fits into {max_length}")
+        return best

@@ -1,0 +1,213 @@
+"""What the entries of `mllm` can be told: frozen dataclasses, checked when they are made. Every field is a flag."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from align.errors import UsageError
+
+
+@dataclass(frozen=True)
+class UpgradeConfig:
+    """Put an aligned vision encoder into an LLM, or into an existing LLaVA: a model ready for mllm/finetune.py."""
+
+    llm: str | None = None
+    """Causal LLM: hub id, local folder or embedded: id. Give this or --llava."""
+    llava: str | None = None
+    """Hugging Face LLaVA checkpoint whose vision tower is replaced: hub id or local folder."""
+    sail: str | None = None
+    """Stage-one run or model folder whose vision encoder and image head are used."""
+    vision: str | None = None
+    """Vision encoder without a stage-one run (only with --sail-head random or none)."""
+    output: str = "runs/mllm-init"
+    """Folder of the assembled model."""
+    sail_head: Literal["trained", "random", "none"] = "trained"
+    """The head between encoder and projector: the run's, the same architecture with random weights, or none."""
+    head: str = "glu"
+    """Kind of a random head when there is no run to copy it from."""
+    expansion: int | None = None
+    """Expansion of a random head when there is no run."""
+    width: int = 1024
+    """Output width of a random head when there is no run."""
+    layer: int = -1
+    """Layer of --vision when there is no run."""
+    image_aspect_ratio: Literal["pad", "resize"] = "pad"
+    """Pad images to a square with the mean color (LLaVA's), or resize them without regard to their shape. Nothing is cropped."""
+    image_size: int | None = None
+    """Side of the square input in pixels. None: the encoder's own."""
+    grid: tuple[int, int] | None = None
+    """Average the patches onto this many rows and columns: fewer visual tokens. None: one token a patch."""
+    template: Literal["auto", "plain", "vicuna_v1", "chatml", "own"] = "auto"
+    """Chat template: auto keeps the tokenizer's own if it has one, else vicuna_v1; own fails if there is none."""
+    gguf_file: str | None = None
+    """File name of GGUF weights inside --llm, converted once to plain safetensors."""
+    revision: str | None = None
+    """Commit of the hub repository of --llm or --llava."""
+    seed: int = 0
+    """Seed of the projector's and a random head's weights."""
+
+    def __post_init__(self) -> None:
+        if (self.llm is None) == (self.llava is None):
+            raise UsageError("give exactly one of --llm (a causal LLM) and --llava (a LLaVA checkpoint)")
+        if (self.sail is None) == (self.vision is None):
+            raise UsageError("give exactly one of --sail (a stage-one run) and --vision (an encoder without a run)")
+        if self.sail is None and self.sail_head == "trained":
+            raise UsageError("--sail-head trained needs --sail RUN; with --vision use --sail-head random or none")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Read every row and image of conversation data before a GPU is spent; exit code 3 if anything is wrong."""
+
+    data: tuple[str, ...]
+    """Conversation files (LLaVA JSON or JSONL, messages JSONL, parquet), each as PATH or PATH:WEIGHT."""
+    model: str = "runs/mllm-init"
+    """Model folder (mllm/upgrade.py's output) whose tokenizer, template and image size are used."""
+    image_root: str | None = None
+    """Folder that relative image paths start from. None: the folder of each file."""
+    output: str = "runs/check"
+    """Folder for problems.jsonl, the length histogram and the index."""
+    template: str | None = None
+    """Chat template instead of the model's: plain, vicuna_v1, chatml, own (the tokenizer's) or a .jinja file."""
+    max_length: int = 2048
+    """Tokens a row may have, visual tokens included."""
+    workers: int = 2
+    """Processes that tokenize rows and decode images; 0: this one does."""
+    max_pixels: int = 64_000_000
+    """Largest image accepted, in pixels."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2 or self.workers < 0:
+            raise UsageError(f"--max-length {self.max_length} must be at least 2, --workers {self.workers} at least 0")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Ask a model questions about an image from the terminal."""
+
+    model: str
+    """Model folder (mllm/finetune.py's output)."""
+    image: str | None = None
+    """Image file the conversation is about. None: text only."""
+    prompt: str | None = None
+    """One question; None: an interactive conversation."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 picks the likeliest token; above 0 samples."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; auto asks the hardware."""
+    seed: int = 0
+    """Seed of sampling."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Train an assembled model: stage pretrain (projector on captions), then instruct (everything on conversations)."""
+
+    data: tuple[str, ...]
+    """Conversation files (LLaVA JSON or JSONL, messages JSONL, parquet), each as PATH or PATH:WEIGHT."""
+    stage: Literal["pretrain", "instruct"] = "instruct"
+    """Decides what is trained and how fast unless the --lr flags say otherwise."""
+    model: str = "runs/mllm-init"
+    """Model folder to start from: mllm/upgrade.py's output, or the pretrain stage's model."""
+    output: str = "runs/mllm"
+    """Run folder: model/, checkpoints, metrics.jsonl, speed.jsonl, manifest.json, config.yaml."""
+    image_root: str | None = None
+    """Folder that relative image paths start from. None: the folder of each file."""
+    template: str | None = None
+    """Chat template of this stage. None: plain in pretrain, the model's own in instruct."""
+    max_length: int = 2048
+    """Tokens a row (or a pack) may have, visual tokens included."""
+    packing: bool = False
+    """Put several rows into one sequence of --max-length; exact, rows do not see each other."""
+    epochs: float = 1.0
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimizer steps instead of --epochs."""
+    batch_size: int = 128
+    """Rows (or packs) an optimizer step, over all processes."""
+    micro_batch_size: int = 8
+    """Rows (or packs) a forward pass of one process; the rest of the batch is accumulated."""
+    lr_projector: float | None = None
+    """Learning rate of the projector. None: 1e-3 in pretrain, 2e-5 in instruct. 0 freezes, here and below."""
+    lr_head: float | None = None
+    """Learning rate of the alignment head. None: 0 in pretrain, 2e-5 in instruct."""
+    lr_llm: float | None = None
+    """Learning rate of the LLM, or of its LoRA adapters. None: 0 in pretrain, 2e-5 in instruct (LoRA: 2e-4)."""
+    lr_vision: float | None = None
+    """Learning rate of the vision encoder. None: 0 in pretrain, 2e-5 in instruct (LoRA: 0)."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on every linear layer of the LLM; 0: none."""
+    lora_alpha: float | None = None
+    """Scale of the adapters. None: twice the rank."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters."""
+    optimizer: Literal["adamw", "lion"] = "adamw"
+    """AdamW or Lion."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Momentum factors of the optimizer."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """Learning-rate schedule after warm-up."""
+    warmup: float = 0.03
+    """Share of the steps with rising learning rate."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: not clipped."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: autocast with float32 masters of what is trained. auto asks the hardware."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    deepspeed: str | None = None
+    """zero2, zero3, zero3_offload or a JSON file. The launcher must be deepspeed, torchrun or accelerate."""
+    workers: int = 2
+    """Processes that read and decode images for each training process; 0: none."""
+    cache: str | None = None
+    """Folder of the data's index. None: OUTPUT/cache."""
+    max_pixels: int = 64_000_000
+    """Largest image accepted, in pixels."""
+    max_reject_fraction: float = 0.05
+    """Stop when a larger share of the rows is rejected."""
+    max_nonfinite: int = 3
+    """Stop after this many steps in a row with gradients that are not finite."""
+    log_every: int = 10
+    """Steps between log lines."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    report_to: tuple[Literal["trackio", "wandb"], ...] = ()
+    """Trackers beside TensorBoard and JSON lines."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, for the utilization (MFU) in the log. None: known GPUs only."""
+    seed: int = 0
+    """Seed of the data order, adapters and dropout."""
+    dry_run: bool = False
+    """Read the data, show what is trained, estimate memory and time; train nothing."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.micro_batch_size < 1 or self.max_length < 2:
+            raise UsageError("--batch-size and --micro-batch-size must be at least 1, --max-length at least 2")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"--steps {self.steps}: must be at least 1")
+        if self.epochs <= 0:
+            raise UsageError(f"--epochs {self.epochs}: must be above 0")
+        if min(self.log_every, self.save_every, self.keep) < 1:
+            raise UsageError("--log-every, --save-every and --keep must be at least 1")
+        if self.lora_rank and (self.lr_vision or 0) > 0:
+            raise UsageError("--lora-rank keeps everything but the LLM's adapters, projector and head frozen: leave --lr-vision out")
+        if self.lora_rank and self.stage == "pretrain":
+            raise UsageError("--lora-rank belongs to --stage instruct; pretrain trains the projector with a frozen LLM")
+        if not any(self.learning_rates().values()):
+            raise UsageError("every learning rate is 0: nothing would be trained")
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate of each part: projector, head, llm, vision; 0 is frozen (METHOD: LLaVA-1.5's recipe)."""
+        instruct = self.stage == "instruct"
+        stage = {"projector": 2e-5 if instruct else 1e-3, "head": 2e-5 * instruct, "llm": 2e-5 * instruct, "vision": 2e-5 * instruct}
+        if self.lora_rank:
+            stage |= {"llm": 2e-4, "vision": 0.0}
+        given = {"projector": self.lr_projector, "head": self.lr_head, "llm": self.lr_llm, "vision": self.lr_vision}
+        return {part: stage[part] if rate is None else rate for part, rate in given.items()}

@@ -1,0 +1,271 @@
+"""Conversation data: files are read once into Arrow files in a cache and memory-mapped from there, whatever their size.
+
+    cache/NAME-HASH.arrow          the usable rows: id, number in the file, messages as JSON, images as paths or bytes
+    cache/NAME-HASH.rejects.jsonl  the others, each with its code
+    cache/NAME-HASH.json           written last: counts, and the hashes of both
+
+N: rows after weighting. A row's number (0 to N-1) is its place there; its `source` names the file and the row in it.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from align.assets import cache_root
+from align.errors import DamagedError, DataError, UsageError
+from align.files import atomic_json, atomic_path, hash_bytes, hash_file, read_json, require_free
+from align.gate import Reject, gate_key
+from align.runs import generator
+from align.units import MAX_FILE_BYTES, read_below
+from mllm.records import READERS, read_records
+from mllm.rows import Message, RawImage, RowError, normalize
+
+FORMAT = 1  # raise when rows come out differently: older caches are then read anew
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("messages", pa.string()),
+        ("paths", pa.list_(pa.string())),  # one entry an image: its path, or null if it has bytes
+        ("blobs", pa.list_(pa.binary())),
+    ]
+)
+_BATCH_ROWS, _BATCH_BYTES = 1024, 64 << 20
+_REPORT_ROWS = 10_000
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where an image is: row `place` of the Arrow file number `file`, there number `item`; `path` unless it is stored inside."""
+
+    file: int
+    place: int
+    item: int
+    path: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation and where its images are."""
+
+    id: str
+    source: str  # file name and row number in it (from 0)
+    messages: list[Message]
+    images: list[ImageRef]
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """One row that could not be read, or not be used: `code` is a key of ROW_CODES or of the gate's REJECT_CODES."""
+
+    source: str
+    id: str
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file as it stands in the cache."""
+
+    path: str
+    weight: float
+    root: str  # that image paths are relative to
+    arrow: str
+    rejects: str
+    digest: str  # of the original's content
+    rows: int
+    codes: dict[str, int]
+
+
+class Conversations:
+    """Random access to the rows of conversation files. May be pickled; nothing is kept open across a fork or pickle."""
+
+    def __init__(self, files: Sequence[_File], folder: Path, seed: int) -> None:
+        self.files, self.folder, self.seed = list(files), folder, seed
+        self.places = np.concatenate([_weighted(number, file, seed) for number, file in enumerate(files)])  # (N, 2): file, row
+        self.codes = sum((Counter(file.codes) for file in files), Counter[str]())  # of the rows that could not be read
+        self._tables: dict[int, pa.Table] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def fingerprint(self) -> str:
+        """The xxh3-128 of what decides the rows and their order: contents, weights, seed. Not of images behind paths."""
+        return hash_bytes(repr((FORMAT, self.seed, [(file.digest, file.weight) for file in self.files])).encode())
+
+    def distinct(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (D,) numbers of rows of which none repeats another, and (N,) which of them each row is."""
+        keys = self.places[:, 0] << 48 | self.places[:, 1]
+        _, first, copies = np.unique(keys, return_index=True, return_inverse=True)
+        return first, copies.reshape(-1)
+
+    def row(self, number: int) -> Row:
+        """Return row `number`; its images are not read."""
+        file, place = map(int, self.places[number])
+        table = self._table(file)
+        paths = table["paths"][place].as_py()
+        return Row(
+            id=table["id"][place].as_py(),
+            source=f"{os.path.basename(self.files[file].path)}:{table['row'][place].as_py()}",
+            messages=json.loads(table["messages"][place].as_py()),
+            images=[ImageRef(file, place, item, path) for item, path in enumerate(paths)],
+        )
+
+    def image_identity(self, image: ImageRef) -> str:
+        """Return a text that two places of one image file share."""
+        return f"{image.file} {image.place} {image.item}" if image.path is None else os.path.join(self.files[image.file].root, image.path)
+
+    def read_image(self, image: ImageRef) -> bytes:
+        """Return the bytes of an encoded image file; raise the gate's Reject if there are none or the path is not safe."""
+        if image.path is None:
+            return self._table(image.file)["blobs"][image.place].values[image.item].as_py()
+        return read_below(self.files[image.file].root, image.path, MAX_FILE_BYTES)
+
+    def rejects(self) -> Iterator[RejectedRow]:
+        """Yield the rows that could not be read."""
+        for file in self.files:
+            with open(file.rejects, encoding="utf-8") as lines:
+                for line in lines:
+                    yield RejectedRow(**json.loads(line))
+
+    def _table(self, file: int) -> pa.Table:
+        if file not in self._tables:
+            self._tables[file] = pa.ipc.open_file(pa.memory_map(self.files[file].arrow)).read_all()
+        return self._tables[file]
+
+
+def open_conversations(
+    specs: Sequence[str], image_root: str | None = None, cache: Path | None = None, seed: int = 0, report: Report = lambda line: None
+) -> Conversations:
+    """Return the rows of files given as PATH or PATH:WEIGHT, read into `cache` (by default the user's) unless they are there.
+
+    Weight 0.5 takes half of the rows, 2 takes each twice, 1.5 each once and half of them again; which ones depends on `seed`.
+    Relative image paths start at `image_root` (None: each file's own folder) and may not leave it.
+
+    Raises UsageError on a missing file or bad weight, DataError if a file is no such data or none of its rows can be used.
+    """
+    if not specs:
+        raise UsageError("no conversation files were given; expected PATH or PATH:WEIGHT")
+    if image_root is not None and not os.path.isdir(image_root):
+        raise UsageError(f"the image root {image_root!r} is not a folder")
+    folder = cache or cache_root() / "conversations"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for spec in specs:
+        path, weight = _parse(spec)
+        root = os.path.realpath(image_root if image_root is not None else os.path.dirname(path) or ".")
+        files.append(_cached(path, weight, root, folder, report))
+    conversations = Conversations(files, folder, seed)
+    if not len(conversations):
+        raise DataError(f"the weights leave no row of {', '.join(specs)}; raise them")
+    return conversations
+
+
+def _parse(spec: str) -> tuple[str, float]:
+    path, colon, tail = spec.rpartition(":")
+    if os.path.isfile(spec) or not colon:
+        path, tail = spec, "1"
+    if not os.path.isfile(path):
+        raise UsageError(f"no such file: {path}" + (f" (from {spec!r}; expected PATH or PATH:WEIGHT)" if colon else ""))
+    try:
+        weight = float(tail)
+    except ValueError:
+        weight = -1
+    if not 0 < weight <= 1000:
+        raise UsageError(f"{spec!r}: the weight is {tail!r}; expected a number above 0 and up to 1000, such as 0.5")
+    if Path(path).suffix.lower() not in READERS:
+        raise UsageError(f"{path}: conversations are read from {', '.join(READERS)}; convert the file to one of these")
+    return path, weight
+
+
+def _weighted(number: int, file: _File, seed: int) -> np.ndarray:
+    """Return (rows, 2) of file number and row: all rows as often as the weight says whole, then a random part in order."""
+    whole, part = divmod(file.weight, 1)
+    more = generator(seed, number).permutation(file.rows)[: round(part * file.rows)]
+    rows = np.concatenate([np.tile(np.arange(file.rows), int(whole)), np.sort(more)]).astype(np.int64)
+    return np.stack([np.full(len(rows), number, dtype=np.int64), rows], axis=1)
+
+
+def _cached(path: str, weight: float, root: str, folder: Path, report: Report) -> _File:
+    """Return the file's entry in the cache, made anew unless both its parts have their committed hashes."""
+    digest = hash_file(Path(path))
+    stem = folder / f"{Path(path).stem[:60]}-{digest[:16]}"
+    arrow, rejects, commit = (stem.with_name(stem.name + suffix) for suffix in (".arrow", ".rejects.jsonl", ".json"))
+    facts = _committed(commit, arrow, rejects)
+    if facts is None:
+        require_free(folder, os.path.getsize(path))
+        rows, codes = _read(path, arrow, rejects, report)
+        facts = {"format": FORMAT, "rows": rows, "codes": codes, "arrow": hash_file(arrow), "rejects": hash_file(rejects)}
+        atomic_json(commit, facts)
+    if not facts["rows"]:
+        counts = ", ".join(f"{code} {count}" for code, count in facts["codes"].items()) or "it is empty"
+        with open(rejects, encoding="utf-8") as lines:
+            first = lines.readline().strip()
+        raise DataError(f"{path} has no row that can be used ({counts}).{' First: ' + first if first else ''}")
+    return _File(path, weight, root, str(arrow), str(rejects), digest, facts["rows"], facts["codes"])
+
+
+def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | None:
+    try:
+        facts = read_json(commit)
+        good = facts["format"] == FORMAT and facts["arrow"] == hash_file(arrow) and facts["rejects"] == hash_file(rejects)
+    except (OSError, DamagedError, LookupError, TypeError):
+        return None
+    return facts if good else None
+
+
+def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, dict[str, int]]:
+    """Write the usable rows and the rejects of a file; return how many are usable and the count of each code."""
+    rows, codes = 0, Counter[str]()
+    batch, size = list[dict[str, Any]](), 0
+    with atomic_path(arrow) as table, atomic_path(rejects) as others:
+        with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer, open(others, "w", encoding="utf-8") as lines:
+            for number, record in enumerate(read_records(path)):
+                name = f"{Path(path).stem}-{number:09d}"
+                try:
+                    if isinstance(record, Reject):
+                        raise record
+                    name = _identity(record, name)
+                    messages, images = normalize(record)
+                except (Reject, RowError) as error:
+                    codes[error.code] += 1
+                    found = {"source": f"{os.path.basename(path)}:{number}", "id": name, "code": error.code, "detail": error.detail[:500]}
+                    lines.write(json.dumps(found) + "\n")
+                    continue
+                batch.append(_cells(name, number, messages, images))
+                size += len(batch[-1]["messages"]) + sum(len(image.data or b"") for image in images)
+                rows += 1
+                if len(batch) == _BATCH_ROWS or size >= _BATCH_BYTES:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
+                    batch, size = [], 0
+                if (number + 1) % _REPORT_ROWS == 0:
+                    report(f"{path}: {number + 1} rows read, {codes.total()} of them rejected")
+            if batch:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
+    return rows, dict(codes.most_common())
+
+
+def _identity(record: dict[str, Any], fallback: str) -> str:
+    """Return the row's id as text. LLaVA's files mix numbers and texts, repeat ids, and some rows have none: no reason to reject."""
+    try:
+        return gate_key(record.get("id"))
+    except Reject:
+        return fallback
+
+
+def _cells(name: str, number: int, messages: list[Message], images: list[RawImage]) -> dict[str, Any]:
+    text = json.dumps(messages, ensure_ascii=False)
+    return {"id": name, "row": number, "messages": text, "paths": [i.path for i in images], "blobs": [i.data for i in images]}

@@ -1,0 +1,36 @@
+"""The result of a training run as a model folder: the start model, with what was trained put into it."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from align.files import TEMPORARY, disk_full_named, sync_file, sync_folder
+from mllm.parts import Lora, load_trained, merged, prepare_parts
+from mllm.saving import load_mllm, save_mllm
+
+
+def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float], lora: Lora | None, folder: Path) -> Path:
+    """Write `folder/model` (and, with LoRA, `folder/adapter` for peft) and return the former; float32 on the CPU.
+
+    `start` is the model folder that the run began with, `tensors` what `trained_tensors` gave, `rates` and `lora` the run's own.
+    """
+    model, processor = load_mllm(start)
+    prepared = prepare_parts(model, rates, lora, seed=0)
+    load_trained(prepared, tensors, f"the run in {folder}")
+    if hasattr(prepared, "merge_and_unload"):
+        temporary, final = folder / f"adapter{TEMPORARY}", folder / "adapter"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with disk_full_named(final):
+            prepared.save_pretrained(str(temporary))  # type: ignore[operator]
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync_folder(folder)
+    plain = merged(prepared)
+    plain.config.text_config.use_cache = True
+    save_mllm(plain, processor, folder / "model")
+    return folder / "model"

@@ -1,0 +1,130 @@
+"""The image half of a model to be made: a vision encoder, the head that stage one trained for it, and its image processor.
+
+Legend: `F` width given to the head, `E` head width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import nn
+
+from align.encoders import Transform, VisionEncoder, load_vision_encoder
+from align.errors import UsageError
+from align.files import read_json
+from align.heads import build_head, initialize
+from align.modeling import SailModel
+from mllm.processing import SailLlavaImageProcessor
+
+SailHead = Literal["trained", "random", "none"]
+
+
+@dataclass
+class Eyes:
+    """The image half: an encoder with its head (an Identity without one), and the fields of the config that describe them."""
+
+    encoder: VisionEncoder
+    head: nn.Module
+    head_weights: str
+    source: str
+    fields: dict[str, Any]
+
+    @property
+    def width(self) -> int:
+        """Width of what the projector is given."""
+        return int(self.fields["sail_feature_width"] if self.fields["sail_head"] == "none" else self.fields["sail_width"])
+
+
+def open_eyes(
+    sail: str | None,
+    vision: str | None,
+    sail_head: SailHead,
+    head: str,
+    expansion: int | None,
+    width: int,
+    layer: int,
+    image_size: int | None,
+    seed: int,
+) -> Eyes:
+    """Return the encoder of a stage-one run with its head, the same with random weights, or an encoder with a random or no head."""
+    dropout = None
+    if sail is not None:
+        folder = _sail_folder(Path(sail).expanduser())
+        stage_one = SailModel.from_pretrained(folder)
+        settings = stage_one.config
+        encoder = stage_one.vision_encoder
+        if image_size is not None:
+            encoder = load_vision_encoder(**{**stage_one._reference("vision"), "image_size": image_size})
+        head, expansion, dropout, width = settings.head, settings.expansion, settings.dropout, settings.width
+        if head == "sharelock":  # its options are those of the text side
+            head, expansion, dropout = "identity", None, None
+    else:
+        assert vision is not None
+        encoder = load_vision_encoder(vision, layer=layer, image_size=image_size)
+    module, weights = nn.Module(), ""
+    if sail_head == "trained":
+        module, weights = stage_one.vision_head, f"trained in {sail}"
+    elif sail_head == "random":
+        module, weights = build_head(head, encoder.feature_width, width, expansion=expansion, dropout=dropout), f"random, seed {seed}"  # type: ignore[arg-type]
+        initialize(module, torch.Generator().manual_seed(seed))
+    else:
+        module = nn.Identity()
+    _, height, across = encoder.transform(Image.new("RGB", (64, 64))).shape
+    both = encoder.feature == "cls_mean"
+    fields = {
+        "sail_head": sail_head,
+        "sail_head_kind": head,
+        "sail_head_expansion": expansion,
+        "sail_head_dropout": dropout,
+        "sail_width": width,
+        "sail_feature": "cls_patch" if both else "patch",
+        "sail_feature_width": encoder.width * (2 if both else 1),
+        "sail_layer": encoder.layer,
+        "sail_image_size": [height, across],
+        "sail_patch_grid": list(encoder.patch_grid),
+        "sail_unread": unread_parameters(encoder, (height, across)),
+        "sail_fingerprint": encoder.fingerprint,
+    }
+    return Eyes(encoder, module, weights, str(encoder.fingerprint["encoder"]), fields)
+
+
+@torch.enable_grad()
+def unread_parameters(encoder: VisionEncoder, size: tuple[int, int]) -> list[str]:
+    """Return the names of the encoder's parameters that no feature depends on, found by asking for their gradient."""
+    model = encoder.tower.model
+    model.requires_grad_(True)
+    named = dict(model.named_parameters())
+    [tokens] = encoder.tower(torch.zeros(1, 3, *size), [encoder.layer])
+    read = tokens[:, encoder.tower.prefix :].sum() + (tokens[:, 0].sum() if encoder.feature == "cls_mean" else 0)
+    gradients = torch.autograd.grad(read, list(named.values()), allow_unused=True)
+    return [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
+
+
+def image_processor_of(transform: Transform, size: list[int], aspect: Literal["pad", "resize"]) -> SailLlavaImageProcessor:
+    """Return our processor with the mean, std, filter and scale of an encoder's own, for images of `size` [height, width]."""
+    own = transform.processor
+    if transform.is_timm:
+        mean, std, factor, resample = own.data_config["mean"], own.data_config["std"], 1 / 255, own.data_config["interpolation"]
+    else:
+        mean, std = (own.image_mean, own.image_std) if own.do_normalize else (0.0, 1.0)
+        factor = own.rescale_factor if own.do_rescale else 1.0
+        resample = own.resample if own.resample is not None else Image.Resampling.BILINEAR
+    if not isinstance(resample, int):
+        resample = Image.Resampling[getattr(resample, "name", str(resample)).upper()]
+    return SailLlavaImageProcessor(
+        {"height": size[0], "width": size[1]}, _channels(mean), _channels(std), int(resample), factor, image_aspect_ratio=aspect
+    )
+
+
+def _channels(value: Any) -> list[float]:
+    return [float(value)] * 3 if isinstance(value, int | float) else [float(x) for x in value]
+
+
+def _sail_folder(path: Path) -> Path:
+    """Return the stage-one model folder at `path`: itself, or the `best` or `last` model of a run."""
+    for place in (path, path / "best", path / "last"):
+        if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "sail":
+            return place
+    raise UsageError(f"{path} is neither a stage-one model folder nor a run with best/ or last/; make one with align/train.py")

@@ -1,0 +1,112 @@
+"""How much a training step computes and how much memory it holds, from the model's shapes.
+
+FLOPs are the model's own (a multiplication and an addition are two): what gradient checkpointing recomputes and what padding
+wastes does not count. Legend: `L` tokens of a row, `H` width, `V` vocabulary.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mllm.modeling import SailLlavaConfig, SailLlavaModel
+from mllm.parts import bare, part_table
+
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0, "RTX 4090": 165.0, "V100": 125.0}  # dense, 16 bit
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of a forward and backward pass: `token` a text or visual token, `pair` an L^2, `label` a supervised token, `image` an image."""
+
+    token: float
+    pair: float
+    label: float
+    image: float
+
+    def flops(self, lengths: Iterable[int], labels: int, images: int) -> float:
+        """Return the FLOPs of a step over rows of the given lengths (a pack's rows one by one)."""
+        listed = list(lengths)
+        return self.token * sum(listed) + self.pair * sum(length**2 for length in listed) + self.label * labels + self.image * images
+
+
+def step_cost(model: nn.Module) -> StepCost:
+    """Return what training `model` costs, given which of its parameters have gradients.
+
+    Attention counts all L^2 pairs, as is usual, though half of them are masked.
+    """
+    inner = bare(model)
+    text = inner.config.text_config
+    linear = [module for module in inner.model.language_model.modules() if isinstance(module, nn.Linear)]
+    token = sum(2.0 * _entries(layer.weight) * (2 + layer.weight.requires_grad) for layer in linear)
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    pair = 3 * 4.0 * heads * width * text.num_hidden_layers  # QK^T and AV, forward and twice backward
+    label = 2.0 * _entries(inner.lm_head.weight) * (2 + inner.lm_head.weight.requires_grad)
+    return StepCost(token, pair, label, _image_flops(inner.config, {name: p.requires_grad for name, p in inner.model.named_parameters()}))
+
+
+def _image_flops(config: SailLlavaConfig, trained: Mapping[str, bool]) -> float:
+    """Return the exact FLOPs of one image through tower, head and projector, counted on a model without memory."""
+    slim = SailLlavaConfig.from_dict(config.to_dict())
+    slim.text_config.num_hidden_layers = 1
+    with torch.device("meta"):
+        shadow = SailLlavaModel(slim)
+        pixels = torch.zeros(1, 3, *(config.sail_image_size or ()))
+    for name, parameter in shadow.named_parameters():
+        wrapped = name.replace("multi_modal_projector.", "multi_modal_projector.modules_to_save.default.")
+        wrapped = wrapped.replace("sail_head.", "sail_head.modules_to_save.default.")
+        parameter.requires_grad_(trained.get(wrapped, trained.get(name, False)))
+    shadow.train()
+    with FlopCounterMode(display=False) as counter:
+        features = shadow.multi_modal_projector(shadow.get_patch_features(pixels))
+        if features.requires_grad:
+            features.sum().backward()
+    return float(counter.get_total_flops())
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Return the dense 16-bit peak of a known GPU in TFLOP/s, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+def predicted_bytes(
+    model: nn.Module,
+    rates: Mapping[str, float],
+    tokens: int,
+    *,
+    bf16: bool,
+    checkpointing: bool,
+    optimizer: str,
+    zero_stage: int,
+    world: int,
+) -> dict[str, float]:
+    """Return the bytes a process needs: weights, gradients, optimizer state and activations of `tokens` in a forward pass.
+
+    Activations by Korthikanti et al. (arXiv 2205.05198) with fused attention: 34 bytes a token, layer and unit of width in 16 bit;
+    2 with checkpointing, plus one layer.
+    """
+    total = sum(row[1] for row in part_table(model, rates))
+    trained = sum(row[2] for row in part_table(model, rates))
+    text = bare(model).config.text_config
+    layers, width = text.num_hidden_layers, text.hidden_size
+    share = 1 / world
+    size = 2 if bf16 else 4
+    weights = (total - trained) * size + trained * (2 if bf16 and zero_stage else 4)
+    state = trained * (8 if optimizer == "adamw" else 4) + (trained * 4 if bf16 and zero_stage else 0)
+    per_token = (34 * layers if not checkpointing else 2 * layers + 34) * width * (1 if bf16 else 2)
+    return {
+        "weights": weights * (share if zero_stage == 3 else 1),
+        "gradients": trained * (2 if bf16 and zero_stage else 4) * (share if zero_stage >= 2 else 1),
+        "optimizer": state * (share if zero_stage >= 1 else 1),
+        "activations": float(tokens * per_token),
+    }
+
+
+def _entries(weight: torch.Tensor) -> int:
+    return int(weight.ds_numel) if hasattr(weight, "ds_numel") else weight.numel()

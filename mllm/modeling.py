@@ -1,0 +1,288 @@
+"""The multimodal LLM as a Hugging Face model: a LLaVA whose patches pass SAIL's alignment head before the projector.
+
+    pixels -> vision tower (layer `sail_layer`, final norm) -> [cls ; p_i] -> head -> projector -> in the place of <image> tokens
+
+Legend: `B` images, `P` patches, `N` visual tokens an image, `D` encoder width, `F` width given to the head, `E` head width,
+`H` LLM width, `T` text tokens. This file is copied into every saved model: it imports nothing that the copy would not have.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from align.errors import DamagedError, UsageError
+from align.heads import build_head
+from align.towers import VISION_ADAPTERS, Tower
+
+HEAD_STATES = ("none", "random", "trained")
+FEATURES = ("cls_patch", "patch")
+
+
+class SailLlavaConfig(LlavaConfig):
+    """What a SailLlava is made of: `vision_config` and `text_config` are the plain encoder's and LLM's, `sail_*` what is between.
+
+    `sail_layer` counts as `align.encoders` does (0 = embeddings); blocks after it are not built. `sail_unread` names the vision
+    parameters that are never trained: no feature depends on them (DINOv2's mask token), or their own class keeps them fixed.
+    """
+
+    model_type = "sail_llava"
+
+    vision_config: Any = None
+    text_config: Any = None
+    sail_head: str = "none"  # none | random | trained
+    sail_head_kind: str = "glu"
+    sail_head_expansion: int | None = None
+    sail_head_dropout: float | None = None
+    sail_width: int = 1024  # E
+    sail_feature: str = "patch"  # cls_patch | patch
+    sail_feature_width: int = 1024  # F
+    sail_layer: int = 0
+    sail_image_size: list[int] | None = None  # [height, width] in pixels
+    sail_patch_grid: list[int] | None = None  # [rows, columns] of the encoder
+    sail_grid: list[int] | None = None  # [rows, columns] of the visual tokens; None: sail_patch_grid
+    sail_unread: list[str] | None = None
+    sail_fingerprint: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for field, allowed in (("sail_head", HEAD_STATES), ("sail_feature", FEATURES)):
+            if getattr(self, field) not in allowed:
+                raise UsageError(f"{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+        if self.sail_patch_grid is not None:
+            self.image_seq_length = self.image_tokens()
+
+    def image_tokens(self) -> int:
+        """Return N, the number of visual tokens an image becomes."""
+        grid = self.sail_grid or self.sail_patch_grid
+        if grid is None:
+            raise UsageError("this config has no sail_patch_grid; make a model with mllm/upgrade.py")
+        return grid[0] * grid[1]
+
+
+class SailProjector(nn.Module):
+    """Returns `Linear(H, H)(GELU(Linear(E, H)(x)))`: LLaVA-1.5's projector, on the head's width."""
+
+    def __init__(self, in_width: int, out_width: int, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_width, out_width, bias=bias)
+        self.act = ACT2FN[activation]
+        self.linear_2 = nn.Linear(out_width, out_width, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (..., H) for features (..., E)."""
+        return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
+
+
+class SailLlavaModel(LlavaModel):
+    """Vision tower, alignment head, projector and language model, without the language modeling head."""
+
+    config: SailLlavaConfig
+
+    def __init__(self, config: SailLlavaConfig) -> None:
+        super(LlavaModel, self).__init__(config)  # LlavaModel's own would build a projector for the bare encoder
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.tower.truncate(config.sail_layer)
+        width = config.sail_feature_width
+        if config.sail_head == "none":
+            self.sail_head: nn.Module = nn.Identity()
+        else:
+            options = {"expansion": config.sail_head_expansion, "dropout": config.sail_head_dropout}
+            self.sail_head = build_head(config.sail_head_kind, width, config.sail_width, **options)  # type: ignore[arg-type]
+            width = config.sail_width
+        self.multi_modal_projector: nn.Module = SailProjector(  # type: ignore[assignment]
+            width, config.text_config.hidden_size, config.projector_hidden_act, config.multimodal_projector_bias
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.freeze_unread()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every weight as it is: assembly and the strict `from_pretrained` set them all."""
+
+    @property
+    def tower(self) -> Tower:
+        """The vision tower as a reader of layers; made anew at each use, so that wrapping `vision_tower` (peft) stays possible."""
+        return VISION_ADAPTERS[self.config.vision_config.model_type](self.vision_tower)
+
+    def freeze_unread(self) -> None:
+        """Freeze the vision parameters that are never trained: DDP would wait for those that no feature depends on in vain."""
+        for name in self.config.sail_unread or ():
+            self.vision_tower.get_parameter(name).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "SailLlavaModel":
+        """Return self in training mode; a frozen vision tower stays in eval mode, and so does every BatchNorm of a trained one."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        for module in self.vision_tower.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def get_patch_features(self, pixel_values: Tensor) -> Tensor:
+        """Return (B, N, E), what the projector is given: the head's output for each patch, not normalized.
+
+        pixel_values (B, 3, H, W) have the size that the model was assembled for; UsageError otherwise. Without a head, E is F.
+        """
+        config, tower = self.config, self.tower
+        if list(pixel_values.shape[2:]) != config.sail_image_size:
+            raise UsageError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; this model takes (images, 3, "
+                f"{', '.join(map(str, config.sail_image_size or ()))}): use its own processor"
+            )
+        pixels = pixel_values.to(_dtype(self.vision_tower, pixel_values.dtype))
+        if tower.cnn:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        [tokens] = tower(pixels, [config.sail_layer])  # (B, prefix + P, D)
+        features = tokens[:, tower.prefix :]  # (B, P, D)
+        if config.sail_feature == "cls_patch":
+            features = torch.cat([tokens[:, :1].expand_as(features), features], dim=-1)  # (B, P, F)
+        features = self.sail_head(features.to(_dtype(self.sail_head, features.dtype)))  # (B, P, E)
+        if config.sail_grid is not None and config.sail_grid != config.sail_patch_grid:
+            maps = features.transpose(1, 2).unflatten(2, config.sail_patch_grid)  # (B, E, rows, columns)
+            features = functional.adaptive_avg_pool2d(maps, (config.sail_grid[0], config.sail_grid[1])).flatten(2).transpose(1, 2)
+        return features
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Return an output whose `pooler_output` is a list of B tensors (N, H); `last_hidden_state` (B, N, E) is before the projector."""
+        features = self.get_patch_features(pixel_values)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=list(self.multi_modal_projector(features)),  # type: ignore[arg-type]
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return LlavaModel's output. In training, a batch without images passes a blank one with weight 0.
+
+        So every process of a distributed run computes, and reduces the gradients of, the same modules at each step.
+        """
+        if pixel_values is not None and len(pixel_values) == 0:
+            pixel_values = None
+        if self.training and pixel_values is None and past_key_values is None:
+            if inputs_embeds is None:
+                input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
+            blank = inputs_embeds.new_zeros(1, 3, *(self.config.sail_image_size or ()))
+            visual = self.get_image_features(blank, return_dict=True).pooler_output[0]
+            inputs_embeds = inputs_embeds + 0.0 * visual.sum().to(inputs_embeds.device, inputs_embeds.dtype)
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+
+class SailLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """SailLlavaModel with the language modeling head: everything that LlavaForConditionalGeneration can do."""
+
+    config: SailLlavaConfig
+
+    def __init__(self, config: SailLlavaConfig) -> None:
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = SailLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave every weight as it is: assembly and the strict `from_pretrained` set them all."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all reported in `info`, and refused below
+        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
+        model, info = loaded
+        wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+        if wrong:
+            raise DamagedError(f"{folder} does not hold the weights its config describes: {wrong}; restore it or make it again")
+        model.model.freeze_unread()
+        model.eval()
+        return (model, info) if wants_info else model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Return LLaVA's output, loss included if `labels` (B, T) are given, -100 where nothing is learned.
+
+        In training with labels, logits are computed where there are labels only and are not returned (`logits` is None): at
+        vocabularies of 100,000 tokens they are most of the memory. The loss equals the stock one; without any label it is 0.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+        }
+        if labels is None or not self.training:
+            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        shifted = kwargs.pop("shift_labels", None)
+        if shifted is None:  # token n predicts token n + 1
+            shifted = functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        outputs = self.model(**inputs, **kwargs)
+        shifted = shifted.to(outputs.last_hidden_state.device)
+        logits = self.lm_head(outputs.last_hidden_state[shifted != -100])  # (supervised tokens, vocabulary)
+        if len(logits):
+            wanted = shifted[shifted != -100]
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=None, vocab_size=vocabulary, shift_labels=wanted, **kwargs)
+        else:
+            loss = logits.float().sum()  # 0, with a gradient of 0 for every parameter
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the type of the module's parameters, or `default` if it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), default)
+
+
+AutoConfig.register("sail_llava", SailLlavaConfig, exist_ok=True)
+AutoModel.register(SailLlavaConfig, SailLlavaModel, exist_ok=True)
+AutoModelForImageTextToText.register(SailLlavaConfig, SailLlavaForConditionalGeneration, exist_ok=True)

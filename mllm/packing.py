@@ -1,0 +1,107 @@
+"""Which rows make a batch: packs of several rows, or single rows of one kind and of like length. Lengths alone decide.
+
+A row here is its number in a RowIndex. Everything is a pure function of lengths and a generator: nothing is read or decoded.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from align.errors import UsageError
+from align.runs import generator
+
+Item = int | list[int]  # a row, or a pack of rows
+
+
+class Index(Protocol):
+    """What a plan needs to know of the rows: `mllm.data.RowIndex` in short."""
+
+    lengths: np.ndarray  # (N,) tokens
+    images: np.ndarray  # (N,)
+    max_length: int
+
+    @property
+    def good(self) -> np.ndarray: ...
+
+
+def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random.Generator) -> list[list[int]]:
+    """Return packs, lists of positions in `lengths` whose lengths sum to at most `max_length`; every position is in one of them.
+
+    Best fit decreasing: the longest row first, into the pack where it leaves the least space. Rows are never split. `random`
+    decides between rows of equal length and the order of the packs; their number and fill do not depend on it.
+    """
+    sizes = np.asarray(lengths)
+    if len(sizes) and (sizes.max() > max_length or sizes.min() < 1):
+        raise UsageError(f"rows of {sizes.min()} to {sizes.max()} tokens; a pack takes rows of 1 to {max_length}")
+    shuffled = random.permutation(len(sizes))
+    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+    packs: list[list[int]] = []
+    with_space: list[list[int]] = [[] for _ in range(max_length + 1)]  # by free tokens: numbers of packs
+    occupied = 0  # bit s is set if with_space[s] is not empty
+    for position in order.tolist():
+        size = int(sizes[position])
+        fitting = occupied >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            number = with_space[space].pop()
+            occupied ^= 0 if with_space[space] else 1 << space
+            packs[number].append(position)
+        else:
+            space, number = max_length, len(packs)
+            packs.append([position])
+        if space > size:
+            with_space[space - size].append(number)
+            occupied |= 1 << (space - size)
+    return [packs[number] for number in random.permutation(len(packs))]
+
+
+def fill_rate(packs: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray, max_length: int) -> float:
+    """Return the share of the packs' tokens that are rows and not padding (0 to 1)."""
+    used = sum(int(lengths[position]) for positions in packs for position in positions)
+    return used / (max_length * len(packs)) if packs else 0.0
+
+
+def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:
+    """Return (batches, batch_size) positions in `lengths`: random batches with images, and random batches without.
+
+    What is left of either kind makes mixed batches; fewer than `batch_size` rows stay out. In a batch the longest rows come
+    first, so that its micro-batches, on whichever process, hold rows of like length; which rows share a batch is chance.
+    """
+    kinds = [random.permutation(np.flatnonzero(multimodal)), random.permutation(np.flatnonzero(~multimodal))]
+    whole = [rows[: len(rows) // batch_size * batch_size] for rows in kinds]
+    rest = random.permutation(np.concatenate([rows[len(kept) :] for rows, kept in zip(kinds, whole, strict=True)]))
+    batches = np.concatenate([*whole, rest[: len(rest) // batch_size * batch_size]]).reshape(-1, batch_size)
+    batches = random.permutation(batches)
+    return np.take_along_axis(batches, np.argsort(-lengths[batches], axis=1, kind="stable"), axis=1)
+
+
+class EpochPlan:
+    """The batches of every epoch: a pure function of the index, the seed and the epoch, whatever the number of processes."""
+
+    def __init__(self, index: Index, batch_size: int, packing: bool = False, seed: int = 0) -> None:
+        """`batch_size`: items (rows or packs) of an optimizer step, over all processes. UsageError if there are fewer."""
+        self.index, self.batch_size, self.packing, self.seed = index, batch_size, packing, seed
+        self._kept: dict[int, list[list[Item]]] = {}
+        if not self.batches(0):
+            raise UsageError(
+                f"a batch of {batch_size} {'packs' if packing else 'rows'} is larger than the data: {len(index.good)} rows, "
+                f"{int(index.lengths[index.good].sum())} tokens. Make the batch smaller"
+            )
+
+    def batches(self, epoch: int) -> list[list[Item]]:
+        """Return the epoch's batches, all of `batch_size` items; the few items that fill none are left out of this epoch."""
+        if epoch not in self._kept:
+            while len(self._kept) > 1:  # the epoch in hand and one more
+                del self._kept[next(iter(self._kept))]
+            self._kept[epoch] = self._make(generator(self.seed, epoch))
+        return self._kept[epoch]
+
+    def _make(self, random: np.random.Generator) -> list[list[Item]]:
+        rows = self.index.good
+        lengths = self.index.lengths[rows]
+        if not self.packing:
+            chosen = length_grouped(lengths, self.index.images[rows] > 0, self.batch_size, random)
+            return rows[chosen].tolist()
+        packs = [rows[positions].tolist() for positions in pack(lengths, self.index.max_length, random)]
+        return [packs[start : start + self.batch_size] for start in range(0, len(packs) - self.batch_size + 1, self.batch_size)]

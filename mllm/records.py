@@ -1,0 +1,185 @@
+"""Conversation files as streams of records: JSON arrays, JSON lines and parquet, never a whole file in memory.
+
+Every reader yields, row by row, a dict or the Reject that says why the row is none.
+"""
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.errors import DataError, UsageError
+from align.gate import Reject
+from align.tabular import text_start
+from align.units import MAX_ROW_BYTES, parse_json
+
+COLUMNS = ("id", "conversations", "messages", "image", "images")
+_SPACE = " \t\r\n"
+_MAX_DIGITS = 4000  # Python refuses to convert longer numbers
+
+
+def read_records(path: str) -> Iterator[dict[str, Any] | Reject]:
+    """Yield the records of a .json, .jsonl, .ndjson or .parquet file, in order.
+
+    UsageError on another suffix; DataError if the file as a whole cannot be read: a JSON array with a syntax error, UTF-16, ...
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in READERS:
+        raise UsageError(f"{path}: conversations are read from {', '.join(READERS)}; convert the file to one of these")
+    try:
+        yield from READERS[suffix](path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({error}); mend or remove it") from error
+
+
+def _json_lines(path: str) -> Iterator[dict[str, Any] | Reject]:
+    with open(path, "rb") as file:
+        file.seek(text_start(path))
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            length = len(line)
+            while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+                line = file.readline(MAX_ROW_BYTES + 1)
+                length += len(line)
+            if length > MAX_ROW_BYTES:
+                yield Reject("row_large", f"a line of {length} bytes, at most {MAX_ROW_BYTES} are read")
+                continue
+            try:
+                yield parse_json(line) if line.strip() else Reject("row_blank")
+            except Reject as reject:
+                yield reject
+
+
+def _json_array(path: str) -> Iterator[dict[str, Any] | Reject]:
+    with open(path, "rb") as file:
+        file.seek(text_start(path))
+        yield from _ArrayReader(path, file.read).elements()
+
+
+class _ArrayReader:
+    """Decodes one element of a JSON array after the other from a text buffer that is refilled as needed."""
+
+    def __init__(self, path: str, read: Callable[[int], bytes], step: int = 1 << 20) -> None:
+        self.path, self.read, self.step = path, read, step
+        self.text, self.place, self.ended = "", 0, False
+        self.decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode  # bad bytes cost one row
+        self.number = 0  # of the element in hand
+        self.problem: Reject | None = None  # of the element in hand
+        self.decoder = json.JSONDecoder(
+            object_pairs_hook=self._unique_names, parse_constant=self._no_constant, parse_int=self._short_integer
+        )
+
+    def elements(self) -> Iterator[dict[str, Any] | Reject]:
+        if self._next() != "[":
+            raise self._broken(
+                f"a JSON array has to begin with [, found {self.text[self.place : self.place + 20]!r}; name JSON lines .jsonl"
+            )
+        self.place += 1
+        if self._next() == "]":
+            self.place += 1
+        else:
+            while True:
+                yield self._element()
+                self.number += 1
+                separator = self._next()
+                self.place += 1
+                if separator == "]":
+                    break
+                if separator != ",":
+                    raise self._broken(
+                        f"expected , or ] after the row, found {separator!r}" if separator else "the file ends within the array"
+                    )
+        if self._next():
+            raise self._broken("there is more after the end of the array")
+
+    def _element(self) -> dict[str, Any] | Reject:
+        self._next()
+        step = self.step
+        while True:
+            self.problem = None
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.place)
+                if self.ended or len(self.text) - end > 2:  # else a number such as 1.5 or 1e+5 may go on after the buffer
+                    break
+            except json.JSONDecodeError as error:
+                if self.ended or len(self.text) - self.place > MAX_ROW_BYTES:
+                    raise self._broken(f"{error.msg} ({self.text[error.pos : error.pos + 30]!r})") from error
+            except RecursionError as error:
+                raise self._broken("nesting too deep") from error
+            self._refill(step)
+            step *= 2
+        self.place = end
+        if self.problem is not None:
+            return self.problem
+        return value if isinstance(value, dict) else Reject("row_type", f"a JSON {type(value).__name__}, expected an object")
+
+    def _next(self) -> str:
+        """Skip white space and return the character there, or "" at the end of the file."""
+        while True:
+            while self.place < len(self.text) and self.text[self.place] in _SPACE:
+                self.place += 1
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if not self._refill(self.step):
+                return ""
+
+    def _refill(self, size: int) -> bool:
+        """Drop what has been decoded and read on; return whether there was anything to read."""
+        if self.ended:
+            return False
+        data = self.read(size)
+        self.ended = not data
+        self.text, self.place = self.text[self.place :] + self.decode(data, self.ended), 0
+        return not self.ended
+
+    def _broken(self, why: str) -> DataError:
+        return DataError(
+            f"{self.path}: row {self.number}: {why}. The rows after it cannot be found; mend the file, or write one object a line (.jsonl)"
+        )
+
+    def _unique_names(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            names = [name for name, _ in pairs]
+            self.problem = Reject("row_duplicate_name", repr(next(name for name in names if names.count(name) > 1))[:100])
+        return values
+
+    def _no_constant(self, name: str) -> None:
+        self.problem = Reject("row_nonfinite", name)
+
+    def _short_integer(self, digits: str) -> int | None:
+        if len(digits) <= _MAX_DIGITS:
+            return int(digits)
+        self.problem = Reject("row_syntax", f"a number of {len(digits)} digits")
+        return None
+
+
+def _parquet(path: str) -> Iterator[dict[str, Any] | Reject]:
+    file = pq.ParquetFile(path)
+    names = file.schema_arrow.names
+    if "conversations" not in names and "messages" not in names:
+        raise DataError(f"{path} has neither a column conversations nor messages; it has {', '.join(names)}. Rename the right one")
+    columns = [name for name in COLUMNS if name in names]
+    for group in range(file.metadata.num_row_groups):
+        rows, seen = file.metadata.row_group(group).num_rows, 0
+        try:
+            for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=columns, use_threads=False):
+                for number in range(batch.num_rows):
+                    seen += 1
+                    try:
+                        yield {name: batch[name][number].as_py() for name in columns}
+                    except UnicodeDecodeError as error:
+                        yield Reject("row_utf8", str(error)[:200])
+        except (OSError, pa.ArrowException) as error:
+            yield from [Reject("row_unreadable", str(error)[:200])] * (rows - seen)
+
+
+READERS: dict[str, Callable[[str], Iterator[dict[str, Any] | Reject]]] = {
+    ".json": _json_array,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".parquet": _parquet,
+}

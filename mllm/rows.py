@@ -1,0 +1,241 @@
+"""One row of conversation data: from what files hold to checked messages, or to the code that says why not.
+
+Messages: {"role": system | user | assistant, "content": text or parts}; a part is {"type": "image"} or {"type": "text", "text": ...}.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.errors import DataError
+from align.gate import Reject, text_problem
+from align.units import MAX_FILE_BYTES
+
+Message = dict[str, Any]
+IMAGE = "<image>"  # how LLaVA's files mark the place of an image
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+MAX_TEXT_CHARS = 2_000_000  # of one row
+ROW_CODES: dict[str, str] = {
+    "row_fields": "neither conversations nor messages, or not a list of objects with role and content (from and value)",
+    "content_type": "a text that is no text, or a part that is neither text nor image",
+    "text_invalid": "a text holds NUL, a lone surrogate or bytes that are not UTF-8",
+    "text_large": f"more than {MAX_TEXT_CHARS} characters",
+    "special_text": "a text spells a special token that the tokenizer cannot write as plain text",
+    "role_unknown": "a role that is neither system, human or user, nor gpt or assistant",
+    "role_order": "the turns are not (system), user, assistant, user, assistant, ...",
+    "empty_question": "a question without words and images",
+    "empty_answer": "an answer without words",
+    "image_count": "not one <image> for each image",
+    "image_role": "an image that is not in a question",
+    "template": "the chat template refuses the row",
+    "too_long": "the first turn alone has more tokens than the maximum length",
+    "no_supervised_tokens": "no token of the row would be learnt",
+}
+
+
+class RowError(DataError):
+    """One row cannot be used: `code` is a key of ROW_CODES, `detail` says what was found."""
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        assert code in ROW_CODES, code
+        super().__init__(f"{code}: {detail or ROW_CODES[code]}")
+        self.code, self.detail = code, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowError, (self.code, self.detail)
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """An image as the row gives it: a path below the image root, or the bytes of an encoded file."""
+
+    path: str | None
+    data: bytes | None
+
+
+def parts_of(message: Message) -> list[dict[str, Any]]:
+    """Return a message's content as parts."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def count_images(messages: Sequence[Message]) -> int:
+    """Return how many image parts the messages have."""
+    return sum(part["type"] == "image" for message in messages for part in parts_of(message))
+
+
+def texts_of(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield every text of the messages."""
+    for message in messages:
+        yield from (part["text"] for part in parts_of(message) if part["type"] == "text")
+
+
+def change_texts(message: Message, change: Callable[[str], str]) -> Message:
+    """Return the message with every text replaced by `change(text)`."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": change(content)}
+    return {**message, "content": [{**part, "text": change(part["text"])} if part["type"] == "text" else part for part in content]}
+
+
+def check_messages(messages: Sequence[Message], answered: bool = True) -> None:
+    """Raise RowError unless the messages are (system), then user and assistant in turn, up to an answer (or a question)."""
+    for message in messages:
+        _check_content(message)
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    roles = [message["role"] for message in turns]
+    if not turns or roles != [("user", "assistant")[number % 2] for number in range(len(roles))]:
+        raise RowError("role_order", " ".join(roles)[:200] or "no turns")
+    if (len(roles) % 2 == 0) != answered:
+        raise RowError("role_order", f"the last message is by the {roles[-1]}")
+    for message in turns:
+        words = any(text.strip() for text in texts_of([message]))
+        if message["role"] == "assistant" and not words:
+            raise RowError("empty_answer")
+        if message["role"] == "user" and not words and not count_images([message]):
+            raise RowError("empty_question")
+
+
+def _check_content(message: Message) -> None:
+    if message.get("role") not in ("system", "user", "assistant"):
+        raise RowError("role_unknown", repr(message.get("role"))[:100])
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind == "image":
+            if message["role"] != "user":
+                raise RowError("image_role", f"in a message by the {message['role']}")
+        elif kind != "text" or not isinstance(text, str):
+            raise RowError("content_type", repr(part)[:100])
+        elif problem := text_problem(text):
+            raise RowError("text_invalid", problem)
+
+
+def normalize(record: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
+    """Return the messages and images of a record; RowError or Reject says why it cannot be used.
+
+    Turns stand under `conversations` or `messages`, as {from, value} or {role, content}; images under `image` or `images`, or
+    in the image parts. Where no part is an image, the text `<image>` marks the places (see `place_images`).
+    """
+    turns = record["conversations"] if record.get("conversations") is not None else record.get("messages")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError("row_fields", f"it has {', '.join(map(str, record))}"[:200])
+    images: list[RawImage] = []
+    for name in ("image", "images"):
+        value = record.get(name)
+        if value is not None:
+            images += [_raw_image(item) for item in (value if isinstance(value, list) else [value])]
+    messages = [_message(turn) for turn in turns]
+    if sum(len(text) for text in texts_of(messages)) > MAX_TEXT_CHARS:
+        raise RowError("text_large")
+    if count_images(messages):
+        inside = [part for message in messages for part in parts_of(message) if part["type"] == "image"]
+        own = [_raw_image(part["image"]) for part in inside if part.get("image") is not None]
+        if images and own:
+            raise RowError("image_count", "images both in the row and in its messages")
+        images = images or own
+        messages = [_bare(message) for message in messages]
+    else:
+        messages = place_images(messages, len(images))
+    if count_images(messages) != len(images):
+        raise RowError("image_count", f"{count_images(messages)} image parts for {len(images)} images")
+    check_messages(messages)
+    return messages, images
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    role, content = (turn["from"], turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise RowError("role_unknown", repr(role)[:100])
+    message = {"role": ROLES[role], "content": content}
+    if isinstance(content, list):
+        message["content"] = [_part(part) for part in content]
+    _check_content(message)
+    if isinstance(message["content"], list) and not count_images([message]):
+        message["content"] = "".join(texts_of([message]))
+    return message
+
+
+def _part(part: Any) -> Any:
+    """Return a content part under our names; what is unknown is left for the check."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") in ("image", "image_url"):
+        places = [part.get(name) for name in ("image", "path", "url", "image_url") if part.get(name) is not None]
+        place = places[0] if places else None
+        return {"type": "image", "image": place.get("url") if isinstance(place, dict) and "url" in place else place}
+    return {"type": part.get("type"), "text": part.get("text")}  # parquet gives every part the fields of all
+
+
+def _bare(message: Message) -> Message:
+    """Return the message with image parts that say only that an image is there."""
+    if isinstance(message["content"], str):
+        return message
+    return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
+
+
+def _raw_image(value: Any) -> RawImage:
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None or value in ("", b""):
+        raise Reject("image_missing")
+    if isinstance(value, bytes):
+        if len(value) > MAX_FILE_BYTES:
+            raise Reject("file_large", f"{len(value)} bytes, at most {MAX_FILE_BYTES} are read")
+        return RawImage(None, value)
+    if not isinstance(value, str):
+        raise Reject("image_type", f"{type(value).__name__} {str(value)[:50]!r}")
+    steps = value.replace("\\", "/").split("/")
+    if text_problem(value) or steps[0] == "" or "://" in value or value.startswith("data:") or ".." in steps:
+        raise Reject("unsafe_path", f"{value[:200]!r}; allowed are paths relative to the image root and below it")
+    return RawImage(value, None)
+
+
+def place_images(messages: list[Message], images: int) -> list[Message]:
+    """Return the messages with `images` of the `<image>` in their questions turned into image parts, the rest left as text.
+
+    Marks at the start or end of questions count; if these are not as many as the images, all in the questions do. A question's
+    only image comes first, its words are stripped, as in LLaVA. RowError `image_count` if the marks do not match the images.
+    """
+    questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    edges = {number: _edge_marks(messages[number]["content"]) for number in questions}
+    everywhere = {number: [match.start() for match in re.finditer(IMAGE, messages[number]["content"])] for number in questions}
+    for found in (edges, everywhere):
+        if sum(map(len, found.values())) == images:
+            return [_split(message, found.get(number, [])) for number, message in enumerate(messages)]
+    marks, inside = sum(map(len, edges.values())), sum(map(len, everywhere.values()))
+    raise RowError("image_count", f"{marks} {IMAGE} at the edges of the questions and {inside} in all, for {images} images")
+
+
+def _edge_marks(text: str) -> list[int]:
+    """Return where the marks stand that have nothing but other marks and white space before or after them."""
+    places = [match.start() for match in re.finditer(IMAGE, text)]
+    leading, trailing = 0, 0
+    while leading < len(places) and not text[places[leading - 1] + len(IMAGE) if leading else 0 : places[leading]].strip():
+        leading += 1
+    ends = [*places[1:], len(text)]
+    while trailing < len(places) - leading and not text[places[-1 - trailing] + len(IMAGE) : ends[-1 - trailing]].strip():
+        trailing += 1
+    return places[:leading] + places[len(places) - trailing :]
+
+
+def _split(message: Message, places: list[int]) -> Message:
+    if not places:
+        return message
+    text = message["content"]
+    if len(places) == 1:
+        words = (text[: places[0]] + text[places[0] + len(IMAGE) :]).strip()
+        return {**message, "content": [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]}
+    parts: list[dict[str, Any]] = []
+    begin = 0
+    for place in [*places, len(text)]:
+        piece = text[begin:place]
+        piece = piece.lstrip() if not parts else piece
+        piece = piece.rstrip() if place == len(text) else piece
+        if piece:
+            parts.append({"type": "text", "text": piece})
+        if place < len(text):
+            parts.append({"type": "image"})
+        begin = place + len(IMAGE)
+    return {**message, "content": parts}

@@ -1,0 +1,139 @@
+"""Saving and loading a whole SailLlava: one folder that opens on a machine without this kit, and strictly on one with it.
+
+AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)     # anywhere
+model, processor = load_mllm("runs/mine/mllm")                                  # here: our classes, no code from the folder
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align import errors, heads, towers
+from align.errors import UsageError
+from align.files import TEMPORARY, disk_full_named, failpoint, read_json, sync_file, sync_folder
+from align.opening import opening
+from mllm import modeling, processing
+from mllm.modeling import SailLlavaForConditionalGeneration
+from mllm.processing import SailLlavaProcessor
+
+SHARD_SIZE = "5GB"
+CODE: dict[str, ModuleType] = {
+    "modeling_sail_llava.py": modeling,
+    "processing_sail_llava.py": processing,
+    "heads.py": heads,
+    "towers.py": towers,
+    "errors.py": errors,
+}
+MODEL_MAP = {
+    "AutoConfig": "modeling_sail_llava.SailLlavaConfig",
+    "AutoModel": "modeling_sail_llava.SailLlavaModel",
+    "AutoModelForImageTextToText": "modeling_sail_llava.SailLlavaForConditionalGeneration",
+}
+PROCESSOR_MAP = {"AutoProcessor": "processing_sail_llava.SailLlavaProcessor"}
+IMAGE_MAP = {"AutoImageProcessor": "processing_sail_llava.SailLlavaImageProcessor"}
+
+
+def save_mllm(
+    model: SailLlavaForConditionalGeneration,
+    processor: SailLlavaProcessor,
+    folder: Path,
+    code: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write model and processor to `folder` so that a crash leaves the old folder or the new one.
+
+    `code` adds the classes as Python files, for machines without this kit. `state_dict` are weights gathered elsewhere (ZeRO-3).
+    Weights keep their types; shards hold at most 5 GB. UsageError if `folder` holds something else; DiskFullError.
+    """
+    folder = Path(folder)
+    require_free_place(folder)
+    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
+    retired = folder.with_name(f"{folder.name}.retired")
+    for leftover in (temporary, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with disk_full_named(folder):
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=SHARD_SIZE)
+        processor.save_pretrained(temporary)
+        held = model.state_dict() if state_dict is None else state_dict
+        _describe(temporary, code, held["model.language_model.embed_tokens.weight"].dtype)
+        if code:
+            for name, module in CODE.items():
+                (temporary / name).write_text(portable_source(module), encoding="utf-8")
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
+                sync_file(file)
+    failpoint("mllm-saved")
+    if folder.exists():
+        folder.rename(retired)
+    failpoint("mllm-retired")
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def load_mllm(
+    folder: str | Path, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu", **from_pretrained: Any
+) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor]:
+    """Return (model in eval mode, processor) of a folder that `save_mllm` wrote, with the kit's own classes.
+
+    `dtype` "auto" keeps the saved one; other arguments go to `from_pretrained`. Raises UsageError if it is no such folder,
+    DamagedError if a weight is missing, unexpected or of another shape.
+    """
+    folder = Path(folder)
+    require_mllm(folder)
+    with opening(str(folder), "needed are config.json, model.safetensors, processor_config.json and the tokenizer's files"):
+        model = SailLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **from_pretrained)
+        processor = SailLlavaProcessor.from_pretrained(folder)
+    if "device_map" not in from_pretrained:
+        model.to(device)
+    return model, processor
+
+
+def require_mllm(folder: Path) -> None:
+    """Raise UsageError unless `folder` holds a SailLlava."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no config.json; give a folder that mllm/upgrade.py or mllm/finetune.py wrote")
+    model_type = read_json(path).get("model_type")
+    if model_type != "sail_llava":
+        hint = "upgrade it: mllm/upgrade.py --llava" if model_type == "llava" else "make one with mllm/upgrade.py"
+        raise UsageError(f"{folder} holds a model of type {model_type!r}, expected 'sail_llava'; {hint}")
+
+
+def require_free_place(folder: Path) -> None:
+    """Raise UsageError if `folder` holds something other than a model: saving one would replace it."""
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not a model folder: it would be replaced; give another --output")
+
+
+def portable_source(module: ModuleType) -> str:
+    """Return the module's source as a file among its siblings: relative imports, nothing registered, nothing of `mllm`."""
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    text = re.sub(r"^(from mllm\.|Auto\w+\.register\().*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^from align\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
+    return f"# Copied from sail-upgrade-kit ({module.__name__}). Apache License 2.0.\n{text}"
+
+
+def _describe(folder: Path, code: bool, dtype: torch.dtype) -> None:
+    """Complete what was saved: the LLM's type as the model's, and where the Auto classes find the code (without code: nothing)."""
+    config, processor = (read_json(folder / name) for name in ("config.json", "processor_config.json"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    for values, classes in (
+        (config, MODEL_MAP | PROCESSOR_MAP | IMAGE_MAP),
+        (processor, PROCESSOR_MAP),
+        (processor["image_processor"], IMAGE_MAP),
+    ):
+        values.pop("auto_map", None)
+        if code:
+            values["auto_map"] = classes
+    for name, values in (("config.json", config), ("processor_config.json", processor)):
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

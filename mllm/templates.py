@@ -1,0 +1,154 @@
+"""Chat templates in Jinja: ours, the tokenizer's own, and how one is applied.
+
+What a model is to learn stands between `{% generation %}` and `{% endgeneration %}`. Contents are texts or lists of parts,
+{"type": "image"} and {"type": "text", "text": ...}.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from align.errors import UsageError
+from mllm.rows import Message, RowError
+
+# An image is followed by a line break unless white space follows anyhow: "<image>\nWhat is this?", as LLaVA has it.
+_CONTENT = """
+{%- macro content_of(message) -%}
+{%- if message['content'] is string -%}{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<image>' -}}
+{%- if not loop.last and not (loop.nextitem['type'] == 'text' and loop.nextitem['text'][:1] in [' ', '\\n']) -%}{{- '\\n' -}}{%- endif -%}
+{%- else -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+# The question's words are left out; the caption follows the image directly.
+_PLAIN = """
+{%- for message in messages -%}
+{%- if message['role'] == 'user' and loop.first -%}
+{%- set content = content_of(message) -%}
+{%- if '<image>' not in content -%}{{- raise_exception('the template plain needs an image in the question') -}}{%- endif -%}
+{{- '<image>' * (content.split('<image>') | length - 1) -}}
+{%- elif message['role'] == 'assistant' and loop.index == 2 -%}
+{%- generation -%}{{- content_of(message) + '\\n' -}}{%- endgeneration -%}
+{%- else -%}{{- raise_exception('the template plain takes one image and one caption, nothing else') -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+_VICUNA = """
+{%- if messages[0]['role'] == 'system' -%}{{- content_of(messages[0]) + ' ' -}}
+{%- else -%}
+{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, " -}}
+{{- "and polite answers to the user's questions. " -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{- 'USER: ' + content_of(message) + ' ' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' + content_of(message) + eos_token -}}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+_CHATML = """
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- content_of(message) + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}{{- content_of(message) + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+TEMPLATES = {name: _CONTENT + body for name, body in (("plain", _PLAIN), ("vicuna_v1", _VICUNA), ("chatml", _CHATML))}
+
+# Put before a template that knows only texts, so that it sees texts. Jinja drops the line break after the last tag.
+_FLATTEN = (
+    _CONTENT
+    + """
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set flat.messages = flat.messages + [dict(message, content=content_of(message))] -%}
+{%- endfor -%}
+{%- set messages = flat.messages %}
+"""
+)
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE: list[Message] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a question"}]}]
+
+
+def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>") -> str:
+    """Return the Jinja text of a template: a name of TEMPLATES, "own" (the tokenizer's), a .jinja file, or Jinja itself.
+
+    One that knows only texts is put behind a prologue that turns image parts into `image_token`, so that the same string
+    serves training and a Hugging Face processor. UsageError for an unknown name or a tokenizer without a template.
+    """
+    if template in TEMPLATES:
+        return TEMPLATES[template].replace("<image>", image_token)
+    if template == "own":
+        if not isinstance(tokenizer.chat_template, str):
+            raise UsageError("the tokenizer has no chat template of its own; use vicuna_v1, chatml or plain")
+        template = tokenizer.chat_template
+    elif template.endswith(".jinja") and Path(template).is_file():
+        template = Path(template).read_text(encoding="utf-8")
+    elif "{%" not in template and "{{" not in template:
+        raise UsageError(f"chat template {template!r} is unknown; allowed: {', '.join(TEMPLATES)}, own, or a .jinja file that exists")
+    try:
+        shown, _ = apply_template(tokenizer, template, _PROBE)
+    except RowError:
+        shown = ""
+    if shown.count(image_token) == 1:
+        return template
+    return _FLATTEN.replace("<image>", image_token) + template
+
+
+def marks_answers(template: str) -> bool:
+    """Return whether a template says itself what is learnt."""
+    return _MARKER.search(template) is not None
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], ask: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a conversation and the character spans of what is learnt (none unless the template marks them).
+
+    `ask` adds what a model continues with its next answer. RowError `template` if the template refuses the messages.
+    """
+    marked = marks_answers(template)
+    specials: dict[str, Any] = tokenizer.special_tokens_map
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=ask,
+            **specials,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise RowError("template", f"{type(error).__name__}: {error}"[:300]) from error
+    texts, spans = rendered
+    return texts[0], spans[0] if marked else []
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str) -> dict[str, int]:
+    """Return text and id of the added tokens that data must never turn into: special ones, and those that the template writes."""
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    return {
+        token.content: index
+        for index, token in added.items()
+        if token.special or token.content == image_token or (token.content in template and not token.content.isspace())
+    }
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the tokenizer puts before a text by itself: a begin token or nothing."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return next(full[:start] for start in range(len(full)) if full[start : start + len(bare)] == bare)

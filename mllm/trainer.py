@@ -1,0 +1,309 @@
+"""Hugging Face's Trainer with what stage two needs: exact order, rates by part, committed checkpoints, a guard, honest meters.
+
+A checkpoint is Trainer's own folder, with the trained tensors in place of the whole model (DeepSpeed: its engine's files), and
+counts only once COMMIT, the hashes of all its files, is written. `B` rows of a micro-batch, `T` tokens.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+
+from align.errors import DamagedError, NonFiniteError
+from align.files import atomic_json, failpoint, hash_file, read_json, sync_file, sync_folder
+from align.losses import any_rank
+from mllm.parts import load_trained, optimizer_groups, trained_tensors
+
+COMMIT = "COMMIT"
+TRAINED = "trained.safetensors"
+Item = int | Sequence[int]  # a row, or the rows of a pack
+
+
+class MicroBatches:
+    """This process's micro-batches of all steps: step by step, each `accumulate` lists of `size` items.
+
+    `batches(epoch)` gives an epoch's global batches (lists of items), a pure function; each is dealt to processes so that the
+    order of samples does not depend on their number.
+    """
+
+    def __init__(self, batches: Callable[[int], Sequence[Sequence[Item]]], steps: int, size: int, rank: int, world: int) -> None:
+        self.batches, self.steps, self.size, self.rank, self.world = batches, steps, size, rank, world
+        self.per_epoch = len(batches(0))
+        self.accumulate = math.ceil(max(len(batch) for batch in batches(0)) / (size * world))
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def items(self, step: int) -> Sequence[Item]:
+        """Return the global batch of a step (counted from 0)."""
+        return self.batches(step // self.per_epoch)[step % self.per_epoch]
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        stride = self.size * self.world
+        for step in range(self.steps):
+            items = self.items(step)
+            for piece in range(self.accumulate):
+                start = piece * stride + self.rank * self.size
+                yield list(items[start : start + self.size])
+
+
+class SailTrainer(Trainer):
+    """Trainer over `MicroBatches`; `rates` are the parts' learning rates, `optimizer_class(groups)` makes the optimizer."""
+
+    def __init__(
+        self,
+        *,
+        micro_batches: MicroBatches,
+        rates: dict[str, float],
+        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        max_nonfinite: int,
+        keep: int,
+        train_dataset: Dataset[Any],
+        **options: Any,
+    ) -> None:
+        super().__init__(train_dataset=train_dataset, **options)
+        self.micro_batches, self.rates, self.make_optimizer = micro_batches, rates, make_optimizer
+        self.max_nonfinite, self.keep = max_nonfinite, keep
+        self.step_loss: Tensor = torch.zeros((), device=self.args.device)  # of this process, summed over its micro-batches
+        self.grad_norm = 0.0
+        self.nonfinite_in_a_row = 0
+        self.seen: dict[str, float] = {}
+        self.waited = 0.0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader of this process's own micro-batches; Trainer skips finished ones on resume without reading them."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.micro_batches,  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.device.type == "cuda",
+            persistent_workers=False,
+            prefetch_factor=2 * self.micro_batches.accumulate if workers else None,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer over the parts' groups."""
+        if self.optimizer is None:
+            groups = optimizer_groups(self.model if model is None else model, self.rates, self.args.weight_decay)
+            self.optimizer = self.make_optimizer(groups)
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the micro-batches of a step, counting what is in them and how long they were waited for."""
+        began = time.monotonic()
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.waited += time.monotonic() - began
+        for batch in samples:
+            for name, value in batch.pop("counts").items():
+                self.seen[name] = self.seen.get(name, 0) + value
+        self.step_loss = torch.zeros((), device=self.args.device)
+        return samples, items
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """Return the loss of a micro-batch after its backward pass."""
+        loss = super().training_step(*arguments, **named)
+        self.step_loss += loss.detach().to(self.step_loss.dtype)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm; if it is not finite, drop the gradients, so that this step changes nothing."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.is_deepspeed_enabled:
+            self._judge(float(norm))
+            if self.nonfinite_in_a_row:
+                model.zero_grad(set_to_none=True)
+        return norm
+
+    def _judge(self, norm: float) -> None:
+        self.grad_norm = norm
+        self.nonfinite_in_a_row = 0 if math.isfinite(norm) else self.nonfinite_in_a_row + 1
+
+    def finish_step(self, folder: Path) -> bool:
+        """Return whether the step updated the weights; a step that did not is written down, too many in a row end the run.
+
+        DeepSpeed skips such steps itself (`check_grad_overflow`) and reports the norm afterwards.
+        """
+        if self.is_deepspeed_enabled:
+            norm = self.model_wrapped.get_global_grad_norm()
+            skipped = bool(getattr(self.model_wrapped.optimizer, "overflow", False))
+            self._judge(math.inf if skipped else float(norm if norm is not None else 0.0))
+        if not self.nonfinite_in_a_row:
+            return True
+        step = self.state.global_step
+        if self.is_world_process_zero():
+            atomic_json(folder / f"nonfinite-step-{step:08d}.json", {"step": step, "rows": _plain(self.micro_batches.items(step - 1))})
+        if self.nonfinite_in_a_row >= self.max_nonfinite:
+            self._save_checkpoint(self.model_wrapped, None)
+            raise NonFiniteError(
+                f"{self.nonfinite_in_a_row} steps in a row without finite gradients (rows in {folder}/nonfinite-*.json); "
+                "weights are those before them; lower the learning rates or look at these rows"
+            )
+        return False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained into a checkpoint; DeepSpeed writes its own files with the optimizer."""
+        if self.is_deepspeed_enabled:
+            return
+        assert output_dir is not None and self.model is not None
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trained_tensors(self.model), Path(output_dir) / TRAINED, {"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        chosen = model if model is not None else self.model
+        assert chosen is not None
+        load_trained(chosen, load_file(Path(resume_from_checkpoint) / TRAINED), resume_from_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        failpoint("mllm-checkpoint")
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            failpoint("mllm-written")
+            commit_checkpoint(folder)
+            failpoint("mllm-committed")
+            for old in committed_checkpoints(folder.parent)[: -self.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+
+def commit_checkpoint(folder: Path) -> None:
+    """Flush every file of a checkpoint to the disk, then write their hashes into COMMIT."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != COMMIT)
+    for file in files:
+        sync_file(file)
+    atomic_json(folder / COMMIT, {str(file.relative_to(folder)): hash_file(file) for file in files})
+    sync_folder(folder.parent)
+
+
+def committed_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints with a COMMIT, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / COMMIT).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raise DamagedError unless every file of the checkpoint has its committed hash."""
+    record = read_json(folder / COMMIT)
+    if not isinstance(record, dict) or not record:
+        raise DamagedError(f"{folder} has no usable COMMIT record")
+    for name, digest in record.items():
+        if not (folder / name).is_file():
+            raise DamagedError(f"{folder / name} is missing")
+        if hash_file(folder / name) != digest:
+            raise DamagedError(f"{folder / name} does not have its committed hash")
+
+
+def newest_committed(folder: Path) -> tuple[Path | None, int, list[str]]:
+    """Return (checkpoint, its step, problems): the newest that verifies, or (None, 0, []) if there is none at all.
+
+    DamagedError if there are committed checkpoints but none verifies.
+    """
+    problems = []
+    for path in reversed(committed_checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+        except DamagedError as error:
+            problems.append(str(error))
+            continue
+        return path, int(path.name.rpartition("-")[2]), problems
+    if problems:
+        raise DamagedError(f"no checkpoint in {folder} verifies: {'; '.join(problems)}. Delete the folder to start again.")
+    return None, 0, []
+
+
+def remove_uncommitted(folder: Path) -> None:
+    """Remove checkpoints that a killed process left without COMMIT, or half removed."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / COMMIT).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Watch(TrainerCallback):
+    """Logs every step that is due, and stops cleanly on SIGTERM: a checkpoint is saved and `stopped` is set."""
+
+    def __init__(self, folder: Path, log: Callable[[dict[str, Any], dict[str, Any]], None], every: int, save_every: int) -> None:
+        self.folder, self.log, self.every, self.save_every = folder, log, every, save_every
+        self.trainer: SailTrainer | None = None
+        self.stopped = False
+        self._signals: list[int] = []
+        self._clock = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start listening and the clock."""
+        signal.signal(signal.SIGTERM, lambda number, frame: self._signals.append(number))
+        self._clock = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Judge the step, log it if due, ask for a checkpoint if due or if the run must stop."""
+        trainer = self.trainer
+        assert trainer is not None
+        updated = trainer.finish_step(self.folder)
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps or not updated:
+            self._log(trainer, state, updated)
+        self.stopped = any_rank(bool(self._signals), args.device)
+        final = state.global_step >= state.max_steps
+        control.should_save = self.stopped or final or state.global_step % self.save_every == 0
+        control.should_training_stop = self.stopped or final
+
+    def _log(self, trainer: SailTrainer, state: Any, updated: bool) -> None:
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        names = sorted(trainer.seen)
+        sums = torch.tensor([trainer.seen[name] for name in names], dtype=torch.float64, device=trainer.args.device)
+        sums = trainer.accelerator.reduce(sums, "sum")
+        loss = float(trainer.accelerator.reduce(trainer.step_loss.clone(), "mean"))
+        seen = dict(zip(names, sums.tolist(), strict=True))
+        rates = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizer.param_groups if "name" in group}
+        row = {
+            "step": state.global_step,
+            "epoch": state.global_step / trainer.micro_batches.per_epoch,
+            "loss": loss if updated else None,
+            "grad_norm": trainer.grad_norm if updated else None,
+            **rates,
+        }
+        speed = {
+            "seconds": seconds,
+            "supervised_tokens_per_second": seen["supervised"] / seconds,
+            "tokens_per_second": seen["tokens"] / seconds,
+            "images_per_second": seen["images"] / seconds,
+            "padding": 1 - seen["tokens"] / max(seen["slots"], 1),
+            "data_wait": trainer.waited / seconds,
+            "flops_per_second": seen["flops"] / seconds,
+            "peak_memory": _peak_memory(trainer.args.device),
+        }
+        self.log(row, speed)
+        trainer.seen, trainer.waited, self._clock = {}, 0.0, time.monotonic()
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _plain(items: Sequence[Item]) -> list[Any]:
+    return json.loads(json.dumps([list(map(int, item)) if not isinstance(item, int) else item for item in items], default=int))
+
+
+def local_rank() -> int:
+    """Return this process's number on its host, as launchers tell it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

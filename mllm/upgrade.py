@@ -1,0 +1,63 @@
+"""Put an aligned vision encoder into an LLM, or into an existing LLaVA: a model folder that mllm/finetune.py can train.
+
+    python mllm/upgrade.py --llm embedded:smollm2-135m --sail runs/quickstart/train --output runs/mllm-init
+    python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --sail-head random --output runs/control
+    python mllm/upgrade.py --llava llava-hf/llava-1.5-7b-hf --sail runs/mine --output runs/llava-sail
+    python mllm/upgrade.py --llm models/smollm2 --gguf-file model.gguf --vision facebook/dinov2-small --sail-head none
+
+The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelForImageTextToText and trust_remote_code=True.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from align.cli import run, to_recipe
+from align.files import atomic_bytes
+from align.hardware import use_cores
+from align.runs import add_launch
+from mllm.assembly import Part, assemble
+from mllm.config import UpgradeConfig
+from mllm.saving import require_free_place, save_mllm
+
+
+def report_table(parts: list[Part]) -> Table:
+    """Return what became of each part of the given model, with its number of parameters, as a table for the terminal."""
+    table = Table(title="kept, replaced and new parts", title_justify="left")
+    for heading in ("part", "state", "parameters", "weights"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+    for part in parts:
+        table.add_row(part.name, part.state, f"{part.parameters:,}" if part.parameters else "", part.weights)
+    table.add_section()
+    table.add_row("in all", "", f"{sum(part.parameters for part in parts):,}", "")
+    return table
+
+
+def main(config: UpgradeConfig) -> None:
+    """Open the parts, join them, save the model and say what was kept."""
+    use_cores(1)
+    disable_progress_bar()  # of transformers, for every file it reads and writes
+    console = Console(soft_wrap=True, highlight=False)
+    folder = Path(config.output)
+    require_free_place(folder)
+    model, processor, parts = assemble(
+        llm=config.llm, llava=config.llava, sail=config.sail, vision=config.vision, sail_head=config.sail_head, head=config.head,
+        expansion=config.expansion, width=config.width, layer=config.layer, image_aspect_ratio=config.image_aspect_ratio,
+        image_size=config.image_size, grid=config.grid, template=config.template, gguf_file=config.gguf_file,
+        revision=config.revision, seed=config.seed,
+    )  # fmt: skip
+    save_mllm(model, processor, folder)
+    atomic_bytes(folder / "config.yaml", to_recipe(config, "upgrade").encode())
+    add_launch(folder, {"parts": [vars(part) for part in parts]})
+    console.print(report_table(parts))
+    height, width = model.config.sail_image_size or (0, 0)
+    console.print(
+        f"{folder}: images of {height} x {width} pixels ({config.image_aspect_ratio}) become {model.config.image_tokens()} visual tokens; "
+        f"train it with mllm/finetune.py --model {folder}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, UpgradeConfig, "upgrade")

@@ -1,0 +1,260 @@
+"""Stage two trains exactly: accumulation and packing change nothing, a killed run is the uninterrupted one, exports are equal."""
+
+import json
+import os
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_mllm import tiny_model
+
+from align.cli import parse
+from align.errors import NonFiniteError, UsageError
+from align.files import arm_failpoint
+from mllm.config import FinetuneConfig
+from mllm.finetune import main, section
+from mllm.parts import Lora, load_trained, merged, parameters_of, prepare_parts, trained_tensors
+from mllm.saving import load_mllm, save_mllm
+from mllm.templates import TEMPLATES
+from mllm.trainer import committed_checkpoints, newest_committed
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model folder, and 24 conversations about 12 pictures, two of them about none."""
+    folder = tmp_path_factory.mktemp("mllm")
+    model, processor = tiny_model()
+    processor.chat_template = TEMPLATES["vicuna_v1"]
+    save_mllm(model, processor, folder / "init")
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    rows = []
+    for n in range(24):
+        turns = []
+        for turn in range(1 + n % 3):
+            turns += [{"from": "human", "value": f"what is left of the {n} dog"}, {"from": "gpt", "value": f"red cat {turn} {n}"}]
+        row = {"id": f"row{n}", "conversations": turns}
+        if n % 12:
+            name = f"images/{n % 12}.png"
+            Image.fromarray(random.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(folder / name)
+            row["image"] = name
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        rows.append(row)
+    (folder / "instruct.json").write_text(json.dumps(rows))
+    captions = [{**row, "conversations": [{"from": "human", "value": "<image>"}, row["conversations"][1]]} for row in rows if "image" in row]
+    (folder / "pretrain.json").write_text(json.dumps(captions))
+    return folder
+
+
+def train(world, output, failpoint=None, stage="instruct", **changes):
+    values = {
+        "model": world / "init", "data": world / f"{stage}.json", "image-root": world, "output": output, "stage": stage,
+        "batch-size": 4, "micro-batch-size": 4, "max-length": 192, "epochs": 2, "lr-projector": 1e-2, "warmup": 0.1, "workers": 0,
+        "log-every": 1, "save-every": 3, "precision": "fp32", "cache": world / "cache", **changes,
+    }  # fmt: skip
+    if stage == "instruct":
+        values = {"lr-llm": 1e-3, "lr-head": 1e-3, "lr-vision": 1e-3, **values}
+    if failpoint:
+        arm_failpoint(failpoint)
+    flags = []
+    for name, value in values.items():
+        flags += [f"--{name}" if value is True else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    main(parse(FinetuneConfig, stage, flags))
+
+
+def result(output):
+    return load_file(output / "model" / "model.safetensors"), (output / "metrics.jsonl").read_text()
+
+
+def same(one, other, rtol=0.0, atol=0.0):
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], rtol=rtol, atol=atol) for name in one)
+
+
+@pytest.fixture(scope="module")
+def straight(world):
+    from forking import exit_codes, fork
+
+    assert exit_codes([fork(train, world, world / "straight")]) == [0]
+    return result(world / "straight")
+
+
+def test_it_learns_and_changes_what_it_should(world, straight):
+    losses = [json.loads(line)["loss"] for line in straight[1].splitlines()]
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+    before, after = load_file(world / "init/model.safetensors"), straight[0]
+    unread = {"model.vision_tower.embeddings.mask_token"}
+    same_names = {name for name in before if torch.equal(before[name], after[name])}
+    assert same_names <= unread | {"model.language_model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("failpoint", ["mllm-checkpoint:2", "mllm-written:1", "mllm-written:2", "mllm-committed:2"])
+def test_killed_anywhere_the_same_command_gives_the_same_run(world, straight, forked, tmp_path, failpoint):
+    assert forked(train, world, tmp_path / "run", failpoint) == -signal.SIGKILL
+    assert forked(train, world, tmp_path / "run") == 0
+    weights, metrics = result(tmp_path / "run")
+    assert metrics == straight[1]
+    same(weights, straight[0])
+
+
+def test_a_killed_pretrain_stage_resumes_exactly_and_trains_the_projector_only(world, forked, tmp_path):
+    run = partial(train, world, stage="pretrain")
+    assert forked(partial(run, tmp_path / "a")) == 0
+    assert forked(partial(run, tmp_path / "b", "mllm-committed:2")) == -signal.SIGKILL
+    assert forked(partial(run, tmp_path / "b")) == 0
+    one, other = result(tmp_path / "a"), result(tmp_path / "b")
+    assert one[1] == other[1]
+    same(one[0], other[0])
+    before = load_file(world / "init/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], one[0][name])}
+    assert changed and all(name.startswith("model.multi_modal_projector.") for name in changed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(world, straight, forked, tmp_path):
+    assert forked(train, world, tmp_path / "run", "mllm-committed:3") == -signal.SIGKILL
+    newest = committed_checkpoints(tmp_path / "run")[-1]
+    with open(newest / "trained.safetensors", "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    path, step, problems = newest_committed(tmp_path / "run")
+    assert path != newest and step < int(newest.name.split("-")[1]) and "committed hash" in problems[0]
+    assert forked(train, world, tmp_path / "run") == 0
+    same(result(tmp_path / "run")[0], straight[0])
+
+
+def stopped(world, output):
+    from mllm.trainer import SailTrainer
+
+    original = SailTrainer.training_step
+
+    def step(self, *arguments, **named):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **named)
+
+    SailTrainer.training_step = step
+    from align.errors import KitError
+
+    try:
+        train(world, output)
+    except KitError as error:
+        raise SystemExit(error.exit_code) from error
+
+
+def test_sigterm_saves_exits_75_and_resumes_exactly(world, straight, forked, tmp_path):
+    assert forked(stopped, world, tmp_path / "run") == 75
+    assert newest_committed(tmp_path / "run")[1] == 5
+    assert forked(train, world, tmp_path / "run") == 0
+    assert result(tmp_path / "run")[1] == straight[1]
+    same(result(tmp_path / "run")[0], straight[0])
+
+
+def test_accumulation_and_checkpointing_equal_one_batch(world, straight, forked, tmp_path):
+    run = partial(train, world, **{"micro-batch-size": 1, "gradient-checkpointing": True})
+    assert forked(partial(run, tmp_path / "run")) == 0
+    same(result(tmp_path / "run")[0], straight[0], rtol=1e-3, atol=2e-5)
+
+
+def test_packing_trains_on_the_same_tokens(world, forked, tmp_path):
+    assert forked(partial(train, world, tmp_path / "run", packing=True, steps=2, epochs=1, **{"batch-size": 2, "micro-batch-size": 1})) == 0
+    speed = [json.loads(line) for line in (tmp_path / "run/speed.jsonl").read_text().splitlines()]
+    assert all(row["padding"] < 0.35 for row in speed) and all(row["tokens_per_second"] > 0 for row in speed)
+
+
+def test_lora_merged_and_exported_equals_the_trained_model(world, forked, tmp_path):
+    changes = {"lora-rank": 4, "lr-vision": 0, "lr-llm": 1e-2}
+    assert forked(partial(train, world, tmp_path / "run", **changes)) == 0
+    exported, processor = load_mllm(tmp_path / "run/model")
+    from peft import PeftModel
+
+    base, _ = load_mllm(world / "init")
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval()
+    names = {name for name, _ in adapted.named_parameters()}
+    assert any("multi_modal_projector.modules_to_save" in name for name in names) and any("sail_head.modules_to_save" in name for name in names)
+    inputs = processor(images=Image.new("RGB", (50, 40), "red"), text="<image>\nwhat is this", return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = exported(**inputs).logits, adapted(**inputs).logits
+        plain = load_mllm(world / "init")[0](**inputs).logits
+    assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5) and not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_trained_tensors_go_in_and_out_exactly():
+    model, _ = tiny_model(seed=1)
+    rates = {"projector": 1.0, "head": 1.0, "llm": 1.0, "vision": 0.0}
+    one = prepare_parts(model, rates, Lora(2, 4.0), seed=0)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    other = prepare_parts(tiny_model(seed=1)[0], rates, Lora(2, 4.0), seed=5)
+    load_trained(other, trained_tensors(one), "here")
+    inputs = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    with torch.no_grad():
+        assert torch.equal(one.eval()(**inputs).logits, other.eval()(**inputs).logits)
+        assert torch.allclose(merged(other).eval()(**inputs).logits, one(**inputs).logits, atol=1e-5)
+
+
+def test_every_parameter_belongs_to_one_part():
+    for lora in (None, Lora(2, 4.0)):
+        model, _ = tiny_model(tie=True)
+        prepared = prepare_parts(model, dict.fromkeys(("projector", "head", "llm", "vision"), 1.0), lora, seed=0)
+        named = [name for listed in parameters_of(prepared).values() for name, _ in listed]
+        assert sorted(named) == sorted(name for name, _ in prepared.named_parameters()) and len(set(named)) == len(named)
+
+
+def poisoned(world, output, persistent):
+    from mllm.trainer import SailTrainer
+
+    original = SailTrainer.training_step
+
+    def step(self, model, inputs, *rest):
+        if self.state.global_step == 4 or (persistent and self.state.global_step > 4):
+            inputs["pixel_values"][:] = float("nan")
+        return original(self, model, inputs, *rest)
+
+    SailTrainer.training_step = step
+    try:
+        train(world, output)
+    except NonFiniteError as error:
+        raise SystemExit(error.exit_code) from error
+
+
+def test_a_non_finite_step_is_skipped_and_three_in_a_row_stop_the_run(world, forked, tmp_path):
+    assert forked(poisoned, world, tmp_path / "once", False) == 0
+    rows = [json.loads(line) for line in (tmp_path / "once/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["loss"] is None] == [5] and np.isfinite(rows[-1]["loss"])
+    assert json.loads((tmp_path / "once/nonfinite-step-00000005.json").read_text())["rows"]
+    assert forked(poisoned, world, tmp_path / "always", True) == 8
+    path, step, _ = newest_committed(tmp_path / "always")
+    assert step == 7 and all(torch.isfinite(value).all() for value in load_file(path / "trained.safetensors").values())
+
+
+def test_settings_that_cannot_work_are_refused(world, tmp_path):
+    with pytest.raises(UsageError, match="nothing would be trained"):
+        FinetuneConfig(data=("a.json",), stage="pretrain", lr_projector=0)
+    with pytest.raises(UsageError, match="not a multiple"):
+        train(world, tmp_path / "run", **{"micro-batch-size": 3})
+    with pytest.raises(UsageError, match="zero3_offload"):
+        train(world, tmp_path / "run", deepspeed="zero9")
+
+
+def test_dry_run_predicts_and_trains_nothing(world, tmp_path, capsys):
+    train(world, tmp_path / "run", **{"dry-run": True})
+    shown = capsys.readouterr().out
+    assert "optimizer" in shown and "min in all" in shown and not (tmp_path / "run/model").exists()
+
+
+def test_the_stage_decides_which_section_of_a_recipe_is_read(tmp_path):
+    (tmp_path / "both.yaml").write_text("pretrain:\n  stage: pretrain\ninstruct:\n  stage: instruct\n")
+    (tmp_path / "one.yaml").write_text("pretrain:\n  stage: pretrain\n")
+    assert section(["--config", str(tmp_path / "one.yaml")]) == "pretrain"
+    assert section([f"--config={tmp_path}/both.yaml", "--stage", "pretrain"]) == "pretrain"
+    assert section(["--stage=instruct"]) == section([]) == "instruct"
+    with pytest.raises(UsageError, match="both stages"):
+        section(["--config", str(tmp_path / "both.yaml")])

@@ -1,0 +1,171 @@
+"""Tiny random models made in code, for tests of stage two: encoders, LLMs with a tokenizer, stage-one runs, a whole SailLlava.
+
+Every builder writes a folder and returns it as a Path. Weights follow fixed seeds; norms and biases are shaken, so that a norm
+left out or applied twice shows.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import transformers
+from test_encoders import CASES, save, save_timm
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from align.encoders import load_vision_encoder
+from align.modeling import SailConfig, SailModel, save_model
+from mllm.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
+from mllm.processing import SailLlavaImageProcessor, SailLlavaProcessor
+
+SIZE = 42  # pixels of a side; patches of 14 pixels make a grid of 3 x 3
+WORDS = [
+    "a", "the", "is", "are", "there", "what", "where", "how", "many", "image", "photo", "answer", "question", "yes", "no",
+    "left", "right", "of", "above", "below", "red", "green", "blue", "dog", "cat", "car", "tree", "one", "two", "three", "four",
+    "five", "system", "user", "assistant", "describe", "Describe", "What", "USER", "ASSISTANT", "A", "B", "hello", "world",
+    "and", "on", "in",
+]  # fmt: skip
+TEXTS = [" ".join(random.Random(n).choices(WORDS, k=12)) + random.Random(n).choice(".?!:\n") for n in range(200)]
+VISION = ("dinov2", "dinov2_with_registers", "resnet", "timm_cnn")
+
+
+def tiny_tokenizer(bos: bool = True, chatml: bool = False, template: str | None = None) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer (any text round-trips) of 400 tokens: <unk>, <s>, </s>, <pad>, then bytes and merges.
+
+    `bos` puts <s> before every text, as Llama's does; `chatml` adds <|im_start|> and <|im_end|> as special tokens, the latter as
+    the end-of-sequence token. There is no chat template unless given.
+    """
+    specials = ["<unk>", "<s>", "</s>", "<pad>"] + (["<|im_start|>", "<|im_end|>"] if chatml else [])
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(TEXTS, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="<|im_end|>" if chatml else "</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=2048,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_llm(folder: Path, kind: str = "llama", tie: bool = False, rows: int | None = None, **tokenizer: object) -> Path:
+    """Return a folder with a random 2-layer LLM of width 32 (`llama` or `qwen2`) and its tokenizer.
+
+    `rows` of the embedding may exceed the tokenizer's length, as Qwen's do; other arguments go to `tiny_tokenizer`.
+    """
+    tokens = tiny_tokenizer(**tokenizer)  # type: ignore[arg-type]
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "vocab_size": rows or len(tokens),
+        "tie_word_embeddings": tie,
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.generation_config.eos_token_id = tokens.eos_token_id
+    model.generation_config.pad_token_id = tokens.pad_token_id
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return folder
+
+
+def tiny_vision(folder: Path, kind: str = "dinov2") -> Path:
+    """Return a folder with a random encoder and its image processor: a key of `test_encoders.CASES`, or `timm_cnn`."""
+    if kind == "timm_cnn":
+        return Path(save_timm(folder, "test_efficientnet", {}))
+    assert kind in CASES, f"{kind}: choose one of {', '.join(CASES)} or timm_cnn"
+    return Path(save(folder, kind))
+
+
+def tiny_sail(folder: Path, vision: Path, head: str = "glu", width: int = 24, **loader: object) -> Path:
+    """Return a stage-one model folder (no text encoder behind it) whose image head reads `vision`; weights are not trained.
+
+    `loader` are arguments of `load_vision_encoder`: layer, feature, image_size.
+    """
+    encoder = load_vision_encoder(str(vision), **loader)  # type: ignore[arg-type]
+    settings = SailConfig(
+        vision={"name": str(vision), **loader},
+        vision_fingerprint=encoder.fingerprint,
+        vision_width=encoder.feature_width,
+        text_width=8,
+        width=encoder.feature_width if head == "sharelock" else width,
+        head=head,
+        expansion=2 if head in ("glu", "mlp") else None,
+    )
+    model = SailModel(settings).initialize(5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.vision_head.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    save_model(model, folder)
+    return folder
+
+
+def tiny_model(
+    kind: str = "dinov2", llm: str = "llama", tie: bool = False, chatml: bool = False, grid: list[int] | None = None, seed: int = 0
+) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor]:
+    """Return a SailLlava in memory (float32, eval mode) and its processor, without any folder or assembly.
+
+    Vision `dinov2` (CLS and patches, 3 x 3 grid) or `resnet` (2 x 2 grid), a random glu head, 9 or 4 visual tokens, or those of
+    `grid`. <image> is the last token of the vocabulary. The processor has no chat template: set one.
+    """
+    model_class, arguments, _ = CASES[kind]
+    vision_config = getattr(transformers, model_class).config_class(**arguments)
+    cnn = kind == "resnet"
+    tokenizer = tiny_tokenizer(chatml=chatml)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "vocab_size": len(tokenizer), "tie_word_embeddings": tie, "initializer_range": 0.2,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    width = 20 if cnn else 32
+    config = SailLlavaConfig(
+        vision_config=vision_config,
+        text_config=(LlamaConfig if llm == "llama" else Qwen2Config)(**text),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="full",
+        sail_head="random",
+        sail_head_expansion=2,
+        sail_width=24,
+        sail_feature="patch" if cnn else "cls_patch",
+        sail_feature_width=width if cnn else 2 * width,
+        sail_layer=4 if cnn else 3,
+        sail_image_size=[SIZE, SIZE],
+        sail_patch_grid=[2, 2] if cnn else [3, 3],
+        sail_grid=grid,
+        sail_unread=[] if cnn else ["embeddings.mask_token"],
+        sail_fingerprint={},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SailLlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    images = SailLlavaImageProcessor(
+        {"height": SIZE, "width": SIZE}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=3
+    )
+    return model, SailLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length)
