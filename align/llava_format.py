@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+
 def conversation_row(key: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Return LLaVA's row of a picture: the (human, gpt) turns in order, `<image>` before the first.
 

@@ -65,6 +65,7 @@ TESTED = (
     "embedded:efficientnet-lite2",
     "embedded:vit-s14-focus",
     "embedded:minilm",
+    "embedded:smollm2-135m",
 )
 
 

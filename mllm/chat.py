@@ -172,7 +172,7 @@ class Chat:
             return error
 
     def _render(self, messages: Sequence[Message], answered: bool = True) -> _Rendered:
-        """Return checked messages in the template's words; special tokens spelt in their texts are cut in two."""
+        """Return checked messages in the template's words; special tokens spelled in their texts are cut in two."""
         texts = list(texts_of(messages))
         cut = None
         if any(map(self._control.search, texts)):

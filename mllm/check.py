@@ -20,6 +20,7 @@ import xxhash
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
@@ -187,10 +188,11 @@ def main(config: CheckConfig) -> None:
     if not problems:
         console.print("no problems")
         return
-    table = Table("code", "count", "for example", "meaning")
+    table = Table("code", "count", "for example", "meaning, and the first")
     for code, count in codes.most_common():
-        rows = [f"{problem.source} (id {problem.id})" for problem in problems if problem.code == code][:EXAMPLES]
-        table.add_row(code, str(count), "\n".join(rows), (ROW_CODES | REJECT_CODES)[code])
+        examples = [problem for problem in problems if problem.code == code][:EXAMPLES]
+        rows = "\n".join(f"{problem.source} (id {problem.id})" for problem in examples)
+        table.add_row(code, str(count), escape(rows), escape(f"{(ROW_CODES | REJECT_CODES)[code]}\n{examples[0].detail}".strip()))
     console.print(table)
     raise DataError(
         f"{len(problems)} problems, each in {folder / 'problems.jsonl'}; training skips such rows and learns nothing from such images"

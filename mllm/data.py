@@ -7,10 +7,7 @@ import io
 import json
 import multiprocessing
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +22,14 @@ from align.files import atomic_bytes, atomic_json, disk_full_named, hash_bytes, 
 from align.gate import Limits, Reject, gate_image
 from mllm.chat import IGNORED, Chat, RowError
 from mllm.conversations import Conversations
-from mllm.packing import EpochPlan, fill_rate, length_grouped, pack
-from mllm.rows import ROW_CODES
+from mllm.packing import STATUS, EpochPlan, RowIndex, fill_rate, length_grouped, pack
 
 __all__ = ["ConversationDataset", "EpochPlan", "RowIndex", "build_index", "collate", "fill_rate", "length_grouped", "pack"]
 
-STATUS = ("good", *ROW_CODES)  # what a row's status number means
 MIN_REJECTS = 20  # images that cannot be decoded before their share can stop a run
 _CHUNK_ROWS = 256
 _ARRAYS = ("lengths", "supervised", "images", "dropped", "status")
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class RowIndex:
-    """What the tokenizer makes of every row; arrays (N,) int32, 0 where a row is rejected."""
-
-    lengths: np.ndarray  # tokens, visual ones included
-    supervised: np.ndarray  # tokens that are learnt
-    images: np.ndarray
-    dropped: np.ndarray  # turns dropped because of the maximum length
-    status: np.ndarray  # number in STATUS
-    max_length: int
-    unread: dict[str, int]  # rows of the files that did not get a number at all, by code
-    fingerprint: str  # xxh3-128 of rows, tokenizer, template and maximum length
-
-    @cached_property
-    def good(self) -> np.ndarray:
-        """Numbers of the usable rows, in order."""
-        return np.flatnonzero(self.status == 0)
-
-    @property
-    def codes(self) -> Counter[str]:
-        """Count of rejected rows by code, those that could not be read among them."""
-        counts = np.bincount(self.status, minlength=len(STATUS))
-        return Counter(self.unread) + Counter({code: int(count) for code, count in zip(STATUS[1:], counts[1:], strict=True) if count})
-
-    def summary(self) -> str:
-        """Return the rows in one line: how many, how long, how much is learnt, what was rejected."""
-        tokens, learnt, images = int(self.lengths.sum()), int(self.supervised.sum()), int(self.images.sum())
-        rejected = ", ".join(f"{code} {count}" for code, count in self.codes.most_common()) or "none"
-        shortened = int((self.dropped > 0).sum())
-        return (
-            f"{len(self.good)} rows with {images} images and {tokens} tokens ({learnt / max(1, tokens):.0%} learnt), "
-            f"{shortened} shortened to {self.max_length} tokens; rejected: {rejected}"
-        )
 
 
 def build_index(
@@ -226,11 +186,12 @@ class ConversationDataset(Dataset):
 
     def _row(self, number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         row = self.conversations.row(number)
-        encoded = self.chat.encode(row.messages, self.index.max_length)
-        if len(encoded.input_ids) != self.index.lengths[number]:
+        encoded = self.chat.encode_many([row.messages], self.index.max_length)[0]
+        if isinstance(encoded, RowError) or len(encoded.input_ids) != self.index.lengths[number]:
+            found = str(encoded) if isinstance(encoded, RowError) else f"{len(encoded.input_ids)} tokens"
             raise DataError(
-                f"{row.source}: {len(encoded.input_ids)} tokens, {self.index.lengths[number]} when indexed; the index belongs to other "
-                "data or another tokenizer. Remove the cache folder and run again"
+                f"{row.source}: {found}, {self.index.lengths[number]} tokens when indexed; the index belongs to other data or another "
+                "tokenizer. Remove the cache folder and run again"
             )
         images, learn = [], True
         for place in row.images[: encoded.images]:

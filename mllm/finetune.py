@@ -155,7 +155,8 @@ class Log:
         mfu = f", MFU {speed['mfu']:.0%}" if "mfu" in speed else ""
         self.console.print(
             f"step {step}/{self.steps} loss {loss} | {speed['supervised_tokens_per_second']:.0f} supervised tokens/s, "
-            f"{speed['images_per_second']:.1f} images/s, padding {speed['padding']:.0%}, waited {speed['data_wait']:.0%}{mfu}, {left:.0f} s left"
+            f"{speed['images_per_second']:.1f} images/s, padding {speed['padding']:.0%}, waited {speed['data_wait']:.0%}{mfu}, "
+            f"{left:.0f} s left"
         )
 
 
@@ -189,7 +190,7 @@ def main(config: FinetuneConfig) -> None:
         for parameter in prepared.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-    template = config.template or ("plain" if config.stage == "pretrain" else processor.chat_template)
+    template = config.template or ("plain" if config.stage == "pretrain" else str(processor.chat_template))
     chat = Chat(processor.tokenizer, template, processor.image_token, model.config.image_tokens())
     cache = Path(config.cache) if config.cache else folder / "cache"
     with settings.main_process_first(desc="index of the data"):
@@ -207,9 +208,15 @@ def main(config: FinetuneConfig) -> None:
         )
     cost = step_cost(prepared)
     show_parts(console, part_table(prepared, rates))
-    console.print(f"{index.summary()}; {steps} steps of {config.batch_size} ({micro_batches.accumulate} x {config.micro_batch_size} x {world})")
+    pieces = f"{micro_batches.accumulate} x {config.micro_batch_size} x {world} process(es)"
+    console.print(f"{index.summary()}; {steps} steps of {config.batch_size} ({pieces})")
     dataset = ConversationDataset(
-        conversations, index, chat, processor.image_processor, max_pixels=config.max_pixels, rejects=folder / "rejects.jsonl",
+        conversations,
+        index,
+        chat,
+        processor.image_processor,
+        max_pixels=config.max_pixels,
+        rejects=folder / "rejects.jsonl",
         max_reject_fraction=config.max_reject_fraction,
     )
     collate = Collate(partial(dataset.collate, packed=config.packing), cost)

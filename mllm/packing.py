@@ -1,28 +1,56 @@
-"""Which rows make a batch: packs of several rows, or single rows of one kind and of like length. Lengths alone decide.
+"""The index of rows, and which rows make a batch: packs of several, or single rows of one kind and of like length.
 
-A row here is its number in a RowIndex. Everything is a pure function of lengths and a generator: nothing is read or decoded.
+A row here is its number in the index. Everything is a pure function of lengths and a generator: nothing is read or decoded.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from align.errors import UsageError
 from align.runs import generator
+from mllm.rows import ROW_CODES
 
 Item = int | list[int]  # a row, or a pack of rows
+STATUS = ("good", *ROW_CODES)  # what a row's status number means
 
 
-class Index(Protocol):
-    """What a plan needs to know of the rows: `mllm.data.RowIndex` in short."""
+@dataclass(frozen=True)
+class RowIndex:
+    """What the tokenizer makes of every row; arrays (N,) int32, 0 where a row is rejected."""
 
-    lengths: np.ndarray  # (N,) tokens
-    images: np.ndarray  # (N,)
+    lengths: np.ndarray  # tokens, visual ones included
+    supervised: np.ndarray  # tokens that are learnt
+    images: np.ndarray
+    dropped: np.ndarray  # turns dropped because of the maximum length
+    status: np.ndarray  # number in STATUS
     max_length: int
+    unread: dict[str, int]  # rows of the files that did not get a number at all, by code
+    fingerprint: str  # xxh3-128 of rows, tokenizer, template and maximum length
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Numbers of the usable rows, in order."""
+        return np.flatnonzero(self.status == 0)
 
     @property
-    def good(self) -> np.ndarray: ...
+    def codes(self) -> Counter[str]:
+        """Count of rejected rows by code, those that could not be read among them."""
+        counts = np.bincount(self.status, minlength=len(STATUS))
+        return Counter(self.unread) + Counter({code: int(count) for code, count in zip(STATUS[1:], counts[1:], strict=True) if count})
+
+    def summary(self) -> str:
+        """Return the rows in one line: how many, how long, how much is learnt, what was rejected."""
+        tokens, learnt, images = int(self.lengths.sum()), int(self.supervised.sum()), int(self.images.sum())
+        rejected = ", ".join(f"{code} {count}" for code, count in self.codes.most_common()) or "none"
+        shortened = int((self.dropped > 0).sum())
+        return (
+            f"{len(self.good)} rows with {images} images and {tokens} tokens ({learnt / max(1, tokens):.0%} learnt), "
+            f"{shortened} shortened to {self.max_length} tokens; rejected: {rejected}"
+        )
 
 
 def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random.Generator) -> list[list[int]]:
@@ -79,7 +107,7 @@ def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int,
 class EpochPlan:
     """The batches of every epoch: a pure function of the index, the seed and the epoch, whatever the number of processes."""
 
-    def __init__(self, index: Index, batch_size: int, packing: bool = False, seed: int = 0) -> None:
+    def __init__(self, index: RowIndex, batch_size: int, packing: bool = False, seed: int = 0) -> None:
         """`batch_size`: items (rows or packs) of an optimizer step, over all processes. UsageError if there are fewer."""
         self.index, self.batch_size, self.packing, self.seed = index, batch_size, packing, seed
         self._kept: dict[int, list[list[Item]]] = {}

@@ -28,7 +28,9 @@ class Lora:
 
 def bare(model: nn.Module) -> SailLlavaForConditionalGeneration:
     """Return the SailLlava inside a model that may be wrapped for LoRA."""
-    found = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: Any = model
+    if hasattr(found, "get_base_model"):
+        found = found.get_base_model()
     assert isinstance(found, SailLlavaForConditionalGeneration), type(found)
     return found
 
@@ -66,7 +68,7 @@ def prepare_parts(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
     whole = {"projector": ("multi_modal_projector", model.model.multi_modal_projector), "head": ("sail_head", model.model.sail_head)}
     saved = [name for part, (name, module) in whole.items() if rates[part] > 0 and any(True for _ in module.parameters())]
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, modules_to_save=saved or None  # type: ignore[arg-type]
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, modules_to_save=saved or None
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws the adapters' weights from the global generator
@@ -130,13 +132,12 @@ def merged(model: nn.Module) -> SailLlavaForConditionalGeneration:
 
 def _whole(parameter: nn.Parameter) -> Tensor:
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
-        from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        master = safe_get_full_fp32_param(parameter)
+        master = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if master is not None:
             return master.detach().to("cpu", torch.float32, copy=True)
-        with GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
             return parameter.detach().to("cpu", torch.float32, copy=True)
     return parameter.detach().to("cpu", torch.float32, copy=True)
 
@@ -146,4 +147,4 @@ def _size(parameter: nn.Parameter) -> int:
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
-    return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.ndim  # type: ignore[arg-type]
+    return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.ndim

@@ -85,7 +85,7 @@ class SailTrainer(Trainer):
         """Return a loader of this process's own micro-batches; Trainer skips finished ones on resume without reading them."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
+            self.train_dataset,
             batch_sampler=self.micro_batches,  # type: ignore[arg-type]
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -97,7 +97,8 @@ class SailTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer over the parts' groups."""
         if self.optimizer is None:
-            groups = optimizer_groups(self.model if model is None else model, self.rates, self.args.weight_decay)
+            chosen: Any = model if model is not None else self.model
+            groups = optimizer_groups(chosen, self.rates, self.args.weight_decay)
             self.optimizer = self.make_optimizer(groups)
         return self.optimizer
 
@@ -137,8 +138,8 @@ class SailTrainer(Trainer):
         DeepSpeed skips such steps itself (`check_grad_overflow`) and reports the norm afterwards.
         """
         if self.is_deepspeed_enabled:
-            norm = self.model_wrapped.get_global_grad_norm()
-            skipped = bool(getattr(self.model_wrapped.optimizer, "overflow", False))
+            engine: Any = self.model_wrapped
+            norm, skipped = engine.get_global_grad_norm(), bool(getattr(engine.optimizer, "overflow", False))
             self._judge(math.inf if skipped else float(norm if norm is not None else 0.0))
         if not self.nonfinite_in_a_row:
             return True
@@ -270,7 +271,8 @@ class Watch(TrainerCallback):
         sums = trainer.accelerator.reduce(sums, "sum")
         loss = float(trainer.accelerator.reduce(trainer.step_loss.clone(), "mean"))
         seen = dict(zip(names, sums.tolist(), strict=True))
-        rates = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizer.param_groups if "name" in group}
+        optimizer: Any = trainer.optimizer
+        rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups if "name" in group}
         row = {
             "step": state.global_step,
             "epoch": state.global_step / trainer.micro_batches.per_epoch,

@@ -45,7 +45,9 @@ def world(tmp_path_factory):
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
         rows.append(row)
     (folder / "instruct.json").write_text(json.dumps(rows))
-    captions = [{**row, "conversations": [{"from": "human", "value": "<image>"}, row["conversations"][1]]} for row in rows if "image" in row]
+    captions = [
+        {**row, "conversations": [{"from": "human", "value": "<image>"}, row["conversations"][1]]} for row in rows if "image" in row
+    ]
     (folder / "pretrain.json").write_text(json.dumps(captions))
     return folder
 
@@ -176,7 +178,9 @@ def test_lora_merged_and_exported_equals_the_trained_model(world, forked, tmp_pa
     base, _ = load_mllm(world / "init")
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).eval()
     names = {name for name, _ in adapted.named_parameters()}
-    assert any("multi_modal_projector.modules_to_save" in name for name in names) and any("sail_head.modules_to_save" in name for name in names)
+    assert any("multi_modal_projector.modules_to_save" in name for name in names) and any(
+        "sail_head.modules_to_save" in name for name in names
+    )
     inputs = processor(images=Image.new("RGB", (50, 40), "red"), text="<image>\nwhat is this", return_tensors="pt")
     with torch.no_grad():
         ours, theirs = exported(**inputs).logits, adapted(**inputs).logits

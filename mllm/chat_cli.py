@@ -1,0 +1,122 @@
+"""Talk to a multimodal LLM about an image, in the terminal.
+
+    python mllm/chat_cli.py --model runs/mine/instruct/model --image photo.jpg --prompt "What is on the table?"
+    python mllm/chat_cli.py --model runs/mine/instruct/model --image photo.jpg
+    python mllm/chat_cli.py --model runs/mine/instruct/model --temperature 0.7 --device cuda
+
+Without --prompt a conversation: /image PATH shows another image and starts anew, /new starts anew, /quit or Ctrl-D ends.
+Answers appear as they are written.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import TextStreamer
+from transformers.utils.logging import disable_progress_bar
+
+from align.cli import run
+from align.errors import DataError, KitError, UsageError
+from align.gate import Limits, Reject, gate_image
+from align.hardware import resolve_precision, use_cores
+from mllm.answering import Answerer, Conversation, Decoding
+from mllm.chat import Message
+from mllm.config import ChatConfig
+from mllm.saving import load_mllm
+
+COMMANDS = "/image PATH, /new, /quit"
+
+
+def read_image(path: str) -> Image.Image:
+    """Return the image at `path` as RGB; UsageError if there is none, DataError if the gate rejects it."""
+    try:
+        content = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the image {path} ({error.strerror}); give the path of a file") from error
+    try:
+        return gate_image(content, Limits())
+    except Reject as reject:
+        raise DataError(f"{path} is no usable image ({reject})") from reject
+
+
+class Talk:
+    """A conversation: what was said, and the image that the first question shows."""
+
+    def __init__(self, answerer: Answerer, decoding: Decoding, image: Image.Image | None) -> None:
+        self.answerer, self.decoding, self.image = answerer, decoding, image
+        self.said: list[Message] = []
+
+    def restart(self) -> None:
+        """Forget what was said, not the image."""
+        self.said = []
+
+    def ask(self, question: str, streamer: Any = None) -> str:
+        """Return the answer to the next question; a question that fails is not kept."""
+        shown = [self.image] if self.image is not None else []
+        parts: Any = [*({"type": "image"} for _ in shown if not self.said), {"type": "text", "text": question}]
+        asked = [*self.said, {"role": "user", "content": parts}]
+        [answer] = self.answerer.generate([Conversation(asked, shown)], self.decoding, streamer)
+        self.said = [*asked, {"role": "assistant", "content": answer}] if answer else self.said  # no template takes an empty answer
+        return answer
+
+
+def questions(console: Console) -> Iterator[str]:
+    """Yield what the user types, a line at a time, to the end of the input."""
+    while True:
+        try:
+            line = console.input("> ") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def converse(talk: Talk, console: Console, lines: Iterator[str], streamer: Any) -> None:
+    """Answer line after line; what goes wrong with one is said, and the next is asked for."""
+    for line in lines:
+        command, _, rest = line.partition(" ")
+        try:
+            if command in ("/quit", "/exit"):
+                return
+            if command == "/image":
+                talk.image = read_image(rest.strip())
+                talk.restart()
+                console.print(f"looking at {rest.strip()}", highlight=False)
+            elif command == "/new":
+                talk.restart()
+                console.print("a new conversation", highlight=False)
+            elif command.startswith("/"):
+                raise UsageError(f"unknown command {command}; there are {COMMANDS}")
+            else:
+                talk.ask(line, streamer)
+        except KitError as error:
+            console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main(config: ChatConfig) -> None:
+    """Load the model, then answer one question or hold a conversation."""
+    disable_progress_bar()
+    use_cores(1)
+    torch.manual_seed(config.seed)
+    image = read_image(config.image) if config.image else None
+    decoding = Decoding(config.max_new_tokens, config.temperature)
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
+    model, processor = load_mllm(Path(config.model), dtype=dtype, device=device)
+    talk = Talk(Answerer(model, processor), decoding, image)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if config.prompt is not None:
+        talk.ask(config.prompt, streamer)
+        return
+    console = Console()
+    if sys.stdin.isatty():
+        console.print(f"{COMMANDS}; everything else is a question", highlight=False, markup=False)
+    converse(talk, console, questions(console), streamer)
+
+
+if __name__ == "__main__":
+    run(main, ChatConfig, "chat")
