@@ -128,7 +128,8 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
 def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models: Sequence[ModelRecord], theme: Theme) -> bytes:
     """Return grouped bars with intervals: one group for each metric of `labels` (metric -> shown name), one bar a model."""
     shown = [model for model in models if any(entry.model == model.name for entry in entries)]
-    figure = _figure(theme, max(4.6, 0.32 * len(labels) * len(shown)), 3.3)
+    longest = max(len(line) for label in labels.values() for line in label.splitlines())
+    figure = _figure(theme, max(4.6, 0.32 * len(labels) * len(shown), 0.085 * longest * len(labels)), 3.3)
     axes = _axes(figure, theme, title)
     width = 0.8 / len(shown)
     for number, model in enumerate(shown):

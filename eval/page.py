@@ -113,6 +113,7 @@ def write_report(
         "headlines": [line for task in results.tasks if (line := _headline(results, task))],
         "confidence": f"{100 * results.confidence:g}%",
         "tables": tables,
+        "answers": _answers_table(results, of_kind["generation"]),
         "training": training,
         "retrieval": [_retrieval(results, task, examples[task.id], results_folder, drawn) for task in of_kind["retrieval"]],
         "classification": [_classification(results, task, examples[task.id], results_folder, drawn) for task in of_kind["classification"]],
@@ -206,14 +207,6 @@ def _headline(results: Results, task: TaskRecord) -> dict[str, str] | None:
 def _table(results: Results, task: TaskRecord, drawn: Figures) -> dict[str, Any]:
     entries = [entry for entry in results.entries if entry.task == task.id]
     models = [model for model in results.models if any(entry.model == model.name for entry in entries)]
-    rows = []
-    for metric, label in shown_metrics(results, task).items():
-        cells = []
-        for model in models:
-            entry = results.value(task.id, metric, model.name)
-            value, interval = shown_value(entry) if entry else ("–", "")
-            cells.append({"value": value, "interval": interval, "main": model.kind in SUBJECTS})
-        rows.append({"label": label, "cells": cells})
     slug = file_name(task.id)
     names = []
     for title, known in BARS[task.kind].items():
@@ -227,7 +220,27 @@ def _table(results: Results, task: TaskRecord, drawn: Figures) -> dict[str, Any]
         "retrieval": f"{task.images} images, {task.targets} captions",
         "generation": f"{task.targets} questions" + (f", each with “{task.prompts}”" if task.prompts else ""),
     }[task.kind]
-    return {"task": task, "slug": slug, "models": models, "rows": rows, "bars": names, "detail": detail}
+    return {"task": task, "slug": slug, "models": models, "rows": _rows(results, task, models), "bars": names, "detail": detail}
+
+
+def _rows(results: Results, task: TaskRecord, models: Sequence[ModelRecord]) -> list[dict[str, Any]]:
+    rows = []
+    for metric, label in shown_metrics(results, task).items():
+        cells = []
+        for model in models:
+            entry = results.value(task.id, metric, model.name)
+            value, interval = shown_value(entry) if entry else ("–", "")
+            cells.append({"value": value, "interval": interval, "main": model.kind in SUBJECTS})
+        rows.append({"label": label, "cells": cells})
+    return rows
+
+
+def _answers_table(results: Results, tasks: Sequence[TaskRecord]) -> dict[str, Any] | None:
+    """Return one table of all generation tasks: most have one metric only."""
+    measured = {entry.model for entry in results.entries if entry.task in {task.id for task in tasks}}
+    models = [model for model in results.models if model.name in measured]
+    parts = [{"task": task, "rows": _rows(results, task, models)} for task in tasks]
+    return {"models": models, "parts": parts} if parts else None
 
 
 def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: Figures) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from align.errors import DataError, UsageError
 from mllm.chat import IGNORED, Chat, Message
@@ -63,6 +63,7 @@ class Answerer:
         self.stop_ids: list[int] = list(dict.fromkeys([*self.chat.stop_ids, *(ends if isinstance(ends, list) else [ends] if ends else [])]))
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.context: int = model.config.text_config.max_position_embeddings
+        self._stoppers: dict[tuple[str, ...], StoppingCriteriaList] = {}
         model.generation_config = GenerationConfig(eos_token_id=self.stop_ids, pad_token_id=self.pad_id)
 
     @torch.inference_mode()
@@ -81,8 +82,8 @@ class Answerer:
             sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": decoding.top_k}
             sampling["top_p"] = decoding.top_p or 1.0  # 0 is used for "not set"
         stops, ends = self._until(decoding.until)
-        if stops:
-            sampling |= {"stop_strings": stops, "tokenizer": self.processor.tokenizer}
+        if stops and tuple(stops) not in self._stoppers:  # made once: it looks at every token of the vocabulary
+            self._stoppers[tuple(stops)] = StoppingCriteriaList([StopStringCriteria(self.processor.tokenizer, stops)])
         inputs = self._inputs(conversations, prompts)
         output = self.model.generate(
             **inputs,
@@ -90,6 +91,7 @@ class Answerer:
             num_beams=decoding.num_beams,
             repetition_penalty=decoding.repetition_penalty,
             eos_token_id=[*self.stop_ids, *ends],
+            stopping_criteria=self._stoppers.get(tuple(stops)),
             streamer=streamer,
             **sampling,
         )

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from align.cli import load_yaml, refuse_other_config, run, to_recipe
@@ -36,9 +37,10 @@ from mllm.config import FinetuneConfig
 from mllm.conversations import open_conversations
 from mllm.data import ConversationDataset, EpochPlan, build_index
 from mllm.export import export
-from mllm.flops import StepCost, peak_tflops, predicted_bytes, step_cost
+from mllm.flops import StepCost, image_flops, peak_tflops, predicted_bytes, step_cost
+from mllm.modeling import SailLlavaConfig
 from mllm.parts import Lora, part_table, prepare_parts, trained_tensors
-from mllm.saving import load_mllm
+from mllm.saving import load_mllm, require_mllm
 from mllm.trainer import MicroBatches, SailTrainer, Watch, newest_committed, remove_uncommitted
 
 STAGES = ("pretrain", "instruct")
@@ -68,13 +70,25 @@ def deepspeed_settings(name: str | None) -> str | None:
     return str(path)
 
 
+def accumulation(config: FinetuneConfig) -> int:
+    """Return how many micro-batches of a process make a step, from the number of processes that the launcher announces."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % (config.micro_batch_size * world):
+        raise UsageError(
+            f"--batch-size {config.batch_size} is not a multiple of {config.micro_batch_size} rows x {world} process(es); "
+            "change --micro-batch-size"
+        )
+    return config.batch_size // (config.micro_batch_size * world)
+
+
 def arguments(config: FinetuneConfig, steps: int, precision: str) -> TrainingArguments:
     """Return Trainer's own settings; making them starts the process group, and zero.Init if ZeRO-3 is asked for."""
     cpu = not torch.cuda.is_available()
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=config.output,
         max_steps=steps,
         per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=accumulation(config),
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
@@ -94,6 +108,11 @@ def arguments(config: FinetuneConfig, steps: int, precision: str) -> TrainingArg
         ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,
     )
+    if config.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if cpu else None)  # zero.Init must know the number of processes
+    return settings
 
 
 def make_optimizer(config: FinetuneConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -174,7 +193,10 @@ def main(config: FinetuneConfig) -> None:
     disable_progress_bar()
     set_verbosity_error()
     precision = resolve_precision(config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = arguments(config, config.steps or 1, precision)  # first: it starts the process group
+    rates = config.learning_rates()
+    require_mllm(Path(config.model))
+    image = image_flops(SailLlavaConfig.from_pretrained(config.model), rates)
+    settings = arguments(config, config.steps or 1, precision)  # before the model: it starts the process group
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     rank, world = settings.process_index, settings.world_size
     console = Console(quiet=rank != 0, soft_wrap=True, highlight=False)
@@ -183,7 +205,6 @@ def main(config: FinetuneConfig) -> None:
     half = precision == "bf16"
     model, processor = load_mllm(Path(config.model), dtype=torch.bfloat16 if half and config.deepspeed else torch.float32)
     model.config.text_config.use_cache = False  # a cache would hide the restarts of position ids from packed rows
-    rates = config.learning_rates()
     lora = Lora(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank, config.lora_dropout) if config.lora_rank else None
     prepared = prepare_parts(model, rates, lora, config.seed)
     if half and not config.deepspeed:
@@ -195,18 +216,15 @@ def main(config: FinetuneConfig) -> None:
     cache = Path(config.cache) if config.cache else folder / "cache"
     with settings.main_process_first(desc="index of the data"):
         conversations = open_conversations(config.data, config.image_root, cache)
-        index = build_index(conversations, chat, config.max_length, cache=cache, max_reject_fraction=config.max_reject_fraction)
+        index = build_index(
+            conversations, chat, config.max_length, cache=cache, max_reject_fraction=config.max_reject_fraction, workers=config.workers
+        )
     plan = EpochPlan(index, config.batch_size, packing=config.packing, seed=config.seed)
     probe = MicroBatches(plan.batches, 1, config.micro_batch_size, rank, world)
     steps = config.steps or max(1, round(config.epochs * probe.per_epoch))
-    settings.max_steps, settings.gradient_accumulation_steps = steps, probe.accumulate
+    settings.max_steps = steps
     micro_batches = MicroBatches(plan.batches, steps, config.micro_batch_size, rank, world)
-    if config.batch_size % (config.micro_batch_size * world):
-        raise UsageError(
-            f"--batch-size {config.batch_size} is not a multiple of {config.micro_batch_size} rows x {world} process(es); "
-            "change --micro-batch-size"
-        )
-    cost = step_cost(prepared)
+    cost = step_cost(prepared, image)
     show_parts(console, part_table(prepared, rates))
     pieces = f"{micro_batches.accumulate} x {config.micro_batch_size} x {world} process(es)"
     console.print(f"{index.summary()}; {steps} steps of {config.batch_size} ({pieces})")
@@ -259,6 +277,8 @@ def export_run(config: FinetuneConfig, trainer: SailTrainer, finished: Path | No
         trainer.train(resume_from_checkpoint=str(finished))  # loads the weights; there is no step left
     assert trainer.model is not None
     tensors = trained_tensors(trainer.model)
+    if config.deepspeed:
+        unset_hf_deepspeed_config()  # or the model that is exported would be partitioned again
     if trainer.is_world_process_zero():
         export(Path(config.model), tensors, config.learning_rates(), lora, folder)
     trainer.accelerator.wait_for_everyone()

@@ -32,8 +32,8 @@ class StepCost:
         return self.token * sum(listed) + self.pair * sum(length**2 for length in listed) + self.label * labels + self.image * images
 
 
-def step_cost(model: nn.Module) -> StepCost:
-    """Return what training `model` costs, given which of its parameters have gradients.
+def step_cost(model: nn.Module, image: float) -> StepCost:
+    """Return what training `model` costs, given which of its parameters have gradients, and `image` from `image_flops`.
 
     Attention counts all L^2 pairs, as is usual, though half of them are masked.
     """
@@ -45,20 +45,22 @@ def step_cost(model: nn.Module) -> StepCost:
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     pair = 3 * 4.0 * heads * width * text.num_hidden_layers  # QK^T and AV, forward and twice backward
     label = 2.0 * _entries(inner.lm_head.weight) * (2 + inner.lm_head.weight.requires_grad)
-    return StepCost(token, pair, label, _image_flops(inner.config, {name: p.requires_grad for name, p in inner.model.named_parameters()}))
+    return StepCost(token, pair, label, image)
 
 
-def _image_flops(config: SailLlavaConfig, trained: Mapping[str, bool]) -> float:
-    """Return the exact FLOPs of one image through tower, head and projector, counted on a model without memory."""
+def image_flops(config: SailLlavaConfig, rates: Mapping[str, float]) -> float:
+    """Return the exact FLOPs of one image through tower, head and projector, counted on a model without memory.
+
+    Call it before DeepSpeed's ZeRO-3 is set up, which would want to partition that model.
+    """
     slim = SailLlavaConfig.from_dict(config.to_dict())
     slim.text_config.num_hidden_layers = 1
     with torch.device("meta"):
         shadow = SailLlavaModel(slim)
         pixels = torch.zeros(1, 3, *(config.sail_image_size or ()))
-    for name, parameter in shadow.named_parameters():
-        wrapped = name.replace("multi_modal_projector.", "multi_modal_projector.modules_to_save.default.")
-        wrapped = wrapped.replace("sail_head.", "sail_head.modules_to_save.default.")
-        parameter.requires_grad_(trained.get(wrapped, trained.get(name, False)))
+    shadow.vision_tower.requires_grad_(rates["vision"] > 0)
+    shadow.sail_head.requires_grad_(rates["head"] > 0)
+    shadow.multi_modal_projector.requires_grad_(rates["projector"] > 0)
     shadow.train()
     with FlopCounterMode(display=False) as counter:
         features = shadow.multi_modal_projector(shadow.get_patch_features(pixels))

@@ -5,7 +5,7 @@ import torch
 from tiny_mllm import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.flops import step_cost
+from mllm.flops import image_flops, step_cost
 from mllm.parts import Lora, prepare_parts
 
 
@@ -14,7 +14,8 @@ from mllm.parts import Lora, prepare_parts
 def test_a_step_costs_what_torch_counts(kind, rates, lora):
     model, _ = tiny_model(kind)
     model.set_attn_implementation("eager")
-    prepared = prepare_parts(model, dict(zip(("projector", "head", "llm", "vision"), rates, strict=True)), lora, seed=0).train()
+    rates = dict(zip(("projector", "head", "llm", "vision"), rates, strict=True))
+    prepared = prepare_parts(model, rates, lora, seed=0).train()
     tokens = model.config.image_tokens()
     ids = torch.cat([torch.full((1, tokens), model.config.image_token_id), torch.arange(30)[None]], dim=1)
     labels = ids.clone()
@@ -23,5 +24,5 @@ def test_a_step_costs_what_torch_counts(kind, rates, lora):
     with FlopCounterMode(display=False) as counter:
         prepared(input_ids=ids, pixel_values=pixels, labels=labels, attention_mask=torch.ones_like(ids)).loss.backward()
     counted = counter.get_total_flops()
-    predicted = step_cost(prepared).flops([ids.shape[1]], 20, 1)
+    predicted = step_cost(prepared, image_flops(model.config, rates)).flops([ids.shape[1]], 20, 1)
     assert predicted == pytest.approx(counted, rel=0.03)
