@@ -38,6 +38,12 @@ class UpgradeConfig:
     """Average the patches onto this many rows and columns: fewer visual tokens. None: one token a patch."""
     template: Literal["auto", "plain", "vicuna_v1", "chatml", "own"] = "auto"
     """Chat template: auto keeps the tokenizer's own if it has one, else vicuna_v1; own fails if there is none."""
+    captions: tuple[str, ...] = ()
+    """Conversation files of captioned images: start the projector in closed form from them instead of at random."""
+    image_root: str | None = None
+    """Folder that the captions' image paths start from. None: the folder of each file."""
+    caption_rows: int = 20_000
+    """How many rows of --captions are used."""
     gguf_file: str | None = None
     """File name of GGUF weights inside --llm, converted once to plain safetensors."""
     revision: str | None = None
@@ -140,7 +146,7 @@ class FinetuneConfig:
     """Learning rate of the vision encoder. None: 0 in pretrain, 2e-5 in instruct (LoRA: 0)."""
     lora_rank: int = 0
     """Rank of LoRA adapters on every linear layer of the LLM; 0: none."""
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     """Scale of the adapters. None: twice the rank."""
     lora_dropout: float = 0.0
     """Dropout in front of the adapters."""

@@ -205,7 +205,7 @@ def main(config: FinetuneConfig) -> None:
     half = precision == "bf16"
     model, processor = load_mllm(Path(config.model), dtype=torch.bfloat16 if half and config.deepspeed else torch.float32)
     model.config.text_config.use_cache = False  # a cache would hide the restarts of position ids from packed rows
-    lora = Lora(config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank, config.lora_dropout) if config.lora_rank else None
+    lora = Lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout) if config.lora_rank else None
     prepared = prepare_parts(model, rates, lora, config.seed)
     if half and not config.deepspeed:
         for parameter in prepared.parameters():

@@ -22,7 +22,7 @@ class Lora:
     """Adapters on every linear layer of the LLM."""
 
     rank: int
-    alpha: float
+    alpha: int
     dropout: float = 0.0
 
 
@@ -72,7 +72,7 @@ def prepare_parts(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws the adapters' weights from the global generator
-        return get_peft_model(model, settings)  # type: ignore[arg-type]
+        return get_peft_model(model, settings)
 
 
 def optimizer_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:

@@ -84,9 +84,10 @@ class SailTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of this process's own micro-batches; Trainer skips finished ones on resume without reading them."""
         workers = self.args.dataloader_num_workers
+        dataset: Any = self.train_dataset
         return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.micro_batches,  # type: ignore[arg-type]
+            dataset,
+            batch_sampler=self.micro_batches,
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.device.type == "cuda",

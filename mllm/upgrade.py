@@ -3,24 +3,34 @@
     python mllm/upgrade.py --llm embedded:smollm2-135m --sail runs/quickstart/train --output runs/mllm-init
     python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --sail-head random --output runs/control
     python mllm/upgrade.py --llava llava-hf/llava-1.5-7b-hf --sail runs/mine --output runs/llava-sail
+    python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --captions captions.jsonl     # projector solved, not random
     python mllm/upgrade.py --llm models/smollm2 --gguf-file model.gguf --vision facebook/dinov2-small --sail-head none
 
 The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelForImageTextToText and trust_remote_code=True.
 """
 
+import tempfile
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from align.cli import run, to_recipe
 from align.files import atomic_bytes
-from align.hardware import use_cores
+from align.hardware import reuse_freed_memory, use_cores
 from align.runs import add_launch
 from mllm.assembly import Part, assemble
 from mllm.config import UpgradeConfig
+from mllm.conversations import open_conversations
+from mllm.modeling import SailLlavaForConditionalGeneration
+from mllm.processing import SailLlavaProcessor
 from mllm.saving import require_free_place, save_mllm
+from mllm.warmstart import fit_projector
+
+PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def report_table(parts: list[Part]) -> Table:
@@ -35,8 +45,23 @@ def report_table(parts: list[Part]) -> Table:
     return table
 
 
+def warm_start(config: UpgradeConfig, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, console: Console) -> None:
+    """Solve the projector from captioned images and say how well it fits."""
+    with tempfile.TemporaryDirectory() as cache, Progress(*PROGRESS, console=console) as bar:
+        conversations = open_conversations(config.captions, config.image_root, Path(cache), seed=config.seed)
+        show = partial(bar.update, bar.add_task("images", total=None))
+        fit = fit_projector(
+            model, processor, conversations, config.caption_rows, config.seed, lambda done, total: show(completed=done, total=total)
+        )
+    console.print(
+        f"projector solved from {fit.images} captioned images ({fit.rejected} unusable); of {fit.held_out} held-out images "
+        f"{fit.found:.0%} are nearest to their own caption's words"
+    )
+
+
 def main(config: UpgradeConfig) -> None:
     """Open the parts, join them, save the model and say what was kept."""
+    reuse_freed_memory()
     use_cores(1)
     disable_progress_bar()  # of transformers, for every file it reads and writes
     console = Console(soft_wrap=True, highlight=False)
@@ -48,6 +73,8 @@ def main(config: UpgradeConfig) -> None:
         image_size=config.image_size, grid=config.grid, template=config.template, gguf_file=config.gguf_file,
         revision=config.revision, seed=config.seed,
     )  # fmt: skip
+    if config.captions:
+        warm_start(config, model, processor, console)
     save_mllm(model, processor, folder)
     atomic_bytes(folder / "config.yaml", to_recipe(config, "upgrade").encode())
     add_launch(folder, {"parts": [vars(part) for part in parts]})

@@ -191,12 +191,12 @@ def test_lora_merged_and_exported_equals_the_trained_model(world, forked, tmp_pa
 def test_trained_tensors_go_in_and_out_exactly():
     model, _ = tiny_model(seed=1)
     rates = {"projector": 1.0, "head": 1.0, "llm": 1.0, "vision": 0.0}
-    one = prepare_parts(model, rates, Lora(2, 4.0), seed=0)
+    one = prepare_parts(model, rates, Lora(2, 4), seed=0)
     with torch.no_grad():
         for parameter in one.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-    other = prepare_parts(tiny_model(seed=1)[0], rates, Lora(2, 4.0), seed=5)
+    other = prepare_parts(tiny_model(seed=1)[0], rates, Lora(2, 4), seed=5)
     load_trained(other, trained_tensors(one), "here")
     inputs = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_trained_tensors_go_in_and_out_exactly():
 
 
 def test_every_parameter_belongs_to_one_part():
-    for lora in (None, Lora(2, 4.0)):
+    for lora in (None, Lora(2, 4)):
         model, _ = tiny_model(tie=True)
         prepared = prepare_parts(model, dict.fromkeys(("projector", "head", "llm", "vision"), 1.0), lora, seed=0)
         named = [name for listed in parameters_of(prepared).values() for name, _ in listed]

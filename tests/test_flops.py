@@ -10,7 +10,7 @@ from mllm.parts import Lora, prepare_parts
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "resnet"])
-@pytest.mark.parametrize(("rates", "lora"), [((1, 1, 1, 1), None), ((1, 0, 0, 0), None), ((1, 1, 1, 0), Lora(4, 8.0))])
+@pytest.mark.parametrize(("rates", "lora"), [((1, 1, 1, 1), None), ((1, 0, 0, 0), None), ((1, 1, 1, 0), Lora(4, 8))])
 def test_a_step_costs_what_torch_counts(kind, rates, lora):
     model, _ = tiny_model(kind)
     model.set_attn_implementation("eager")

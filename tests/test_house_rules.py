@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.metadata
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,14 +12,22 @@ import pytest
 
 from align import cli
 from align.config import EncodeConfig, PrepareConfig, TrainConfig
-from eval.config import EvalConfig, ReportConfig
+from eval.config import EvalConfig, LmmsConfig, ReportConfig
+from mllm.config import ChatConfig, CheckConfig, FinetuneConfig, UpgradeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"align": (), "mllm": ("align",), "eval": ("align", "mllm")}
-ENTRIES = {"align/encode.py", "align/train.py", "align/prepare.py", "eval/run.py", "eval/report.py"}
-CONFIGS = {"prepare": PrepareConfig, "encode": EncodeConfig, "train": TrainConfig, "eval": EvalConfig, "report": ReportConfig}
+ENTRIES = {
+    *("align/encode.py", "align/train.py", "align/prepare.py", "eval/run.py", "eval/report.py", "eval/lmms.py"),
+    *("mllm/upgrade.py", "mllm/check.py", "mllm/finetune.py", "mllm/chat_cli.py"),
+}
+CONFIGS = {
+    "prepare": PrepareConfig, "encode": EncodeConfig, "train": TrainConfig, "eval": EvalConfig, "report": ReportConfig,
+    "lmms": LmmsConfig, "upgrade": UpgradeConfig, "check": CheckConfig, "pretrain": FinetuneConfig, "instruct": FinetuneConfig,
+    "chat": ChatConfig,
+}  # fmt: skip
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-RECIPES = sorted((ROOT / "align" / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for package in ("align", "mllm") for path in (ROOT / package / "recipes").glob("*.yaml"))
 
 
 def imports_of(path):
@@ -59,8 +68,10 @@ def test_every_config_field_is_documented_and_read(section):
     kind = CONFIGS[section]
     source = "\n".join(path.read_text() for path in FILES if path.name != "config.py")
     definition = (ROOT / Path(*kind.__module__.split("."))).with_suffix(".py").read_text()
+    methods = "".join(inspect.getsource(value) for name, value in vars(kind).items() if inspect.isfunction(value) and name[:2] != "__")
     for field in dataclasses.fields(kind):
-        assert re.search(rf"config\.{field.name}\b", source), f"{kind.__name__}.{field.name} is never read"
+        used = re.search(rf"config\.{field.name}\b", source) or re.search(rf"self\.{field.name}\b", methods)
+        assert used, f"{kind.__name__}.{field.name} is never read"
         assert re.search(rf'^    {field.name}: .*\n    """', definition, re.MULTILINE), f"{kind.__name__}.{field.name} has no description"
     assert dataclasses.fields(kind) and kind.__dataclass_params__.frozen
 
@@ -71,8 +82,11 @@ def test_every_recipe_parses_and_says_its_command(recipe):
     for section in sections:
         config = cli.parse(CONFIGS[section], section, ["--config", str(recipe)])
         assert dataclasses.is_dataclass(config)
+        assert section not in ("pretrain", "instruct") or config.stage == section
     header = recipe.read_text().split("\n\n")[0]
-    assert header.startswith("#") and f"--config align/recipes/{recipe.name}" in header, "the header shows the command"
+    assert header.startswith("#") and f"--config {recipe.parent.parent.name}/recipes/{recipe.name}" in header, (
+        "the header shows the command"
+    )
 
 
 def test_there_are_recipes():

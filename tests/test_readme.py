@@ -1,5 +1,6 @@
 """What README says is true: its commands parse, its numbers have an origin, its files exist."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 
 from align import cli
 from align.config import EncodeConfig, PrepareConfig, TrainConfig
-from eval.config import EvalConfig
+from eval.config import EvalConfig, LmmsConfig
 from eval.tasks import find_task
+from mllm.config import ChatConfig, CheckConfig, FinetuneConfig, UpgradeConfig
+from mllm.finetune import section
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,6 +21,11 @@ CONFIGS = {
     "align/encode.py": ("encode", EncodeConfig),
     "align/train.py": ("train", TrainConfig),
     "eval/run.py": ("eval", EvalConfig),
+    "eval/lmms.py": ("lmms", LmmsConfig),
+    "mllm/upgrade.py": ("upgrade", UpgradeConfig),
+    "mllm/check.py": ("check", CheckConfig),
+    "mllm/finetune.py": (section, FinetuneConfig),
+    "mllm/chat_cli.py": ("chat", ChatConfig),
 }
 
 
@@ -26,15 +34,13 @@ def commands(text):
     joined = re.sub(r"\\\n\s*#?\s*", " ", text)
     for line in joined.splitlines():
         words = line.strip("# ").split("  (")[0]
-        match = re.search(r"((?:align|eval)/\w+\.py)\s+(--.*)", words)
+        match = re.search(r"((?:align|eval|mllm)/\w+\.py)\s+(--.*)", words)
         if match and match.group(1) in CONFIGS and "..." not in words and "`" not in words:
             yield match.group(1), shlex.split(match.group(2).replace("<commit>", "0" * 40), comments=True)
 
 
-DOCUMENTED = [*commands(README), *(c for path in sorted((ROOT / "align/recipes").glob("*.yaml")) for c in commands(path.read_text()))]
-DOCUMENTED += [
-    c for path in ("align/encode.py", "align/train.py", "align/prepare.py", "eval/run.py") for c in commands((ROOT / path).read_text())
-]
+DOCUMENTED = [*commands(README), *(c for path in sorted(ROOT.glob("*/recipes/*.yaml")) for c in commands(path.read_text()))]
+DOCUMENTED += [c for path in CONFIGS for c in commands(ast.get_docstring(ast.parse((ROOT / path).read_text())))]
 
 
 def test_there_are_commands_to_check():
@@ -44,12 +50,13 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(("entry", "flags"), DOCUMENTED, ids=lambda value: value if isinstance(value, str) else None)
 def test_documented_commands_parse(entry, flags, monkeypatch):
     monkeypatch.chdir(ROOT)
-    section, kind = CONFIGS[entry]
+    name, kind = CONFIGS[entry]
     if "--config" in flags and not Path(flags[flags.index("--config") + 1]).exists():
         at = flags.index("--config")
         assert flags[at + 1] == "recipe.yaml", "a made-up recipe is called recipe.yaml"
-        flags = ["--config", "align/recipes/quickstart.yaml", *flags[:at], *flags[at + 2 :]]
-    assert isinstance(cli.parse(kind, section, flags), kind)
+        package = "mllm" if entry.startswith("mllm/") else "align"
+        flags = ["--config", f"{package}/recipes/quickstart.yaml", *flags[:at], *flags[at + 2 :]]
+    assert isinstance(cli.parse(kind, name if isinstance(name, str) else name(flags), flags), kind)
 
 
 def test_make_targets_of_the_readme_exist():
