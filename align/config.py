@@ -34,6 +34,8 @@ class PrepareConfig:
     """Scenes with questions, answers and a caption each, to tune an MLLM on. 0: none."""
     mllm_test: int = 0
     """Scenes whose questions test an MLLM. 0: none."""
+    mllm_sprites: int = 0
+    """How many of the training sprites the MLLM's scenes show, drawn by the seed (more include fewer). 0: all."""
     image_size: int = 224
     """Side of the square pictures, in pixels."""
     seed: int = 0
@@ -62,6 +64,8 @@ class PrepareConfig:
         ):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        few = "is 0 (all) or at least 16: scenes need sprites whose names share no word"
+        _check(self.mllm_sprites == 0 or self.mllm_sprites >= 16, f"--mllm-sprites {self.mllm_sprites}", few)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from align.config import EncodeConfig
 from align.encoders import VisionEncoder, load_vision_encoder
 from align.errors import UsageError
 from align.extract import Extraction, Stopping
-from align.files import human_bytes, remove_temporaries
+from align.files import human_bytes, remove_temporaries, require_free
 from align.gate import Limits
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
@@ -83,10 +83,9 @@ def main(config: EncodeConfig) -> None:
         batch_size=config.batch_size, text_batch_size=config.text_batch_size, workers=config.workers,
         limits=Limits(max_pixels=config.max_pixels), stopping=Stopping(config.max_reject_fraction, config.max_rejects_in_a_row),
     )  # fmt: skip
-    missing = sum(not all(writer.done(shard) for writer in job.writers) for shard in range(len(chosen.shards)))
-    size = human_bytes(sum(writer.predicted_bytes() for writer in job.writers))
+    size = job.predicted_bytes()
     console.print(
-        f"{chosen.rows} samples in {len(chosen.shards)} shards, {missing} to encode ({size}) "
+        f"{chosen.rows} samples in {len(chosen.shards)} shards, {len(job.pending())} to encode ({human_bytes(size)}) "
         f"into {config.output}, on {state.num_processes} process(es)"
     )
     if config.verify:
@@ -94,8 +93,7 @@ def main(config: EncodeConfig) -> None:
             FeatureStore(writer.folder).verify()
             console.print(f"{writer.folder}: every byte as committed")
         return
-    for writer in job.writers:
-        writer.require_space()
+    require_free(Path(config.output), size)  # all stores together
     if config.dry_run:
         return
     names = [config.job or f"run-{uuid.uuid4().hex[:8]}"]
@@ -106,14 +104,14 @@ def main(config: EncodeConfig) -> None:
             for writer in job.writers:
                 writer.clean()
         state.wait_for_everyone()
-        rows = sum(n for shard, n in enumerate(chosen.lengths) if not all(writer.done(shard) for writer in job.writers))
+        rows = sum(chosen.lengths[shard] for shard in job.pending())
         meter = Meter(console, "encoded samples", rows, state.num_processes)
         job.run(lease, meter)
         meter(job.progress, last=True)
         state.wait_for_everyone()
     if not state.is_main_process:
         return
-    if any(not writer.done(shard) for writer in job.writers for shard in range(len(chosen.shards))):
+    if job.pending():
         if config.job is None:
             raise UsageError(f"{config.output}: some shards are not committed; run the same command again")
         console.print("this worker is done; other workers of the job still have shards")

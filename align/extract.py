@@ -159,6 +159,14 @@ class Extraction:
         """The stores of this job."""
         return [*([self.image_writer] if self.image_writer else []), *self.caption_writers.values()]
 
+    def pending(self) -> list[int]:
+        """Return the shards that some store has not committed yet."""
+        return [shard for shard in range(len(self.plan.shards)) if not all(writer.done(shard) for writer in self.writers)]
+
+    def predicted_bytes(self) -> int:
+        """Return the space that all stores together still need."""
+        return sum(writer.predicted_bytes() for writer in self.writers)
+
     def run(self, lease: Lease, report: Callable[[Progress], None] = lambda progress: None) -> None:
         """Encode and commit every shard that no living worker of the job has claimed; `report` is called after each batch."""
         loader = DataLoader(

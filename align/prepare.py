@@ -11,6 +11,7 @@ Written below --output:
     tasks/sprites-unseen/        the same with sprites that are in no training picture or caption
     tasks/sprites-retrieval/     images/ and retrieval.jsonl: key, image, captions [short, long]
     mllm/                        with --mllm-pretrain, --mllm-instruct, --mllm-test: stage two, again other scenes of the same sprites
+                                 (of some of them with --mllm-sprites)
         images/, pretrain.json, instruct.json    LLaVA's format: captions, conversations; image paths are relative to mllm/
         yesno.parquet, open.parquet, caption.parquet    test questions: id, image (bytes, path), question, answer, kind
     COMMIT.json                  settings and hashes, written last
@@ -28,7 +29,7 @@ import shutil
 import tarfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from align import cli
@@ -45,7 +47,7 @@ from align.errors import DataError, LeaseError, UsageError
 from align.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
 from align.llava_format import conversation_row, question_row, write_conversations, write_questions
 from align.questions import Question, Shown, conversations, single_questions
-from align.scenes import SpriteScenes, read_sprites, split_sprites
+from align.scenes import Sprite, SpriteScenes, read_sprites, split_sprites
 
 FORMAT = 1
 SCENES_PER_TAR = 1000
@@ -78,6 +80,7 @@ class World:
     size: int
     held_out: int
     per_class: int
+    mllm_sprites: int = 0  # 0: all
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,21 @@ class Rendered:
     shown: Shown | None = None
 
 
+def mllm_subset(sprites: Sequence[Sprite], world: World) -> list[Sprite]:
+    """Return the training sprites that stage two shows: the first `mllm_sprites` of a permutation by the seed, or all; UsageError if fewer.
+
+    A larger subset holds a smaller one of the same seed and held-out sprites.
+    """
+    if not world.mllm_sprites:
+        return list(sprites)
+    if world.mllm_sprites > len(sprites):
+        raise UsageError(
+            f"--mllm-sprites is {world.mllm_sprites}, but scenes of the training data show {len(sprites)} sprites; ask for fewer"
+        )
+    rng = np.random.Generator(np.random.Philox(key=[world.seed, 0], counter=[0, 0, 3, 9]))
+    return [sprites[int(number)] for number in rng.permutation(len(sprites))[: world.mllm_sprites]]
+
+
 @lru_cache(maxsize=4)
 def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
     """Return the scene generator of a part and, for the classification tasks, its class names in order (else nothing)."""
@@ -112,7 +130,8 @@ def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
     elif part == "seen":
         sprites = split_sprites(sprites, world.seed + 1, world.held_out)[1]
     else:
-        return SpriteScenes(folder, world.seed, world.size, sprites), []
+        shown = mllm_subset(sprites, world) if part.startswith("mllm") else sprites
+        return SpriteScenes(folder, world.seed, world.size, shown), []
     return SpriteScenes(folder, world.seed, world.size, sprites, max_objects=1), sorted(sprite.name for sprite in sprites)
 
 
@@ -152,6 +171,8 @@ def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
     """Return what the written bytes depend on, as JSON values."""
     names = ("train", "val", "retrieval", "held_out", "per_class", "image_size", "seed")
     stage_two = {name: getattr(config, name) for name in PARTS if name.startswith("mllm") and getattr(config, name)}
+    if stage_two and config.mllm_sprites:
+        stage_two["mllm_sprites"] = config.mllm_sprites
     chosen = {name: getattr(config, name) for name in names} | stage_two
     return {**chosen, "sprites": hash_file(sprites / "sprites.json"), "format": FORMAT}
 
@@ -315,6 +336,8 @@ def main(config: PrepareConfig) -> None:
     if config.assets_only:
         return
     output, wanted = Path(config.output), settings(config, sprites)
+    world = World(str(sprites), config.seed, config.image_size, config.held_out, config.per_class, wanted.get("mllm_sprites", 0))
+    mllm_subset(split_sprites(read_sprites(sprites), config.seed, config.held_out)[0], world)  # before hours of rendering
     if is_done(output, wanted):
         print(f"{output} is complete and verified; nothing to do")
         return
@@ -323,7 +346,6 @@ def main(config: PrepareConfig) -> None:
     stage_two = config.mllm_pretrain, config.mllm_instruct, config.mllm_test
     scenes += config.mllm_pretrain + config.mllm_instruct + TEST_COPIES * config.mllm_test
     require_free(output.parent, scenes * BYTES_PER_SCENE)
-    world = World(str(sprites), config.seed, config.image_size, config.held_out, config.per_class)
     columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn())
     timing = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with only_writer(output) as folder, disk_full_named(folder):

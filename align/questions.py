@@ -11,22 +11,149 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from align.scenes import Scene, Sprite, name_words
 from align.wording import Box, article, relation, where
 
-# A sprite is said to be absent only if no sprite that is there could be taken for it or show it: other kinds, no shared word.
-ABSENT_GROUPS = {"person": ("food", "music"), "place": ("food", "music"), "face": ("animal", "food", "vehicle", "music")}
-ABSENT_ANY = ("animal", "food", "vehicle", "music")
-SEEN_INSIDE_OTHERS = (
+# Which kinds of sprites can be said to be absent from a picture that shows a kind; what a person may wear, hold or ride is not
+# among them, nor what may stand in a view. Shapes are in too many pictures to be absent from any.
+_ANYWHERE = frozenset({"food", "music"})
+_THINGS = _ANYWHERE | {"animal", "vehicle", "nature", "clothing", "object"}
+ABSENT_WITH = {
+    "animal": _THINGS | {"person", "place"},
+    "food": _THINGS | {"person", "place", "face", "body"},
+    "vehicle": _THINGS | {"person", "face", "body"},
+    "music": _THINGS | {"person", "place", "face", "body"},
+    "nature": frozenset({"animal", "food", "vehicle", "music", "nature", "clothing", "object", "person", "face", "body"}),
+    "clothing": _THINGS | {"person", "place", "face", "body"},
+    "object": frozenset({"animal", "food", "vehicle", "music", "object"}),
+    "body": frozenset({"animal", "food", "vehicle", "music", "object", "nature"}),
+    "shape": frozenset({"animal", "food", "vehicle", "music", "object", "person", "place"}),
+    "face": frozenset({"animal", "food", "vehicle", "music", "place"}),
+    "person": _ANYWHERE,
+    "place": _ANYWHERE,
+}
+LIKE_THEMSELVES = frozenset({"face", "person", "place", "body", "shape"})  # kinds whose sprites are hard to tell apart
+SEEN_INSIDE_OTHERS = (  # parts of names
     *("egg", "fish", "cheese", "horse", "donkey", "cherr", "pumpkin", "corn", "drum", "bird", "tangerine"),
     *("olive branch", "chestnut", "trumpet", "microbe"),  # with the dove, the chipmunk; like the postal horn, the petri dish
+    *("star", "sparkle", "flame", "leaf", "leaves", "rock", "droplet", "wave", "feather", "seedling", "cloud", "smoke", "bubbles"),
+    *("wheel", "gear", "hook", "ladder", "light", "seat", "window", "door", "chain", "hole", "knot", "ribbon", "brick", "key", "button"),
+    *("ball", "bell", "flag", "card", "paper", "stick", "box", "jar", "bucket", "basket", "ring", "battery", "banknote", "coin", "bone"),
 )
+# Of the sprites with a word of the same line, none is said to be absent where another one is.
+LOOKALIKES = (
+    *(
+        "dog poodle wolf fox raccoon badger skunk bear",
+        "cat tiger leopard lion",
+        "bear panda koala teddy sloth",
+        "monkey gorilla orangutan",
+    ),
+    *("mouse rat hamster rabbit chipmunk beaver hedgehog otter kangaroo", "horse donkey zebra unicorn moose deer llama camel giraffe"),
+    *("cow ox buffalo bison boar pig hippopotamus rhinoceros", "goat ewe ram llama deer", "elephant mammoth rhinoceros hippopotamus"),
+    *(
+        "bird duck swan goose dove eagle parrot owl turkey chicken rooster chick penguin flamingo peacock dodo",
+        "crab lobster shrimp scorpion",
+    ),
+    *("fish blowfish shark dolphin whale orca seal carp", "octopus squid jellyfish", "snail shell oyster", "worm caterpillar snake"),
+    *("ant honeybee beetle cockroach cricket ladybug mosquito housefly spider butterfly bat caterpillar", "bat bird eagle dragon"),
+    *("crocodile lizard dragon sauropod tyrannosaurus turtle frog snake", "web spider", "nest bird eggs", "mouse trackball"),
+    *(
+        "apple peach tomato tangerine cherries mango pear lemon melon",
+        "melon watermelon coconut kiwi avocado mango cucumber",
+        "grapes blueberries",
+    ),
+    *("bread baguette croissant bagel flatbread pretzel doughnut cookie", "sandwich burrito taco hamburger hot flatbread falafel tamale"),
+    *("cake cupcake shortcake pie custard pudding cream pancakes waffle butter", "cream ice candy lollipop dango oden skewer chocolate"),
+    *("bowl pot pan plate salad noodles fondue spaghetti curry rice food bento beans", "meat steak bacon leg chicken shrimp"),
+    *("cup glass glasses mug mugs bottle milk wine beer tea coffee cocktail drink champagne whiskey juice teapot amphora can mate shaker"),
+    *(
+        "broccoli vegetable cucumber pea pepper salad herbs",
+        "carrot pepper potato eggplant root",
+        "onion garlic ginger potato peanut beans",
+    ),
+    *("sushi rice dumpling falafel tamale cracker moon", "cup trophy urn alembic tube", "salt lotion bottle"),
+    *("car taxi ambulance bus minibus truck van trolleybus police vehicle rickshaw tractor engine pickup racing",),
+    *("train tram locomotive railway monorail metro rail cable trolleybus bus minibus", "ship boat ferry sailboat canoe speedboat raft"),
+    *(
+        "bicycle motorcycle scooter skateboard wheelchair",
+        "airplane helicopter rocket satellite saucer",
+        "rocket firecracker sparkler firework fireworks",
+    ),
+    *("guitar violin banjo harp", "trombone saxophone horn flute", "keyboard accordion piano computer", "score note notes musical"),
+    *("tree plant herbs cactus shamrock clover palm", "blossom flower rose tulip hyacinth lotus hibiscus sunflower bouquet rosette"),
+    *("moon planet sun globe earth comet", "cyclone tornado spiral", "rainbow ribbon", "lightning rain snow snowflake ice snowman"),
+    *(
+        "shoe boot sandal flip-flop flip flop shoes socks skate sneaker skis",
+        "bag bags handbag purse backpack briefcase suitcase clutch money",
+    ),
+    *(
+        "hat cap helmet crown graduation",
+        "glasses sunglasses goggles mask masks",
+        "blouse coat dress kimono sari t shirt vest swimsuit bikini uniform",
+    ),
+    *("jeans shorts briefs swimsuit bikini", "gemstone ice", "scarf necktie", "necklace beads string yarn thread"),
+    *("book books notebook ledger notepad bookmark page newspaper scroll score receipt calendar clipboard placard document newspaper",),
+    *(
+        "envelope letter mailbox postbox mail tray ballot",
+        "clock wristwatch stopwatch timer compass hourglass gauge",
+        "map globe picture framed",
+    ),
+    *("telephone phone pager receiver radio calculator", "computer laptop television screen desktop monitor videocassette"),
+    *(
+        "disc dvd minidisc floppy film videocassette compact",
+        "camera projector video film movie",
+        "microphone megaphone loudspeaker speaker",
+    ),
+    *(
+        "medal rosette coin sports trophy",
+        "knife dagger sword swords axe saw razor kitchen fork spoon",
+        "hammer axe wrench pick pickaxe screwdriver shovel",
+    ),
+    *(
+        "pen pencil crayon paintbrush brush toothbrush needle pin safety wand chopsticks pushpin cigarette",
+        "broom plunger mop shovel paintbrush",
+    ),
+    *(
+        "candle lamp lantern lamp flashlight firecracker",
+        "microscope telescope magnifying glass",
+        "syringe thermometer pill",
+        "bed couch chair bathtub toilet",
+    ),
+    *(
+        "umbrella parachute kite balloon lotus",
+        "sled skateboard skis slide",
+        "padlock purse handbag",
+        "bomb balloon globe crystal disco yo-yo yo",
+    ),
+    *(
+        "racket paddle bat lacrosse hockey cricket",
+        "bow arrow boomerang",
+        "ruler triangular level slider abacus",
+        "dolls doll teddy snowman statue nesting",
+    ),
+    *(
+        "shield badge label emblem amulet",
+        "cabinet file folder briefcase suitcase toolbox dividers chest",
+        "soap sponge razor lotion butter",
+    ),
+    *(
+        "balloon speech thought bubble",
+        "explosion collision fight confetti popper",
+        "anchor trident",
+        "headstone coffin urn",
+        "chart index ledger",
+    ),
+)
+_FAMILIES: dict[str, frozenset[int]] = {
+    word: frozenset(number for number, line in enumerate(LOOKALIKES) if word in line.split()) for word in " ".join(LOOKALIKES).split()
+}
 _SEVERAL = {"of", "and", "with", "couple", "family", "on", "in", "behind"}
 DESCRIBE = "Describe the picture."
-MOST_EXISTS = 3  # existence questions in one conversation
+MOST_EXISTS = 6  # existence questions in one conversation
 Pair = tuple[str, str, str]  # name, relation, name
 
 
@@ -57,12 +184,13 @@ class Question:
 
 
 def surely_absent(sprite: Sprite, sprites: Iterable[Sprite]) -> bool:
-    """Return whether nobody could find `sprite` in a picture of `sprites`."""
-    groups, words = set(ABSENT_ANY), set()
-    for other in sprites:
-        groups &= set(ABSENT_GROUPS.get(other.group, ABSENT_ANY)) - {other.group}
-        words |= name_words(other.name)
-    return sprite.group in groups and words.isdisjoint(name_words(sprite.name)) and _can_be_absent(sprite)
+    """Return whether nobody could find `sprite` in a picture of `sprites`.
+
+    Of a sprite's own kind, too, others can be absent, or a glance at the kind would be enough to answer: all that share no word with
+    it, are no look-alikes (LOOKALIKES) and are not of a kind whose sprites are hard to tell apart. A name that is often drawn into
+    other sprites (SEEN_INSIDE_OTHERS) is never said to be absent. Of other kinds, ABSENT_WITH tells which can be absent.
+    """
+    return _can_be_absent(sprite) and all(_clearly_other(sprite, other) for other in sprites)
 
 
 def is_one_thing(sprite: Sprite) -> bool:
@@ -73,33 +201,38 @@ def is_one_thing(sprite: Sprite) -> bool:
 def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
     """Return for each scene the turns of a conversation, the last of them its caption.
 
-    The order is drawn, but a turn that would tell the answer of another comes after it: existence before what names the sprite,
-    count before what makes sense with one or two only. Of relation, what and where, which tell of each other, a scene gets one kind.
-    Existence questions go on until the answer is yes or there are three, each yes or no with the same chance whatever came before.
+    Existence is asked about until every sprite of the scene that can be has been named, or six times; each answer is yes or no with
+    the same chance whatever came before, and names that are said to be absent are drawn from the other scenes. Of relation, what and
+    where, which tell of each other, a scene gets one kind (where with what if it shows one sprite only), and a sprite that is the
+    answer of a what question is not asked about. The order is drawn, but what would tell the answer of another turn comes after it: the
+    count first, as yes after yes would tell it, then existence, then what names the sprites. What remains: the count bounds how many
+    answers can still be yes, a place rules itself out for the next sprite, and the caption comes last and is told of by all.
     """
     rng = _generator(seed, 1)
-    own = [_own(scene, rng) for scene in scenes]
-    turns = _existence_until_yes(scenes, own, rng)
+    turns: list[list[Question]] = [[] for _ in scenes]
     related: list[tuple[int, Pair]] = []
     open_ended: list[tuple[int, Question]] = []
+    named: list[list[Sprite]] = []  # the sprites of each scene whose existence is asked about
     for number, scene in enumerate(scenes):
         open_ended += [(number, question) for question in _count(scene)]
-        affirmed = frozenset().union(*(turn.names for turn in turns[number]))
-        pair, places, chance = _pair(scene, affirmed, rng), _places(scene, rng), rng.random()
+        pair, places, chance = _pair(scene, rng), _places(scene, rng), rng.random()
+        hidden = None
         if pair is not None and chance < 0.4:
             related.append((number, pair))
-        elif pair is not None and len(scene.sprites) == 2 and (chance < 0.8 or not places):
+        elif pair is not None and len(scene.sprites) == 2 and (chance < 0.7 or not places):
             turns[number].append(_what(*pair))
+            hidden = pair[0]
         else:
-            if len(scene.sprites) == 1 and not affirmed:
+            if len(scene.sprites) == 1 and chance < 0.4:
                 turns[number].append(_what(scene.sprites[0].name))
-            open_ended += [(number, question) for question in places[: 2 if len(scene.sprites) > 2 else 1]]
+                hidden = scene.sprites[0].name
+            open_ended += [(number, question) for question in places[: max(1, len(scene.sprites) - 1)]]
+        named.append([scene.sprites[k] for k in rng.permutation(len(scene.sprites)) if scene.sprites[k].name != hidden])
+    for asked, existence in zip(turns, _existence(scenes, named, rng), strict=True):
+        asked += existence
     for number, question in [*_relations(related), *_capped(open_ended)]:
         turns[number].append(question)
-    rows = []
-    for number, asked in enumerate(turns):
-        rows.append([*_ordered(asked, own[number], rng), Question("caption", DESCRIBE, scenes[number].caption)])
-    return rows
+    return [[*_ordered(asked, rng), Question("caption", DESCRIBE, scene.caption)] for asked, scene in zip(turns, scenes, strict=True)]
 
 
 def single_questions(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
@@ -127,7 +260,7 @@ def single_questions(scenes: Sequence[Shown], seed: int) -> list[list[Question]]
     related: list[tuple[int, Pair]] = []
     open_ended: list[tuple[int, Question]] = []
     for number, scene in enumerate(scenes):
-        pair, places = _pair(scene, frozenset(), rng), _places(scene, rng)
+        pair, places = _pair(scene, rng), _places(scene, rng)
         if pair is not None:
             related.append((number, pair))
         if pair is not None and len(scene.sprites) == 2:
@@ -145,7 +278,17 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def _can_be_absent(sprite: Sprite) -> bool:
-    return sprite.group in ABSENT_ANY and not any(part in sprite.name for part in SEEN_INSIDE_OTHERS)
+    return sprite.group not in ("shape", "group") and not any(part in sprite.name for part in SEEN_INSIDE_OTHERS)
+
+
+@lru_cache(maxsize=1 << 20)
+def _clearly_other(sprite: Sprite, shown: Sprite) -> bool:
+    """Return whether `sprite` is neither what `shown` shows nor part of it, nor could be taken for it."""
+    if sprite.group not in ABSENT_WITH.get(shown.group, _ANYWHERE) or (sprite.group == shown.group and sprite.group in LIKE_THEMSELVES):
+        return False
+    words, others = name_words(sprite.name), name_words(shown.name)
+    families = frozenset().union(*(_FAMILIES.get(word, frozenset()) for word in words))
+    return words.isdisjoint(others) and families.isdisjoint(frozenset().union(*(_FAMILIES.get(word, frozenset()) for word in others)))
 
 
 def _own(scene: Shown, rng: np.random.Generator) -> Sprite | None:
@@ -156,7 +299,7 @@ def _own(scene: Shown, rng: np.random.Generator) -> Sprite | None:
 
 def _exists(sprite: Sprite, answer: str) -> Question:
     names = frozenset([sprite.name]) if answer == "yes" else frozenset()
-    return Question("exists", f"Is there {article(sprite.name)} in the picture?", answer, names)
+    return Question("exists", f"Is there {article(sprite.name)}?", answer, names)
 
 
 def _related(pair: Pair, answer: str) -> Question:
@@ -166,7 +309,7 @@ def _related(pair: Pair, answer: str) -> Question:
 
 
 def _what(first: str, said: str = "", second: str = "") -> Question:
-    question = f"What is {said} the {second}?" if second else "What is in the picture?"
+    question = f"What is {said} the {second}?" if second else "What is it?"
     return Question("what", question, first, frozenset([first, second] if second else [first]))
 
 
@@ -180,46 +323,52 @@ def _places(scene: Shown, rng: np.random.Generator) -> list[Question]:
 def _count(scene: Shown) -> list[Question]:
     if not all(is_one_thing(sprite) for sprite in scene.sprites):
         return []
-    return [Question("count", "How many objects are in the picture?", str(len(scene.sprites)))]
+    return [Question("count", "How many objects are there?", str(len(scene.sprites)))]
 
 
-def _pair(scene: Shown, affirmed: frozenset[str], rng: np.random.Generator) -> Pair | None:
-    """Return two sprites, drawn among those with a clear relation: one of the `affirmed` comes second, where a question names it."""
+def _pair(scene: Shown, rng: np.random.Generator) -> Pair | None:
+    """Return two sprites, drawn among those with a clear relation."""
     drawn = [int(number) for number in rng.permutation(len(scene.sprites))]
     for one, other in itertools.combinations(drawn, 2):
-        if scene.sprites[one].name in affirmed:
-            one, other = other, one
         said = relation(scene.boxes[one], scene.boxes[other])
         if said is not None:
             return scene.sprites[one].name, said, scene.sprites[other].name
     return None
 
 
-def _existence_until_yes(scenes: Sequence[Shown], own: Sequence[Sprite | None], rng: np.random.Generator) -> list[list[Question]]:
-    """Return the existence questions of each scene: a name that is asked about and there in one is asked about and absent in another."""
-    asked: list[list[Question]] = [[] for _ in scenes]
-    positive, free = [], []  # scenes whose own sprite is asked about; places for questions that are answered no
-    for number, sprite in enumerate(own):
-        draws = rng.random(MOST_EXISTS) < 0.5
-        if sprite is None:
-            continue
-        refusals = int(draws.argmax()) if draws.any() else MOST_EXISTS
-        free += [number] * refusals
-        if refusals < MOST_EXISTS:
-            positive.append(number)
-    affirmed = []
-    for number in positive:
-        sprite = own[number]
-        assert sprite is not None
+def _existence(scenes: Sequence[Shown], named: Sequence[Sequence[Sprite]], rng: np.random.Generator) -> list[list[Question]]:
+    """Return existence questions about the `named` sprites of each scene, in their order, and as many about absent ones.
+
+    A name that is asked about and there in one scene is asked about and absent in another; if no scene is left for that, it is not
+    asked about at all.
+    """
+    asked: list[list[Question | None]] = [[] for _ in scenes]
+    present: list[tuple[int, int, Sprite]] = []  # scene, place among its questions, sprite
+    free: list[tuple[int, int]] = []  # scene and place of questions that are answered no
+    often = {sprite: _often_absent(sprite, scenes) for sprite in dict.fromkeys(itertools.chain(*named))}
+    for number, sprites in enumerate(named):
+        left = [sprite for sprite in sprites if often[sprite]]
+        while left and len(asked[number]) < MOST_EXISTS:
+            if rng.random() < 0.5:
+                present.append((number, len(asked[number]), left.pop()))
+            else:
+                free.append((number, len(asked[number])))
+            asked[number].append(None)
+    free = [free[int(k)] for k in rng.permutation(len(free))]
+    for number, place, sprite in sorted(present, key=lambda item: often[item[2]]):  # those that fit in few places choose first
         question = _exists(sprite, "no")
-        fits = (k for k, other in enumerate(free) if question not in asked[other] and surely_absent(sprite, scenes[other].sprites))
-        place = next(fits, None)
-        if place is not None:
-            asked[free.pop(place)].append(question)
-            affirmed.append((number, _exists(sprite, "yes")))
-    for number, question in affirmed:
-        asked[number].append(question)
-    return asked
+        fits = (k for k, (other, _) in enumerate(free) if question not in asked[other] and surely_absent(sprite, scenes[other].sprites))
+        found = next(fits, None)
+        if found is not None:
+            other, gap = free.pop(found)
+            asked[other][gap] = question
+            asked[number][place] = _exists(sprite, "yes")
+    return [[question for question in questions if question is not None] for questions in asked]
+
+
+def _often_absent(sprite: Sprite, scenes: Sequence[Shown]) -> int:
+    """Return in how many scenes (of the first few hundred, which are enough to tell) the sprite is surely absent."""
+    return sum(surely_absent(sprite, scene.sprites) for scene in scenes[:300]) if _can_be_absent(sprite) else 0
 
 
 def _relations(found: Sequence[tuple[int, Pair]]) -> Iterable[tuple[int, Question]]:
@@ -245,21 +394,21 @@ def _capped(questions: Sequence[tuple[int, Question]]) -> Iterable[tuple[int, Qu
             yield number, question
 
 
-def _ordered(turns: Sequence[Question], own: Sprite | None, rng: np.random.Generator) -> list[Question]:
+def _ordered(turns: Sequence[Question], rng: np.random.Generator) -> list[Question]:
     """Return the turns in a drawn order in which none tells the answer of one that follows."""
     left, ordered = list(turns), []
     while left:
-        ready = [k for k, turn in enumerate(left) if not any(_tells(turn, other, own) for other in left if other is not turn)]
+        ready = [k for k, turn in enumerate(left) if not any(_tells(turn, other) for other in left if other is not turn)]
         exists = [k for k in ready if left[k].kind == "exists"]
         ready = [k for k in ready if k not in exists[1:]]  # these keep their order: they end with yes
         ordered.append(left.pop(ready[int(rng.integers(len(ready)))]))
     return ordered
 
 
-def _tells(earlier: Question, later: Question, own: Sprite | None) -> bool:
-    """Return whether `earlier`, with its answer, gives away the answer of `later` in a scene whose own sprite is `own`."""
+def _tells(earlier: Question, later: Question) -> bool:
+    """Return whether `earlier`, with its answer, may give away the answer of `later`."""
     if later.kind == "exists":  # whatever its answer, or the order would tell it
-        return earlier.kind != "exists" and own is not None and own.name in earlier.names
+        return earlier.kind != "exists" and bool(earlier.names)
     if later.kind == "count":
-        return earlier.kind in ("relation", "what")
-    return later.kind == "what" and later.answer in earlier.names and earlier.kind == "where"
+        return earlier.kind in ("exists", "relation", "what")
+    return later.kind == "what" and earlier.kind == "where"

@@ -34,7 +34,6 @@ from align.files import (
     human_bytes,
     read_json,
     remove_temporaries,
-    require_free,
 )
 
 FORMAT_VERSION = 1
@@ -155,10 +154,6 @@ class StoreWriter:
         """Return the space the missing shards need, from rows, width and 40 bytes a key."""
         missing = sum(not self.done(shard) for shard in range(self.header.shards))
         return int(self.header.rows * (2 * self.header.width + 40) * missing / max(1, self.header.shards))
-
-    def require_space(self) -> None:
-        """Raise DiskFullError unless the file system can take the missing shards."""
-        require_free(self.folder, self.predicted_bytes())
 
 
 def _flat(header: StoreHeader) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from align.errors import DataError, NonFiniteError
 from align.extract import Extraction, Progress, Stopping
-from align.files import atomic_bytes, hash_bytes
+from align.files import atomic_bytes, hash_bytes, require_free
 from align.lease import Lease
 from align.modeling import SailModel
 from align.store import FeatureStore, compare_fingerprints
@@ -62,7 +62,7 @@ class FeatureCache:
             with Lease(folder, f"eval-{os.getpid()}") as lease:
                 for writer in job.writers:
                     writer.clean()
-                    writer.require_space()
+                require_free(folder, job.predicted_bytes())
                 job.run(lease, report)
             job.finish()
             store = FeatureStore(folder / "images")

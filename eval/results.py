@@ -144,6 +144,22 @@ def merge_results(old: Results, new: Results) -> Results:
     )
 
 
+def generated_half(folder: Path, seed: int, confidence: float) -> Results | None:
+    """Return the part of the results in `folder` that eval/lmms.py wrote, or None; UsageError if it cannot share a page with new ones."""
+    if not (folder / RESULTS).is_file():
+        return None
+    old = load_results(folder)
+    tasks = tuple(task for task in old.tasks if task.kind == "generation")
+    if not tasks:
+        return None
+    if (old.seed, old.confidence) != (seed, confidence):
+        raise UsageError(
+            f"{folder} has generated answers with seed {old.seed} and confidence {old.confidence:g}; use these, or another --output"
+        )
+    names = {task.id for task in tasks}
+    return replace(old, tasks=tasks, entries=tuple(entry for entry in old.entries if entry.task in names))
+
+
 def _together(old: Sequence[Record], new: Sequence[Record], key: str, used: set[str]) -> tuple[Record, ...]:
     """Return the used records, those of `old` first and in their order, each in its newest version."""
     newest = {getattr(record, key): record for record in (*old, *new)}

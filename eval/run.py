@@ -37,7 +37,7 @@ from eval.examples import classification_examples, retrieval_examples, save_exam
 from eval.features import FeatureCache, aligned
 from eval.page import SHOWN_METRICS, shown_value, write_report
 from eval.prompts import prompt_set
-from eval.results import Entry, ModelRecord, Results, TaskRecord, save_answers, save_results
+from eval.results import Entry, ModelRecord, Results, TaskRecord, generated_half, merge_results, save_answers, save_results
 from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
 from eval.tasks import TASKS, TaskData, find_task, load_task, read_images
 from eval.zeroshot import (
@@ -238,12 +238,14 @@ def main(config: EvalConfig) -> None:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    answered = generated_half(output, config.seed, config.confidence)
     job = Measurement(config, open_models(config, device), console)
     for one in data:
         job.measure(one)
-    results = job.results()
+    measured = job.results()
+    results = merge_results(answered, measured) if answered else measured
     saved = save_results(output, results)
-    console.print(results_table(results))
+    console.print(results_table(measured))
     if config.report:
         began = time.monotonic()
         page = write_report(output, output, [Path(folder) for folder in config.train_runs])

@@ -36,8 +36,9 @@ class UpgradeConfig:
     """Side of the square input in pixels. None: the encoder's own."""
     grid: tuple[int, int] | None = None
     """Average the patches onto this many rows and columns: fewer visual tokens. None: one token a patch."""
-    template: Literal["auto", "plain", "vicuna_v1", "chatml", "own"] = "auto"
-    """Chat template: auto keeps the tokenizer's own if it has one, else vicuna_v1; own fails if there is none."""
+    template: Literal["auto", "plain", "vicuna_v1", "chatml", "brief", "own"] = "auto"
+    """Chat template: auto keeps the tokenizer's own if it has one, else vicuna_v1; own fails if there is none. brief has no words
+    for the roles, only lines of a question and its answer: for small LLMs and short answers."""
     captions: tuple[str, ...] = ()
     """Conversation files of captioned images: start the projector in closed form from them instead of at random."""
     image_root: str | None = None
@@ -73,7 +74,7 @@ class CheckConfig:
     output: str = "runs/check"
     """Folder for problems.jsonl, the length histogram and the index."""
     template: str | None = None
-    """Chat template instead of the model's: plain, vicuna_v1, chatml, own (the tokenizer's) or a .jinja file."""
+    """Chat template instead of the model's: plain, vicuna_v1, chatml, brief, own (the tokenizer's) or a .jinja file."""
     max_length: int = 2048
     """Tokens a row may have, visual tokens included."""
     workers: int = 2

@@ -67,7 +67,19 @@ _CHATML = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-TEMPLATES = {name: _CONTENT + body for name, body in (("plain", _PLAIN), ("vicuna_v1", _VICUNA), ("chatml", _CHATML))}
+# A question and its answer a line, no words for the roles: few tokens. The space before an answer is part of it, as tokenizers have
+# it, and no question ends with white space, or prompt and training row would be cut differently there.
+_BRIEF = """
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- ' ' + content_of(message) + eos_token -}}{%- endgeneration -%}{{- '\\n' -}}
+{%- elif message['role'] == 'system' -%}{{- content_of(message) + '\\n' -}}
+{%- else -%}{{- content_of(message).rstrip() -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+_BODIES = {"plain": _PLAIN, "vicuna_v1": _VICUNA, "chatml": _CHATML, "brief": _BRIEF}
+TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
 
 # Put before a template that knows only texts, so that it sees texts. Jinja drops the line break after the last tag.
 _FLATTEN = (
@@ -94,7 +106,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
         return TEMPLATES[template].replace("<image>", image_token)
     if template == "own":
         if not isinstance(tokenizer.chat_template, str):
-            raise UsageError("the tokenizer has no chat template of its own; use vicuna_v1, chatml or plain")
+            raise UsageError("the tokenizer has no chat template of its own; use vicuna_v1, chatml, brief or plain")
         template = tokenizer.chat_template
     elif template.endswith(".jinja") and Path(template).is_file():
         template = Path(template).read_text(encoding="utf-8")

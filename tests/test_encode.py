@@ -180,3 +180,12 @@ def test_a_second_job_is_refused_naming_the_holder_and_a_dead_one_is_taken_over(
     os.waitpid(holder, 0)
     with Lease(tmp_path / "store", "second") as lease:
         assert lease.claim(3)
+
+
+def test_space_is_asked_for_all_stores_together(world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("align.encode.require_free", lambda folder, size: asked.append((folder, size)))
+    encode(world, tmp_path / "out")
+    stores = [FeatureStore(path) for path in sorted((tmp_path / "out").iterdir()) if (path / "store.json").exists()]
+    assert len(asked) == 1 and len(stores) == 3 and asked[0][0] == tmp_path / "out"
+    assert asked[0][1] == pytest.approx(sum(store.header.rows * (2 * store.width + 40) for store in stores), abs=3)

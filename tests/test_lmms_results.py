@@ -23,7 +23,7 @@ from eval.examples import drawn_questions, save_thumbnail
 from eval.lmms_results import answers_table, majority_entry, model_record, read_run, run_entries, task_record
 from eval.metrics import wilson_interval
 from eval.page import write_report
-from eval.results import Entry, Results, load_answers, load_results, merge_results
+from eval.results import Entry, Results, generated_half, load_answers, load_results, merge_results, save_results
 from mllm.saving import save_mllm
 from mllm.templates import resolve_template
 
@@ -242,6 +242,20 @@ def test_both_halves_lie_in_one_file(halves):
     assert [model.name for model in both.models] == ["trained", "untrained", "majority", "chance", "MLLM trained"]
     assert both.command.splitlines() == [old.command, new.command] and both.versions == {**old.versions, **new.versions}
     assert merge_results(both, new) == both, "the same run again changes nothing"
+
+
+def test_measuring_the_zero_shot_half_again_keeps_the_answers(halves, tmp_path):
+    old, new = halves
+    assert generated_half(tmp_path, 0, 0.95) is None
+    save_results(tmp_path, old)
+    assert generated_half(tmp_path, 0, 0.95) is None
+    save_results(tmp_path, merge_results(old, new))
+    half = generated_half(tmp_path, 0, 0.95)
+    assert {task.kind for task in half.tasks} == {"generation"} and set(half.entries) == set(new.entries)
+    again = merge_results(half, replace(old, entries=old.entries[:2]))
+    assert set(again.entries) == {*new.entries, *old.entries[:2]}
+    with pytest.raises(UsageError, match="another --output"):
+        generated_half(tmp_path, 1, 0.95)
 
 
 def test_what_is_no_longer_comparable_goes(halves):
