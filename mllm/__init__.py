@@ -1,1 +1,1 @@
-"""Stage two: the aligned encoder inside a LLaVA-style MLLM (not built yet: see README, "What is not done")."""
+"""Stage two: the aligned encoder inside a LLaVA-style MLLM; put together, trained, saved and asked."""

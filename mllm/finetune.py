@@ -1,10 +1,10 @@
 """Train a multimodal LLM: pretrain the projector on captions, then tune everything on conversations.
 
-    deepspeed mllm/finetune.py --config mllm/recipes/llava_pretrain_sail_l.yaml
+    deepspeed mllm/finetune.py --config mllm/recipes/llava_sail_l.yaml --stage pretrain
     accelerate launch mllm/finetune.py --stage instruct --model runs/mine/pretrain/model --data llava_v1_5_mix665k.json \
         --image-root data --output runs/mine/instruct
-    torchrun --nproc_per_node 8 mllm/finetune.py --config mllm/recipes/llava_instruct_sail_l.yaml --deepspeed zero3
-    python mllm/finetune.py --config recipe.yaml --dry-run          # what is trained, memory, time; nothing trained
+    torchrun --nproc_per_node 8 mllm/finetune.py --config mllm/recipes/llava_sail_l.yaml --stage instruct --deepspeed zero3
+    python mllm/finetune.py --config mllm/recipes/quickstart.yaml --stage pretrain --dry-run   # memory and time; trains nothing
 
 Leaves in --output: model/ (opens anywhere), adapter/ (LoRA), checkpoint-N/, metrics.jsonl, speed.jsonl, tensorboard/,
 manifest.json, config.yaml. Killed at any moment, the same command goes on from the newest checkpoint that verifies. On SIGTERM
