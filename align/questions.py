@@ -27,23 +27,27 @@ ABSENT_WITH = {
     "food": _THINGS | {"person", "place", "face", "body"},
     "vehicle": _THINGS | {"person", "face", "body"},
     "music": _THINGS | {"person", "place", "face", "body"},
-    "nature": frozenset({"animal", "food", "vehicle", "music", "nature", "clothing", "object", "person", "face", "body"}),
+    "nature": _THINGS | {"person", "face", "body"},
     "clothing": _THINGS | {"person", "place", "face", "body"},
-    "object": frozenset({"animal", "food", "vehicle", "music", "object"}),
-    "body": frozenset({"animal", "food", "vehicle", "music", "object", "nature"}),
-    "shape": frozenset({"animal", "food", "vehicle", "music", "object", "person", "place"}),
-    "face": frozenset({"animal", "food", "vehicle", "music", "place"}),
-    "person": _ANYWHERE,
-    "place": _ANYWHERE,
+    "object": _THINGS | {"body"},
+    "body": _THINGS - {"clothing"},
+    "shape": _THINGS | {"person", "place"},
+    "face": _THINGS - {"clothing"} | {"place"},
+    "person": _THINGS - {"clothing", "object"},
+    "place": _ANYWHERE | {"animal", "clothing", "body"},
 }
 LIKE_THEMSELVES = frozenset({"face", "person", "place", "body", "shape"})  # kinds whose sprites are hard to tell apart
 SEEN_INSIDE_OTHERS = (  # parts of names
     *("egg", "fish", "cheese", "horse", "donkey", "cherr", "pumpkin", "corn", "drum", "bird", "tangerine"),
     *("olive branch", "chestnut", "trumpet", "microbe"),  # with the dove, the chipmunk; like the postal horn, the petri dish
-    *("star", "sparkle", "flame", "leaf", "leaves", "rock", "droplet", "wave", "feather", "seedling", "cloud", "smoke", "bubbles"),
-    *("wheel", "gear", "hook", "ladder", "light", "seat", "window", "door", "chain", "hole", "knot", "ribbon", "brick", "key", "button"),
-    *("ball", "bell", "flag", "card", "paper", "stick", "box", "jar", "bucket", "basket", "ring", "battery", "banknote", "coin", "bone"),
 )
+PARTS = {  # whole names
+    *("basket", "battery", "bell", "bone", "brick", "bucket", "cardboard box", "chain link", "cloud", "coin", "door", "ear"),
+    *("eye", "feather", "flame", "foot", "framed picture", "gear", "glowing star", "group of bubbles", "group of sparkles"),
+    *("hand", "hole", "hook", "jar", "key", "knot", "ladder", "leaf fluttering in the wind", "leg", "light bulb"),
+    *("maple leaf", "mouth", "nose", "ocean wave", "puff of smoke", "ribbon", "ring", "rock", "seat", "seedling"),
+    *("sheet of paper", "siren light", "star", "tongue", "tooth", "water droplet", "wheel", "window", "wing"),
+}
 # Of the sprites with a word of the same line, none is said to be absent where another one is.
 LOOKALIKES = (
     *(
@@ -52,7 +56,11 @@ LOOKALIKES = (
         "bear panda koala teddy sloth",
         "monkey gorilla orangutan",
     ),
-    *("mouse rat hamster rabbit chipmunk beaver hedgehog otter kangaroo", "horse donkey zebra unicorn moose deer llama camel giraffe"),
+    *(
+        "rabbit bunny",
+        "mouse rat hamster rabbit chipmunk beaver hedgehog otter kangaroo",
+        "horse donkey zebra unicorn moose deer llama camel giraffe",
+    ),
     *("cow ox buffalo bison boar pig hippopotamus rhinoceros", "goat ewe ram llama deer", "elephant mammoth rhinoceros hippopotamus"),
     *(
         "bird duck swan goose dove eagle parrot owl turkey chicken rooster chick penguin flamingo peacock dodo",
@@ -79,7 +87,7 @@ LOOKALIKES = (
     *("car taxi ambulance bus minibus truck van trolleybus police vehicle rickshaw tractor engine pickup racing",),
     *("train tram locomotive railway monorail metro rail cable trolleybus bus minibus", "ship boat ferry sailboat canoe speedboat raft"),
     *(
-        "bicycle motorcycle scooter skateboard wheelchair",
+        "bicycle motorcycle scooter skateboard wheelchair cyclist biker",
         "airplane helicopter rocket satellite saucer",
         "rocket firecracker sparkler firework fireworks",
     ),
@@ -120,7 +128,7 @@ LOOKALIKES = (
     *(
         "candle lamp lantern lamp flashlight firecracker",
         "microscope telescope magnifying glass",
-        "syringe thermometer pill",
+        "syringe thermometer pill stethoscope",
         "bed couch chair bathtub toilet",
     ),
     *(
@@ -133,7 +141,8 @@ LOOKALIKES = (
         "racket paddle bat lacrosse hockey cricket",
         "bow arrow boomerang",
         "ruler triangular level slider abacus",
-        "dolls doll teddy snowman statue nesting",
+        "dolls doll teddy snowman statue nesting hat kimono scarf carrot",
+        "tree pine decoration picture palm mountain",
     ),
     *(
         "shield badge label emblem amulet",
@@ -142,7 +151,7 @@ LOOKALIKES = (
     ),
     *(
         "balloon speech thought bubble",
-        "explosion collision fight confetti popper",
+        "explosion collision fight confetti popper party partying exploding",
         "anchor trident",
         "headstone coffin urn",
         "chart index ledger",
@@ -188,7 +197,7 @@ def surely_absent(sprite: Sprite, sprites: Iterable[Sprite]) -> bool:
 
     Of a sprite's own kind, too, others can be absent, or a glance at the kind would be enough to answer: all that share no word with
     it, are no look-alikes (LOOKALIKES) and are not of a kind whose sprites are hard to tell apart. A name that is often drawn into
-    other sprites (SEEN_INSIDE_OTHERS) is never said to be absent. Of other kinds, ABSENT_WITH tells which can be absent.
+    other sprites (SEEN_INSIDE_OTHERS, PARTS) is never said to be absent. Of other kinds, ABSENT_WITH tells which can be absent.
     """
     return _can_be_absent(sprite) and all(_clearly_other(sprite, other) for other in sprites)
 
@@ -219,11 +228,11 @@ def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
         hidden = None
         if pair is not None and chance < 0.4:
             related.append((number, pair))
-        elif pair is not None and len(scene.sprites) == 2 and (chance < 0.7 or not places):
+        elif pair is not None and len(scene.sprites) == 2 and (chance < 0.6 or not places):
             turns[number].append(_what(*pair))
             hidden = pair[0]
         else:
-            if len(scene.sprites) == 1 and chance < 0.4:
+            if len(scene.sprites) == 1 and chance < 0.25:
                 turns[number].append(_what(scene.sprites[0].name))
                 hidden = scene.sprites[0].name
             open_ended += [(number, question) for question in places[: max(1, len(scene.sprites) - 1)]]
@@ -278,7 +287,9 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def _can_be_absent(sprite: Sprite) -> bool:
-    return sprite.group not in ("shape", "group") and not any(part in sprite.name for part in SEEN_INSIDE_OTHERS)
+    return (
+        sprite.group not in ("shape", "group") and sprite.name not in PARTS and not any(part in sprite.name for part in SEEN_INSIDE_OTHERS)
+    )
 
 
 @lru_cache(maxsize=1 << 20)
@@ -354,15 +365,18 @@ def _existence(scenes: Sequence[Shown], named: Sequence[Sequence[Sprite]], rng: 
             else:
                 free.append((number, len(asked[number])))
             asked[number].append(None)
-    free = [free[int(k)] for k in rng.permutation(len(free))]
+    room = {number: sum(surely_absent(sprite, scenes[number].sprites) for sprite in often) for number in dict.fromkeys(n for n, _ in free)}
+    free = sorted((free[int(k)] for k in rng.permutation(len(free))), key=lambda slot: room[slot[0]])  # where few names fit come first
+    used = [False] * len(free)
+    begin = dict.fromkeys(often, 0)  # no place before it fits: none becomes free again
     for number, place, sprite in sorted(present, key=lambda item: often[item[2]]):  # those that fit in few places choose first
         question = _exists(sprite, "no")
-        fits = (k for k, (other, _) in enumerate(free) if question not in asked[other] and surely_absent(sprite, scenes[other].sprites))
-        found = next(fits, None)
-        if found is not None:
-            other, gap = free.pop(found)
-            asked[other][gap] = question
-            asked[number][place] = _exists(sprite, "yes")
+        for k in range(begin[sprite], len(free)):
+            other, gap = free[k]
+            begin[sprite] = k + 1
+            if not used[k] and question not in asked[other] and surely_absent(sprite, scenes[other].sprites):
+                used[k], asked[other][gap], asked[number][place] = True, question, _exists(sprite, "yes")
+                break
     return [[question for question in questions if question is not None] for questions in asked]
 
 
@@ -400,7 +414,7 @@ def _ordered(turns: Sequence[Question], rng: np.random.Generator) -> list[Questi
     while left:
         ready = [k for k, turn in enumerate(left) if not any(_tells(turn, other) for other in left if other is not turn)]
         exists = [k for k in ready if left[k].kind == "exists"]
-        ready = [k for k in ready if k not in exists[1:]]  # these keep their order: they end with yes
+        ready = [k for k in ready if k not in exists[1:]]  # these keep their order: the last of the sprites ends them
         ordered.append(left.pop(ready[int(rng.integers(len(ready)))]))
     return ordered
 

@@ -81,6 +81,7 @@ EXPECTED = {
         "<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\nNo, blue.<|im_end|>\n",
         ["A dog.<|im_end|>", "No, blue.<|im_end|>"],
     ),
+    "brief": ("<s><image><image><image>\nWhat is it? A dog.</s>\nRed? No, blue.</s>\n", [" A dog.</s>", " No, blue.</s>"]),
     "own": (
         "<s><|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n<image><image><image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
         "A dog.<|im_end|>\n<|im_start|>user\nRed?<|im_end|>\n<|im_start|>assistant\nNo, blue.<|im_end|>\n",
@@ -91,7 +92,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("template", EXPECTED)
 def test_two_turns_as_written_by_hand(template):
-    tokenizer = byte_level(chatml=template != "vicuna_v1")
+    tokenizer = byte_level(chatml=template in ("chatml", "own"))
     tokenizer.chat_template = OWN
     encoded = Chat(tokenizer, template, image_tokens=3).encode(TWO_TURNS)
     text, answers = EXPECTED[template]
@@ -152,12 +153,12 @@ UNICODE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "own"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "brief", "own"])
 def test_labels_of_any_script_are_the_answers_and_their_end(template):
     tokenizer = byte_level(chatml=True)
     tokenizer.chat_template = OWN
     chat = Chat(tokenizer, template, image_tokens=2)
-    end, lead = "<|im_end|>", " " if template == "vicuna_v1" else ""
+    end, lead = "<|im_end|>", " " if template in ("vicuna_v1", "brief") else ""
     for answer in UNICODE:
         messages = [said("user", None, UNICODE[2]), said("assistant", answer), said("user", answer), said("assistant", "no")]
         encoded = chat.encode(messages)
@@ -171,6 +172,9 @@ CHATS = {
     "vicuna, space everywhere": lambda: Chat(llama_like("always"), "vicuna_v1", image_tokens=3),
     "chatml": lambda: Chat(byte_level(chatml=True, bos=False), "chatml", image_tokens=3),
     "own": lambda: Chat(tiny_own(), "own", image_tokens=3),
+    "brief": lambda: Chat(byte_level(), "brief", image_tokens=3),
+    "brief, visible space": lambda: Chat(llama_like(), "brief", image_tokens=3),
+    "brief, space everywhere": lambda: Chat(llama_like("always"), "brief", image_tokens=3),
 }
 
 
@@ -189,9 +193,9 @@ def test_what_is_generated_from_is_what_was_trained_on(kind):
     for _ in range(60):
         messages = []
         for _ in range(choose.randint(1, 3)):
-            question = ["".join(choose.choices(words, k=3)) + "?"]
+            question = ["".join(choose.choices(words, k=3)) + choose.choice(["?", "? ", "?\n"])]
             messages += [
-                said("user", *([None] * choose.randint(0, 2)), *question),
+                said("user", *([None] * choose.randint(0, 2)), *question),  # "brief" drops white space behind a question
                 said("assistant", "x" + "".join(choose.choices(words, k=3))),
             ]
         encoded = chat.encode(messages)
@@ -203,6 +207,21 @@ def test_what_is_generated_from_is_what_was_trained_on(kind):
             prompt = chat.prompt_ids(messages[:turn])
             assert encoded.input_ids[: len(prompt)] == prompt
             assert len(prompt) == starts[turn // 2]
+
+
+def test_brief_is_a_line_a_question_without_words_for_the_roles():
+    tokenizer = byte_level()
+    chat = Chat(tokenizer, "brief", image_tokens=2)
+    messages = [said("system", "Be brief."), said("user", None, "Is it red? \n"), said("assistant", "yes"), said("user", "Where?")]
+    assert chat.prompt(messages) == "Be brief.\n<image>\nIs it red? yes</s>\nWhere?"
+    trained = chat.encode([*messages, said("assistant", "on the left")])
+    prompt = chat.prompt_ids(messages)
+    assert trained.input_ids[: len(prompt)] == prompt and learnt(tokenizer, trained) == [" yes</s>", " on the left</s>"]
+    assert chat.stop_ids == [tokenizer.eos_token_id]
+    literal = chat.encode([said("user", None, "a <image></s> b"), said("assistant", "<image> c</s>")])
+    assert tokenizer.decode(literal.input_ids) == "<s><image><image>\na <image></s> b <image> c</s></s>\n" and literal.images == 1
+    assert literal.input_ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 2
+    assert literal.input_ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_special_tokens_in_the_data_stay_text():
@@ -278,7 +297,7 @@ def test_many_rows_at_once_equal_one_by_one():
     assert chat.encode_many([]) == []
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "plain", "own"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "plain", "brief", "own"])
 def test_the_same_string_serves_the_hugging_face_processor(template):
     tokenizer = byte_level(chatml=True)
     tokenizer.chat_template = OWN
@@ -307,7 +326,7 @@ def test_templates_that_give_no_labels_are_refused():
     ):
         with pytest.raises(UsageError, match=words):
             Chat(tokenizer, template)
-    with pytest.raises(UsageError, match="unknown; allowed: plain, vicuna_v1, chatml, own"):
+    with pytest.raises(UsageError, match="unknown; allowed: plain, vicuna_v1, chatml, brief, own"):
         Chat(tokenizer, "vicuna")
     with pytest.raises(UsageError, match="no chat template of its own"):
         Chat(tokenizer, "own")

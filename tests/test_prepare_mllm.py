@@ -112,7 +112,7 @@ def test_answers_belong_to_their_pictures(mllm, sprites):
         scene = scenes[row["id"].rpartition("-")[0]]
         assert (row["answer"], row["image"]["bytes"]) == (scene.short, scene.jpeg)
     for row in rows_of(mllm / "yesno.parquet"):
-        name = re.match(r"Is there an? (.*) in the picture", row["question"])
+        name = re.match(r"Is there an? (.*)\?$", row["question"])
         if name:
             assert (name[1] in scenes[row["id"].rpartition("-")[0]].names) == (row["answer"] == "yes")
 
@@ -133,7 +133,7 @@ def test_no_scene_is_used_twice(mllm):
 
 
 def test_without_stage_two_nothing_changes(config, made):
-    main(replace(config, mllm_pretrain=0, mllm_instruct=0, mllm_test=0))
+    main(replace(config, mllm_pretrain=0, mllm_instruct=0, mllm_test=0, mllm_sprites=16))  # of no effect without scenes
     alone = contents(made.parent / "data")
     without = contents(Path(config.output))
     assert "settings" in json.loads(without["COMMIT.json"]) and "mllm" not in without["COMMIT.json"].decode()
@@ -159,6 +159,49 @@ def test_other_numbers_in_the_same_folder_are_refused(config, made):
         with pytest.raises(UsageError, match=message):
             main(replace(config, output=str(made), **change))
     main(replace(config, output=str(made)))
+
+
+def test_stage_two_can_show_fewer_sprites(config, made, sprites, tmp_path):
+    main(replace(config, mllm_sprites=16, mllm_test=20))
+    output = Path(config.output)
+    assert json.loads((output / "COMMIT.json").read_text())["settings"]["mllm_sprites"] == 16
+    trained = split_sprites(read_sprites(sprites), 0, 6)[0]
+    world = prepare.World(str(sprites), 0, 96, 6, 1, 16)
+    subset = prepare.mllm_subset(trained, world)
+    shown = {
+        name
+        for part, count in (("mllm_pretrain", 7), ("mllm_instruct", 60), ("mllm_test", 20))
+        for scene in prepare.render(prepare.Job(world, part, 0, count))
+        for name in scene.names
+    }
+    assert shown == {sprite.name for sprite in subset} and len(subset) == 16 and set(subset) < set(trained)
+    asked = re.findall(r"Is there an? ([^?]*)\?", (output / "mllm" / "instruct.json").read_text())
+    asked += [name for row in rows_of(output / "mllm/yesno.parquet") for name in re.findall(r"Is there an? (.*)\?", row["question"])]
+    assert len(asked) > 60 and set(asked) <= shown
+    both, alone = contents(output), contents(made)
+    assert all(both[name] == data for name, data in alone.items() if not name.startswith(("mllm/", "COMMIT"))), "only stage two"
+    for change, message in (({"mllm_sprites": 17}, "mllm_sprites 16 there, 17 asked"), ({}, "mllm_sprites 16 there, 0 asked")):
+        with pytest.raises(UsageError, match=message):
+            main(replace(config, mllm_test=20, **change))
+    with pytest.raises(UsageError, match="mllm_sprites 0 there, 16 asked"):
+        main(replace(config, output=str(made), mllm_sprites=16))
+
+
+def test_a_larger_subset_holds_a_smaller_one_and_the_seed_chooses(sprites):
+    trained = split_sprites(read_sprites(sprites), 0, 6)[0]
+    few, more, other = (
+        set(prepare.mllm_subset(trained, prepare.World("", *given))) for given in ((0, 96, 6, 1, 16), (0, 96, 6, 1, 19), (1, 96, 6, 1, 16))
+    )
+    assert few < more < set(trained) and other != few
+    assert prepare.mllm_subset(trained, prepare.World("", 0, 96, 6, 1)) == trained
+
+
+def test_more_sprites_than_there_are_are_refused_before_anything_is_rendered(config):
+    with pytest.raises(UsageError, match="--mllm-sprites is 23, but scenes of the training data show 22 sprites"):
+        main(replace(config, mllm_sprites=23))
+    assert not Path(config.output).parent.exists() or not list(Path(config.output).parent.iterdir())
+    with pytest.raises(UsageError, match="--mllm-sprites 15: is 0"):
+        PrepareConfig(mllm_sprites=15)
 
 
 def test_a_kill_leaves_nothing_that_is_taken_for_done(config, made, forked):
