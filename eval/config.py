@@ -91,7 +91,7 @@ class LmmsConfig:
     max_new_tokens: int = 1024
     """Longest answer, in tokens, of tasks that set no limit of their own."""
     template: str | None = None
-    """Chat template instead of the model's own: plain, vicuna_v1, chatml or own."""
+    """Chat template instead of the model's own: plain, vicuna_v1, chatml, brief or own."""
     device: str = "auto"
     """Where the models run: auto (a GPU if there is one), cpu, cuda."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

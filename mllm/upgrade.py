@@ -10,6 +10,7 @@ The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelF
 """
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def report_table(parts: list[Part]) -> Table:
     return table
 
 
-def warm_start(config: UpgradeConfig, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, console: Console) -> None:
-    """Solve the projector from captioned images and say how well it fits."""
+def warm_start(config: UpgradeConfig, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, console: Console) -> str:
+    """Solve the projector from captioned images, say how well it fits, and return where its weights come from."""
     with tempfile.TemporaryDirectory() as cache, Progress(*PROGRESS, console=console) as bar:
         conversations = open_conversations(config.captions, config.image_root, Path(cache), seed=config.seed)
         show = partial(bar.update, bar.add_task("images", total=None))
@@ -57,6 +58,7 @@ def warm_start(config: UpgradeConfig, model: SailLlavaForConditionalGeneration, 
         f"projector solved from {fit.images} captioned images ({fit.rejected} unusable); of {fit.held_out} held-out images "
         f"{fit.found:.0%} are nearest to their own caption's words"
     )
+    return f"solved from {fit.images} captions"
 
 
 def main(config: UpgradeConfig) -> None:
@@ -74,7 +76,8 @@ def main(config: UpgradeConfig) -> None:
         revision=config.revision, seed=config.seed,
     )  # fmt: skip
     if config.captions:
-        warm_start(config, model, processor, console)
+        weights = warm_start(config, model, processor, console)
+        parts = [replace(part, weights=weights) if part.name == "projector" else part for part in parts]
     save_mllm(model, processor, folder)
     atomic_bytes(folder / "config.yaml", to_recipe(config, "upgrade").encode())
     add_launch(folder, {"parts": [vars(part) for part in parts]})

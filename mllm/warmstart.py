@@ -171,13 +171,16 @@ def _features(
 
 
 def _first_layer(projector: Any, features: Tensor, seed: int) -> None:
-    """Set the first layer to random units of standardized features (B, N, E): about a third of each is in GELU's bend."""
+    """Set the first layer to random units of standardized features (B, N, E), in the nearly straight part of GELU.
+
+    A straighter first layer fits better (docs/LOG.md); training bends it where that helps.
+    """
     flat = features.double().flatten(0, 1).cpu()
     mean, spread = flat.mean(0), flat.std(0) + 1e-6
     hidden, width = projector.linear_1.weight.shape
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(hidden, width, generator=generator, dtype=torch.float64) / width**0.5 / spread
-    bias = 0.5 * torch.randn(hidden, generator=generator, dtype=torch.float64) - weight @ mean
+    bias = 2.0 - weight @ mean
     projector.linear_1.weight.copy_(weight)
     projector.linear_1.bias.copy_(bias)
 
