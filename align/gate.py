@@ -9,11 +9,13 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from align.errors import UsageError
 
@@ -94,6 +96,9 @@ class Reject(Exception):
         return f"{self.code}: {self.detail or REJECT_CODES[self.code]}"
 
 
+_TRUNCATED = "LOAD_TRUNCATED_IMAGES"  # the name of Pillow's process-wide switch
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a usable sample looks like. Anything beyond is rejected, never shrunk or cut to fit."""
@@ -126,7 +131,7 @@ def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
         raise data
     if not data:
         raise Reject("image_empty")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _complete_files_only():
         warnings.simplefilter("ignore")  # corrupt EXIF, large images: judged here instead
         image = _open(data)
         _check_size(image.size, limits)
@@ -139,6 +144,17 @@ def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
         except _DECODER_ERRORS as error:
             raise Reject("image_damaged", f"{image.format} {image.mode}: {error}") from error
     return converted if method is None else converted.transpose(method)
+
+
+@contextmanager
+def _complete_files_only() -> Iterator[None]:
+    """Make Pillow refuse cut files here, whatever another library of this process (lmms-eval, for one) told it."""
+    allowed = getattr(ImageFile, _TRUNCATED)
+    setattr(ImageFile, _TRUNCATED, False)
+    try:
+        yield
+    finally:
+        setattr(ImageFile, _TRUNCATED, allowed)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from align.errors import UsageError
 from align.gate import REJECT_CODES, Limits, Reject, gate_captions, gate_image, gate_key, split_captions
@@ -398,3 +398,12 @@ def test_every_code_is_used_in_the_code_and_tested():
     tests = "".join((root / "tests" / f"{name}.py").read_text() for name in ("test_gate", "test_samples"))
     assert [code for code in REJECT_CODES if f'"{code}"' not in library] == []
     assert [code for code in REJECT_CODES if f'"{code}"' not in tests] == []
+
+
+def test_a_cut_file_is_rejected_though_another_library_told_pillow_to_accept_it(monkeypatch):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 48), 50).convert("RGB").save(buffer, "JPEG")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(Reject, match="image_damaged"):
+        gate_image(buffer.getvalue()[: len(buffer.getvalue()) // 2], Limits())
+    assert ImageFile.LOAD_TRUNCATED_IMAGES, "the switch is put back"
