@@ -93,8 +93,8 @@ def predicted_bytes(
     Activations by Korthikanti et al. (arXiv 2205.05198) with fused attention: 34 bytes a token, layer and unit of width in 16 bit;
     2 with checkpointing, plus one layer.
     """
-    total = sum(row[1] for row in part_table(model, rates))
-    trained = sum(row[2] for row in part_table(model, rates))
+    rows = part_table(model, rates)
+    total, trained = sum(row[1] for row in rows), sum(row[2] for row in rows)
     text = bare(model).config.text_config
     layers, width = text.num_hidden_layers, text.hidden_size
     share = 1 / world

@@ -6,7 +6,6 @@ counts only once COMMIT, the hashes of all its files, is written. `B` rows of a 
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -305,8 +304,3 @@ def _peak_memory(device: torch.device) -> int:
 
 def _plain(items: Sequence[Item]) -> list[Any]:
     return json.loads(json.dumps([list(map(int, item)) if not isinstance(item, int) else item for item in items], default=int))
-
-
-def local_rank() -> int:
-    """Return this process's number on its host, as launchers tell it."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
