@@ -117,6 +117,22 @@ def remove_temporaries(folder: Path) -> int:
     return len(leftovers)
 
 
+def put_in_place(temporary: Path, folder: Path, name: str) -> None:
+    """Rename the finished folder `temporary` to `folder`, so that a crash leaves the old one (perhaps as NAME.retired) or the new.
+
+    The failpoints are `<name>-saved` and `<name>-retired`.
+    """
+    retired = folder.with_name(f"{folder.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    failpoint(f"{name}-saved")
+    if folder.exists():
+        folder.rename(retired)
+    failpoint(f"{name}-retired")
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
 @contextmanager
 def disk_full_named(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn "no space left" from the block into a DiskFullError that names the file and the space (`needed` in bytes)."""

@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 from align.encoders import VisionEncoder, load_transform, load_vision_encoder
 from align.errors import DamagedError, UsageError
-from align.files import TEMPORARY, disk_full_named, failpoint, sync_file, sync_folder
+from align.files import TEMPORARY, disk_full_named, put_in_place, sync_file
 from align.hardware import Arithmetic
 from align.heads import build_head, initialize
 from align.opening import copy_encoder
@@ -254,9 +254,7 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
     themselves, so that the folder can be moved to a machine that has neither.
     """
     temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
-    retired = folder.with_name(f"{folder.name}.retired")
-    for leftover in (temporary, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     with disk_full_named(folder):
         config = SailConfig.from_dict(model.config.to_dict())
         if tokenizer is not None and tokenizer.is_dir():
@@ -276,13 +274,7 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync_file(file)
-    failpoint("model-saved")
-    if folder.exists():
-        folder.rename(retired)
-    failpoint("model-retired")
-    temporary.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    put_in_place(temporary, folder, "model")
 
 
 AutoConfig.register("sail", SailConfig)

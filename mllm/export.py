@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from align.files import TEMPORARY, disk_full_named, sync_file, sync_folder
+from align.files import TEMPORARY, disk_full_named, put_in_place, sync_file
 from mllm.parts import Lora, load_trained, merged, prepare_parts
 from mllm.saving import load_mllm, save_mllm
 
@@ -27,9 +27,7 @@ def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync_file(file)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_folder(folder)
+        put_in_place(temporary, final, "adapter")
     plain = merged(prepared)
     plain.config.text_config.use_cache = True
     save_mllm(plain, processor, folder / "model")

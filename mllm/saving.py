@@ -16,7 +16,7 @@ from torch import Tensor
 
 from align import errors, heads, towers
 from align.errors import UsageError
-from align.files import TEMPORARY, disk_full_named, failpoint, read_json, sync_file, sync_folder
+from align.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
 from align.opening import opening
 from mllm import modeling, processing
 from mllm.modeling import SailLlavaForConditionalGeneration
@@ -54,9 +54,7 @@ def save_mllm(
     folder = Path(folder)
     require_free_place(folder)
     temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
-    retired = folder.with_name(f"{folder.name}.retired")
-    for leftover in (temporary, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     with disk_full_named(folder):
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=SHARD_SIZE)
@@ -70,13 +68,7 @@ def save_mllm(
             if file.is_file():
                 file.chmod(0o644)  # safetensors writes files that only their owner can read
                 sync_file(file)
-    failpoint("mllm-saved")
-    if folder.exists():
-        folder.rename(retired)
-    failpoint("mllm-retired")
-    temporary.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    put_in_place(temporary, folder, "mllm")
 
 
 def load_mllm(
