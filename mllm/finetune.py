@@ -220,8 +220,7 @@ def main(config: FinetuneConfig) -> None:
             conversations, chat, config.max_length, cache=cache, max_reject_fraction=config.max_reject_fraction, workers=config.workers
         )
     plan = EpochPlan(index, config.batch_size, packing=config.packing, seed=config.seed)
-    probe = MicroBatches(plan.batches, 1, config.micro_batch_size, rank, world)
-    steps = config.steps or max(1, round(config.epochs * probe.per_epoch))
+    steps = config.steps or max(1, round(config.epochs * len(plan.batches(0))))
     settings.max_steps = steps
     micro_batches = MicroBatches(plan.batches, steps, config.micro_batch_size, rank, world)
     cost = step_cost(prepared, image)

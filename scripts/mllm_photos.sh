@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# The real-photo trial of stage two in docs/LOG.md: captions of Flickr8k-style photos, questions of DAQUAR, in the kit's formats.
+# The real-photo trial of stage two in docs/LOG.md: captions of Flickr8k-style photos, questions of DAQUAR, SmolLM2-135M-Instruct.
 #   bash scripts/mllm_photos.sh DATA_FOLDER [OUTPUT_FOLDER]
-# DATA_FOLDER holds flickr8k/{train,dev}.jsonl (key, image, captions) and daquar/qa.jsonl (image, question, answer).
-# Written below OUTPUT_FOLDER/data; image paths in the rows are relative to DATA_FOLDER (--image-root):
+# DATA_FOLDER holds flickr8k/{train,dev}.jsonl (key, image, captions) and daquar/qa.jsonl (image, question, answer). The aligned encoder
+# is SAIL (default: the linear head of scripts/flickr8k.sh). STEPS instruct steps (default 300), LIMIT questions of each test.
+# First data below OUTPUT_FOLDER/data; image paths in the rows are relative to DATA_FOLDER (--image-root):
 #   pretrain.jsonl    each training photo with one of its captions
 #   instruct.jsonl    Flickr8k: is there a ...?, describe; DAQUAR: the questions of four photos in five
 #   yesno.parquet     dev photos; per word as many yes as no. Yes: at least three captions say it; no: none does, which is nearly
 #                     but not always true of the photo (people do not say all they see)
 #   open.parquet      DAQUAR's questions about the other fifth of its photos, those with one answer
 #   caption.parquet   dev photos with all their captions
-# The same data give the same bytes.
+# The same data give the same bytes. Then upgrade, both stages and lmms-eval, trained beside untrained.
 set -euo pipefail
 data=$(cd "${1:?give the folder with flickr8k/ and daquar/}" && pwd)
 cd "$(dirname "$0")/.."
@@ -86,7 +87,7 @@ def sentence(caption):
 def by_photo(asked):
     found = defaultdict(list)
     for k, thing, answer in asked:
-        found[k].append((f"Is there {thing} in the picture?", answer))
+        found[k].append((f"Is there {thing}?", answer))
     return found
 
 
@@ -133,3 +134,26 @@ turns = sum(len(row["conversations"]) // 2 for row in instruct)
 print(f"{out}: {len(pretrain)} captions, {len(instruct)} conversations with {turns} turns, test questions:",
       ", ".join(f"{name} {len(rows)}" for name, rows in tables.items()))
 PY
+
+recipe=mllm/recipes/quickstart.yaml
+tasks=$PWD/eval/lmms_tasks
+sail=${SAIL:-runs/flickr8k/train/linear/0}
+export TOKENIZERS_PARALLELISM=false
+python mllm/upgrade.py --config "$recipe" --sail "$sail" --captions "$out/data/pretrain.jsonl" --image-root "$data" --output "$out/init"
+train() { python mllm/finetune.py --config "$recipe" --image-root "$data" "$@"; }
+train --stage pretrain --model "$out/init" --data "$out/data/pretrain.jsonl" --output "$out/pretrain"
+train --stage instruct --model "$out/pretrain/model" --data "$out/data/instruct.jsonl" --output "$out/instruct" --steps "${STEPS:-300}"
+
+mkdir -p "$out/tasks"
+for kind in yesno open caption; do
+  like=${kind/open/what}
+  cat > "$out/tasks/photos_$kind.yaml" <<YAML
+include: $tasks/sprites_$like.yaml
+task: photos_$kind
+dataset_kwargs:
+  data_files:
+    test: ../data/$kind.parquet
+YAML
+done
+python eval/lmms.py --mllm "trained=$out/instruct" "untrained=$out/init" --tasks photos_yesno photos_open photos_caption \
+    --include "$out/tasks" --batch-size 16 --max-new-tokens 24 --limit "${LIMIT:-300}" --output "$out"
