@@ -18,7 +18,7 @@ from align.errors import KitError, UsageError
 from align.files import arm_failpoint
 
 Config = TypeVar("Config")
-SECTIONS = ("prepare", "encode", "train", "eval", "upgrade", "check", "pretrain", "instruct", "lmms", "chat")
+SECTIONS = ("prepare", "encode", "assess", "curate", "train", "convert", "eval", "upgrade", "check", "pretrain", "instruct", "lmms", "chat")
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -28,6 +28,10 @@ class PrepareConfig:
     """Sprites kept out of training altogether: the classes of sprites-unseen. Sprites-seen gets as many classes."""
     per_class: int = 4
     """Pictures a class in sprites-seen and sprites-unseen."""
+    swapped: int = 150
+    """Pairs of scenes whose two objects have changed places: the task sprites-swapped. 0: none."""
+    segmentation: int = 40
+    """Scenes with the class of every pixel, of at most 24 sprites: the task sprites-segmentation. 0: none."""
     mllm_pretrain: int = 0
     """Scenes with a caption each, to train an MLLM's projector on. 0: none."""
     mllm_instruct: int = 0
@@ -56,6 +60,8 @@ class PrepareConfig:
             ("retrieval", 1),
             ("held_out", 1),
             ("per_class", 1),
+            ("swapped", 0),
+            ("segmentation", 0),
             ("mllm_pretrain", 0),
             ("mllm_instruct", 0),
             ("mllm_test", 0),
@@ -90,8 +96,9 @@ class EncodeConfig:
     """Column with the sample key; without one, file name and row number make the key."""
     image_root: str | None = None
     """Folder that image paths are relative to. None: the folder of the manifest."""
-    feature: Literal["auto", "cls_mean", "cls", "mean"] = "auto"
-    """What is pooled: [cls ; mean of patches], one of them, or whichever of cls_mean and mean the encoder has."""
+    feature: Literal["auto", "cls_mean", "cls", "mean", "tokens"] = "auto"
+    """What is pooled: [cls ; mean of patches], one of them, or whichever of cls_mean and mean the encoder has. tokens: nothing,
+    all tokens of images and captions are kept for `--head token` (526 KB an image of ViT-L; set --max-length, too)."""
     layer: int = -1
     """Layer to take features from; -1 is the last, k the output of block k (final norm applied)."""
     image_size: int | None = None
@@ -141,16 +148,111 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train alignment heads on feature stores."""
+class CurateConfig:
+    """Choose training pairs so that many concepts are covered evenly, from more candidates than one wants to train on."""
 
-    images: tuple[str, ...]
-    """Image stores, one per data set."""
+    candidates: tuple[str, ...]
+    """Feature stores to choose from, all of captions or all of images, made by one encoder."""
+    output: str
+    """Folder for chosen.parquet, the coverage report and the lists that scoring leaves."""
+    concepts: str | None = None
+    """Text file with one concept name a line; give this or --concept-store."""
+    templates: tuple[str, ...] = ("a photo of a {c}.",)
+    """Texts in which `{c}` stands for a concept's name; several are averaged."""
+    concept_store: str | None = None
+    """Feature store of labelled samples (a few shots a concept): a concept is the mean of its rows."""
+    concept_labels: str | None = None
+    """A .parquet or .csv with the columns key and label, for --concept-store."""
+    concepts_from_evaluation: str | None = None
+    """Name of the evaluation set whose classes the concepts are. It is written wherever the result goes; known sets are noticed anyway."""
+    model: str | None = None
+    """Aligned model folder that takes features to the shared space, so that text concepts can score images (or shots captions)."""
+    top: int = 50000
+    """Best candidates kept a concept (M): 12 bytes each, and an eighth more."""
+    per_concept: int = 2000
+    """Samples a concept gets at most."""
+    duplicates: Literal["keep", "identical", "near"] = "keep"
+    """Leave out samples whose features are identical to a chosen one's, or those and near ones within a concept."""
+    duplicate_cosine: float = 0.95
+    """Cosine from which two samples are near-duplicates."""
+    images: tuple[str, ...] = ()
+    """Image stores in which duplicates and excluded samples are looked for, one for each of --candidates. None: in the candidates."""
+    exclude: tuple[str, ...] = ()
+    """Stores of an evaluation set (same encoder as --images, or as the candidates): what is close to one of their rows is left out."""
+    exclude_cosine: float = 0.95
+    """Cosine from which a sample is close to an excluded one."""
+    parts: int = 1
+    """Split scoring into so many parts, each with lists of its own; without --part, those that are missing are scored and all joined."""
+    part: int | None = None
+    """Score only this part (from 0), then stop. One process a part, on any host that sees --output."""
+    save_every: int = 64
+    """Shards of a part between commits of its lists: what a killed run loses at most."""
+    text_batch_size: int = 64
+    """Concept prompts a forward pass."""
+    trust_remote_code: bool = False
+    """Run code that ships with the candidates' text encoder, if its revision was pinned when it encoded them."""
+    dry_run: bool = False
+    """Check stores and concepts, state memory and work, score nothing."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.candidates), "no --candidates", "name at least one feature store")
+        _check((self.concepts is None) != (self.concept_store is None), "--concepts and --concept-store", "give exactly one of them")
+        _check((self.concept_store is None) == (self.concept_labels is None), "--concept-store, --concept-labels", "give both or neither")
+        wrong = [template for template in self.templates if "{c}" not in template]
+        _check(bool(self.templates) and not wrong, f"--templates {wrong or 'without a text'}", "each must hold {c}")
+        _check(1 <= self.per_concept <= self.top, f"--per-concept {self.per_concept} --top {self.top}", "need 1 <= per-concept <= top")
+        _check(min(self.save_every, self.text_batch_size, self.parts) >= 1, "--save-every, --text-batch-size, --parts", "must be 1 or more")
+        _check(self.part is None or 0 <= self.part < self.parts, f"--part {self.part} --parts {self.parts}", "parts count from 0")
+        for name, value in (("duplicate", self.duplicate_cosine), ("exclude", self.exclude_cosine)):
+            _check(0 < value <= 1, f"--{name}-cosine {value}", "must lie in (0, 1]")
+        _check(len(self.images) in (0, len(self.candidates)), f"{len(self.images)} --images", f"give none or {len(self.candidates)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train alignment heads, on feature stores (--images) or with the encoders in the loop (--data)."""
+
     captions: tuple[str, ...]
-    """Caption slots: each is one caption store per data set, joined by '+'. Each slot gives every image one positive; a
-    store with several captions a key gives another one each step, and listed twice it gives two different ones."""
+    """Caption slots: each is one caption store per data set, joined by '+', or a caption column of --data. Each slot gives every
+    image one positive; one with several captions a key gives another one each step, and listed twice it gives two different ones."""
     output: str
     """Run folder."""
+    images: tuple[str, ...] = ()
+    """Image stores, one per data set."""
+    data: str | None = None
+    """Instead of stores: images and captions themselves (a folder, a file or a quoted glob), encoded anew in every step."""
+    vision: str | None = None
+    """With --data, the vision encoder: hub id, local folder or an `embedded:` id."""
+    text: str | None = None
+    """With --data, the text encoder: hub id, local folder or an `embedded:` id."""
+    augment: bool = False
+    """With --data: random crop of 20 to 100% of the image, flip and RandAugment(2, 7), another one in each epoch."""
+    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
+    """How --data lies on disk."""
+    image_column: str = "image"
+    """Column of --data with image bytes or a path (parquet, jsonl, csv)."""
+    key_column: str = "key"
+    """Column of --data with the sample key."""
+    image_root: str | None = None
+    """Folder that image paths of --data are relative to. None: the folder of the manifest."""
+    image_size: int | None = None
+    """With --data: input side in pixels, if not the encoder's own."""
+    max_length: int | None = None
+    """With --data: longest caption in tokens. None: the text encoder's own. Set it for token heads: rows are padded to it."""
+    vision_revision: str | None = None
+    """Commit of the vision encoder on the hub."""
+    text_revision: str | None = None
+    """Commit of the text encoder on the hub."""
+    encoder_batch_size: int = 64
+    """With --data: images and captions a forward pass of the encoders."""
+    workers: int = 2
+    """With --data: processes that read, decode and augment images."""
+    max_reject_fraction: float = 0.05
+    """With --data: stop when a larger share of samples is rejected."""
+    val_data: str | None = None
+    """With --data: data for validation retrieval, with the same columns; its features are kept in memory."""
+    keys: str | None = None
+    """Parquet file of the samples to train on, as align/curate.py writes it (chosen.parquet); other pairs are left out."""
     val_images: str | None = None
     """Image store for validation retrieval."""
     val_captions: tuple[str, ...] = ()
@@ -159,8 +261,9 @@ class TrainConfig:
     """Without --val-images: hold this many pairs of the training stores out for validation, chosen by the seed."""
     val_limit: int = 5000
     """Validate on at most so many images."""
-    head: Literal["linear", "mlp", "glu", "sharelock"] = "glu"
-    """Kind of both heads (`sharelock`: vision identity, text MLP)."""
+    head: Literal["linear", "mlp", "glu", "sharelock", "token"] = "glu"
+    """Kind of both heads (`sharelock`: vision identity, text MLP; `token`: freeze-align's, on all tokens: from --data, or from
+    stores encoded with --feature tokens)."""
     expansion: int | None = None
     """Hidden width over input width of mlp and glu heads. None: the kind's own (mlp 4, glu 8)."""
     dropout: float | None = None
@@ -173,10 +276,20 @@ class TrainConfig:
     """Sigmoid loss over B^2 (SAIL) or over B (SigLIP). With Lion the factor does not matter, with AdamW it does."""
     positives: Literal["diagonal", "same_key"] = "diagonal"
     """Which pairs are positive: only the drawn ones, or all that share a sample key."""
+    fusemix: float = 0.0
+    """Mix each pair's features with another's, s : 1 - s, s ~ Beta(FUSEMIX, FUSEMIX) and partners common to both sides. 0: off."""
+    structure: float = 0.0
+    """Weight of what keeps the neighbourhoods of the frozen features in the aligned space (STRUCTURE). 0: off."""
+    structure_levels: int = 1
+    """How many steps wide the widest neighbourhood of --structure is."""
+    feature_dropout: float = 0.0
+    """Share of the frozen features' values that are set to 0 before the heads, anew in each step; for every kind of head."""
     log_scale: float = 2.995732273553991
-    """Initial ln t (ln 20); clamped to [0, ln 100]."""
+    """Initial ln t (ln 20)."""
+    log_scale_range: tuple[float, float] = (0.0, 4.605170185988092)
+    """Bounds of ln t after each step (0 to ln 100). Temperature is 1 / t."""
     bias: float = -10.0
-    """Initial b of the sigmoid loss."""
+    """Initial b of the sigmoid loss; InfoNCE has none."""
     batch_size: int = 32768
     """Pairs in the global batch, over all processes."""
     accumulate: int = 1
@@ -223,13 +336,102 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check((self.epochs is None) != (self.steps is None), f"--epochs {self.epochs} --steps {self.steps}", "give exactly one")
         _check((self.epochs or self.steps or 0) > 0, f"--epochs {self.epochs} --steps {self.steps}", "must be above 0")
-        _check(bool(self.images) and bool(self.captions), "no --images or no --captions", "both are needed")
+        _check(bool(self.captions), "no --captions", "name caption stores, or caption columns of --data")
+        _check(bool(self.images) != bool(self.data), f"--images {self.images} --data {self.data}", "give stores or data, exactly one")
+        self._check_online()
+        _check(min(self.fusemix, self.structure) >= 0, f"--fusemix {self.fusemix} --structure {self.structure}", "must be at least 0")
+        _check(self.structure_levels >= 1, f"--structure-levels {self.structure_levels}", "must be at least 1")
+        _check(0 <= self.feature_dropout < 1, f"--feature-dropout {self.feature_dropout}", "must lie in [0, 1)")
+        pooled = self.head != "token" or not (self.fusemix or self.structure)
+        _check(pooled, "--fusemix or --structure with --head token", "both compare pooled features: leave them out")
         _check(self.batch_size >= 2, f"--batch-size {self.batch_size}", "a contrastive loss needs at least 2 pairs")
         _check(self.accumulate >= 1 and self.tile >= 1, f"--accumulate {self.accumulate} --tile {self.tile}", "must be at least 1")
         _check(0 <= self.warmup < 1, f"--warmup {self.warmup}", "is a share of the steps in [0, 1)")
+        low, high = self.log_scale_range
+        _check(low <= self.log_scale <= high, f"--log-scale {self.log_scale}", f"must lie in --log-scale-range {low} {high}")
         _check(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"--lr {self.lr} --min-lr {self.min_lr}", "need 0 <= min-lr <= lr, lr > 0")
         _check(bool(self.val_images) == bool(self.val_captions), "--val-images and --val-captions", "give both or neither")
         _check(self.val_rows >= 0, f"--val-rows {self.val_rows}", "must be at least 0")
-        _check(not (self.val_rows and self.val_images), "--val-rows and --val-images", "give at most one of them")
+        given = [bool(self.val_rows), bool(self.val_images), bool(self.val_data)]
+        _check(sum(given) <= 1, "--val-rows, --val-images and --val-data", "give at most one of them")
         _check(self.keep >= 1, f"--keep {self.keep}", "must be at least 1: the run must be able to resume")
         _check(min(self.log_every, self.val_every, self.save_every) >= 1, "--log-every, --val-every, --save-every", "must be at least 1")
+
+    def _check_online(self) -> None:
+        """Check what belongs to --data: it needs both encoders; stores have theirs, and no images to augment."""
+        if self.data:
+            _check(bool(self.vision and self.text), f"--data with --vision {self.vision} --text {self.text}", "name both encoders")
+            _check(not self.val_images, "--data with --val-images", "validate on --val-rows or --val-data")
+            _check(min(self.encoder_batch_size, self.workers + 1) >= 1, "--encoder-batch-size, --workers", "must be at least 1 and 0")
+            _check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
+            return
+        foreign = [f"--{name.replace('_', '-')}" for name in ("vision", "text", "augment", "val_data") if getattr(self, name)]
+        _check(not foreign, f"{', '.join(foreign)} without --data", "stores hold features of encoders that ran before: leave it out")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn published SAIL weights or embeddings into this kit's formats, or heads back into the published layout."""
+
+    heads: str | None = None
+    """Published heads (.pt, .bin, .safetensors), into a model folder."""
+    base: str | None = None
+    """Model folder that gives what a file with the image head only (vlhead.bin) does not have."""
+    projector: str | None = None
+    """LLaVA's mm_projector.bin, into a .safetensors file."""
+    model: str | None = None
+    """Model folder whose heads are written with --to-published."""
+    to_published: str | None = None
+    """File for the heads of --model in the published layout: .pt or .safetensors."""
+    embeddings: str | None = None
+    """Folder of published embeddings (0.pt, 1.pt, ... or clip-retrieval's), into a feature store."""
+    output: str | None = None
+    """Model folder, file or feature store to write."""
+    vision: str | None = None
+    """Vision encoder of the heads: hub id, local folder or `embedded:` id. None: the model takes encoded features only."""
+    text: str | None = None
+    """Text encoder of the heads, likewise."""
+    vision_revision: str | None = None
+    """Commit of the vision encoder on the hub."""
+    text_revision: str | None = None
+    """Commit of the text encoder on the hub."""
+    trust_remote_code: bool = False
+    """Run code that ships with a hub model, of those encoders whose revision is pinned."""
+    feature: Literal["auto", "cls_mean", "cls", "mean"] = "auto"
+    """What the vision encoder pools; SAIL's heads take cls_mean."""
+    layer: int = -1
+    """Layer of the vision encoder."""
+    max_length: int | None = None
+    """Longest caption in tokens. None: the text encoder's own."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoders (auto: bf16 where this machine's CPU has it)."""
+    embed_encoders: bool = False
+    """Put copies of the encoders into the model folder, so that it can be moved anywhere."""
+    kind: Literal["image", "caption"] | None = None
+    """What the embeddings are of."""
+    encoder_name: str | None = None
+    """What made the embeddings; believed, as it cannot be checked."""
+    stated: tuple[str, ...] = ()
+    """More of their fingerprint, each as FIELD=VALUE (weights=..., feature=...)."""
+    keys: str | None = None
+    """File with the keys of .pt embeddings that have none, one a line for all files in order."""
+    key_column: str = "image_path"
+    """Column of clip-retrieval's metadata that has the keys."""
+    shard_rows: int = 65536
+    """Rows a shard of the store."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("heads", "projector", "to_published", "embeddings") if getattr(self, name)]
+        wanted = "give exactly one of --heads, --projector, --to-published and --embeddings"
+        _check(len(given) == 1, " and ".join(given) or "nothing to convert", wanted)
+        _check(bool(self.output) != bool(self.to_published), f"--output {self.output}", "is needed, but not with --to-published FILE")
+        _check(bool(self.model) == bool(self.to_published), "--model and --to-published", "give both or neither")
+        _check(not self.base or bool(self.heads), "--base", "goes with --heads")
+        own = not (self.vision or self.text or self.embed_encoders)
+        _check(not self.base or own, "--base with --vision, --text or --embed-encoders", "the base has its own encoders; leave them out")
+        _check(not (self.vision or self.text) or bool(self.heads), "--vision and --text", "go with --heads")
+        _check(not self.embeddings or bool(self.kind and self.encoder_name), "--embeddings", "needs --kind and --encoder-name")
+        _check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
+        _check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
+        pinned = self.vision_revision or self.text_revision
+        _check(not self.trust_remote_code or bool(pinned), "--trust-remote-code", "needs --vision-revision or --text-revision pinned")

@@ -36,6 +36,7 @@ from align.store import FeatureStore, compare_fingerprints
 from align.text_encoders import TextEncoder, load_text_encoder
 
 Loaders = dict[str, dict[str, Any]]
+MAX_SHARD_BYTES = 2 << 30  # of a shard of tokens while it is gathered
 
 
 def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEncoder | None, TextEncoder | None, Loaders]:
@@ -50,6 +51,7 @@ def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEnc
         vision = load_vision_encoder(**loaders["vision"], precision=precision, device=device, trust_remote_code=trusted)
     if config.text:
         loaders["text"] = {"name": config.text, "revision": config.text_revision, "prompt": config.prompt, "max_length": config.max_length}
+        loaders["text"]["feature"] = "tokens" if config.feature == "tokens" else "pooled"
         trusted = config.trust_remote_code and bool(config.text_revision)
         text = load_text_encoder(**loaders["text"], precision=precision, device=device, trust_remote_code=trusted)
     return vision, text, loaders
@@ -94,6 +96,12 @@ def main(config: EncodeConfig) -> None:
             console.print(f"{writer.folder}: every byte as committed")
         return
     require_free(Path(config.output), size)  # all stores together
+    widest = 4 * config.shard_rows * max(writer.header.width for writer in job.writers)
+    if config.feature == "tokens" and widest > MAX_SHARD_BYTES:
+        raise UsageError(
+            f"--shard-rows {config.shard_rows}: a shard of tokens would take {human_bytes(widest)} of memory, at most "
+            f"{human_bytes(MAX_SHARD_BYTES)} is allowed; give --shard-rows {config.shard_rows * MAX_SHARD_BYTES // widest} or less"
+        )
     if config.dry_run:
         return
     names = [config.job or f"run-{uuid.uuid4().hex[:8]}"]

@@ -12,8 +12,11 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -35,10 +38,8 @@ from align.opening import (
 )
 from align.towers import DUAL_ENCODERS, VISION_ADAPTERS, Tower
 
-if TYPE_CHECKING:
-    pass
-
-Feature = Literal["auto", "cls_mean", "cls", "mean"]
+_MEASURED = 256  # pixels: a multiple of any CNN's stride
+Feature = Literal["auto", "cls_mean", "cls", "mean", "tokens"]
 
 
 class Transform:
@@ -62,11 +63,57 @@ class Transform:
         return json.dumps({**self.processor.to_dict(), "backend": backend}, sort_keys=True)
 
 
+@dataclass(frozen=True)
+class PixelNormalizer:
+    """What a transform does besides resizing and cropping: `resample` is its filter, `mean` and `std` (3 each) are on a scale of 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: Image.Resampling
+
+    def __call__(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
+        """Return an RGB image as pixels (3, H, W) float32 of `size` (H, W)."""
+        height, width = size
+        resized = np.asarray(image.resize((width, height), self.resample), dtype=np.float32) / 255
+        mean, std = (np.array(values, dtype=np.float32) for values in (self.mean, self.std))
+        return torch.from_numpy((resized - mean) / std).permute(2, 0, 1)
+
+
+def pixel_normalizer(transform: Any) -> PixelNormalizer:
+    """Return how `transform` (a Transform, or a torchvision Compose) scales pixels; UsageError if it does not say."""
+    from torchvision.transforms import Compose, Normalize  # a second, for what few processes ask
+
+    source: Any = transform.processor if isinstance(transform, Transform) else transform
+    if isinstance(transform, Transform) and transform.is_timm:
+        source = source.val_transforms
+    if isinstance(source, Compose):
+        steps = source.transforms
+        mean, std = next(((step.mean, step.std) for step in steps if isinstance(step, Normalize)), (0.0, 1.0))
+        resample, factor = next((step.interpolation for step in steps if hasattr(step, "interpolation")), None), 1 / 255
+    elif hasattr(source, "image_mean"):
+        mean, std = (source.image_mean, source.image_std) if source.do_normalize else (0.0, 1.0)
+        resample, factor = source.resample, source.rescale_factor if source.do_rescale else 1.0
+    else:
+        raise UsageError(
+            f"cannot read mean, std and filter from {type(source).__name__}; known are image processors of transformers with an "
+            "image_mean, timm's, and torchvision's Compose"
+        )
+    name = Image.Resampling(resample).name if isinstance(resample, int) else getattr(resample, "name", str(resample or "bilinear"))
+    filters = Image.Resampling.__members__
+    if name.upper() not in filters:
+        raise UsageError(f"{type(source).__name__} resizes with {name!r}, which Pillow does not have; known: {', '.join(filters)}")
+    scale = 1 / (255 * factor)
+    channels = [np.broadcast_to(np.asarray(value, dtype=np.float64) * scale, 3).tolist() for value in (mean, std)]
+    return PixelNormalizer(tuple(channels[0]), tuple(channels[1]), filters[name.upper()])
+
+
 class VisionEncoder(nn.Module):
     """A frozen image encoder: always in eval mode, parameters without gradient, features in float32.
 
     `width` D, `patch_grid` (rows, columns) and `layers` (number of the last layer) are measured at load time. `layer` counts from
-    the embeddings (0; CNNs: first stage 1). `feature` is how `pool` makes one vector: `cls_mean`, `cls` or `mean`.
+    the embeddings (0; CNNs: first stage 1). `feature` is how `pool` makes one vector: `cls_mean`, `cls`, `mean`, or
+    `tokens`: all of them one after the other, CLS first, for token heads.
+    `image_size` (H, W) is what the transform gives; images of other sizes have a patch for every `patch_size` pixels a side.
     """
 
     def __init__(
@@ -76,6 +123,7 @@ class VisionEncoder(nn.Module):
         self.tower = tower
         self.transform = transform
         self.precision = precision
+        self.image_size = size
         self.layers = tower.count
         self.has_cls = tower.has_cls
         self.layer = _layer_index(layer, tower.first, tower.count)
@@ -87,14 +135,28 @@ class VisionEncoder(nn.Module):
         _, patches = self.encode(torch.zeros(1, 3, *size))
         self.width = patches.shape[-1]
         self.patch_grid = _grid(patches.shape[1], *size)
-        self.feature_width = feature_width(self.width, self.feature, self.has_cls)
+        self.feature_width = feature_width(self.width, self.feature, self.has_cls, patches.shape[1])
+
+    @cached_property
+    def patch_size(self) -> int:
+        """Pixels a side of a patch: a ViT's stem says it; how often a CNN halves an image is measured on one, as some round down."""
+        if not self.tower.cnn:
+            return next(module for module in self.tower.modules() if isinstance(module, nn.Conv2d)).stride[0]
+        if self.tower.fixed:
+            return self.image_size[0] // self.patch_grid[0]
+        with torch.no_grad():
+            _, patches = self.encode(torch.zeros(1, 3, _MEASURED, _MEASURED))
+        return _MEASURED // math.isqrt(patches.shape[1])
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Return self, left in eval mode: a frozen encoder has no training mode."""
         return super().train(False)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return cls (B, D) or None and patches (B, P, D) of pixels (B, 3, H, W): float32, after the final norm, no registers."""
+        """Return cls (B, D) or None and patches (B, P, D) of pixels (B, 3, H, W): float32, after the final norm, no registers.
+
+        H and W are multiples of `patch_size`, and P is H / patch_size x W / patch_size. UsageError if the model takes one size only.
+        """
         return self.encode_layers(pixels, [self.layer])[0]
 
     def encode_layers(self, pixels: Tensor, layers: Sequence[int]) -> list[tuple[Tensor | None, Tensor]]:
@@ -102,6 +164,12 @@ class VisionEncoder(nn.Module):
         indices = [_layer_index(layer, self.tower.first, self.layers) for layer in layers]
         if max(indices) > self.layer:
             raise UsageError(f"layer {max(indices)} is not there: this encoder was loaded with layer={self.layer}; load it with layer=-1")
+        if self.tower.fixed and tuple(pixels.shape[2:]) != self.image_size:
+            given, taken = (" x ".join(map(str, size)) for size in (pixels.shape[2:], self.image_size))
+            raise UsageError(
+                f"{self.id}: given pixels of {given}; this model takes {taken} only, as its position embeddings cannot be interpolated: "
+                "load it with another image_size, or choose another encoder for larger images"
+            )
         device = next(self.tower.parameters()).device
         pixels = pixels.to(device, non_blocking=True)
         if self.tower.cnn:
@@ -114,7 +182,9 @@ class VisionEncoder(nn.Module):
         return (tokens[:, 0] if self.has_cls else None), tokens[:, self.tower.prefix :]
 
     def pool(self, cls: Tensor | None, patches: Tensor) -> Tensor:
-        """Return the image feature (B, F), not normalized: `[cls ; mean(patches)]`, `cls` or the mean of the patches."""
+        """Return the image feature (B, F), not normalized: `[cls ; mean(patches)]`, `cls`, the mean of the patches, or all tokens."""
+        if self.feature == "tokens":
+            return (patches if cls is None else torch.cat([cls[:, None], patches], dim=1)).flatten(1)
         if self.feature == "mean":
             return patches.mean(1)
         assert cls is not None
@@ -125,14 +195,18 @@ class VisionEncoder(nn.Module):
         return self.pool(*self.encode(pixels))
 
     def dense(self, pixels: Tensor) -> Tensor:
-        """Return `[cls ; patch]` for each patch (B, P, 2D), or the patches (B, P, D) of an encoder without CLS."""
+        """Return what a head takes, for each patch: (B, P, F) with `[cls ; patch]` where `pool` gives `[cls ; mean]`, else the patch."""
         cls, patches = self.encode(pixels)
-        return patches if cls is None else torch.cat([cls[:, None].expand_as(patches), patches], dim=-1)
+        if self.feature != "cls_mean":
+            return patches
+        assert cls is not None
+        return torch.cat([cls[:, None].expand_as(patches), patches], dim=-1)
 
 
-def feature_width(width: int, feature: str, has_cls: bool) -> int:
-    """Return the width F of the pooled feature; UsageError if the feature needs a CLS token that the encoder does not have."""
+def feature_width(width: int, feature: str, has_cls: bool, patches: int = 1) -> int:
+    """Return the width F of the image feature; UsageError if the feature needs a CLS token that the encoder does not have."""
     widths = {"auto": 2 * width if has_cls else width, "cls_mean": 2 * width, "cls": width, "mean": width}
+    widths["tokens"] = (patches + has_cls) * width
     if feature not in widths:
         raise UsageError(f"feature={feature!r} is unknown; allowed: {', '.join(widths)}")
     if feature.startswith("cls") and not has_cls:
@@ -205,6 +279,8 @@ def load_vision_encoder(
         "layer": encoder.layer,
         "precision": precision,
     }
+    if encoder.feature == "tokens":
+        encoder.fingerprint |= {"tokens": encoder.feature_width // encoder.width, "has_cls": encoder.has_cls}
     return encoder
 
 

@@ -3,6 +3,10 @@
 Shapes: `F` feature width given to a head, `E` aligned width, `w` expansion factor. Every head computes `a(x) = G(LayerNorm(x))`
 on the last axis of a (..., F) tensor, so pooled features (B, F) and dense features (B, P, F) pass through the same weights.
 The output (..., E) is not normalized: the caller divides by its L2 norm.
+
+Token heads (freeze-align) read all tokens of an image or caption instead of a pooled feature: rows (B, T D) of `T` tokens of width `D`,
+one after the other, as encoders with feature="tokens" give them. Their pooled form is exact and three times cheaper than the formula:
+A and W2 are linear, so they act on the mean over tokens, and only W1 and GELU act on every token.
 """
 
 import inspect
@@ -14,7 +18,7 @@ from torch.nn import functional
 
 from align.errors import UsageError
 
-HeadKind = Literal["linear", "mlp", "glu", "sharelock", "identity"]
+HeadKind = Literal["linear", "mlp", "glu", "sharelock", "identity", "token"]
 GLU_BOUND = 1e3  # keeps the product of the two branches finite in fp16
 
 
@@ -102,12 +106,92 @@ class IdentityHead(nn.Module):
         return features
 
 
+class TokenHead(nn.Module):
+    """Returns `A x + W2 GELU(W1 x)` of x = Dropout(LayerNorm(token)), token by token: freeze-align's TP (arXiv 2409.19425).
+
+    A, W1 and W2 have biases and the hidden width is E: at 1024 -> 1024 they and the LayerNorm make the published 3,150,848 parameters.
+    """
+
+    def __init__(self, in_width: int, out_width: int, dropout: float = 0.1):
+        super().__init__()
+        self.norm = nn.LayerNorm(in_width, eps=1e-5)
+        self.drop = nn.Dropout(dropout)
+        self.linear = nn.Linear(in_width, out_width)  # A
+        self.up = nn.Linear(in_width, out_width)  # W1
+        self.out = nn.Linear(out_width, out_width)  # W2
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (..., E) for tokens (..., D)."""
+        normed = self.drop(self.norm(features))
+        return self.linear(normed) + self.out(functional.gelu(self.up(normed)))
+
+    def pooled(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted mean (B, E) over tokens (B, T, D) of `forward`; `weights` (B, T) sum to 1 in every row."""
+        normed = self.drop(self.norm(tokens))
+        hidden = functional.gelu(self.up(normed))
+        return self.linear(_mean(normed, weights)) + self.out(_mean(hidden, weights))
+
+
+def _mean(tokens: Tensor, weights: Tensor) -> Tensor:
+    return torch.bmm(weights[:, None].to(tokens.dtype), tokens)[:, 0]  # (B, 1, T) x (B, T, D)
+
+
+class ImageTokenHead(nn.Module):
+    """Returns `mean_i TP_local(p_i) + TP_cls(cls)`; without a CLS token there is no TP_cls."""
+
+    def __init__(self, token_width: int, out_width: int, has_cls: bool, dropout: float | None = None):
+        super().__init__()
+        self.token_width, self.width = token_width, out_width
+        self.local = _token_head(token_width, out_width, dropout)
+        self.cls = _token_head(token_width, out_width, dropout) if has_cls else None
+
+    def _split(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
+        tokens = rows.unflatten(-1, (-1, self.token_width))
+        return (None, tokens) if self.cls is None else (tokens[:, 0], tokens[:, 1:])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return (B, E) for rows (B, T D): CLS, if there is one, then the patches."""
+        cls, patches = self._split(rows)
+        local = self.local.pooled(patches, patches.new_full(patches.shape[:2], 1 / patches.shape[1]))
+        return local if self.cls is None else local + self.cls(cls)
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """Return `TP_local(p_i) + TP_cls(cls)` (B, P, E) for rows (B, T D): its mean over patches is `forward`."""
+        cls, patches = self._split(rows)
+        local = self.local(patches)
+        return local if self.cls is None else local + self.cls(cls)[:, None]
+
+
+class TextTokenHead(nn.Module):
+    """Returns `LayerNorm(p + Dropout(W2 GELU(p)))` of `p = W1 masked_mean_j TP_text(t_j)`."""
+
+    def __init__(self, token_width: int, out_width: int, dropout: float | None = None):
+        super().__init__()
+        self.token_width, self.width = token_width, out_width
+        self.tokens = _token_head(token_width, out_width, dropout)
+        with torch.random.fork_rng(devices=[]):
+            self.up = nn.Linear(out_width, out_width)  # W1
+            self.out = nn.Linear(out_width, out_width)  # W2
+        self.drop = nn.Dropout(self.tokens.drop.p)
+        self.norm = nn.LayerNorm(out_width, eps=1e-5)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return (B, E) for rows (B, T D); a token of zeros only is padding."""
+        tokens = rows.unflatten(-1, (-1, self.token_width))
+        mask = tokens.ne(0).any(-1)  # (B, T)
+        mask, tokens = mask[:, mask.any(0)], tokens[:, mask.any(0)]  # no work on what is padding in every caption
+        weights = mask.to(tokens.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+        projected = self.up(self.tokens.pooled(tokens, weights))
+        return self.norm(projected + self.drop(self.out(functional.gelu(projected))))
+
+
 HEADS: dict[str, type[nn.Module]] = {
     "linear": LinearHead,
     "mlp": MlpHead,
     "glu": GluHead,
     "sharelock": SharelockHead,
     "identity": IdentityHead,
+    "token": TokenHead,
 }
 
 
@@ -123,7 +207,8 @@ def build_head(
     """Return the head `kind` mapping (..., in_width) to (..., out_width), float32; `initialize` then sets its weights.
 
     `expansion` is w of `mlp` (default 4) and `glu` (default 8; the workshop paper's is 4); `hidden` (default 4096) and `dropout`
-    (default 0.2) belong to `sharelock`. None keeps the default. The global random state is left as it was.
+    (default 0.2) belong to `sharelock`; `token`, a head of single tokens, has a dropout, too (default 0.1). None keeps the default.
+    The global random state is left as it was.
 
     Raises UsageError for an unknown kind, a width below 1 or an option that the kind does not have.
     """
@@ -142,6 +227,12 @@ def build_head(
             raise UsageError(f"head {kind!r}: {name} is {value}, expected a whole number of at least 1")
     with torch.random.fork_rng(devices=[]):  # torch layers fill themselves from the global generator
         return HEADS[kind](in_width, out_width, **given)
+
+
+def _token_head(in_width: int, out_width: int, dropout: float | None) -> TokenHead:
+    head = build_head("token", in_width, out_width, dropout=dropout)
+    assert isinstance(head, TokenHead)
+    return head
 
 
 @torch.no_grad()

@@ -34,8 +34,9 @@ from align.encoders import VisionEncoder, load_transform, load_vision_encoder
 from align.errors import DamagedError, UsageError
 from align.files import TEMPORARY, disk_full_named, put_in_place, sync_file
 from align.hardware import Arithmetic
-from align.heads import build_head, initialize
-from align.opening import copy_encoder
+from align.headed import HeadedText, HeadedVision
+from align.heads import ImageTokenHead, TextTokenHead, build_head, initialize
+from align.opening import copy_encoder, hash_weights
 from align.store import compare_fingerprints
 from align.text_encoders import TextEncoder, load_text_encoder
 
@@ -44,7 +45,11 @@ VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded 
 
 
 class SailConfig(PreTrainedConfig):
-    """What a SailModel is made of. `vision` and `text` are the arguments that load the frozen encoders."""
+    """What a SailModel is made of. `vision` and `text` are the arguments that load the frozen encoders.
+
+    `vision_width` and `text_width` are what a head is given: the width of a pooled feature or, for token heads, of one token;
+    `vision_cls` says whether the first token of an image is its CLS. `bias` is None for a model trained with InfoNCE, which has none.
+    """
 
     model_type = "sail"
 
@@ -56,12 +61,13 @@ class SailConfig(PreTrainedConfig):
         text_fingerprint: dict[str, Any] | None = None,
         vision_width: int = 1,
         text_width: int = 1,
+        vision_cls: bool = True,
         width: int = 1,
         head: str = "glu",
         expansion: int | None = None,
         dropout: float | None = None,
         log_scale: float = 2.995732273553991,
-        bias: float = -10.0,
+        bias: float | None = -10.0,
         precision: Arithmetic = "fp32",
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
@@ -70,7 +76,7 @@ class SailConfig(PreTrainedConfig):
             raise DamagedError(f"model format {format_version!r}, this version reads {FORMAT_VERSION}; convert or train again")
         self.vision, self.text = vision or {}, text or {}
         self.vision_fingerprint, self.text_fingerprint = vision_fingerprint or {}, text_fingerprint or {}
-        self.vision_width, self.text_width, self.width = vision_width, text_width, width
+        self.vision_width, self.text_width, self.vision_cls, self.width = vision_width, text_width, vision_cls, width
         self.head, self.expansion, self.dropout = head, expansion, dropout
         self.log_scale, self.bias, self.precision = log_scale, bias, precision
         self.format_version = format_version
@@ -79,7 +85,7 @@ class SailConfig(PreTrainedConfig):
 
 @dataclass
 class SailOutput(ModelOutput):
-    """logits_per_image (B, T) = t <x, y> + b, its transpose, and the L2-normalised embeddings (B, E) and (T, E)."""
+    """logits_per_image (B, T) = t <x, y> + b (b = 0 after InfoNCE), its transpose, and the L2-normalised embeddings (B, E) and (T, E)."""
 
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
@@ -98,12 +104,9 @@ class SailModel(PreTrainedModel):
 
     def __init__(self, config: SailConfig) -> None:
         super().__init__(config)
-        kinds = ("identity", "sharelock") if config.head == "sharelock" else (config.head, config.head)
-        options = [{"expansion": config.expansion, "dropout": config.dropout} if kind != "identity" else {} for kind in kinds]
-        self.vision_head = build_head(kinds[0], config.vision_width, config.width, **options[0])  # type: ignore[arg-type]
-        self.text_head = build_head(kinds[1], config.text_width, config.width, **options[1])  # type: ignore[arg-type]
+        self.vision_head, self.text_head = _heads(config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.log_scale)))
-        self.logit_bias = nn.Parameter(torch.tensor(float(config.bias)))
+        self.logit_bias = None if config.bias is None else nn.Parameter(torch.tensor(float(config.bias)))
         self._encoders: dict[str, Any] = {}  # not submodules: their weights are no part of this model's state
         self.post_init()
 
@@ -117,7 +120,8 @@ class SailModel(PreTrainedModel):
         initialize(self.text_head, generator)
         with torch.no_grad():
             self.logit_scale.fill_(self.config.log_scale)
-            self.logit_bias.fill_(self.config.bias)
+            if self.logit_bias is not None:
+                self.logit_bias.fill_(float(self.config.bias or 0.0))
         return self
 
     def untrained(self, seed: int) -> "SailModel":
@@ -150,7 +154,7 @@ class SailModel(PreTrainedModel):
         return arguments
 
     @property
-    def vision_encoder(self) -> VisionEncoder:
+    def frozen_vision(self) -> VisionEncoder:
         """The frozen vision encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "vision" not in self._encoders:
             encoder = load_vision_encoder(**self._reference("vision"), precision=self.config.precision)
@@ -159,7 +163,7 @@ class SailModel(PreTrainedModel):
         return self._encoders["vision"].to(self.device)
 
     @property
-    def text_encoder(self) -> TextEncoder:
+    def frozen_text(self) -> TextEncoder:
         """The frozen text encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "text" not in self._encoders:
             encoder = load_text_encoder(**self._reference("text"), precision=self.config.precision)
@@ -167,41 +171,100 @@ class SailModel(PreTrainedModel):
             self._encoders["text"] = encoder
         return self._encoders["text"].to(self.device)
 
-    def align_images(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalised float32 embeddings of image features (..., F), pooled or dense."""
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether the heads read all tokens: there is no pooled feature, and what is kept of an image or text is a head's output."""
+        return self.config.head == "token"
+
+    @property
+    def vision_encoder(self) -> Any:
+        """What gives the image features that `align_images` takes: the frozen encoder, with a token head after it if there is one."""
+        if isinstance(self.vision_head, ImageTokenHead):
+            return HeadedVision(self.frozen_vision, self.vision_head, self.vision_fingerprint)
+        return self.frozen_vision
+
+    @property
+    def text_encoder(self) -> Any:
+        """What gives the text features that `align_texts` takes: the frozen encoder, with a token head after it if there is one."""
+        if isinstance(self.text_head, TextTokenHead):
+            return HeadedText(self.frozen_text, self.text_head, self.text_fingerprint)
+        return self.frozen_text
+
+    @property
+    def vision_fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of `vision_encoder`, without loading it; a token head's weights are part of it."""
+        return self._fingerprint(self.config.vision_fingerprint, self.vision_head)
+
+    @property
+    def text_fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of `text_encoder`, without loading it; a token head's weights are part of it."""
+        return self._fingerprint(self.config.text_fingerprint, self.text_head)
+
+    def _fingerprint(self, frozen: dict[str, Any], head: nn.Module) -> dict[str, Any]:
+        return {**frozen, "head": hash_weights(head, ())} if self.takes_tokens else frozen
+
+    def embed_images(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of what the frozen encoder gives: features (..., F) or token rows (B, T F)."""
         return functional.normalize(self.vision_head(features.to(self.logit_scale.dtype)).float(), dim=-1)
 
-    def align_texts(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalised float32 embeddings of caption features (..., D)."""
+    def embed_texts(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of what the frozen encoder gives: features (..., D) or token rows (B, T D)."""
         return functional.normalize(self.text_head(features.to(self.logit_scale.dtype)).float(), dim=-1)
+
+    def align_images(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of what `vision_encoder` gives, pooled or dense."""
+        return functional.normalize(features.float(), dim=-1) if self.takes_tokens else self.embed_images(features)
+
+    def align_texts(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of what `text_encoder` gives."""
+        return functional.normalize(features.float(), dim=-1) if self.takes_tokens else self.embed_texts(features)
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Return an output whose `pooler_output` (B, E) are L2-normalised image embeddings, as CLIP's in transformers.
 
         pixel_values (B, 3, H, W) come from the processor; `last_hidden_state` holds the patches (B, P, width) before the head.
         """
-        cls, patches = self.vision_encoder.encode(pixel_values)
+        cls, patches = self.frozen_vision.encode(pixel_values)
         return BaseModelOutputWithPooling(
             last_hidden_state=patches,
-            pooler_output=self.align_images(self.vision_encoder.pool(cls, patches)),
+            pooler_output=self.embed_images(self.frozen_vision.pool(cls, patches)),
         )
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """Return (B, P, E) L2-normalised dense embeddings: each patch as [cls ; p_i] through the image head."""
-        return self.align_images(self.vision_encoder.dense(pixel_values))
+        """Return (B, P, E) L2-normalised dense embeddings: each patch as [cls ; p_i] through the image head.
+
+        Of a token head: `TP_local(p_i) + TP_cls(cls)`, whose mean before normalisation is the image's.
+        """
+        if isinstance(self.vision_head, ImageTokenHead):
+            return functional.normalize(self.vision_head.dense(self.frozen_vision(pixel_values)).float(), dim=-1)
+        return self.embed_images(self.frozen_vision.dense(pixel_values))
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
         """Return an output whose `pooler_output` (T, E) are L2-normalised text embeddings; token ids come from the processor."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return BaseModelOutputWithPooling(pooler_output=self.align_texts(self.text_encoder(input_ids, mask)))
+        return BaseModelOutputWithPooling(pooler_output=self.embed_texts(self.frozen_text(input_ids, mask)))
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SailOutput:
         """Return logits (B, T) of all images against all texts, with the embeddings they come from."""
         images = self.get_image_features(pixel_values).pooler_output
         texts = self.get_text_features(input_ids, attention_mask).pooler_output
         assert images is not None and texts is not None
-        logits = self.logit_scale.exp() * images @ texts.T + self.logit_bias
+        logits = self.logit_scale.exp() * images @ texts.T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return SailOutput(logits_per_image=logits, logits_per_text=logits.T, text_embeds=texts, image_embeds=images)
+
+
+def _heads(config: SailConfig) -> tuple[nn.Module, nn.Module]:
+    """Return the image and the text head that `config` describes."""
+    if config.head == "token":
+        vision = ImageTokenHead(config.vision_width, config.width, config.vision_cls, config.dropout)
+        return vision, TextTokenHead(config.text_width, config.width, config.dropout)
+    kinds = ("identity", "sharelock") if config.head == "sharelock" else (config.head, config.head)
+    options = [{"expansion": config.expansion, "dropout": config.dropout} if kind != "identity" else {} for kind in kinds]
+    widths = (config.vision_width, config.text_width)
+    built = [build_head(k, w, config.width, **o) for k, w, o in zip(kinds, widths, options, strict=True)]  # type: ignore[arg-type]
+    return built[0], built[1]
 
 
 def _check_encoder(found: dict[str, Any], trained: dict[str, Any], folder: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from align.errors import DataError, UsageError
 from align.runs import generator
@@ -101,6 +102,33 @@ class PairedFeatures:
         self.unpaired += len(keys) - len(rows)
         return _Dataset(images, slots, rows, np.stack(firsts)[:, rows], np.stack(counts)[:, rows])
 
+    def only(self, chosen: pa.Table) -> int:
+        """Leave out every pair whose key is not in the column `key` of `chosen`; return how many of its rows are no pair.
+
+        A column `data` (digest of a store's data, as align/curate.py writes it) ties a key to the data sets of which a store has that
+        digest; without it a key counts for every data set. DataError if a digest is no data set's, or if no pair is left.
+        """
+        tied = "data" in chosen.column_names
+        known = {store.header.data for dataset in self._datasets for store in (dataset.images, *dataset.slots)}
+        strangers = set(chosen["data"].unique().to_pylist()) - known if tied else set()
+        if strangers:
+            raise DataError(
+                f"the keys were chosen from other data ({', '.join(sorted(strangers))}) than the stores; train on stores encoded with the "
+                "same --data and --shard-rows, or drop the column data, and keys will count wherever they occur"
+            )
+        found = np.zeros(len(chosen), dtype=bool)
+        for number, dataset in enumerate(self._datasets):
+            digests = pa.array(sorted({store.header.data for store in (dataset.images, *dataset.slots)}))
+            mine = np.flatnonzero(pc.is_in(chosen["data"], value_set=digests).to_numpy()) if tied else np.arange(len(chosen))
+            wanted = chosen["key"].combine_chunks().take(pa.array(mine))
+            keys = dataset.images.keys.combine_chunks().take(pa.array(dataset.image_rows))
+            found[mine] |= pc.is_in(wanted, value_set=keys).to_numpy(zero_copy_only=False)
+            self._datasets[number] = dataset.only(pc.is_in(keys, value_set=wanted).to_numpy(zero_copy_only=False))
+        self._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in self._datasets)])
+        if len(self) == 0:
+            raise DataError(f"none of the {len(chosen)} chosen keys is a pair of the stores; was the file made from the same data?")
+        return int((~found).sum())
+
     def split(self, held_out: int, seed: int) -> "PairedFeatures":
         """Take `held_out` pairs, chosen by `seed` and the number of pairs, out of this object and return them as another one."""
         if held_out >= len(self):
@@ -167,6 +195,15 @@ def open_pairs(images: Sequence[str], slots: Sequence[str]) -> PairedFeatures:
     stores: dict[str, FeatureStore] = {}
     opened = [[stores.setdefault(name, FeatureStore(name)) for name in names] for names in (images, *(slot.split("+") for slot in slots))]
     return PairedFeatures(opened[0], opened[1:])
+
+
+def read_keys(path: str) -> pa.Table:
+    """Return the columns key and, if there is one, data of a parquet file of samples; DataError if it has no column key."""
+    try:
+        names = ["key", "data"] if "data" in pq.read_schema(path).names else ["key"]
+        return pq.read_table(path, columns=names).cast(pa.schema([(name, pa.string()) for name in names]))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not a parquet file with a column key, such as align/curate.py's chosen.parquet ({error})") from error
 
 
 def _occurs_once(keys: pa.Array) -> np.ndarray:

@@ -10,6 +10,8 @@ Written below --output:
     tasks/sprites-seen/          zero-shot classification in CLIP_benchmark's layout: one sprite a picture, trained on
     tasks/sprites-unseen/        the same with sprites that are in no training picture or caption
     tasks/sprites-retrieval/     images/ and retrieval.jsonl: key, image, captions [short, long]
+    tasks/sprites-swapped/       images/ and pairs.jsonl: key, two images whose objects have changed places, their captions, category
+    tasks/sprites-segmentation/  images/, labels/ (PNG, class number of every pixel, 255 where no object is) and classes.txt
     mllm/                        with --mllm-pretrain, --mllm-instruct, --mllm-test: stage two, again other scenes of the same sprites
                                  (of some of them with --mllm-sprites)
         images/, pretrain.json, instruct.json    LLaVA's format: captions, conversations; image paths are relative to mllm/
@@ -27,17 +29,15 @@ import multiprocessing
 import os
 import shutil
 import tarfile
-import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from align import cli
@@ -47,19 +47,28 @@ from align.errors import DataError, LeaseError, UsageError
 from align.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
 from align.llava_format import conversation_row, question_row, write_conversations, write_questions
 from align.questions import Question, Shown, conversations, single_questions
-from align.scenes import Sprite, SpriteScenes, read_sprites, split_sprites
+from align.rendering import (
+    NO_OBJECT,
+    OPTIONAL,
+    Rendered,
+    Renderer,
+    World,
+    encoded,
+    end_with_parent,
+    generator,
+    mllm_subset,
+    render_segmented,
+    render_swapped,
+)
+from align.scenes import read_sprites, split_sprites
 
 FORMAT = 1
 SCENES_PER_TAR = 1000
-SCENES_PER_JOB = 50
 BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
-JPEG_QUALITY = 90
-PARTS = ("train", "val", "retrieval", "seen", "unseen", "mllm_pretrain", "mllm_instruct", "mllm_test")
-FIRST_INDEX = {part: number << 33 for number, part in enumerate(PARTS)}  # never the same scene twice
 TEST_COPIES = 3  # of a picture in the test questions: one a file
 TEST_FILES = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
 TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
-
+PNG_COPIES = 2  # BYTES_PER_SCENE that a PNG and its label map take; measured 1.4 on average
 
 TESTED = (
     "embedded:efficientnet-lite0",
@@ -69,86 +78,6 @@ TESTED = (
     "embedded:minilm",
     "embedded:smollm2-135m",
 )
-
-
-@dataclass(frozen=True)
-class World:
-    """What all scenes of a run have in common."""
-
-    folder: str
-    seed: int
-    size: int
-    held_out: int
-    per_class: int
-    mllm_sprites: int = 0  # 0: all
-
-
-@dataclass(frozen=True)
-class Job:
-    """A few scenes to render in one go: numbers `start` to `stop` of a part (a key of FIRST_INDEX)."""
-
-    world: World
-    part: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A rendered scene: its key, JPEG, captions, the names of its objects, and what can be asked about it."""
-
-    key: str
-    jpeg: bytes
-    short: str
-    long: str
-    names: tuple[str, ...]
-    shown: Shown | None = None
-
-
-def mllm_subset(sprites: Sequence[Sprite], world: World) -> list[Sprite]:
-    """Return the training sprites that stage two shows: the first `mllm_sprites` of a permutation by the seed, or all; UsageError if fewer.
-
-    A larger subset holds a smaller one of the same seed and held-out sprites.
-    """
-    if not world.mllm_sprites:
-        return list(sprites)
-    if world.mllm_sprites > len(sprites):
-        raise UsageError(
-            f"--mllm-sprites is {world.mllm_sprites}, but scenes of the training data show {len(sprites)} sprites; ask for fewer"
-        )
-    rng = np.random.Generator(np.random.Philox(key=[world.seed, 0], counter=[0, 0, 3, 9]))
-    return [sprites[int(number)] for number in rng.permutation(len(sprites))[: world.mllm_sprites]]
-
-
-@lru_cache(maxsize=4)
-def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
-    """Return the scene generator of a part and, for the classification tasks, its class names in order (else nothing)."""
-    folder = Path(world.folder)
-    sprites, unseen = split_sprites(read_sprites(folder), world.seed, world.held_out)
-    if part == "unseen":
-        sprites = unseen
-    elif part == "seen":
-        sprites = split_sprites(sprites, world.seed + 1, world.held_out)[1]
-    else:
-        shown = mllm_subset(sprites, world) if part.startswith("mllm") else sprites
-        return SpriteScenes(folder, world.seed, world.size, shown), []
-    return SpriteScenes(folder, world.seed, world.size, sprites, max_objects=1), sorted(sprite.name for sprite in sprites)
-
-
-def render(job: Job) -> list[Rendered]:
-    """Return the scenes of a job; runs in worker processes."""
-    scenes, classes = generator(job.world, job.part)
-    by_name = {sprite.name: sprite for sprite in scenes.sprites}
-    rendered = []
-    for number in range(job.start, job.stop):
-        sprite = by_name[classes[number // job.world.per_class]] if classes else None
-        scene = scenes.scene(FIRST_INDEX[job.part] + number, sprite)
-        buffer = io.BytesIO()
-        scene.image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        names = tuple(sorted(placed.sprite.name for placed in scene.objects))
-        key = f"{job.part}-{number:07d}"
-        rendered.append(Rendered(key, buffer.getvalue(), scene.short, scene.long, names, Shown.of(scene)))
-    return rendered
 
 
 def write_tars(folder: Path, pattern: str, per_tar: int, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -170,10 +99,10 @@ def write_tars(folder: Path, pattern: str, per_tar: int, samples: Iterable[tuple
 def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
     """Return what the written bytes depend on, as JSON values."""
     names = ("train", "val", "retrieval", "held_out", "per_class", "image_size", "seed")
-    stage_two = {name: getattr(config, name) for name in PARTS if name.startswith("mllm") and getattr(config, name)}
-    if stage_two and config.mllm_sprites:
-        stage_two["mllm_sprites"] = config.mllm_sprites
-    chosen = {name: getattr(config, name) for name in names} | stage_two
+    optional = {name: getattr(config, name) for name in OPTIONAL if getattr(config, name)}
+    if config.mllm_sprites and any(name.startswith("mllm") for name in optional):
+        optional["mllm_sprites"] = config.mllm_sprites
+    chosen = {name: getattr(config, name) for name in names} | optional
     return {**chosen, "sprites": hash_file(sprites / "sprites.json"), "format": FORMAT}
 
 
@@ -216,35 +145,6 @@ def only_writer(output: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def end_with_parent() -> None:
-    """Let this worker process end as soon as its parent is gone; otherwise a killed run leaves workers that wait for ever."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class Renderer:
-    """Renders parts on all cores, in order, with a progress bar."""
-
-    def __init__(self, world: World, pool: ProcessPoolExecutor, progress: Progress) -> None:
-        self.world, self.pool, self.progress = world, pool, progress
-
-    def scenes(self, part: str, start: int, stop: int) -> Iterator[Rendered]:
-        """Yield scenes `start` to `stop` of a part in order."""
-        firsts = range(start, stop, SCENES_PER_JOB)
-        jobs = [Job(self.world, part, first, min(first + SCENES_PER_JOB, stop)) for first in firsts]
-        task, began, done = self.progress.add_task(part, total=stop - start, rate=""), time.monotonic(), 0
-        for batch in self.pool.map(render, jobs):
-            yield from batch
-            done += len(batch)
-            self.progress.update(task, completed=done, rate=f"{done / (time.monotonic() - began):.0f} scenes/s")
-
-
 def write_captioned(renderer: Renderer, folder: Path, part: str, count: int) -> None:
     """Write `count` scenes with their captions as img2dataset-style tars."""
 
@@ -284,6 +184,40 @@ def write_retrieval(renderer: Renderer, folder: Path, count: int) -> None:
                 rows.append({"key": scene.key, "image": f"images/{scene.key}.jpg", "captions": [scene.short, scene.long]})
         start += step
     (folder / "retrieval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_swapped(renderer: Renderer, folder: Path, count: int) -> None:
+    """Write `count` pairs of scenes that differ in the places of their two objects, with captions in the same words."""
+    (folder / "images").mkdir(parents=True)
+    with open(folder / "pairs.jsonl", "w") as file:
+        for pair in renderer.drawn(render_swapped, "swapped", 0, count):
+            images = [f"images/{pair.key}-{number}.jpg" for number in (0, 1)]
+            for name, jpeg in zip(images, pair.jpegs, strict=True):
+                (folder / name).write_bytes(jpeg)
+            row = {"key": pair.key, "images": images, "captions": pair.captions, "category": pair.relation}
+            file.write(json.dumps(row) + "\n")
+    failpoint("prepare-swapped")
+
+
+def write_segmentation(renderer: Renderer, folder: Path, count: int) -> None:
+    """Write `count` scenes, the class of every pixel, and the names of the classes that occur."""
+    found: set[int] = set()
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for scene in renderer.drawn(render_segmented, "segmentation", 0, count):
+        (folder / "images" / f"{scene.key}.png").write_bytes(scene.png)
+        (folder / "labels" / f"{scene.key}.png").write_bytes(scene.labels)
+        found.update(scene.classes)
+    kept = sorted(found)
+    numbers = np.full(256, NO_OBJECT, dtype=np.uint8)  # of the kept classes, by their number among all
+    numbers[kept] = np.arange(len(kept))
+    for path in (folder / "labels").iterdir():
+        with Image.open(path) as labels:
+            renumbered = numbers[np.asarray(labels)]
+        path.write_bytes(encoded(Image.fromarray(renumbered), "PNG"))
+    classes = generator(renderer.world, "segmentation")[1]
+    (folder / "classes.txt").write_text("".join(f"{classes[number]}\n" for number in kept))
+    failpoint("prepare-segmentation")
 
 
 def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, test: int) -> None:
@@ -345,6 +279,7 @@ def main(config: PrepareConfig) -> None:
     scenes = config.train + config.val + config.retrieval + 2 * config.held_out * config.per_class
     stage_two = config.mllm_pretrain, config.mllm_instruct, config.mllm_test
     scenes += config.mllm_pretrain + config.mllm_instruct + TEST_COPIES * config.mllm_test
+    scenes += 2 * config.swapped + PNG_COPIES * config.segmentation
     require_free(output.parent, scenes * BYTES_PER_SCENE)
     columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn())
     timing = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
@@ -358,6 +293,10 @@ def main(config: PrepareConfig) -> None:
             for part in ("seen", "unseen"):
                 write_classification(renderer, folder / "tasks" / f"sprites-{part}", part)
             write_retrieval(renderer, folder / "tasks" / "sprites-retrieval", config.retrieval)
+            if config.swapped:
+                write_swapped(renderer, folder / "tasks" / "sprites-swapped", config.swapped)
+            if config.segmentation:
+                write_segmentation(renderer, folder / "tasks" / "sprites-segmentation", config.segmentation)
             if any(stage_two):
                 write_mllm(renderer, folder / "mllm", *stage_two)
         commit(folder, {"settings": wanted})
@@ -368,7 +307,8 @@ def main(config: PrepareConfig) -> None:
         sync_folder(output.parent)
     written = sum(entry["bytes"] for entry in read_json(output / COMMIT)["files"].values())
     mllm = f"{stage_two[0]} + {stage_two[1]} + {stage_two[2]} scenes for an MLLM, " if any(stage_two) else ""
-    print(f"wrote {output}: {config.train} training and {config.val} validation scenes, 3 tasks, {mllm}{human_bytes(written)}")
+    tasks = 3 + bool(config.swapped) + bool(config.segmentation)
+    print(f"wrote {output}: {config.train} training and {config.val} validation scenes, {tasks} tasks, {mllm}{human_bytes(written)}")
 
 
 if __name__ == "__main__":

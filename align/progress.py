@@ -1,6 +1,7 @@
 """A line that says how far encoding is, how fast, and where the time goes."""
 
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -32,3 +33,22 @@ class Meter:
             f"rejected {progress.rejected}"
         )
         self.console.print(line, end="\r" if self.console.is_terminal and not last else "\n", highlight=False, soft_wrap=True)
+
+
+def counter(console: Console, what: str) -> Callable[[int, int], None]:
+    """Return a function of (done, total) that shows rate and time left as often as `Meter` does, and at the end if that took a while."""
+    begin = last = time.monotonic()
+    first: int | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        first = done - 1 if first is None else first
+        if now - last < (0.5 if console.is_terminal else 10) and not (done == total and last > begin):
+            return
+        last = now
+        rate = (done - first) / max(1e-9, now - begin)
+        line = f"{what} {done}/{total}, {rate:.1f}/s, {(total - done) / max(rate, 1e-9):.0f} s left"
+        console.print(line, end="\r" if console.is_terminal and done < total else "\n", highlight=False, soft_wrap=True)
+
+    return show

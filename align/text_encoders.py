@@ -4,7 +4,7 @@ Shapes: `B` batch, `T` tokens, `D` width. A closing `Normalize` is left out: fea
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import xxhash
@@ -17,6 +17,7 @@ from align.opening import TEXT_FILES, autocast, hash_weights, opening, recorded_
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+TextFeature = Literal["pooled", "tokens"]
 TEXT_UNUSED = ("pooler.",)  # BERT's pooler is not part of any sentence-transformers pooling
 
 
@@ -24,15 +25,17 @@ class TextEncoder(nn.Module):
     """A frozen text encoder: its own pooling, no normalization, always in eval mode, parameters without gradient.
 
     `prompt` is put before each text by `encode` and `encode_tokens`; `max_length` is in tokens, special tokens included.
+    With `feature` "tokens" nothing is pooled: an embedding is a row of all tokens (B, T D), zeros where there is none, for token heads.
     """
 
     model: Any  # a SentenceTransformer
 
-    def __init__(self, model: "SentenceTransformer", *, prompt: str, precision: Arithmetic) -> None:
+    def __init__(self, model: "SentenceTransformer", *, prompt: str, precision: Arithmetic, feature: TextFeature = "pooled") -> None:
         super().__init__()
         self.model = model
         self.prompt = prompt
         self.precision = precision
+        self.feature = feature
         self.id = ""
         self.fingerprint: dict[str, Any] = {}
         self.max_length: int = self.model.max_seq_length
@@ -48,9 +51,14 @@ class TextEncoder(nn.Module):
         return super().train(False)
 
     def encode(self, texts: list[str], batch_size: int) -> Tensor:
-        """Return embeddings (B, D), float32 on the CPU, not normalized, in the order of `texts`; batches are sorted by length."""
+        """Return embeddings (B, D), float32 on the CPU, not normalized, in the order of `texts`; batches are sorted by length.
+
+        With `feature` "tokens" they are (B, T D), T being `max_length`.
+        """
         if not texts:
             return torch.empty(0, self.width)
+        if self.feature == "tokens":
+            return self._encode_all_tokens(texts, batch_size)
         with autocast(self.model.device, self.precision):
             embeddings = self.model.encode(
                 texts, batch_size=batch_size, prompt=self.prompt, convert_to_tensor=True, show_progress_bar=False
@@ -58,9 +66,12 @@ class TextEncoder(nn.Module):
         return embeddings.to("cpu", torch.float32).clone()  # inference tensors cannot be trained on; their clone can
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return embeddings (B, D), float32, of token ids (B, T) that `tokenizer` made, the prompt included."""
+        """Return embeddings (B, D), with `feature` "tokens" (B, T D), float32, of token ids (B, T) from `tokenizer`, prompt included."""
         features = {"input_ids": input_ids, "attention_mask": attention_mask, **self._prompt}
         with autocast(self.model.device, self.precision):
+            if self.feature == "tokens":
+                output = self.model[0](features)
+                return _token_rows(output["token_embeddings"].float(), output["attention_mask"])
             return self.model(features)["sentence_embedding"].float()
 
     def encode_tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -71,12 +82,32 @@ class TextEncoder(nn.Module):
             output = self.model[0](moved)
         return output["token_embeddings"].float(), output["attention_mask"].bool()
 
+    @torch.no_grad()
+    def _encode_all_tokens(self, texts: list[str], batch_size: int) -> Tensor:
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        rows: Tensor | None = None
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            tokens, mask = self.encode_tokens([texts[number] for number in chosen])
+            if rows is None:
+                rows = torch.zeros(len(texts), self.max_length * tokens.shape[-1])
+            part = _token_rows(tokens, mask).cpu()
+            rows[chosen, : part.shape[1]] = part
+        assert rows is not None
+        return rows
+
+
+def _token_rows(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return (B, T D): tokens (B, T, D) one after the other, zeros where `mask` (B, T) is 0."""
+    return (tokens * mask[..., None]).flatten(1)
+
 
 def load_text_encoder(
     name: str,
     *,
     prompt: str = "",
     max_length: int | None = None,
+    feature: TextFeature = "pooled",
     precision: Arithmetic = "fp32",
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -114,7 +145,7 @@ def load_text_encoder(
     if isinstance(model[-1], Normalize):
         del model[-1]
     _limit_length(name, model, max_length)
-    encoder = TextEncoder(model.to(device), prompt=prompt, precision=precision)
+    encoder = TextEncoder(model.to(device), prompt=prompt, precision=precision, feature=feature)
     encoder.id = name
     encoder.fingerprint = {
         "encoder": recorded_id(name),
@@ -127,6 +158,8 @@ def load_text_encoder(
         "precision": precision,
         "normalized": "no",
     }
+    if feature == "tokens":
+        encoder.fingerprint["pooling"] = "tokens"
     return encoder
 
 

@@ -2,6 +2,9 @@
 
 `VISION_ADAPTERS` maps the exact `model_type` of a config to a function that wraps the model which AutoModel opens in a tower.
 A tower returns the tokens of any of its layers after the final norm. Legend: `B` batch, `P` patches, `D` width.
+
+Pixels of another size than the model was trained with give more or fewer patches: position embeddings are interpolated (bicubic, as
+each library does it), rotary and sinusoidal ones are computed, CNNs have none. A tower that cannot is `fixed` to its own size.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +22,7 @@ class BlockTower(nn.Module):
 
     `blocks` and `norm` are module paths inside `model`. `prefix` tokens precede the patches: CLS first if `has_cls`, then
     registers. `unused` are parameter prefixes that no feature reads. `arguments(model, pixels)` are extra forward arguments.
+    `fixed` models take images of one size only.
     Layer 0 is the input of the first block; a CNN starts at layer 1, and its norm fits its last stage only.
     """
 
@@ -31,13 +35,14 @@ class BlockTower(nn.Module):
         has_cls: bool = False,
         prefix: int = 0,
         cnn: bool = False,
+        fixed: bool = False,
         unused: tuple[str, ...] = (),
         arguments: Callable[[Any, Tensor], dict[str, Any]] = lambda model, pixels: {},
     ) -> None:
         super().__init__()
         self.model = model
         self.blocks, self.norm = blocks, norm
-        self.has_cls, self.prefix, self.cnn = has_cls, prefix, cnn
+        self.has_cls, self.prefix, self.cnn, self.fixed = has_cls, prefix, cnn, fixed
         self.unused, self.arguments = unused, arguments
         self.first, self.count = int(cnn), len(self._blocks())
 
@@ -81,6 +86,7 @@ class MapTower(nn.Module):
         self.model = model
         self.count = len(model.timm_model.feature_info) + 1
         self.channels_last = hasattr(model.timm_model, "output_fmt") and model.timm_model.output_fmt == "NHWC"
+        self.fixed = hasattr(model.timm_model, "set_input_size")  # Swin: its windows are laid out for one size
 
     def truncate(self, layer: int) -> None:
         """Nothing to drop: inner stages are read with `stop_early`."""
@@ -155,15 +161,33 @@ def _timm(model: Any) -> Tower:
         "timm_model.norm",
         has_cls=timm_model.cls_token is not None,
         prefix=timm_model.num_prefix_tokens,
+        fixed=not _take_any_size(timm_model),
         arguments=lambda model, pixels: {"do_pooling": False},
     )
+
+
+def _take_any_size(timm_model: Any) -> bool:
+    """Make a plain timm ViT as if it were created with `dynamic_img_size=True`; return whether it is one. Its own size gives the same."""
+    from timm.layers import Format, PatchEmbed  # seconds; already there if a timm model is
+    from timm.models.vision_transformer import VisionTransformer
+
+    embed = timm_model.patch_embed
+    if not isinstance(timm_model, VisionTransformer) or type(embed) is not PatchEmbed:
+        return False
+    timm_model.dynamic_img_size = True  # type: ignore[misc]
+    embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+    return True
+
+
+def _aimv2(model: Any) -> Tower:
+    """AIMv2 learns its position embeddings unless it is `native`, and transformers does not interpolate them."""
+    return BlockTower(model, "encoder.layers", "rms_norm", fixed=not model.config.is_native, unused=("head.",))
 
 
 # CLIP's last_hidden_state is before its post_layernorm; it is applied here to all tokens. SigLIP, AIMv2 and I-JEPA have no CLS.
 # `siglip2` means the NaFlex models, whose pixels come as packed patches: not an image contract (fixed-size SigLIP 2 is `siglip`).
 _CLIP = _vit("encoder.layers", "post_layernorm", arguments=_interpolated)
 _SIGLIP = _vit("encoder.layers", "post_layernorm", has_cls=False, unused=("head.",), arguments=_interpolated)
-_AIMV2 = _vit("encoder.layers", "rms_norm", has_cls=False, unused=("head.",))
 
 VISION_ADAPTERS: dict[str, Callable[[Any], Tower]] = {
     "dinov2": _vit("encoder.layer", "layernorm", unused=("embeddings.mask_token",)),
@@ -173,8 +197,8 @@ VISION_ADAPTERS: dict[str, Callable[[Any], Tower]] = {
     "vit": _vit("layers", "layernorm", unused=("pooler.",), arguments=_interpolated),
     "vit_mae": _vit("layers", "layernorm", arguments=_unmasked),
     "ijepa": _vit("layers", "layernorm", has_cls=False, unused=("pooler.",), arguments=_interpolated),
-    "aimv2": _AIMV2,
-    "aimv2_vision_model": _AIMV2,
+    "aimv2": _aimv2,
+    "aimv2_vision_model": _aimv2,
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,

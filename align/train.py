@@ -1,8 +1,10 @@
-"""Train alignment heads on pre-encoded features.
+"""Train alignment heads on pre-encoded features, or with the encoders in the loop.
 
     accelerate launch align/train.py --config align/recipes/quickstart.yaml
     accelerate launch align/train.py --config align/recipes/sail_l_gte.yaml --images a/images b/images ...
     accelerate launch --multi_gpu --num_processes 8 align/train.py --config align/recipes/sail_l_gte.yaml
+    accelerate launch align/train.py --head token --data photos.jsonl --captions captions --output runs/tokens --steps 1000 --augment \
+        --vision facebook/dinov2-large --text sentence-transformers/all-roberta-large-v1 --loss infonce --batch-size 1024
     python align/train.py --config recipe.yaml --dry-run
 
 Leaves in --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml.
@@ -27,36 +29,24 @@ from transformers.utils.logging import disable_progress_bar
 from align.cli import refuse_other_config, run, to_recipe
 from align.config import TrainConfig
 from align.errors import NonFiniteError, Preempted, UsageError
-from align.files import atomic_bytes, atomic_json, human_bytes
+from align.feeding import Features, from_data, from_stores, model_for
+from align.files import atomic_bytes, atomic_json, hash_file, human_bytes
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.losses import any_rank
-from align.modeling import SailConfig, SailModel, save_model
-from align.pairs import BatchOrder, PairedFeatures, block_rows_for, open_pairs
+from align.modeling import save_model
+from align.online import OnlinePairs
+from align.pairs import BatchOrder, block_rows_for, read_keys
 from align.runs import JsonLines, add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
-from align.store import FeatureStore
-from align.training import Objective, Schedule, Stepper, batches, build_optimizer, validate
+from align.training import Objective, Schedule, Stepper, build_optimizer, validate
 
-FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "tile", "output", "embed_encoders"}
-
-
-def model_for(config: TrainConfig, pairs: PairedFeatures) -> SailModel:
-    """Return the untrained model for these features: heads of the configured kind between the stores' widths and E."""
-    image_store, text_store = FeatureStore(config.images[0]).header, FeatureStore(config.captions[0].split("+")[0]).header
-    settings = SailConfig(
-        vision=image_store.loader, text=text_store.loader,
-        vision_fingerprint=pairs.image_fingerprint, text_fingerprint=pairs.text_fingerprint,
-        vision_width=pairs.image_width, text_width=pairs.text_width, width=config.width,
-        head=config.head, expansion=config.expansion, dropout=config.dropout,
-        log_scale=config.log_scale, bias=config.bias, precision=image_store.fingerprint.get("precision", "fp32"),
-    )  # fmt: skip
-    return SailModel(settings).initialize(config.seed)
+FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "tile", "output", "embed_encoders", "workers"}
 
 
 class Run:
     """Everything one run writes; silent on all processes but the first."""
 
-    def __init__(self, config: TrainConfig, stepper: Stepper, main_process: bool) -> None:
-        self.config, self.stepper, self.main_process = config, stepper, main_process
+    def __init__(self, config: TrainConfig, stepper: Stepper, tokenizer: Path, main_process: bool) -> None:
+        self.config, self.stepper, self.tokenizer, self.main_process = config, stepper, tokenizer, main_process
         self.folder = Path(config.output)
         self.metrics, self.speed = JsonLines(self.folder / "metrics.jsonl"), JsonLines(self.folder / "speed.jsonl")
         self.state: dict[str, Any] = {"best": -1.0, "best_step": 0, "skipped": 0, "block_rows": 1}
@@ -99,8 +89,7 @@ class Run:
     def save(self, name: str) -> None:
         """Write the model folder `name`."""
         if self.main_process:
-            tokenizer = Path(self.config.captions[0].split("+")[0]) / "tokenizer"
-            save_model(self.stepper.model, self.folder / name, tokenizer, self.config.embed_encoders)
+            save_model(self.stepper.model, self.folder / name, self.tokenizer, self.config.embed_encoders)
 
     def checkpoint(self, step: int) -> None:
         """Commit the whole state at `step`."""
@@ -127,27 +116,37 @@ def main(config: TrainConfig) -> None:
         raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")
     folder = Path(config.output)
     refuse_other_config(config, folder, "train", FREE_ON_RESUME)
-    pairs = open_pairs(config.images, config.captions)
-    held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with --data workers are forked after the tokenizer has run
+    features = from_data(config, state) if config.data else from_stores(config)
+    pairs = features.pairs
+    if config.keys:
+        chosen = read_keys(config.keys)
+        missing = pairs.only(chosen)
+        console.print(f"{config.keys}: {len(chosen)} chosen, {missing} of them are no pair here")
     if config.val_rows:
-        held_out = pairs.split(config.val_rows, config.seed)
+        features.held_out = pairs.split(config.val_rows, config.seed)
     precision = resolve_precision(config.precision, state.device)
-    model = model_for(config, pairs).to(state.device)
+    model = model_for(config, features).to(state.device)
     steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(pairs) // config.batch_size)))
     schedule = Schedule(config.lr, steps, config.warmup, config.min_lr)
     optimizer = build_optimizer(model, config.optimizer, config.lr, config.betas, config.weight_decay)
-    objective = Objective(config.loss, config.reduction, config.positives, config.tile)
+    objective = Objective(
+        config.loss, config.reduction, config.positives, config.tile, config.fusemix,
+        config.structure, config.structure_levels, config.feature_dropout,
+    )  # fmt: skip
     stepper = Stepper(
         model, optimizer, schedule, objective, seed=config.seed, rank=state.process_index,
         accumulate=config.accumulate, precision=precision, max_grad_norm=config.max_grad_norm,
+        log_scale_range=config.log_scale_range,
     )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"{len(pairs)} pairs ({pairs.unpaired} images without partner left out), {human_bytes(pairs.nbytes)} of features, "
+        f"{len(pairs)} pairs ({pairs.unpaired} images without partner left out), "
+        f"{'encoded in every step' if config.data else human_bytes(pairs.nbytes) + ' of features'}, "
         f"{parameters / 1e6:.2f}M parameters, {steps} steps of {config.batch_size} on {state.num_processes} process(es)",
     )
-    job = Run(config, stepper, state.is_main_process)
-    job.state["block_rows"] = block_rows_for(pairs)
+    job = Run(config, stepper, features.tokenizer, state.is_main_process)
+    job.state["block_rows"] = pairs.block_rows if isinstance(pairs, OnlinePairs) else block_rows_for(pairs)
     if config.dry_run:
         order = BatchOrder(len(pairs), config.batch_size, config.seed, job.state["block_rows"])
         share = config.batch_size // state.num_processes
@@ -158,14 +157,18 @@ def main(config: TrainConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_bytes(folder / "config.yaml", to_recipe(config, "train").encode())
         facts = {"pairs": len(pairs), "vision": pairs.image_fingerprint, "text": pairs.text_fingerprint, "processes": state.num_processes}
+        facts |= {"keys": hash_file(Path(config.keys))} if config.keys else {}
         add_launch(folder, {"config": yaml.safe_load(to_recipe(config, "train"))["train"], **facts})
     first = job.resume(console)
-    train(job, pairs, held_out, range(first, steps), state, console)
+    for opened, name in ((pairs, "rejects"), (features.held_out, "rejects-val")):
+        if isinstance(opened, OnlinePairs):
+            opened.resume(JsonLines(folder / f"{name}-{state.process_index}.jsonl"), first)
+    train(job, features, range(first, steps), state, console)
 
 
-def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, steps: range, state: PartialState, console: Console) -> None:
+def train(job: Run, features: Features, steps: range, state: PartialState, console: Console) -> None:
     """Do the steps, with logging, validation, checkpoints and a clean stop on SIGTERM."""
-    config, stepper = job.config, job.stepper
+    config, stepper, pairs, held_out = job.config, job.stepper, features.pairs, features.held_out
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     order = BatchOrder(len(pairs), config.batch_size, config.seed, job.state["block_rows"])
@@ -175,7 +178,7 @@ def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, step
         job.validated(0, validate(stepper.model, held_out, config.val_limit, stepper.precision))
     in_a_row, waited, begin, last_step = 0, 0.0, time.monotonic(), steps.start
     clock = time.monotonic()
-    for step, batch in zip(steps, batches(pairs, order, config.seed, steps, part), strict=True):
+    for step, batch in zip(steps, features.batches(order, config.seed, steps, part), strict=True):
         waited += time.monotonic() - clock
         result = stepper.step(batch, step)
         done, final = step + 1, step + 1 == steps.stop
@@ -188,14 +191,18 @@ def train(job: Run, pairs: PairedFeatures, held_out: PairedFeatures | None, step
                 raise NonFiniteError(f"{in_a_row} non-finite steps in a row; the last good state and the batches' keys are in {job.folder}")
         elif done % config.log_every == 0 or final:
             seconds = time.monotonic() - begin
+            bias = stepper.model.logit_bias
             rate = (done - last_step) * config.batch_size / max(seconds, 1e-9)
             row = {
                 "step": done, "epoch": done / order.steps_per_epoch, "loss": result.loss, "lr": stepper.schedule.at(step),
-                "scale": stepper.model.logit_scale.exp().item(), "bias": stepper.model.logit_bias.item(),
+                "scale": stepper.model.logit_scale.exp().item(), "bias": 0.0 if bias is None else bias.item(),
                 "positive_logit": result.positive_logit, "negative_logit": result.negative_logit, "grad_norm": result.grad_norm,
                 "skipped": job.state["skipped"],
             }  # fmt: skip
-            job.log(row, {"pairs_per_second": rate, "data_wait": waited / max(seconds, 1e-9)})
+            row |= {"structure": result.structure} if config.structure else {}
+            encoding = features.encode_seconds()
+            shares = {"data_wait": waited - encoding, "encode": encoding} if config.data else {"data_wait": waited}
+            job.log(row, {"pairs_per_second": rate, **{name: spent / max(seconds, 1e-9) for name, spent in shares.items()}})
             left = (steps.stop - done) * seconds / max(1, done - last_step)
             logits = f"mean logit of positives {result.positive_logit:.2f}, negatives {result.negative_logit:.2f}"
             console.print(

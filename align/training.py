@@ -8,31 +8,38 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from lion_pytorch import Lion
 from torch import Tensor, nn
+from torch.nn import functional
 
 from align.errors import DamagedError
 from align.losses import LossStats, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
 from align.modeling import SailModel
 from align.pairs import BatchOrder, PairBatch, PairedFeatures
 from align.ranking import best_ranks, recalls
+from align.regularizers import fusemix, structure
 from align.runs import generator
 
 MAX_LOG_SCALE = math.log(100)
+CHUNK_VALUES = 1 << 24  # feature values embedded at once in validation
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss and how it is computed; see `align.losses`."""
+    """The loss and how it is computed (see `align.losses`), and what regularizes it (see `align.regularizers`; 0 is off)."""
 
     loss: str = "sigmoid"
     reduction: str = "mean"
     positives: str = "diagonal"
     tile: int = 4096
+    fusemix: float = 0.0
+    structure: float = 0.0
+    structure_levels: int = 1
+    feature_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,10 @@ class Schedule:
         share = (step - rising) / max(1, self.steps - rising)
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * share))
 
+    def risen(self, step: int) -> float:
+        """Return which share of the warm-up is over after step number `step`, in (0, 1]."""
+        return min(1.0, (step + 1) / max(1, round(self.warmup * self.steps)))
+
 
 def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
     """Return Lion or AdamW over the parameters of `model`; weight decay acts on matrices only, never on scale, bias or norms."""
@@ -64,13 +75,17 @@ def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did: loss and mean logits of the whole batch, gradient norm, and whether the weights were updated."""
+    """What one step did: loss and mean logits of the whole batch, gradient norm, and whether the weights were updated.
+
+    `loss` is the contrastive loss alone; `structure` is the regularizer's value, unweighted, on this process's share (0 if off).
+    """
 
     loss: float
     positive_logit: float
     negative_logit: float
     grad_norm: float
     updated: bool
+    structure: float = 0.0
 
 
 class Stepper:
@@ -88,27 +103,31 @@ class Stepper:
         accumulate: int = 1,
         precision: str = "bf16",
         max_grad_norm: float | None = None,
+        log_scale_range: tuple[float, float] = (0.0, MAX_LOG_SCALE),
     ) -> None:
         self.model, self.optimizer, self.schedule, self.objective = model, optimizer, schedule, objective
         self.seed, self.rank, self.accumulate, self.precision = seed, rank, accumulate, precision
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.log_scale_range = max_grad_norm, log_scale_range
 
     def step(self, batch: PairBatch, step: int) -> StepResult:
         """Do step number `step` (from 0) on this process's part of the batch; skip the update if loss or gradient is not finite."""
         device = self.model.device
-        images = torch.from_numpy(batch.images).to(device)  # (b, F)
-        captions = [torch.from_numpy(c).to(device) for c in batch.captions]  # (b, D) each
-        ids = torch.from_numpy(batch.ids).to(device)
+        images = torch.as_tensor(batch.images, device=device)  # (b, F); on the device already if encoded there just now
+        captions = [torch.as_tensor(c, device=device) for c in batch.captions]  # (b, D) each
+        ids = torch.as_tensor(batch.ids, device=device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
+        if self.objective.fusemix:
+            images, *captions = fusemix([images, *captions], self.objective.fusemix, seed=self.seed, step=step, rank=self.rank)
         if self.accumulate == 1:
             embeddings = self._embed(images, captions, step, 0)
             loss, stats = self._loss(embeddings, ids)
-            loss.backward()
+            kept = self._structure([images, *captions], embeddings, step)
+            self._weighted(loss, kept, step).backward()
         else:
-            loss, stats = self._accumulate(images, captions, ids, step)
+            loss, stats, kept = self._accumulate(images, captions, ids, step)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in parameters:  # the bias has none under InfoNCE
             if parameter.grad is None:
@@ -121,14 +140,16 @@ class Stepper:
         if finite:
             self.optimizer.step()
             with torch.no_grad():
-                self.model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
-        return StepResult(value, stats.positive_mean_logit, stats.negative_mean_logit, norm, finite)
+                self.model.logit_scale.clamp_(*self.log_scale_range)
+        return StepResult(value, stats.positive_mean_logit, stats.negative_mean_logit, norm, finite, float(kept.detach()))
 
     def _embed(self, images: Tensor, captions: list[Tensor], step: int, piece: int) -> list[Tensor]:
         """Return [x, y_1, ..., y_K], each (b, E), L2-normalised; dropout depends on (seed, step, rank, piece) only."""
         torch.manual_seed(int(generator(self.seed, 3, step, self.rank, piece).integers(1 << 62)))
+        if self.objective.feature_dropout:
+            images, *captions = [functional.dropout(rows.float(), self.objective.feature_dropout) for rows in (images, *captions)]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return [self.model.align_images(images), *(self.model.align_texts(caption) for caption in captions)]
+            return [self.model.embed_images(images), *(self.model.embed_texts(caption) for caption in captions)]
 
     def _loss(self, embeddings: list[Tensor], ids: Tensor) -> tuple[Tensor, LossStats]:
         images, captions = embeddings[0], embeddings[1:]
@@ -141,7 +162,17 @@ class Stepper:
         options["reduction"] = self.objective.reduction
         return sigmoid_loss(images, captions, self.model.logit_scale, bias, **options), stats
 
-    def _accumulate(self, images: Tensor, captions: list[Tensor], ids: Tensor, step: int) -> tuple[Tensor, LossStats]:
+    def _structure(self, features: list[Tensor], embeddings: list[Tensor], step: int) -> Tensor:
+        """Return the regularizer of this share; averaging gradients over processes averages it over their shares."""
+        if not self.objective.structure:
+            return embeddings[0].new_zeros(())
+        return structure(features, embeddings, self.objective.structure_levels, seed=self.seed, step=step, rank=self.rank)
+
+    def _weighted(self, loss: Tensor, kept: Tensor, step: int) -> Tensor:
+        """Return what is minimized; the regularizer's weight rises as the learning rate does."""
+        return loss + self.objective.structure * self.schedule.risen(step) * kept if self.objective.structure else loss
+
+    def _accumulate(self, images: Tensor, captions: list[Tensor], ids: Tensor, step: int) -> tuple[Tensor, LossStats, Tensor]:
         """Give the parameters the gradient of the whole batch while holding the activations of one piece.
 
         A contrastive loss does not split into pieces; its gradient with respect to the embeddings does. So: embed all pieces
@@ -153,12 +184,13 @@ class Stepper:
             parts = [self._embed(images[r], [c[r] for c in captions], step, n) for n, r in enumerate(rows)]
         leaves = [torch.cat(side).requires_grad_() for side in zip(*parts, strict=True)]
         loss, stats = self._loss(leaves, ids)
-        loss.backward()
+        kept = self._structure([images, *captions], leaves, step)
+        self._weighted(loss, kept, step).backward()
         for number, r in enumerate(rows):
             embeddings = self._embed(images[r], [c[r] for c in captions], step, number)
             trained = [(e, leaf.grad[r]) for e, leaf in zip(embeddings, leaves, strict=True) if e.requires_grad and leaf.grad is not None]
             torch.autograd.backward([e for e, _ in trained], [g for _, g in trained])
-        return loss, stats
+        return loss, stats, kept
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and JSON values that `load_state` needs to go on exactly."""
@@ -198,14 +230,21 @@ def batches(pairs: PairedFeatures, order: BatchOrder, seed: int, steps: range, p
             yield current
 
 
+class Measured(Protocol):
+    """Pairs to validate on."""
+
+    def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return images (n, F), all their captions (T, D), and each caption's image number (T,)."""
+
+
 @torch.no_grad()
-def validate(model: SailModel, pairs: PairedFeatures, limit: int, precision: str) -> dict[str, float]:
+def validate(model: SailModel, pairs: Measured, limit: int, precision: str) -> dict[str, float]:
     """Return retrieval recalls `val_i2t_r1` ... `val_t2i_r10` (fractions) and their mean `val_mean_recall`, all captions counting."""
     model.eval()
     images, captions, owners = pairs.everything(limit)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        x = _in_chunks(model.align_images, images, model.device)
-        y = _in_chunks(model.align_texts, captions, model.device)
+        x = _in_chunks(model.embed_images, images, model.device)
+        y = _in_chunks(model.embed_texts, captions, model.device)
     image_ids, caption_ids = torch.arange(len(x), device=x.device), torch.from_numpy(owners).to(x.device)
     found = {
         "i2t": recalls(best_ranks(x, y, image_ids, caption_ids)),
@@ -215,5 +254,6 @@ def validate(model: SailModel, pairs: PairedFeatures, limit: int, precision: str
     return {**values, "val_mean_recall": sum(values.values()) / len(values)}
 
 
-def _in_chunks(align: Any, features: np.ndarray, device: torch.device, chunk: int = 4096) -> Tensor:
-    return torch.cat([align(torch.from_numpy(features[at : at + chunk]).to(device)) for at in range(0, len(features), chunk)])
+def _in_chunks(embed: Any, features: np.ndarray, device: torch.device) -> Tensor:
+    chunk = max(1, min(4096, CHUNK_VALUES // features.shape[1]))  # a row may hold all tokens of an image
+    return torch.cat([embed(torch.from_numpy(features[at : at + chunk]).to(device)) for at in range(0, len(features), chunk)])

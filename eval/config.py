@@ -11,7 +11,8 @@ class EvalConfig:
     """Measure aligned models on tasks: results.json with intervals, per-sample answers and a report."""
 
     model: tuple[str, ...] = ()
-    """Model folders (a training run's output), each as PATH or NAME=PATH."""
+    """Models, each as MODEL or NAME=MODEL: a training run's output or model folder; to compare with, openclip:ARCH/TAG (or a local
+    .safetensors file in place of the tag) and hf:FOLDER or hf:HUB_ID (CLIP, SigLIP)."""
     tasks: tuple[str, ...] = ()
     """Task ids (see --list-tasks) or YAML files that describe a task of your own."""
     data_root: str = "data"
@@ -23,7 +24,7 @@ class EvalConfig:
     templates: str | None = None
     """Prompts for every classification task instead of its own: a set's id, or a .txt or .json file in the task's folder."""
     baseline: bool = True
-    """Also measure each model with freshly initialised heads, and add the majority and chance rates."""
+    """Also measure each aligned model with freshly initialised heads, and add the majority and chance rates."""
     batch_size: int = 64
     """Images a forward pass."""
     text_batch_size: int = 256
@@ -46,9 +47,14 @@ class EvalConfig:
     """Write report.html, its figures and entries.csv beside the results."""
     list_tasks: bool = False
     """Print the known tasks and where their data belongs, then exit."""
+    compare: tuple[str, ...] = ()
+    """Instead of measuring, say which differences between two results, A and B, are real: each FOLDER (its trained model) or FOLDER:MODEL.
+    Writes comparison.html, .json and .csv to OUTPUT."""
 
     def __post_init__(self) -> None:
-        if not self.list_tasks and not (self.model and self.tasks):
+        if self.compare and len(self.compare) != 2:
+            raise UsageError(f"--compare needs two results, A and B, each FOLDER or FOLDER:MODEL; found {len(self.compare)}")
+        if not self.list_tasks and not self.compare and not (self.model and self.tasks):
             raise UsageError("nothing to measure: give --model FOLDER and --tasks ID (--list-tasks shows the known ids)")
         if min(self.batch_size, self.text_batch_size) < 1 or self.workers < 0 or self.examples < 0:
             raise UsageError("--batch-size and --text-batch-size must be at least 1, --workers and --examples 0 or more")

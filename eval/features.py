@@ -3,8 +3,10 @@
     <cache>/images/<images digest>/<encoder digest>/images/    a feature store
     <cache>/texts/<encoder digest>/<texts digest>.safetensors  "features" (T, D) float16, with their hash
 
-Models that share an encoder share its features, so before and after cost one forward pass, and a second run none: neither
-encoder is even loaded. Shapes: `N` samples, `T` texts, `F` image feature width, `D` text feature width, `E` aligned width.
+Models that share an encoder share its features, so before and after cost one forward pass, and a second run none: the encoders of
+a SailModel are not even loaded (baselines are, to hash their weights, but not run).
+
+Shapes: `N` samples, `T` texts, `F` image feature width, `D` text feature width, `E` aligned width.
 """
 
 import json
@@ -13,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +26,13 @@ from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 from torch import Tensor
 
+from align.encoders import VisionEncoder
 from align.errors import DataError, NonFiniteError
 from align.extract import Extraction, Progress, Stopping
 from align.files import atomic_bytes, hash_bytes, require_free
 from align.lease import Lease
-from align.modeling import SailModel
 from align.store import FeatureStore, compare_fingerprints
+from eval.candidates import DualEncoder
 from eval.tasks import TaskData
 
 Report = Callable[[Progress], None]
@@ -45,16 +48,16 @@ class FeatureCache:
     workers: int = 2
     max_reject_fraction: float = 0.05
 
-    def images(self, data: TaskData, model: SailModel, report: Report = lambda progress: None) -> tuple[TaskData, np.ndarray]:
+    def images(self, data: TaskData, model: DualEncoder, report: Report = lambda progress: None) -> tuple[TaskData, np.ndarray]:
         """Return the samples whose image could be encoded and their features (N, F) float16, in the same order."""
-        folder = self.folder / "images" / data.images_digest / fingerprint_digest(model.config.vision_fingerprint)
+        folder = self.folder / "images" / data.images_digest / fingerprint_digest(model.vision_fingerprint)
         store = _open_complete(folder / "images")
         if store is None:
             job = Extraction(
                 data.source,
                 data.plan,
                 folder,
-                vision=model.vision_encoder,
+                vision=cast(VisionEncoder, model.vision_encoder),
                 batch_size=self.batch_size,
                 workers=self.workers,
                 stopping=Stopping(self.max_reject_fraction),
@@ -66,15 +69,15 @@ class FeatureCache:
                 job.run(lease, report)
             job.finish()
             store = FeatureStore(folder / "images")
-        wanted = {**model.config.vision_fingerprint, "encoder": ""}
+        wanted = {**model.vision_fingerprint, "encoder": ""}
         compare_fingerprints(wanted, {**store.fingerprint, "encoder": ""}, str(store.folder))
         rejects = pq.read_table(store.folder / "rejects.parquet")
         return select_rows(data, store, rejects, self.max_reject_fraction)
 
-    def texts(self, texts: Sequence[str], model: SailModel) -> Tensor:
+    def texts(self, texts: Sequence[str], model: DualEncoder) -> Tensor:
         """Return features (T, D) float16 of `texts`, in order; equal texts are encoded once."""
         unique = sorted(set(texts))
-        fingerprint = model.config.text_fingerprint
+        fingerprint = model.text_fingerprint
         path = self.folder / "texts" / fingerprint_digest(fingerprint) / f"{hash_bytes(json.dumps(unique).encode())}.safetensors"
         features = _read_texts(path, len(unique))
         if features is None:

@@ -21,12 +21,16 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from eval.calibration import Calibration
 from eval.results import SUBJECTS, Entry, ModelRecord
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of a figure; `series` are those of the models that the report is about, in order, `baselines` the others' by kind."""
+    """Colors of a figure; `series` are those of the models that the report is about, in order, `baselines` the others' by kind.
+
+    Models of one kind take that kind's colors in turn.
+    """
 
     name: str
     background: str
@@ -34,17 +38,23 @@ class Theme:
     muted: str
     grid: str
     series: tuple[str, ...]
-    baselines: Mapping[str, str]
+    baselines: Mapping[str, tuple[str, ...]]
     heat: str
 
 
 LIGHT = Theme(
     "light", "#ffffff", "#1d2430", "#667085", "#e4e7ec", ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3"),
-    {"untrained": "#98a2b3", "majority": "#d8b365", "chance": "#d0d5dd", "mllm_random": "#98a2b3", "mllm_none": "#7f9c9c"}, "Blues",
+    {
+        "clip": ("#b4467c", "#d48bae", "#7d2c56"), "untrained": ("#98a2b3", "#b9c1cd"), "majority": ("#d8b365",),
+        "chance": ("#d0d5dd",), "mllm_random": ("#98a2b3", "#b9c1cd"), "mllm_none": ("#7f9c9c",),
+    }, "Blues",
 )  # fmt: skip
 DARK = Theme(
     "dark", "#171c24", "#e6e9ef", "#98a2b3", "#2c3440", ("#6ea8e8", "#e8965f", "#66c08f", "#b792dd"),
-    {"untrained": "#7b8494", "majority": "#b08f45", "chance": "#4b5563", "mllm_random": "#7b8494", "mllm_none": "#5d7a7a"}, "cividis",
+    {
+        "clip": ("#e286b3", "#b45a86", "#f2b8d4"), "untrained": ("#7b8494", "#5b6472"), "majority": ("#b08f45",),
+        "chance": ("#4b5563",), "mllm_random": ("#7b8494", "#5b6472"), "mllm_none": ("#5d7a7a",),
+    }, "cividis",
 )  # fmt: skip
 THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
 
@@ -73,7 +83,8 @@ def _axes(figure: Figure, theme: Theme, title: str = "", at: tuple[int, int, int
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     if title:
-        axes.set_title(plain(title), loc="left", fontsize=10.5, color=theme.ink, pad=10, fontweight="bold", parse_math=False)
+        shown = "\n".join(map(plain, title.splitlines()))
+        axes.set_title(shown, loc="left", fontsize=10.5, color=theme.ink, pad=10, fontweight="bold", parse_math=False)
     return axes
 
 
@@ -96,10 +107,9 @@ def _legend(axes: Axes, theme: Theme, **options: Any) -> None:
 
 def model_color(model: ModelRecord, models: Sequence[ModelRecord], theme: Theme) -> str:
     """Return the color that stands for `model` in every figure of the report."""
-    if model.kind not in SUBJECTS:
-        return theme.baselines[model.kind]
-    subjects = [other.name for other in models if other.kind == model.kind]
-    return theme.series[subjects.index(model.name) % len(theme.series)]
+    colors = theme.series if model.kind in SUBJECTS else theme.baselines[model.kind]
+    alike = [other.name for other in models if other.kind == model.kind]
+    return colors[alike.index(model.name) % len(colors)]
 
 
 def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme, percent: bool = False) -> bytes:
@@ -153,7 +163,10 @@ def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models
     if tallest > 0.6:
         axes.set_yticks(np.linspace(0, 1, 6))
     _percent(axes)
-    _legend(axes, theme, loc="lower left", bbox_to_anchor=(0, -0.32), ncols=len(shown))
+    lines = max(label.count("\n") for label in labels.values())
+    fits = sum(len(model.name) + 6 for model in shown) < 14 * figure.get_figwidth()
+    columns = len(shown) if fits else (len(shown) + 1) // 2
+    _legend(axes, theme, loc="upper left", bbox_to_anchor=(0, -0.14 - 0.06 * lines), ncols=columns, columnspacing=1.2)
     return _png(figure)
 
 
@@ -172,7 +185,7 @@ def recall_curve(title: str, ranks: Mapping[str, np.ndarray], targets: int, mode
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(0, 1.02)
     _percent(axes)
-    _legend(axes, theme)
+    _legend(axes, theme, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
     return _png(figure)
 
 
@@ -235,22 +248,92 @@ def sorted_classes(title: str, accuracy: Mapping[str, Sequence[float]], models: 
     return _png(figure)
 
 
-def class_bars(title: str, rows: Sequence[tuple[str, int, float]], before: Mapping[str, float], color: str, theme: Theme) -> bytes:
-    """Return horizontal bars of (class, images, accuracy) `rows`, the first on top; dots mark `before`'s accuracy."""
+def class_bars(
+    title: str,
+    rows: Sequence[tuple[str, int, float]],
+    before: Mapping[str, float],
+    color: str,
+    theme: Theme,
+    before_name: str = "untrained",
+) -> bytes:
+    """Return horizontal bars of (class, images, accuracy or IoU) `rows`, the first on top; dots mark those of `before`."""
     figure = _figure(theme, 4.6, 0.24 * len(rows) + 1.0)
     axes = _axes(figure, theme, title)
     places = np.arange(len(rows))[::-1]
     axes.barh(places, [row[2] for row in rows], height=0.68, color=color)
     if before:
-        axes.scatter([before[row[0]] for row in rows], places, s=16, color=theme.ink, zorder=3, label="untrained")
+        axes.scatter([before[row[0]] for row in rows], places, s=16, color=theme.ink, zorder=3, label=plain(before_name))
         _legend(axes, theme, loc="upper left", bbox_to_anchor=(-0.02, -0.22 * 7 / (len(rows) + 3)))
-    axes.set_yticks(places, [f"{plain(name, 26, 1)} ({n})" for name, n, _ in rows])
+    _named_rows(axes, [f"{plain(name, 26, 1)} ({n})" for name, n, _ in rows], theme)
+    axes.set_xlim(-0.01, 1.01)
+    _percent(axes, "x")
+    return _png(figure)
+
+
+def class_gains(title: str, rows: Sequence[tuple[str, int, float] | None], theme: Theme) -> bytes:
+    """Return horizontal bars of (class, images, gain) `rows` from 0 to either side, the first on top; None leaves a gap."""
+    figure = _figure(theme, 4.6, 0.24 * len(rows) + 1.2)
+    axes = _axes(figure, theme, plain(title, 34, 2))
+    gains = np.array([row[2] if row else 0.0 for row in rows])
+    places = np.arange(len(rows))[::-1]
+    axes.barh(places, gains, height=0.68, color=[theme.series[0] if gain >= 0 else theme.series[1] for gain in gains])
+    axes.axvline(0, color=theme.muted, linewidth=0.9)
+    reach = max(float(np.abs(gains).max()), 0.05)
+    for place, row in zip(places, rows, strict=True):
+        if row:
+            side = 1 if row[2] >= 0 else -1
+            axes.annotate(
+                f"{100 * row[2]:+.0f}", (row[2], place), xytext=(3 * side, 0), textcoords="offset points", fontsize=7,
+                color=theme.muted, va="center", ha="left" if side > 0 else "right",
+            )  # fmt: skip
+    _named_rows(axes, [f"{plain(row[0], 26, 1)} ({row[1]})" if row else "..." for row in rows], theme)
+    axes.set_xlim(min(0.0, float(gains.min())) - 0.14 * reach, max(0.0, float(gains.max())) + 0.14 * reach)
+    axes.set_xlabel("gain in points", fontsize=8.5, color=theme.muted)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+g}" if value else "0"))
+    return _png(figure)
+
+
+def forest(rows: Sequence[tuple[str, float, float, float, bool]], theme: Theme, title: str = "B minus A, in points") -> bytes:
+    """Return (name, difference, low, high, shown) `rows` as points with intervals about 0; differences not shown are hollow and gray."""
+    figure = _figure(theme, 9.0, 0.24 * len(rows) + 1.1)
+    axes = _axes(figure, theme, title)
+    for place, (_, value, low, high, shown) in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
+        color = theme.muted if not shown else theme.series[0] if value > 0 else theme.series[1]
+        axes.plot([100 * low, 100 * high], [place, place], color=color, linewidth=1.6, solid_capstyle="round")
+        axes.plot([100 * value], [place], "o", color=color, markersize=5, markerfacecolor=color if shown else theme.background)
+    axes.axvline(0, color=theme.muted, linewidth=0.9)
+    _named_rows(axes, [plain(name, 44, 1) for name, *_ in rows], theme)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+    axes.set_xlabel("A is better  |  B is better", fontsize=8.5, color=theme.muted)
+    return _png(figure)
+
+
+def reliability(title: str, found: Mapping[str, Calibration], models: Sequence[ModelRecord], theme: Theme) -> bytes:
+    """Return accuracy against confidence, one line a model; the area of a dot is the share of images in its bin."""
+    figure = _figure(theme, 4.6, 4.2)
+    axes = _axes(figure, theme, title)
+    axes.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=":", label="as sure as right")
+    by_name = {model.name: model for model in models}
+    for name, one in found.items():
+        color = model_color(by_name[name], models, theme)
+        axes.plot(one.confidence, one.accuracy, color=color, linewidth=1.4, marker="o", markersize=3, label=plain(name))
+        axes.scatter(one.confidence, one.accuracy, s=8 + 160 * one.count / one.count.sum(), color=color, zorder=3)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("confidence", fontsize=8.5, color=theme.muted)
+    axes.set_ylabel("accuracy", fontsize=8.5, color=theme.muted)
+    _percent(axes)
+    _percent(axes, "x")
+    _legend(axes, theme, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=2)
+    return _png(figure)
+
+
+def _named_rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
+    """Label the rows of a figure of horizontal things, the first on top, and draw its grid upright."""
+    axes.set_yticks(np.arange(len(names))[::-1], list(names))
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
     axes.tick_params(axis="y", labelcolor=theme.ink, labelsize=8)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=theme.grid, linewidth=0.8)
-    axes.set_xlim(-0.01, 1.01)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    _percent(axes, "x")
-    return _png(figure)
+    axes.set_ylim(-0.6, len(names) - 0.4)

@@ -102,6 +102,60 @@ def bootstrap_interval(
     return _percentiles(np.concatenate(drawn), confidence)
 
 
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return (R,) means of `values` (N,), each value counted `weights` (R, N) times."""
+    return weights @ values / weights.sum(axis=1)
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return (R,) medians of `values` (N,), each value counted `weights` (R, N) whole times; of an even number, the mean of the middle."""
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(weights[:, order], axis=1)  # (R, N) values up to and with this one
+    total = below[:, -1:]
+    middle = [(below <= half).sum(axis=1) for half in ((total - 1) // 2, total // 2)]
+    return (values[order[middle[0]]] + values[order[middle[1]]]) / 2
+
+
+def cluster_interval(
+    values: np.ndarray,
+    clusters: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    generator: np.random.Generator,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Return (low, high), the percentile bootstrap interval of a statistic of `values` (N,) that resamples whole clusters.
+
+    `clusters` (N,) are numbers from 0 without gaps: values of one cluster are drawn together, as they are not independent.
+    `statistic` maps (values, weights (R, N)) to (R,), like `weighted_mean`. Memory is about 32 MiB whatever N is.
+    """
+    _refuse_empty(values)
+    count = int(clusters.max()) + 1
+    block = max(1, min(resamples, (1 << 22) // len(values)))
+    drawn = []
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        picked = generator.integers(0, count, size=(size, count)) + count * np.arange(size)[:, None]
+        times = np.bincount(picked.ravel(), minlength=size * count).reshape(size, count)  # how often each cluster was drawn
+        drawn.append(statistic(values, times[:, clusters]))
+    return _percentiles(np.concatenate(drawn), confidence)
+
+
+def clustered_recall_interval(
+    hits: np.ndarray, clusters: np.ndarray, generator: np.random.Generator, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return (low, high) of the share of `hits` (N,) bool whose queries come in clusters, such as the captions of one image.
+
+    Percentile bootstrap over clusters. Where that has no width, as all or none hit, and where every cluster is one query, it is the
+    Wilson interval of as many trials as there are clusters.
+    """
+    _refuse_empty(hits)
+    count, share = int(clusters.max()) + 1, float(np.mean(hits))
+    if share in (0.0, 1.0) or count == len(hits):
+        return wilson_interval(round(share * count), count, confidence)
+    return cluster_interval(np.asarray(hits, dtype=np.float64), clusters, weighted_mean, generator, confidence=confidence)
+
+
 def mean_per_class_interval(
     correct: np.ndarray,
     labels: np.ndarray,

@@ -1,10 +1,12 @@
 """Prompts of zero-shot classification: template sets by exact id, template files, and sentences written for each class.
 
 A template holds `{c}` where the class name goes. Results record which set was used (`PromptSet.id`), and numbers of different
-sets never share a table column.
+sets never share a table column. `clip:<data set>` are the templates that the package clip_benchmark (MIT) ships for a data set.
 """
 
+import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,22 @@ def _imagenet80() -> tuple[str, ...]:
     return tuple(templates)
 
 
+def _ucf101() -> tuple[str, ...]:
+    """Return the 48 templates of CLIP's published UCF101 protocol (arXiv 2103.00020), its English as it is."""
+    doings = ("", "using ", "doing ", "during ", "performing ", "practicing ")
+    media = ("photo", "video", "example", "demonstration")
+    return tuple(f"a {medium} of {who} person {doing}{{c}}." for doing in doings for who in ("a", "the") for medium in media)
+
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("{c}",),
     "simple": ("a photo of a {c}.",),
     "sprites": ("a {c}", "one {c}", "a picture of a {c}", "a {c} on a plain background", "an emoji of a {c}"),
     "imagenet80": _imagenet80(),
+    "ucf101": _ucf101(),
+    "cub": ("a photo of a {c}, a type of bird.",),
 }
+PACKAGED = "clip:"  # before a data set's name: the templates that clip_benchmark ships for it
 
 
 @dataclass(frozen=True)
@@ -90,25 +102,54 @@ def read_sentences(path: Path, class_names: tuple[str, ...]) -> tuple[tuple[str,
     return tuple(tuple(content[name]) for name in class_names)
 
 
+def package_classes(data_set: str) -> tuple[str, ...]:
+    """Return the class names that clip_benchmark ships for a data set, in the order of its labels; UsageError without the package."""
+    return _packaged("en_classnames.json", data_set)
+
+
+def package_templates(data_set: str) -> tuple[str, ...]:
+    """Return the templates that clip_benchmark ships for a data set; UsageError for an unknown one or without the package."""
+    return _packaged("en_zeroshot_classification_templates.json", data_set)
+
+
 def prompt_set(templates: str, class_names: tuple[str, ...], folder: Path) -> PromptSet:
     """Return the sentences of every class for a template set's id or a file in `folder`.
 
     A `.txt` file holds templates, a `.json` file sentences for each class; their id carries the hash of what was read, so that
-    two versions of a file are never taken for the same prompts.
+    two versions of a file are never taken for the same prompts, and so does the id of packaged templates.
     """
     if templates in TEMPLATES:
-        return PromptSet(templates, tuple(fill(TEMPLATES[templates], name) for name in class_names))
+        return PromptSet(templates, _filled(TEMPLATES[templates], class_names))
+    if templates.startswith(PACKAGED):
+        read = package_templates(templates.removeprefix(PACKAGED))
+        return PromptSet(f"{templates}@{_digest(read)}", _filled(read, class_names))
     path = folder / templates
+    known = [*sorted(TEMPLATES), f"{PACKAGED}<data set>"]
     if path.suffix not in (".txt", ".json"):
-        known = sorted(TEMPLATES)
         raise UsageError(f"unknown templates {templates!r}: a .txt or .json file, or a set; {nearest(templates, known)}")
     if not path.is_file():
-        raise DataError(f"prompts {templates!r} not found: put the file at {path}, or name a set: {', '.join(sorted(TEMPLATES))}")
+        raise DataError(f"prompts {templates!r} not found: put the file at {path}, or name a set: {', '.join(known)}")
     if path.suffix == ".txt":
         read = read_templates(path)
-        return PromptSet(f"templates:{path.name}@{_digest(read)}", tuple(fill(read, name) for name in class_names))
+        return PromptSet(f"templates:{path.name}@{_digest(read)}", _filled(read, class_names))
     sentences = read_sentences(path, class_names)
     return PromptSet(f"sentences:{path.name}@{_digest(sentences)}", sentences)
+
+
+def _packaged(file: str, data_set: str) -> tuple[str, ...]:
+    """Return a data set's list in one of clip_benchmark's JSON files, without importing the package: that takes seconds."""
+    found = importlib.util.find_spec("clip_benchmark")
+    if found is None or not found.submodule_search_locations:
+        own = "classnames.txt and zeroshot_classification_templates.txt in the data set's folder"
+        raise UsageError(f"{file} of {data_set!r} comes with clip-benchmark: pip install 'sail-upgrade-kit[clip]', or put {own}")
+    content = json.loads((Path(found.submodule_search_locations[0]) / "datasets" / file).read_text(encoding="utf-8"))
+    if data_set not in content:
+        raise UsageError(f"clip_benchmark's {file} has no {data_set!r}; {nearest(data_set, sorted(content))}")
+    return tuple(content[data_set])
+
+
+def _filled(templates: Sequence[str], class_names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(fill(tuple(templates), name) for name in class_names)
 
 
 def _digest(texts: Any) -> str:

@@ -19,9 +19,9 @@ from align.files import atomic_json, atomic_path, read_json
 
 FORMAT_VERSION = 1
 RESULTS = "results.json"
-MODEL_KINDS = ("trained", "untrained", "majority", "chance", "mllm", "mllm_random", "mllm_none")
+MODEL_KINDS = ("trained", "untrained", "clip", "majority", "chance", "mllm", "mllm_random", "mllm_none")
 SUBJECTS = ("trained", "mllm")  # the kinds that a report is about; the others are what they are compared with
-TASK_KINDS = ("classification", "retrieval", "generation")
+TASK_KINDS = ("classification", "retrieval", "compositional", "segmentation", "generation")
 Record = TypeVar("Record")
 
 
@@ -47,8 +47,8 @@ class Entry:
 class ModelRecord:
     """What a column of the table is: `kind` is one of MODEL_KINDS; `fingerprint` is empty for majority and chance.
 
-    trained and untrained are encoder pairs (aligned, or with fresh heads); mllm, mllm_random and mllm_none are LLaVA-style models
-    whose image head is trained, random or absent.
+    trained and untrained are encoder pairs (aligned, or with fresh heads); clip is a dual encoder trained as one, to compare with;
+    mllm, mllm_random and mllm_none are LLaVA-style models whose image head is trained, random or absent.
     """
 
     name: str
@@ -116,15 +116,15 @@ def merge_results(old: Results, new: Results) -> Results:
     """Return both together: what `new` measured replaces the same task and model of `old`, the rest of `old` stays.
 
     Entries of `old` are dropped where they would no longer be comparable: those of a model that is another one under the same name,
-    and those of a task whose data differ. UsageError if seed or confidence differ: one page shows one of each.
+    and those of a task whose data or prompts differ. UsageError if seed or confidence differ: one page shows one of each.
     """
     if (old.seed, old.confidence) != (new.seed, new.confidence):
         kept_apart = f"seed {old.seed} and confidence {old.confidence:g}, not seed {new.seed} and confidence {new.confidence:g}"
         raise UsageError(f"the results that are already there have {kept_apart}; use the same, or another --output")
     models = {model.name: (model.kind, model.fingerprint) for model in new.models}
-    tasks = {task.id: task for task in new.tasks}
+    tasks = {task.id: (task.digest, task.prompts) for task in new.tasks}
     changed_models = {m.name for m in old.models if m.name in models and models[m.name] != (m.kind, m.fingerprint)}
-    changed_tasks = {t.id for t in old.tasks if t.id in tasks and tasks[t.id].digest != t.digest}
+    changed_tasks = {t.id for t in old.tasks if t.id in tasks and tasks[t.id] != (t.digest, t.prompts)}
     measured = {(entry.task, entry.model) for entry in new.entries}
     kept = [
         entry

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from align.ranking import best_ranks
-from eval.metrics import bootstrap_interval, chance_recall, median_rank, recall_at, wilson_interval
+from eval.metrics import chance_recall, cluster_interval, clustered_recall_interval, median_rank, recall_at, weighted_median
 from eval.results import Entry
 
 KS = (1, 5, 10)
@@ -24,7 +24,8 @@ TOP = 10  # answers kept for each query
 class RetrievalAnswers:
     """Ranks from 1 of the best right answer, and the first K answers with their cosines, in both directions.
 
-    `i2t_ranks` (N,), `i2t_top` (N, K) caption numbers; `t2i_ranks` (M,), `t2i_top` (M, K) image numbers.
+    `i2t_ranks` (N,), `i2t_top` (N, K) caption numbers; `t2i_ranks` (M,), `t2i_top` (M, K) image numbers; `caption_image` (M,) the
+    image that each caption belongs to.
     """
 
     i2t_ranks: np.ndarray
@@ -33,6 +34,7 @@ class RetrievalAnswers:
     t2i_ranks: np.ndarray
     t2i_top: np.ndarray
     t2i_scores: np.ndarray
+    caption_image: np.ndarray
 
 
 def retrieve(images: Tensor, captions: Tensor, caption_image: Tensor, chunk: int = 1024) -> RetrievalAnswers:
@@ -45,7 +47,7 @@ def retrieve(images: Tensor, captions: Tensor, caption_image: Tensor, chunk: int
     t2i = best_ranks(captions, images, caption_image, image_ids, chunk)
     i2t_top, i2t_scores = top_targets(images, captions, TOP, chunk)
     t2i_top, t2i_scores = top_targets(captions, images, TOP, chunk)
-    return RetrievalAnswers(i2t.numpy(), i2t_top, i2t_scores, t2i.numpy(), t2i_top, t2i_scores)
+    return RetrievalAnswers(i2t.numpy(), i2t_top, i2t_scores, t2i.numpy(), t2i_top, t2i_scores, caption_image.numpy())
 
 
 @torch.no_grad()
@@ -57,17 +59,19 @@ def top_targets(queries: Tensor, targets: Tensor, k: int, chunk: int = 1024) -> 
 
 
 def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generator: np.random.Generator, confidence: float) -> list[Entry]:
-    """Return R@1/5/10 (Wilson intervals) and the median rank (bootstrap) of both directions.
+    """Return R@1/5/10 and the median rank of both directions, with intervals.
 
-    The intervals take queries as independent; captions of one image are not quite, so text-to-image ones are a little narrow.
+    The captions of one image are not independent queries: text-to-image intervals resample images with all their captions
+    (`eval.metrics.cluster_interval`). An image-to-text query is an image, so its recalls have Wilson intervals.
     """
     entries = []
-    for direction, ranks in (("i2t", answers.i2t_ranks), ("t2i", answers.t2i_ranks)):
+    images = np.arange(len(answers.i2t_ranks))
+    for direction, ranks, clusters in (("i2t", answers.i2t_ranks, images), ("t2i", answers.t2i_ranks, answers.caption_image)):
         n = len(ranks)
         for k in KS:
-            value = recall_at(ranks, k)
-            entries.append(Entry(task, f"{direction}_r@{k}", value, *wilson_interval(round(value * n), n, confidence), n, model))
-        interval = bootstrap_interval(ranks, lambda drawn: np.median(drawn, axis=1), generator, confidence=confidence)
+            interval = clustered_recall_interval(ranks <= k, clusters, generator, confidence)
+            entries.append(Entry(task, f"{direction}_r@{k}", recall_at(ranks, k), *interval, n, model))
+        interval = cluster_interval(ranks, clusters, weighted_median, generator, confidence=confidence)
         entries.append(Entry(task, f"{direction}_median_rank", median_rank(ranks), *interval, n, model))
     return entries
 

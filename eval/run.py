@@ -3,17 +3,21 @@
     python eval/run.py --config align/recipes/quickstart.yaml
     python eval/run.py --model runs/flickr8k --tasks my_photos.yaml --data-root data --output runs/flickr8k/eval
     python eval/run.py --model glu=runs/glu linear=runs/linear --tasks sprites-unseen sprites-retrieval --no-baseline
+    python eval/run.py --model runs/mine openclip:ViT-L-14/openai SigLIP=hf:google/siglip-base-patch16-224 --tasks imagenet1k
+    python eval/run.py --compare runs/a/eval runs/b/eval:trained --output runs/comparison
     python eval/run.py --list-tasks
 
-Each model is also measured with untrained heads, and classification beside the majority rate (--no-baseline: neither).
-Frozen features are cached by content and encoder: a second run touches no encoder.
+Each aligned model is also measured with untrained heads, and classification beside the majority rate (--no-baseline: neither).
+Models trained as one (openclip:ARCH/TAG, openclip:ARCH/FILE.safetensors, hf:FOLDER) are measured beside them on the same samples.
+Frozen features are cached by content and encoder: a second run runs no encoder.
 """
 
+import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +25,34 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from align.cli import run
-from align.errors import DataError, UsageError
-from align.files import hash_bytes
+from align.errors import DataError
 from align.gate import Limits, Reject, gate_image
 from align.hardware import reuse_freed_memory, use_cores
-from align.modeling import SailModel
-from align.progress import Meter
+from align.progress import Meter, counter
 from align.runs import generator, git_commit, versions
+from eval.candidates import Candidate, open_models
+from eval.compare import compare, comparison_table, save_comparison
+from eval.compositional import (
+    compositional,
+    compositional_chance,
+    compositional_entries,
+    compositional_examples,
+    compositional_table,
+)
 from eval.config import EvalConfig
 from eval.examples import classification_examples, retrieval_examples, save_examples, shown_images
 from eval.features import FeatureCache, aligned
-from eval.page import SHOWN_METRICS, shown_value, write_report
+from eval.masks import SegmentationData, load_segmentation
+from eval.overlays import segmentation_examples
+from eval.page import SHOWN_METRICS, shown_value, write_comparison, write_report
 from eval.prompts import prompt_set
 from eval.results import Entry, ModelRecord, Results, TaskRecord, generated_half, merge_results, save_answers, save_results
 from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
-from eval.tasks import TASKS, TaskData, find_task, load_task, read_images
+from eval.segmentation import label_maps, majority_answers, segmentation_answers, segmentation_entries, segmentation_table
+from eval.tasks import TASKS, Task, TaskData, describe, find_task, load_task, protocol_note, read_images
 from eval.zeroshot import (
     class_weights,
     classification_chance,
@@ -49,54 +62,20 @@ from eval.zeroshot import (
     zero_shot_classification,
 )
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to measure and what results say about it."""
-
-    record: ModelRecord
-    model: SailModel
+TaskLike = TaskData | SegmentationData
 
 
-def model_folder(path: Path) -> Path:
-    """Return the model folder at `path`: itself, or the `best` or `last` model of a training run."""
-    found = next((place for place in (path, path / "best", path / "last") if (place / "config.json").is_file()), None)
-    if found is None:
-        raise UsageError(
-            f"{path} is neither a model folder (config.json) nor a training run with best/ or last/; make one with align/train.py"
-        )
-    return found
+def open_task(task: Task, config: EvalConfig) -> TaskLike:
+    """Return the samples of a task, read as its kind is; DataError, saying what to put where, if its data is missing or unusable."""
+    root = Path(config.data_root)
+    if task.kind == "segmentation":
+        return load_segmentation(task, root, max_reject_fraction=config.max_reject_fraction)
+    return load_task(task, root, cache=cache_folder(config))
 
 
-def open_models(config: EvalConfig, device: str) -> list[Candidate]:
-    """Return the models to measure, the trained ones first, then each with untrained heads if a baseline is wanted."""
-    pairs = [given.rpartition("=")[::2] for given in config.model]
-    names = [name or ("trained" if len(pairs) == 1 else path) for name, path in pairs]
-    if len(set(names)) < len(names):
-        raise UsageError(f"two models have the same name ({', '.join(names)}); name them: --model NAME=PATH NAME=PATH")
-    trained = []
-    for name, (_, path) in zip(names, pairs, strict=True):
-        folder = model_folder(Path(path))
-        trained.append(candidate(name, "trained", SailModel.from_pretrained(folder), str(folder)))
-    untrained = []
-    for one in trained if config.baseline else []:
-        name = "untrained" if len(trained) == 1 else f"{one.record.name} untrained"
-        untrained.append(candidate(name, "untrained", one.model.untrained(config.seed), ""))
-    for one in trained + untrained:
-        nn.Module.to(one.model, torch.device(device))
-    return trained + untrained
-
-
-def candidate(name: str, kind: str, model: SailModel, folder: str) -> Candidate:
-    """Return a model with its record: encoders, heads, and fingerprints of all three."""
-    settings = model.config
-    encoders = [Path(str(side["name"])).name for side in (settings.vision, settings.text)]
-    heads = hash_bytes(b"".join(value.numpy(force=True).tobytes() for _, value in sorted(model.state_dict().items())))
-    fingerprint = {f"vision {name}": value for name, value in settings.vision_fingerprint.items()}
-    fingerprint |= {f"text {name}": value for name, value in settings.text_fingerprint.items()} | {"heads": heads}
-    state = "" if kind == "trained" else "freshly initialized "
-    description = f"{encoders[0]} + {encoders[1]}, {state}{settings.head} heads to {settings.width} dimensions"
-    return Candidate(ModelRecord(name, kind, description, folder, fingerprint), model)
+def cache_folder(config: EvalConfig) -> Path:
+    """Return the folder for what can be computed again."""
+    return Path(config.cache) if config.cache else Path(config.output) / "cache"
 
 
 class Measurement:
@@ -105,24 +84,26 @@ class Measurement:
     def __init__(self, config: EvalConfig, candidates: list[Candidate], console: Console) -> None:
         self.config, self.candidates, self.console = config, candidates, console
         self.output = Path(config.output)
-        cache = Path(config.cache) if config.cache else self.output / "cache"
-        self.cache = FeatureCache(cache, config.batch_size, config.text_batch_size, config.workers, config.max_reject_fraction)
+        self.cache = FeatureCache(
+            cache_folder(config), config.batch_size, config.text_batch_size, config.workers, config.max_reject_fraction
+        )
         self.entries: list[Entry] = []
         self.tasks: list[TaskRecord] = []
         self.seconds = {"features": 0.0, "scores": 0.0}
 
-    def measure(self, data: TaskData) -> None:
+    def measure(self, data: TaskLike) -> None:
         """Measure every candidate on one task; all of them on exactly the same samples."""
         began = time.monotonic()
+        if isinstance(data, SegmentationData):
+            self._segmentation(data, began)
+            return
         features = {}
         for one in self.candidates:  # each in turn drops what its own encoder could not read
             data, _ = self.cache.images(data, one.model, Meter(self.console, f"{data.task.id}: encoded images", data.plan.rows))
         for one in self.candidates:
             features[one.record.name] = self.cache.images(data, one.model)[1]
-        if data.task.kind == "classification":
-            self._classification(data, features, began)
-        else:
-            self._retrieval(data, features, began)
+        of_kind = {"classification": self._classification, "retrieval": self._retrieval, "compositional": self._compositional}
+        of_kind[data.task.kind](data, features, began)
 
     def _classification(self, data: TaskData, features: dict[str, np.ndarray], began: float) -> None:
         task, classes = data.task.id, len(data.class_names)
@@ -136,7 +117,7 @@ class Measurement:
             images = aligned(one.model.align_images, features[name], one.model.device)
             embedded = aligned(one.model.align_texts, texts[name], one.model.device)
             weights = class_weights(embedded, [len(of_class) for of_class in prompts.sentences])
-            answers[name] = zero_shot_classification(images, weights, torch.from_numpy(data.labels))
+            answers[name] = zero_shot_classification(images, weights, torch.from_numpy(data.labels), scale=one.model.scale)
             self.entries += classification_entries(
                 answers[name], data.labels, classes, task, name, generator(self.config.seed, 11), self.config.confidence
             )
@@ -151,14 +132,10 @@ class Measurement:
 
     def _retrieval(self, data: TaskData, features: dict[str, np.ndarray], began: float) -> None:
         task = data.task.id
-        texts = {one.record.name: self.cache.texts(data.captions, one.model) for one in self.candidates}
+        embeddings = self._embeddings(data, features)
         began = self._clock("features", began)
-        answers, embeddings = {}, {}
-        for one in self.candidates:
-            name = one.record.name
-            images = aligned(one.model.align_images, features[name], one.model.device)
-            captions = aligned(one.model.align_texts, texts[name], one.model.device)
-            embeddings[name] = (images, captions)
+        answers = {}
+        for name, (images, captions) in embeddings.items():
             answers[name] = retrieve(images, captions, torch.from_numpy(data.caption_image))
             self.entries += retrieval_entries(answers[name], task, name, generator(self.config.seed, 11), self.config.confidence)
             save_answers(self.output, task, name, retrieval_table(answers[name], data.keys, data.caption_image))
@@ -171,11 +148,66 @@ class Measurement:
         self._record(data, len(data.captions), "")
         self._clock("scores", began)
 
+    def _compositional(self, data: TaskData, features: dict[str, np.ndarray], began: float) -> None:
+        task, protocol = data.task.id, data.task.protocol
+        embeddings = self._embeddings(data, features)
+        began = self._clock("features", began)
+        answers = {}
+        for name, (images, captions) in embeddings.items():
+            answers[name] = compositional(images, captions)
+            self.entries += compositional_entries(answers[name], protocol, task, name, self.config.confidence)
+            save_answers(self.output, task, name, compositional_table(answers[name], data.groups, data.categories))
+        if self.config.baseline:
+            self.entries += compositional_chance(len(data.keys) // 2, protocol, task, "chance")
+        chosen = compositional_examples(
+            answers, data.groups, data.categories, data.captions, self.config.examples, generator(self.config.seed, 12)
+        )
+        shown = sorted(number for item in chosen["items"] for number in item["images"])
+        save_examples(self.output, task, chosen, self._thumbnails(data, shown))
+        self._record(data, len(data.captions), "")
+        self._clock("scores", began)
+
+    def _segmentation(self, data: SegmentationData, began: float) -> None:
+        task, seed = data.task.id, self.config.seed
+        prompts = prompt_set(self.config.templates or data.task.templates, data.names, data.folder)
+        sentences = [sentence for of_name in prompts.sentences for sentence in of_name]
+        maps = {}
+        for one in self.candidates:
+            embedded = aligned(one.model.align_texts, self.cache.texts(sentences, one.model), one.model.device)
+            weights = class_weights(embedded, [len(of_name) for of_name in prompts.sentences])  # of each name
+            maps[one.record.name] = label_maps(
+                data, one.model, one.record.fingerprint, weights, prompts.sentences, cache_folder(self.config),
+                report=counter(self.console, f"{task}: images segmented by {one.record.name}"),
+            )  # fmt: skip
+        began = self._clock("features", began)
+        answers = {}
+        for name, predicted in maps.items():
+            answers[name] = segmentation_answers(data, predicted)
+            self.entries += segmentation_entries(answers[name], task, name, generator(seed, 11), self.config.confidence)
+            table = segmentation_table(answers[name], data.keys)
+            save_answers(self.output, task, name, table.replace_schema_metadata({"classes": json.dumps(data.class_names)}))
+        if self.config.baseline:
+            most = majority_answers(next(iter(answers.values())))
+            self.entries += segmentation_entries(most, task, "majority", generator(seed, 11), self.config.confidence)
+        chosen = segmentation_examples(self.output, data, maps, self.config.examples, generator(seed, 12))
+        save_examples(self.output, task, chosen, ((number, data.image(number)) for number in shown_images(chosen)))
+        self._record(replace(data, task=protocol_note(data.task, len(data.keys))), len(data.class_names), prompts.id)
+        self._clock("scores", began)
+
+    def _embeddings(self, data: TaskData, features: dict[str, np.ndarray]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return every candidate's embeddings of the images (N, E) and captions (M, E) of a task."""
+        found = {}
+        for one in self.candidates:
+            images = aligned(one.model.align_images, features[one.record.name], one.model.device)
+            captions = aligned(one.model.align_texts, self.cache.texts(data.captions, one.model), one.model.device)
+            found[one.record.name] = (images, captions)
+        return found
+
     def results(self) -> Results:
         """Return everything measured so far."""
         records = [one.record for one in self.candidates]
         used = {entry.model for entry in self.entries}
-        descriptions = {"majority": "always names the most frequent classes", "chance": "a random order"}
+        descriptions = {"majority": "always names the most frequent class", "chance": "a random order"}
         records += [ModelRecord(name, name, text, "", {}) for name, text in descriptions.items() if name in used]
         return Results(
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -189,7 +221,7 @@ class Measurement:
             entries=tuple(self.entries),
         )
 
-    def _record(self, data: TaskData, targets: int, prompts: str) -> None:
+    def _record(self, data: TaskLike, targets: int, prompts: str) -> None:
         task = data.task
         digest = data.digest[:16]
         self.tasks.append(TaskRecord(task.id, task.kind, len(data.keys), targets, prompts, digest, task.note, task.credit, data.rejected))
@@ -230,11 +262,18 @@ def main(config: EvalConfig) -> None:
     console = Console()
     if config.list_tasks:
         for task in TASKS.values():
-            console.print(f"{task.id}: {task.kind}, {task.layout}, in DATA_ROOT/{task.path}/{task.data}", highlight=False, soft_wrap=True)
+            console.print(describe(task), highlight=False, soft_wrap=True)
+        return
+    if config.compare:
+        first, second = config.compare
+        comparison = compare(first, second, generator(config.seed, 13), config.seed, config.confidence)
+        saved = save_comparison(Path(config.output), comparison)
+        console.print(comparison_table(comparison))
+        console.print(f"report: {write_comparison(comparison, saved.parent)}", highlight=False, soft_wrap=True)
         return
     disable_progress_bar()  # of transformers, for every checkpoint it opens
     tasks = [find_task(name) for name in config.tasks]
-    data = [load_task(task, Path(config.data_root)) for task in tasks]
+    data = [open_task(task, config) for task in tasks]  # all of them, so that wrong data is told before hours of encoding
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,31 +1,34 @@
-"""Tasks by exact id, and how their data is read: keys, labels or captions, and a digest of exactly what was measured.
+"""How the data of a task is read: keys, labels or captions, and a digest of exactly what was measured.
 
-A task's data lies below the data root, in the layouts that `align.samples` reads. Classification needs a label a sample (a
-class number or name), retrieval one or more captions. CLIP_benchmark's webdataset layout works as it is: `test/*.tar` with
-.jpg and .cls or .txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
+A task's data lies below the data root, in a data set's official layout (eval/official.py) or in one that `align.samples` reads.
+Classification needs a label a sample (a class number or name), retrieval one or more captions, compositional matching pairs of
+images and captions; segmentation is read by eval/masks.py. CLIP_benchmark's webdataset layout works as it is, also for the data
+sets below, in `wds_<id>`: `test/*.tar` with .jpg and .cls or .txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, cast
 
 import numpy as np
 import xxhash
 
-from align.cli import load_yaml, nearest
-from align.errors import DataError, UsageError
+from align.cli import nearest
+from align.errors import DataError
 from align.gate import Limits, Reject, gate_captions
 from align.samples import Plan, Source, open_unit, plan
-from eval.prompts import read_lines
+from eval.official import READERS, read_official
+from eval.official_base import OWN_NAMES
+from eval.official_tasks import DEMONSTRATION, OWN_TEMPLATES, TASKS, PlainLayout, Task, describe, find_task
+from eval.prompts import TEMPLATES, read_lines, read_templates
 
-Layout = Literal["webdataset", "folder", "jsonl", "csv", "parquet"]
-Kind = Literal["classification", "retrieval"]
+__all__ = ["TASKS", "Task", "TaskData", "describe", "find_task", "load_task", "protocol_note", "read_images"]
+
 SHARD_ROWS = 4096  # samples encoded between two commits
-_LABEL = {"webdataset": "cls"}  # where the label or the captions are unless the task says so
-_CAPTIONS = {"webdataset": "txt", "folder": "txt"}
+_GROUP_LOST = "group_incomplete"  # reject code of a good sample whose partner is not
+_WDS_NAMES = {"coco_karpathy": "mscoco_captions", "flickr30k_karpathy": "flickr30k"}  # what CLIP_benchmark calls them, if not our id
 _EXPECTED = {
     "webdataset": "tars whose samples hold an image and a .cls (class number) or .txt (captions, one a line)",
     "folder": "one folder of images a class, named like the class",
@@ -35,93 +38,24 @@ _EXPECTED = {
 }
 
 
-@dataclass(frozen=True)
-class Task:
-    """One thing to measure: what kind, where its data lies and how it is laid out. All paths are relative."""
-
-    id: str
-    """Name in results; letters, digits, `.`, `_` and `-`."""
-    kind: Kind
-    """classification or retrieval."""
-    layout: Layout
-    """How the data lies on disk."""
-    path: str
-    """The task's folder, below the data root."""
-    data: str = "."
-    """The data in that folder: a file, a folder or a glob."""
-    templates: str = "simple"
-    """Prompts: the id of a set, or a .txt (templates) or .json (sentences of each class) file in the task's folder."""
-    classes: str = ""
-    """File of class names in the task's folder, one a line: the name of class 0, 1, ... or `label<TAB>name`."""
-    label: str = ""
-    """Column of the label; by default `cls` in tars, the folder's name in folders, else `label`."""
-    captions: str = ""
-    """Column of the captions; by default `txt` in tars and folders, else `captions`."""
-    image: str = "image"
-    """Column of the image."""
-    key: str = "key"
-    """Column of the sample key."""
-    note: str = ""
-    """Shown with the numbers, for example what they may not be compared with."""
-    credit: str = ""
-    """Whom the data is by."""
-
-    def __post_init__(self) -> None:
-        for name, known in (("kind", get_args(Kind)), ("layout", get_args(Layout))):
-            value = getattr(self, name)
-            if value not in known:
-                raise UsageError(f"task {self.id!r}: unknown {name} {value!r}; {nearest(str(value), known)}")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", self.id):
-            raise UsageError(f"task id {self.id!r}: use letters, digits, '.', '_' and '-' only")
-
-    @property
-    def column(self) -> str:
-        """The column that holds the label or the captions."""
-        if self.kind == "classification":
-            return self.label or _LABEL.get(self.layout, "label")
-        return self.captions or _CAPTIONS.get(self.layout, "captions")
-
-
-_DEMONSTRATION = (
-    "Sprite scenes are a small embedded demonstration: drawn pictures with exact answers. Their numbers show that the kit works "
-    "and what was learned; they cannot be compared with published ones."
-)
-_TWEMOJI = "Graphics: Twemoji by Twitter, Inc. and other contributors, CC-BY 4.0."
-_SPRITES = {"templates": "zeroshot_classification_templates.txt", "classes": "classnames.txt", "data": "test/*.tar"}
-_TASKS = (
-    Task("sprites-seen", "classification", "webdataset", "sprites-seen", **_SPRITES, note=_DEMONSTRATION, credit=_TWEMOJI),
-    Task("sprites-unseen", "classification", "webdataset", "sprites-unseen", **_SPRITES, note=_DEMONSTRATION, credit=_TWEMOJI),
-    Task("sprites-retrieval", "retrieval", "jsonl", "sprites-retrieval", "retrieval.jsonl", note=_DEMONSTRATION, credit=_TWEMOJI),
-)
-TASKS: dict[str, Task] = {task.id: task for task in _TASKS}
-
-
-def find_task(name: str) -> Task:
-    """Return the task of that exact id, or the one a YAML file describes; UsageError for an unknown id, key or value."""
-    if not name.endswith((".yaml", ".yml")):
-        if name not in TASKS:
-            raise UsageError(f"unknown task {name!r}; {nearest(name, sorted(TASKS))} (a task of your own is a YAML file)")
-        return TASKS[name]
-    content = load_yaml(Path(name))
-    known = [field.name for field in fields(Task)]
-    if not isinstance(content, dict):
-        raise UsageError(f"{name}: expected `field: value` lines; fields are {', '.join(known)}")
-    for key, value in content.items():
-        if key not in known:
-            raise UsageError(f"{name}: unknown field {key!r}; {nearest(str(key), known)}")
-        if not isinstance(value, str):
-            raise UsageError(f"{name}: {key} should be text, found {value!r}; put it in quotes")
-    missing = [field for field in ("id", "kind", "layout", "path") if field not in content]
-    if missing:
-        raise UsageError(f"{name} lacks {', '.join(missing)}; a task needs at least id, kind, layout and path")
-    if content["id"] in TASKS:
-        raise UsageError(f"{name}: the id {content['id']!r} is taken by a built-in task; choose another")
-    return Task(**content)
+def protocol_note(task: Task, images: int, captions: Sequence[int] = ()) -> Task:
+    """Return the task, its note saying so if not the published number of images, or of `captions` of each, is measured."""
+    differs = []
+    if task.published and images != task.published:
+        differs.append(f"{images:,} of {task.published:,} images")
+    if short := sum(count < task.captions_each for count in captions):
+        differs.append(f"{short:,} images with fewer than {task.captions_each} captions")
+    said = f"{' and '.join(differs)}: not the published protocol." if differs else ""
+    return replace(task, note=" ".join(filter(None, (said, task.note))))
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The samples of a task. Labels are class numbers; caption j belongs to sample `caption_image[j]`, in ascending order."""
+    """The samples of a task. Labels are class numbers; caption j belongs to sample `caption_image[j]`, in ascending order.
+
+    Compositional: sample j has caption j, and two samples after each other make a group. `task` is what was read: its templates
+    are files of the data's folder if that has some, its note says how the data differs from the published protocol.
+    """
 
     task: Task
     folder: Path
@@ -136,9 +70,16 @@ class TaskData:
     rejected: dict[str, int]
     images_digest: str  # of keys and encoded images: what image features depend on
     digest: str  # of everything measured: images, labels, class names, captions
+    groups: tuple[str, ...] = ()  # (N,) of compositional tasks: the group of each sample
+    categories: tuple[str, ...] = ()  # (N,) of compositional tasks
 
     def keep(self, usable: np.ndarray, rejected: dict[str, int]) -> "TaskData":
-        """Return the samples where `usable` (N,) bool is set, adding what was `rejected` to the counts."""
+        """Return the samples where `usable` (N,) bool is set, adding what was `rejected` to the counts; a group stays whole or goes."""
+        if self.groups:
+            broken = {group for group, use in zip(self.groups, usable, strict=True) if not use}
+            whole = np.array([group not in broken for group in self.groups], dtype=bool)
+            lost = int(usable.sum() - whole.sum())
+            usable, rejected = whole, {**rejected, **({_GROUP_LOST: lost} if lost else {})}
         number = np.cumsum(usable) - 1  # new number of each kept sample
         kept = usable[self.caption_image] if len(self.caption_image) else np.zeros(0, dtype=bool)
         return replace(
@@ -149,48 +90,50 @@ class TaskData:
             captions=tuple(text for text, use in zip(self.captions, kept, strict=True) if use),
             caption_image=number[self.caption_image[kept]],
             rejected=dict(Counter(self.rejected) + Counter(rejected)),
+            groups=tuple(group for group, use in zip(self.groups, usable, strict=True) if use) if self.groups else (),
+            categories=tuple(one for one, use in zip(self.categories, usable, strict=True) if use) if self.categories else (),
         )
 
 
-def load_task(task: Task, data_root: Path, limits: Limits | None = None) -> TaskData:
+def load_task(task: Task, data_root: Path, limits: Limits | None = None, cache: Path | None = None) -> TaskData:
     """Return the samples of `task`; DataError, saying what to put where, if its data is missing or unusable.
 
     Every image's bytes are read once, for the digest, and none is decoded. Samples that cannot be used are left out and
-    counted by reject code. A label that is no known class is an error: it would falsify the result.
+    counted by reject code. A label that is no known class is an error: it would falsify the result. Data in an official layout
+    becomes a manifest in `cache`/manifests, by default in a hidden folder of the data root.
     """
+    assert task.kind != "segmentation", "eval.masks reads those"
+    task = _found(task, data_root)
     folder = data_root / task.path
     place = folder / task.data
-    if not folder.is_dir() or not (place.exists() or any(folder.glob(task.data))):
-        expected = f"{_EXPECTED[task.layout]} at {place}{_beside(task, folder)}"
-        raise DataError(f"task {task.id!r} has no data: put {expected}, or give another --data-root")
-    for name in (task.classes, task.templates):
-        if name.endswith((".txt", ".json")) and not (folder / name).is_file():
-            raise DataError(f"task {task.id!r} lacks {folder / name}{_beside(task, folder)}")
-    source = Source(str(place), task.layout, task.image, task.key)
+    names: tuple[str, ...] = ()
+    if task.layout in READERS:
+        source, official = read_official(task.layout, place, task.id, cache or data_root / ".manifests")
+        names = official.class_names
+    else:
+        source = Source(str(place), cast(PlainLayout, task.layout), task.image, task.key)
+        names = read_lines(folder / task.classes) if task.classes else ()
     made = plan(source, SHARD_ROWS, (task.column,))
+    layout_digest = b"" if task.layout in READERS else made.digest.encode()  # a manifest's size depends on labels and on pyarrow
     rows = list(_read(task, source, made, limits or Limits()))
-    counts = Counter(row.key for row in rows if row.value is not None)
-    rejected: Counter[str] = Counter()
-    usable = []
-    pixels, content = xxhash.xxh3_128(made.digest.encode()), xxhash.xxh3_128()
+    rejected, usable = _usable(rows)
+    pixels, content = xxhash.xxh3_128(layout_digest), xxhash.xxh3_128()
     for row in rows:
         pixels.update(f"{row.key}\0{row.image_hash}\0".encode())
-        if row.value is None or counts[row.key] > 1:
-            rejected[row.code if row.value is None else "duplicate_key"] += 1
-        else:
-            usable.append(row)
-            content.update(repr((row.key, row.value)).encode())
+    for row in usable:
+        content.update(repr((row.key, row.value, *row.group)).encode())
     if not usable:
-        raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({_shown(rejected)})")
-    labels, names = np.zeros(0, dtype=np.int64), tuple[str, ...]()
+        linked = "; link the whole folder, not folders in it" if "unsafe_path" in rejected else ""
+        raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({_shown(rejected)}){linked}")
+    labels = np.zeros(0, dtype=np.int64)
     captions: list[list[str]] = []
     if task.kind == "classification":
-        labels, names = _labels(task, folder, [row.value for row in usable])
+        labels, names = _labels(task, names, [row.value for row in usable])
     else:
-        captions = [row.value for row in usable]
+        captions, names = [row.value for row in usable], ()
     content.update(repr((pixels.hexdigest(), names)).encode())
     return TaskData(
-        task=task,
+        task=protocol_note(task, len(usable), [len(texts) for texts in captions]),
         folder=folder,
         source=source,
         plan=made,
@@ -203,6 +146,8 @@ def load_task(task: Task, data_root: Path, limits: Limits | None = None) -> Task
         rejected=dict(rejected),
         images_digest=pixels.hexdigest(),
         digest=content.hexdigest(),
+        groups=tuple(row.group[0] for row in usable if row.group),
+        categories=tuple(row.group[1] for row in usable if row.group),
     )
 
 
@@ -226,6 +171,7 @@ class _Sample:
     image_hash: str
     value: Any
     code: str
+    group: tuple[str, ...] = ()  # of compositional tasks: group and category
 
 
 def _read(task: Task, source: Source, made: Plan, limits: Limits) -> Iterator[_Sample]:
@@ -236,22 +182,37 @@ def _read(task: Task, source: Source, made: Plan, limits: Limits) -> Iterator[_S
             try:
                 if row.reject is not None:
                     raise row.reject
+                if isinstance(row.image, Reject):
+                    raise row.image
                 if task.column not in row.fields:
                     raise Reject("missing_column", f"no {task.column!r}")
                 value = row.fields[task.column]
-                if task.kind == "retrieval":
-                    value = gate_captions(value, limits)
+                if task.kind != "classification":
+                    texts = gate_captions(value, limits)
+                    value = [task.prefix + text for text in texts[: task.captions_each or None]]
                 elif isinstance(value, bool) or not isinstance(value, int | str):
                     raise DataError(f"task {task.id!r}: {row.key!r} has the label {value!r}; expected a class number or name")
             except Reject as reject:
                 yield _Sample(row.key, place, image, None, reject.code)
                 continue
-            yield _Sample(row.key, place, image, value, "")
+            group = (str(row.fields["group"]), str(row.fields["category"])) if task.kind == "compositional" else ()
+            yield _Sample(row.key, place, image, value, "", group)
 
 
-def _labels(task: Task, folder: Path, values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return class numbers (N,) and class names; class numbers need a file of names, class names may do without."""
-    lines = read_lines(folder / task.classes) if task.classes else ()
+def _usable(rows: Sequence[_Sample]) -> tuple[Counter[str], list[_Sample]]:
+    """Return the counts of rejects by code and the samples that are left; a group is left only with both its samples."""
+    counts = Counter(row.key for row in rows if row.value is not None)
+    rejected = Counter(row.code if row.value is None else "duplicate_key" for row in rows if row.value is None or counts[row.key] > 1)
+    usable = [row for row in rows if row.value is not None and counts[row.key] == 1]
+    sizes = Counter(row.group for row in usable)
+    whole = [row for row in usable if not row.group or sizes[row.group] == 2]
+    if len(whole) < len(usable):
+        rejected[_GROUP_LOST] = len(usable) - len(whole)
+    return rejected, whole
+
+
+def _labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return class numbers (N,) and class names; class numbers need `lines`, the file of names, class names may do without."""
     if any(isinstance(value, int) for value in values):
         if not all(isinstance(value, int) for value in values):
             raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
@@ -260,13 +221,13 @@ def _labels(task: Task, folder: Path, values: list[int | str]) -> tuple[np.ndarr
         numbers = np.array(values, dtype=np.int64)
         if not 0 <= numbers.min() <= numbers.max() < len(lines):
             found = f"labels from {numbers.min()} to {numbers.max()}"
-            raise DataError(f"task {task.id!r}: {found}, but {task.classes} names classes 0 to {len(lines) - 1}")
+            raise DataError(f"task {task.id!r}: {found}, but {task.classes or OWN_NAMES} names classes 0 to {len(lines) - 1}")
         return numbers, lines
     found_labels = sorted({str(value) for value in values})
     pairs = [line.partition("\t") for line in lines] or [(label, "\t", label.replace("_", " ")) for label in found_labels]
     known = {label: number for number, (label, _, _) in enumerate(pairs)}
     if len(known) < len(pairs):
-        raise DataError(f"task {task.id!r}: {task.classes} names a class twice; labels that are names must differ")
+        raise DataError(f"task {task.id!r}: {task.classes or OWN_NAMES} names a class twice; labels that are names must differ")
     for value in values:
         if value not in known:
             raise DataError(f"task {task.id!r}: label {value!r} is not in {task.classes}; {nearest(str(value), sorted(known))}")
@@ -274,9 +235,52 @@ def _labels(task: Task, folder: Path, values: list[int | str]) -> tuple[np.ndarr
     return numbers, tuple(name if tab else label for label, tab, name in pairs)
 
 
+def _found(task: Task, data_root: Path) -> Task:
+    """Return the task as its data lies on disk: in its own layout, or as CLIP_benchmark's tars; DataError if in neither."""
+    folder = data_root / task.path
+    place = folder / task.data
+    if task.layout not in READERS:
+        if not folder.is_dir() or not (place.exists() or any(folder.glob(task.data))):
+            expected = f"{_EXPECTED[task.layout]} at {place}{_beside(task, folder)}"
+            raise DataError(f"task {task.id!r} has no data: put {expected}, or give another --data-root")
+        for name in (task.classes, task.templates):
+            if name.endswith((".txt", ".json")) and not (folder / name).is_file():
+                raise DataError(f"task {task.id!r} lacks {folder / name}{_beside(task, folder)}")
+        return task
+    layout = READERS[task.layout]
+    missing = layout.missing(place)
+    if not missing:
+        return replace(task, templates=_templates(task, folder))
+    name = _WDS_NAMES.get(task.id, task.id)
+    packed = [] if task.kind == "compositional" else [task.path, f"wds_{name}", f"wds_vtab-{name}"]
+    for path in packed:
+        if any((data_root / path).glob("test/*.tar")):
+            note = f"Read from CLIP_benchmark's tars in {path}, whose split may be another than the official one. {task.note}".strip()
+            as_tars = replace(task, layout="webdataset", path=path, data="test/*.tar", note=note)
+            if task.kind == "classification":
+                as_tars = replace(as_tars, classes=OWN_NAMES, templates=_templates(task, data_root / path))
+            return _found(as_tars, data_root)
+    trap = layout.trap(place)
+    lacking = f" (missing: {', '.join(missing)})" if folder.is_dir() and missing != ["."] else ""
+    tars = f" or CLIP_benchmark's test/*.tar in {data_root / packed[1]}," if packed else ""
+    made = _beside(task, folder)
+    raise DataError(
+        f"task {task.id!r} has no data: put {layout.what} in {place}{lacking}{made},{tars} or give another --data-root"
+        + (f". {trap}" if trap else "")
+    )
+
+
+def _templates(task: Task, folder: Path) -> str:
+    """Return the templates of a built-in task: those in its folder if it has some, unless they are just the ones the task names."""
+    path = folder / OWN_TEMPLATES
+    if task.id not in TASKS or not path.is_file() or set(read_templates(path)) == set(TEMPLATES.get(task.templates, ())):
+        return task.templates
+    return OWN_TEMPLATES
+
+
 def _beside(task: Task, folder: Path) -> str:
     files = [name for name in (task.classes, task.templates) if name.endswith((".txt", ".json"))]
-    made = " (`make quickstart` makes it)" if task.note == _DEMONSTRATION else ""
+    made = " (`make quickstart` makes it)" if task.note == DEMONSTRATION else ""
     return (f", with {' and '.join(files)} in {folder}" if files else "") + made
 
 

@@ -27,11 +27,15 @@ TOP = 5  # classes kept for each image
 
 @dataclass(frozen=True)
 class ClassificationAnswers:
-    """What a model said: `ranks` (N,) of the right class, `top` (N, min(5, C)) class numbers and their cosines, best first."""
+    """What a model said: `ranks` (N,) of the right class, `top` (N, min(5, C)) class numbers and their cosines, best first.
+
+    `confidence` (N,) float32 is the probability of the first class, NaN where no scale was given.
+    """
 
     ranks: np.ndarray
     top: np.ndarray
     top_scores: np.ndarray
+    confidence: np.ndarray
 
 
 def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int]) -> Tensor:
@@ -48,25 +52,31 @@ def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int
 
 
 @torch.no_grad()
-def zero_shot_classification(images: Tensor, weights: Tensor, labels: Tensor, chunk: int = 4096) -> ClassificationAnswers:
+def zero_shot_classification(
+    images: Tensor, weights: Tensor, labels: Tensor, chunk: int = 4096, scale: float = float("nan")
+) -> ClassificationAnswers:
     """Return the answers for `images` (N, E) given class `weights` (C, E), both L2-normalised, and `labels` (N,) int64.
 
-    Ties are settled against the model: a class that scores as high as the right one is ranked before it.
+    Ties are settled against the model: a class that scores as high as the right one is ranked before it. Probabilities are the
+    softmax over the classes of `scale` times the cosine, the model's own t; a bias would cancel.
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weights):
         raise UsageError(f"labels run from {int(labels.min())} to {int(labels.max())}, but classes from 0 to {len(weights) - 1}")
     keep = min(TOP, len(weights))
-    ranks, top, top_scores = [], [], []
+    ranks, top, top_scores, confidence = [], [], [], []
     for start in range(0, len(images), chunk):
         scores = (images[start : start + chunk] @ weights.T).numpy()  # (chunk, C)
         ranks.append(label_ranks(scores, labels[start : start + chunk].numpy()))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
         top.append(order)
         top_scores.append(np.take_along_axis(scores, order, axis=1))
+        below = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)  # so that exp cannot overflow
+        confidence.append((1 / np.exp(scale * below).sum(axis=1)).astype(np.float32))
     return ClassificationAnswers(
         np.concatenate(ranks or [np.zeros(0, np.int64)]),
         np.concatenate(top or [np.zeros((0, keep), np.int64)]),
         np.concatenate(top_scores or [np.zeros((0, keep), np.float32)]),
+        np.concatenate(confidence or [np.zeros(0, np.float32)]),
     )
 
 
@@ -110,7 +120,7 @@ def classification_chance(n: int, classes: int, task: str, model: str) -> list[E
 def classification_table(answers: ClassificationAnswers, keys: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> pa.Table:
     """Return one row an image: key, label and predicted class (number and name), rank of the label, score of the prediction.
 
-    `top` and `top_scores` hold the best classes and their cosines.
+    `top` and `top_scores` hold the best classes and their cosines, `confidence` the prediction's probability (NaN if not known).
     """
     names = pa.array(class_names, pa.string())
 
@@ -127,6 +137,7 @@ def classification_table(answers: ClassificationAnswers, keys: Sequence[str], la
             "predicted_name": named(predicted),
             "rank": pa.array(answers.ranks, pa.int32()),
             "score": pa.array(answers.top_scores[:, 0], pa.float32()),
+            "confidence": pa.array(answers.confidence, pa.float32()),
             "top": pa.array(list(answers.top.astype(np.int32)), pa.list_(pa.int32())),
             "top_scores": pa.array(list(answers.top_scores), pa.list_(pa.float32())),
         }

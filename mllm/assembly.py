@@ -5,12 +5,15 @@ Legend: `H` LLM width, `F` width given to the head, `E` head width, `N` visual t
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from align.errors import UsageError
+from align.errors import DamagedError, UsageError
 from mllm.chat import Chat
 from mllm.eyes import Eyes, SailHead, image_processor_of, open_eyes
 from mllm.language import Language, open_llava, open_llm, prepare_tokenizer
@@ -133,6 +136,25 @@ def _projector(in_width: int, out_width: int, seed: int) -> SailProjector:
             linear.weight.uniform_(-bound, bound, generator=generator)
             linear.bias.uniform_(-bound, bound, generator=generator)
     return projector
+
+
+def load_projector(model: SailLlavaForConditionalGeneration, path: Path) -> None:
+    """Put the weights of a trained projector into `model`; UsageError if they are of another shape, DamagedError for other names."""
+    inner: Any = model.model
+    projector = inner.multi_modal_projector
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(
+            f"{path} is no safetensors file ({error}); align/convert.py --projector makes one of mm_projector.bin"
+        ) from error
+    own = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if set(found) != set(own):
+        raise DamagedError(f"{path} holds {', '.join(sorted(found))}; a projector has {', '.join(sorted(own))}")
+    if found != own:
+        raise UsageError(f"the projector in {path} has the shapes {found}, this encoder and LLM need {own}")
+    projector.load_state_dict(weights)
 
 
 def _set_generation(model: SailLlavaForConditionalGeneration, language: Language, stops: list[int]) -> None:

@@ -41,6 +41,8 @@ class UpgradeConfig:
     for the roles, only lines of a question and its answer: for small LLMs and short answers."""
     captions: tuple[str, ...] = ()
     """Conversation files of captioned images: start the projector in closed form from them instead of at random."""
+    projector: str | None = None
+    """Safetensors file with the weights of a trained projector (align/convert.py --projector makes it from LLaVA's mm_projector.bin)."""
     image_root: str | None = None
     """Folder that the captions' image paths start from. None: the folder of each file."""
     caption_rows: int = 20_000
@@ -59,6 +61,8 @@ class UpgradeConfig:
             raise UsageError("give exactly one of --sail (a stage-one run) and --vision (an encoder without a run)")
         if self.sail is None and self.sail_head == "trained":
             raise UsageError("--sail-head trained needs --sail RUN; with --vision use --sail-head random or none")
+        if self.projector is not None and self.captions:
+            raise UsageError("give --captions (solve the projector) or --projector (weights of a trained one), not both")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from align.cli import run, to_recipe
 from align.files import atomic_bytes
 from align.hardware import reuse_freed_memory, use_cores
 from align.runs import add_launch
-from mllm.assembly import Part, assemble
+from mllm.assembly import Part, assemble, load_projector
 from mllm.config import UpgradeConfig
 from mllm.conversations import open_conversations
 from mllm.modeling import SailLlavaForConditionalGeneration
@@ -75,8 +75,13 @@ def main(config: UpgradeConfig) -> None:
         image_size=config.image_size, grid=config.grid, template=config.template, gguf_file=config.gguf_file,
         revision=config.revision, seed=config.seed,
     )  # fmt: skip
-    if config.captions:
+    weights = ""
+    if config.projector:
+        load_projector(model, Path(config.projector))
+        weights = f"trained, from {config.projector}"
+    elif config.captions:
         weights = warm_start(config, model, processor, console)
+    if weights:
         parts = [replace(part, weights=weights) if part.name == "projector" else part for part in parts]
     save_mllm(model, processor, folder)
     atomic_bytes(folder / "config.yaml", to_recipe(config, "upgrade").encode())

@@ -9,12 +9,16 @@ from eval.metrics import (
     bootstrap_interval,
     chance_recall,
     class_accuracy,
+    cluster_interval,
+    clustered_recall_interval,
     label_ranks,
     majority_rates,
     mean_per_class,
     mean_per_class_interval,
     median_rank,
     recall_at,
+    weighted_mean,
+    weighted_median,
     wilson_interval,
 )
 
@@ -128,3 +132,53 @@ def test_mean_per_class_interval_equals_the_bootstrap_over_samples():
 def test_no_samples_is_an_error_not_a_nan(metric):
     with pytest.raises(UsageError, match="no samples"):
         metric(np.zeros(0, dtype=np.int64))
+
+
+def test_weighted_statistics_are_those_of_repeated_values():
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 9, size=7).astype(float)
+    weights = rng.integers(0, 4, size=(50, 7))
+    weights[:, 0] += 1  # never none
+    for row, mean, median in zip(weights, weighted_mean(values, weights), weighted_median(values, weights), strict=True):
+        repeated = np.repeat(values, row)
+        assert mean == pytest.approx(repeated.mean()) and median == np.median(repeated)
+
+
+def test_a_cluster_is_drawn_whole():
+    values, clusters = np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), np.array([0, 0, 1, 1, 1, 1])
+    drawn = []
+
+    def statistic(values, weights):
+        drawn.append(weights)
+        return weighted_mean(values, weights)
+
+    low, high = cluster_interval(values, clusters, statistic, np.random.default_rng(0))
+    weights = np.concatenate(drawn)
+    assert weights.shape == (1000, 6) and (weights[:, 0] + weights[:, 2] == 2).all()
+    assert (np.ptp(weights[:, :2], axis=1) == 0).all()
+    assert (np.ptp(weights[:, 2:], axis=1) == 0).all()
+    assert (low, high) == (0.0, 1.0)  # two clusters: each may be drawn twice
+
+
+def test_captions_of_an_image_that_agree_widen_the_interval():
+    rng = np.random.default_rng(0)
+    hit = rng.random(200) < 0.5
+    clusters = np.repeat(np.arange(200), 5)
+    low, high = clustered_recall_interval(np.repeat(hit, 5), clusters, np.random.default_rng(1))
+    of_images = wilson_interval(int(hit.sum()), 200)
+    assert low == pytest.approx(of_images[0], abs=0.01) and high == pytest.approx(of_images[1], abs=0.01)
+    naive = wilson_interval(5 * int(hit.sum()), 1000)
+    assert high - low > 2 * (naive[1] - naive[0])
+    # captions that have nothing to do with each other: as many trials as captions
+    hits = rng.random(1000) < 0.5
+    low, high = clustered_recall_interval(hits, clusters, np.random.default_rng(1))
+    naive = wilson_interval(int(hits.sum()), 1000)
+    assert high - low == pytest.approx(naive[1] - naive[0], rel=0.15)
+
+
+def test_recall_intervals_of_all_none_and_single_queries_are_wilson():
+    clusters = np.array([0, 0, 1, 1, 2])
+    rng = np.random.default_rng(0)
+    assert clustered_recall_interval(np.ones(5, dtype=bool), clusters, rng) == wilson_interval(3, 3)
+    assert clustered_recall_interval(np.zeros(5, dtype=bool), clusters, rng) == wilson_interval(0, 3)
+    assert clustered_recall_interval(np.array([True, False, True]), np.arange(3), rng) == wilson_interval(2, 3)

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
 from align.errors import DataError, UsageError
-from eval.prompts import TEMPLATES, fill, prompt_set, read_lines
+from eval.prompts import TEMPLATES, fill, package_templates, prompt_set, read_lines
 
 
 def test_imagenet80_is_the_published_set():
@@ -78,3 +81,29 @@ def test_wrong_prompts_say_what_is_wrong(tmp_path, name, content, error, says):
 def test_lines_survive_windows_line_ends_and_byte_order_marks(tmp_path):
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfdog\r\nhot dog \r\n\r\n")
     assert read_lines(tmp_path / "names.txt") == ("dog", "hot dog")
+
+
+def test_ucf101_is_the_published_set():
+    templates = TEMPLATES["ucf101"]
+    assert len(templates) == len(set(templates)) == 48
+    assert {"a photo of a person {c}.", "a example of the person during {c}.", "a demonstration of the person practicing {c}."} <= set(
+        templates
+    )
+
+
+def test_packaged_templates_are_read_without_importing_the_package(tmp_path):
+    prompts = prompt_set("clip:food101", ("pie",), tmp_path)
+    assert prompts.sentences == (("a photo of pie, a type of food.",),)
+    assert re.fullmatch(r"clip:food101@[0-9a-f]{8}", prompts.id)
+    assert len(prompt_set("clip:imagenet1k", ("dog",), tmp_path).sentences[0]) == 80
+    assert set(package_templates("imagenet1k")) == set(TEMPLATES["imagenet80"]), "ours are the package's"
+    code = "import sys; from eval.prompts import package_classes; package_classes('pets'); sys.exit('clip_benchmark' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_unknown_or_missing_packaged_templates_say_so(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="did you mean 'food101'"):
+        prompt_set("clip:food11", ("pie",), tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"sail-upgrade-kit\[clip\]"):
+        prompt_set("clip:food101", ("pie",), tmp_path)

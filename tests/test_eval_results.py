@@ -8,7 +8,17 @@ import pytest
 from synthetic_results import make_results
 
 from align.errors import DamagedError, UsageError
-from eval.results import Entry, answers_path, csv_rows, file_name, load_answers, load_results, save_answers, save_results
+from eval.results import (
+    Entry,
+    answers_path,
+    csv_rows,
+    file_name,
+    load_answers,
+    load_results,
+    merge_results,
+    save_answers,
+    save_results,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +97,22 @@ def test_file_names_are_safe():
     assert file_name("../../etc/passwd") == "_.._etc_passwd"
     assert file_name("a b/c:d") == "a_b_c_d"
     assert file_name("..") == "_"
+
+
+@pytest.mark.parametrize("change", [{"digest": "other"}, {"prompts": "sentences:mine.json@12345678"}])
+def test_numbers_of_other_data_or_prompts_do_not_stay_beside_new_ones(saved, change):
+    from dataclasses import replace
+
+    _, old = saved
+    task = next(task for task in old.tasks if task.id == "things")
+    entry = replace(old.value("things", "acc@1", "trained"), model="new")
+    model = replace(old.models[0], name="new")
+    again = replace(old, models=(model,), tasks=(task,), entries=(entry,))
+    kept = merge_results(old, again)
+    assert {e.model for e in kept.entries if e.task == "things"} > {"new", "trained"}
+    other = merge_results(old, replace(again, tasks=(replace(task, **change),)))
+    assert [e for e in other.entries if e.task == "things"] == [entry]
+    assert [e for e in other.entries if e.task == "scenes"] == [e for e in old.entries if e.task == "scenes"]
 
 
 def test_csv_rows_hold_every_entry(saved):

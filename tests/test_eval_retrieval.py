@@ -42,6 +42,21 @@ def test_an_image_hits_if_any_of_its_captions_does():
     assert found["t2i_r@1"].low < 0.75 < found["t2i_r@1"].high
 
 
+def test_text_to_image_intervals_take_the_captions_of_an_image_together():
+    torch.manual_seed(0)
+    images = normalize(torch.randn(60, 8), dim=-1)
+    owner = torch.arange(60).repeat_interleave(5)
+    good = torch.arange(60) < 30
+    one = torch.where(good[:, None], images, normalize(torch.randn(60, 8), dim=-1))
+    answers = retrieve(images, one[owner], owner)  # five equal captions an image: no more is known than from one
+    single = retrieve(images, one, torch.arange(60))
+    five, alone = ({e.metric: e for e in retrieval_entries(found, "t", "m", np.random.default_rng(0), 0.95)} for found in (answers, single))
+    assert five["t2i_r@1"].value == alone["t2i_r@1"].value and five["t2i_r@1"].n == 300
+    assert five["t2i_r@1"].low == pytest.approx(alone["t2i_r@1"].low, abs=0.02)
+    assert five["t2i_r@1"].high == pytest.approx(alone["t2i_r@1"].high, abs=0.02)
+    assert five["t2i_median_rank"].low == alone["t2i_median_rank"].low
+
+
 def test_a_collapsed_model_ranks_last():
     answers = retrieve(torch.ones(4, 2) / 2**0.5, torch.ones(8, 2) / 2**0.5, torch.arange(4).repeat_interleave(2))
     assert answers.t2i_ranks.tolist() == [4] * 8

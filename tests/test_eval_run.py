@@ -13,6 +13,7 @@ from torch import nn
 import align.modeling
 from align.errors import DataError, FingerprintError, UsageError
 from align.modeling import SailConfig, SailModel
+from eval.candidates import SailDualEncoder
 from eval.config import EvalConfig
 from eval.features import FeatureCache
 from eval.results import load_answers, load_results
@@ -239,6 +240,33 @@ def test_wrong_models_are_refused_at_the_door(world, loads):
     assert loads == {"vision": 0, "text": 0}
 
 
+def test_pairs_are_matched_and_a_second_run_loads_no_encoder(world, loads):
+    folder = world / "data" / "matched"
+    folder.mkdir()
+    rows = []
+    for number, (one, other) in enumerate([("red", "green"), ("blue", "pink"), ("black", "yellow")]):
+        for name in (one, other):
+            (folder / f"{name}.png").write_bytes(picture(name, 50 + number))
+        captions = [f"a {one} thing", f"a {other} thing"] if number else ["a red thing", "a red thing"]  # which is which: not said
+        rows.append({"key": f"p{number}", "images": [f"{one}.png", f"{other}.png"], "captions": captions, "category": f"c{number % 2}"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = "id: matched\nkind: compositional\nlayout: pairs\npath: matched\ndata: pairs.jsonl\nprotocol: winoground\n"
+    (world / "matched.yaml").write_text(task)
+    main(config(world, tasks=(str(world / "matched.yaml"),)))
+    first = load_results(world / "out")
+    found = values(first)
+    for metric in ("text_score", "image_score", "group_score"):
+        assert found["matched", metric, "trained"].value == pytest.approx(2 / 3) and found["matched", metric, "trained"].n == 3
+    assert found["matched", "group_score", "chance"].value == pytest.approx(1 / 6)
+    table = load_answers(world / "out", "matched", "trained").to_pylist()
+    assert [(row["key"], row["category"], row["group"]) for row in table] == [("p0", "c0", False), ("p1", "c1", True), ("p2", "c0", True)]
+    examples = json.loads((world / "out" / "examples" / "matched.json").read_text())
+    assert len(examples["items"]) == 3 and set(examples["items"][0]["answers"]) == {"trained", "untrained"}
+    assert len(examples["thumbs"]) == 6
+    main(config(world, tasks=(str(world / "matched.yaml"),)))
+    assert loads == {"vision": 1, "text": 1} and load_results(world / "out").entries == first.entries
+
+
 def test_nothing_to_measure_is_a_usage_error(capsys):
     with pytest.raises(UsageError, match="--list-tasks"):
         EvalConfig()
@@ -256,7 +284,7 @@ def test_text_features_keep_the_order_and_encode_equal_texts_once(world, loads):
             return super().encode(texts, batch_size)
 
     model._encoders["text"] = Counting()
-    features = FeatureCache(world / "cache").texts(["red", "blue", "red", "a green one"], model)
+    features = FeatureCache(world / "cache").texts(["red", "blue", "red", "a green one"], SailDualEncoder(model))
     assert sorted(encoded) == ["a green one", "blue", "red"]
     assert torch.equal(features[0], features[2])
     assert features.float().tolist()[1] == pytest.approx(to_vector(RGB["blue"]).tolist(), abs=1e-3)
@@ -266,7 +294,7 @@ def test_text_features_keep_the_order_and_encode_equal_texts_once(world, loads):
 def test_features_follow_their_keys(world, loads):
     data = load_task(find_task(str(world / "colors.yaml")), world / "data")
     model = SailModel.from_pretrained(world / "run" / "best")
-    kept, features = FeatureCache(world / "cache", batch_size=4, workers=0).images(data, model)
+    kept, features = FeatureCache(world / "cache", batch_size=4, workers=0).images(data, SailDualEncoder(model))
     assert len(kept.keys) == len(features) == 23
     for key, label, feature in zip(kept.keys, kept.labels, features, strict=True):
         assert int(key) % 6 == label

@@ -42,6 +42,19 @@ def test_answers_equal_a_plain_loop_whatever_the_chunk():
         assert answers.top_scores[n].tolist() == pytest.approx([cosines[c] for c in order[:5]], abs=1e-6)
 
 
+def test_confidence_is_the_softmax_of_scaled_cosines():
+    torch.manual_seed(1)
+    images, weights = normalize(torch.randn(11, 6), dim=-1), normalize(torch.randn(4, 6), dim=-1)
+    answers = zero_shot_classification(images, weights, torch.zeros(11, dtype=torch.int64), chunk=3, scale=20.0)
+    expected = torch.softmax(20 * images.double() @ weights.double().T, dim=1).max(dim=1).values
+    assert answers.confidence.dtype == np.float32
+    assert answers.confidence.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    sure = zero_shot_classification(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), scale=1e6)
+    assert sure.confidence.tolist() == [1.0, 1.0], "no overflow"
+    unknown = zero_shot_classification(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))
+    assert np.isnan(unknown.confidence).all()
+
+
 def test_a_collapsed_model_gets_no_credit():
     same = torch.ones(4, 3) / 3**0.5
     answers = zero_shot_classification(same, torch.ones(10, 3) / 3**0.5, torch.tensor([0, 1, 2, 3]))
@@ -80,7 +93,7 @@ def test_baselines_of_unbalanced_labels():
 
 def test_the_table_holds_one_row_an_image():
     labels = np.array([1, 0])
-    answers = zero_shot_classification(torch.eye(3)[:2], torch.eye(3), torch.from_numpy(labels))
+    answers = zero_shot_classification(torch.eye(3)[:2], torch.eye(3), torch.from_numpy(labels), scale=np.log(2))
     table = classification_table(answers, ["a", "b"], labels, ["cat", "dog", "dog"])
     assert table.to_pylist()[0] == {
         "key": "a",
@@ -90,6 +103,7 @@ def test_the_table_holds_one_row_an_image():
         "predicted_name": "cat",
         "rank": 3,  # cosine 0, tied with the third class
         "score": 1.0,
+        "confidence": 0.5,  # 2 / (2 + 1 + 1)
         "top": [0, 1, 2],
         "top_scores": [1.0, 0.0, 0.0],
     }

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from align.errors import UsageError
-from align.heads import HEADS, build_head, initialize
+from align.heads import HEADS, ImageTokenHead, TextTokenHead, build_head, initialize
 
 SMALL = {  # kind: options that keep it small
     "linear": {},
@@ -16,6 +16,7 @@ SMALL = {  # kind: options that keep it small
     "glu": {"expansion": 3},
     "sharelock": {"hidden": 7},
     "identity": {},
+    "token": {},
 }
 
 
@@ -44,14 +45,16 @@ def layer_norm(x, w):
     return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * w["norm.weight"] + w["norm.bias"]
 
 
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
 def linear_formula(x, w):
     return linear(layer_norm(x, w), w, "out")
 
 
 def mlp_formula(x, w):
-    hidden = linear(layer_norm(x, w), w, "up")
-    gelu = 0.5 * hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-    return linear(gelu, w, "out")
+    return linear(gelu(linear(layer_norm(x, w), w, "up")), w, "out")
 
 
 def glu_formula(x, w):
@@ -70,12 +73,18 @@ def sharelock_formula(x, w):
     return linear(hidden, w, "out")
 
 
+def token_formula(x, w):
+    normed = layer_norm(x, w)
+    return linear(normed, w, "linear") + linear(gelu(linear(normed, w, "up")), w, "out")
+
+
 FORMULAS = {
     "linear": linear_formula,
     "mlp": mlp_formula,
     "glu": glu_formula,
     "sharelock": sharelock_formula,
     "identity": lambda x, w: x,
+    "token": token_formula,
 }
 
 
@@ -121,6 +130,73 @@ def test_parameter_counts_are_the_published_ones(kind, options, text_width, publ
     assert f"{(total - in_norms) / 1e6:.2f}M" == published  # the paper leaves the LayerNorms out
 
 
+def test_token_heads_have_the_published_number_of_parameters():
+    with torch.device("meta"):
+        token = build_head("token", 1024, 1024)
+        image, text = ImageTokenHead(1024, 1024, has_cls=True), TextTokenHead(1024, 1024)
+    square, bias, norm = 1024 * 1024, 1024, 2 * 1024
+    assert count(token)[0] == 3 * (square + bias) + norm == 3_150_848  # A, W1, W2 with biases, LayerNorm
+    assert count(image)[0] == 2 * 3_150_848  # TP_local and TP_cls
+    assert count(text)[0] == 3_150_848 + 2 * (square + bias) + norm  # TP_text, W1 and W2 of the projection, LayerNorm
+    temperature = 1
+    assert count(image)[0] + count(text)[0] + temperature == 11_553_793
+
+
+def random_weights(head, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in head.state_dict().values():
+        tensor.normal_(generator=generator)
+    return head.double().eval()
+
+
+def part(w, name):
+    return {key.removeprefix(f"{name}."): value for key, value in w.items() if key.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_image_token_head_is_the_mean_of_the_patches_plus_cls(has_cls):
+    head = random_weights(ImageTokenHead(6, 5, has_cls))
+    tokens = np.random.default_rng(1).normal(2, 3, (4, 8, 6))  # (B, T, D)
+    w = weights(head)
+    for row, ours in zip(tokens, head(torch.from_numpy(tokens).flatten(1)).detach().numpy(), strict=True):
+        patches = row[1:] if has_cls else row
+        expected = sum(token_formula(patch, part(w, "local")) for patch in patches) / len(patches)
+        expected = expected + (token_formula(row[0], part(w, "cls")) if has_cls else 0)
+        np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
+    dense = head.dense(torch.from_numpy(tokens).flatten(1))
+    assert dense.shape == (4, 8 - has_cls, 5)
+    torch.testing.assert_close(dense.mean(1), head(torch.from_numpy(tokens).flatten(1)))  # for any number of patches
+
+
+def test_text_token_head_is_the_formula_and_ignores_padding():
+    head = random_weights(TextTokenHead(6, 5))
+    random, w = np.random.default_rng(2), weights(head)
+    texts = [random.normal(1, 2, (length, 6)) for length in (3, 7, 1)]
+    rows = np.zeros((3, 9, 6))
+    for number, tokens in enumerate(texts):
+        rows[number, : len(tokens)] = tokens
+    ours = head(torch.from_numpy(rows).flatten(1)).detach().numpy()
+    for tokens, found in zip(texts, ours, strict=True):
+        mean = sum(token_formula(token, part(w, "tokens")) for token in tokens) / len(tokens)
+        p = linear(mean, w, "up")
+        np.testing.assert_allclose(found, layer_norm(p + linear(gelu(p), w, "out"), w), rtol=1e-10, atol=1e-10)
+    alone = head(torch.from_numpy(texts[1]).flatten()[None])
+    np.testing.assert_allclose(alone[0].detach().numpy(), ours[1], rtol=1e-12, atol=1e-12)
+
+
+def test_a_and_w2_commute_with_the_mean_in_training_too():
+    head = random_weights(build_head("token", 6, 5, dropout=0.4)).train()
+    tokens = torch.randn(3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    shares = torch.rand(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    shares /= shares.sum(1, keepdim=True)
+    torch.manual_seed(9)
+    cheap = head.pooled(tokens, shares)
+    torch.manual_seed(9)  # the same dropout masks
+    torch.testing.assert_close(cheap, (head(tokens) * shares[..., None]).sum(1), rtol=1e-9, atol=1e-9)
+    torch.manual_seed(10)
+    assert not torch.allclose(cheap, head.pooled(tokens, shares))
+
+
 def test_sharelock_has_four_linear_layers_of_hidden_4096_and_dropout():
     with torch.device("meta"):
         head = build_head("sharelock", 1024, 768)
@@ -129,7 +205,7 @@ def test_sharelock_has_four_linear_layers_of_hidden_4096_and_dropout():
     assert [module.p for module in head.modules() if isinstance(module, nn.Dropout)] == [0.2] * 3
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "glu", "sharelock"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "glu", "sharelock", "token"])
 def test_initial_weights_are_xavier_uniform_with_zero_biases(kind):
     head = build_head(kind, 256, 128)
     initialize(head, torch.Generator().manual_seed(0))
@@ -189,7 +265,8 @@ def test_bf16_autocast_stays_close_to_fp32(kind, magnitude):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("gated", 4, 4), {}, "unknown head 'gated'.*linear, mlp, glu, sharelock, identity"),
+        (("gated", 4, 4), {}, "unknown head 'gated'.*linear, mlp, glu, sharelock, identity, token"),
+        (("token", 4, 4), {"dropout": -0.1}, "dropout is -0.1"),
         (("linear", 4, 4), {"expansion": 2}, "'linear' has no option 'expansion'.*none"),
         (("glu", 4, 4), {"dropout": 0.1}, "'glu' has no option 'dropout'.*expansion"),
         (("sharelock", 4, 4), {"dropout": 1.0}, "dropout is 1.0"),

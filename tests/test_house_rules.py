@@ -11,20 +11,23 @@ from pathlib import Path
 import pytest
 
 from align import cli
-from align.config import EncodeConfig, PrepareConfig, TrainConfig
+from align.assess_config import AssessConfig
+from align.config import ConvertConfig, CurateConfig, EncodeConfig, PrepareConfig, TrainConfig
 from eval.config import EvalConfig, LmmsConfig, ReportConfig
 from mllm.config import ChatConfig, CheckConfig, FinetuneConfig, UpgradeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"align": (), "mllm": ("align",), "eval": ("align", "mllm")}
 ENTRIES = {
-    *("align/encode.py", "align/train.py", "align/prepare.py", "eval/run.py", "eval/report.py", "eval/lmms.py"),
-    *("mllm/upgrade.py", "mllm/check.py", "mllm/finetune.py", "mllm/chat_cli.py"),
+    *("align/encode.py", "align/curate.py", "align/train.py", "align/prepare.py", "eval/run.py"),
+    *("eval/report.py", "eval/lmms.py", "align/assess.py", "align/convert.py", "mllm/upgrade.py"),
+    *("mllm/check.py", "mllm/finetune.py", "mllm/chat_cli.py"),
 }
 CONFIGS = {
-    "prepare": PrepareConfig, "encode": EncodeConfig, "train": TrainConfig, "eval": EvalConfig, "report": ReportConfig,
-    "lmms": LmmsConfig, "upgrade": UpgradeConfig, "check": CheckConfig, "pretrain": FinetuneConfig, "instruct": FinetuneConfig,
-    "chat": ChatConfig,
+    "prepare": PrepareConfig, "encode": EncodeConfig, "curate": CurateConfig, "train": TrainConfig,
+    "eval": EvalConfig, "report": ReportConfig, "lmms": LmmsConfig, "upgrade": UpgradeConfig,
+    "check": CheckConfig, "pretrain": FinetuneConfig, "instruct": FinetuneConfig, "chat": ChatConfig,
+    "convert": ConvertConfig, "assess": AssessConfig,
 }  # fmt: skip
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 RECIPES = sorted(path for package in ("align", "mllm") for path in (ROOT / package / "recipes").glob("*.yaml"))

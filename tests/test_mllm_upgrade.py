@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from test_encoders import TIMM_CASES, VIT, save_timm, shake
 from tiny_mllm import SIZE, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 from align.errors import DamagedError, FingerprintError, UsageError
 from align.modeling import SailModel
 from mllm import upgrade
-from mllm.assembly import assemble
+from mllm.assembly import assemble, load_projector
 from mllm.chat import Chat
 from mllm.config import UpgradeConfig
 from mllm.saving import load_mllm, save_mllm
@@ -357,3 +358,20 @@ def test_the_entry_writes_a_model_and_says_what_was_kept(parts, llava, tmp_path,
 def test_contradicting_flags_are_refused(fields):
     with pytest.raises(UsageError, match="--"):
         UpgradeConfig(**fields)
+
+
+def test_a_trained_projector_is_put_in_strictly(parts, tmp_path):
+    model, _, _ = assemble(llm=str(parts / "llama"), sail=str(parts / "run"))
+    projector = model.model.multi_modal_projector
+    trained = {name: torch.randn_like(tensor) for name, tensor in projector.state_dict().items()}
+    save_file(trained, tmp_path / "projector.safetensors")
+    load_projector(model, tmp_path / "projector.safetensors")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in projector.state_dict().items())
+    save_file({**trained, "linear_1.weight": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
+    with pytest.raises(UsageError, match="need"):
+        load_projector(model, tmp_path / "shape.safetensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "names.safetensors")
+    (tmp_path / "no.safetensors").write_bytes(b"pickle")
+    for name in ("names.safetensors", "no.safetensors"):
+        with pytest.raises(DamagedError):
+            load_projector(model, tmp_path / name)

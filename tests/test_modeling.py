@@ -17,6 +17,9 @@ from align.encoders import load_vision_encoder
 from align.errors import DamagedError, FingerprintError, UsageError
 from align.modeling import SailConfig, SailModel, save_model
 from align.text_encoders import load_text_encoder
+from eval.candidates import SailDualEncoder
+from eval.features import FeatureCache
+from eval.tasks import Task, load_task
 
 LABELS = ["a red dog", "the cat runs", "blue"]
 
@@ -25,6 +28,23 @@ LABELS = ["a red dog", "the cat runs", "blue"]
 def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders")
     return save(folder / "vision", "dinov2"), save_bert(folder / "text")[0]
+
+
+def token_model(encoders, seed=0, **changes):
+    """A model with token heads whose every parameter is random, in evaluation mode."""
+    vision, text = load_vision_encoder(encoders[0], feature="tokens"), load_text_encoder(encoders[1], feature="tokens", max_length=12)
+    config = SailConfig(
+        vision={"name": encoders[0], "feature": "tokens"}, text={"name": encoders[1], "feature": "tokens", "max_length": 12},
+        vision_fingerprint=vision.fingerprint, text_fingerprint=text.fingerprint, vision_width=vision.width, text_width=32,
+        vision_cls=vision.has_cls, width=16, head="token", bias=None, **changes,
+    )  # fmt: skip
+    model = SailModel(config).initialize(seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for head in (model.vision_head, model.text_head):
+            for parameter in head.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def model_of(encoders, head="glu", width=16, seed=0):
@@ -173,3 +193,78 @@ def test_sharelock_keeps_the_image_side(encoders):
 def test_a_model_without_encoders_says_so():
     with pytest.raises(UsageError, match="already encoded"):
         _ = SailModel(SailConfig(vision_width=4, text_width=4, width=4)).vision_encoder
+
+
+@pytest.fixture(scope="module")
+def saved_tokens(encoders, saved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("token-model") / "model"
+    save_model(token_model(encoders), folder, saved.parent / "tokenizer")
+    return folder
+
+
+def test_a_token_model_embeds_all_tokens_of_image_and_text(encoders, saved_tokens, photo):
+    model = SailModel.from_pretrained(saved_tokens)
+    vision, text = load_vision_encoder(encoders[0]), load_text_encoder(encoders[1], max_length=12)
+    pixels = vision.transform(photo)[None]
+    cls, patches = vision.encode(pixels)
+    head = model.vision_head
+    expected = torch.stack([head.local(patch) for patch in patches[0]]).mean(0) + head.cls(cls[0])
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output[0], expected / expected.norm(), rtol=1e-4, atol=1e-6)
+    dense = torch.stack([head.local(patch) + head.cls(cls[0]) for patch in patches[0]])
+    torch.testing.assert_close(model.get_patch_features(pixels)[0], dense / dense.norm(dim=-1, keepdim=True), rtol=1e-4, atol=1e-6)
+    larger = torch.randn(1, 3, 56, 70, generator=torch.Generator().manual_seed(0))
+    assert model.get_patch_features(larger).shape == (1, 20, 16)  # any size that the encoder takes
+    found = model.get_text_features(**text.tokenizer(LABELS, padding=True, return_tensors="pt")).pooler_output
+    for label, ours in zip(LABELS, found, strict=True):
+        tokens, mask = text.encode_tokens([label])
+        alone = model.text_head(tokens[mask][None].flatten(1))[0]
+        torch.testing.assert_close(ours, alone / alone.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_model_is_saved_strictly_and_works_in_a_pipeline(saved_tokens, photo, tmp_path):
+    scores = pipeline("zero-shot-image-classification", model=str(saved_tokens))(photo, candidate_labels=LABELS)
+    model = SailModel.from_pretrained(saved_tokens)
+    inputs = AutoProcessor.from_pretrained(saved_tokens)(
+        text=[f"This is a photo of {label}." for label in LABELS], images=photo, padding=True, return_tensors="pt"
+    )
+    expected = model(**inputs).logits_per_image.softmax(-1)[0]
+    assert {row["label"]: row["score"] for row in scores} == pytest.approx(dict(zip(LABELS, expected.tolist(), strict=True)), rel=1e-4)
+    save_model(model, tmp_path / "again", saved_tokens.parent / "none")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (saved_tokens / "model.safetensors").read_bytes()
+    weights = load_file(tmp_path / "again/model.safetensors")
+    assert "logit_bias" not in weights
+    del weights["vision_head.cls.up.weight"]
+    save_file(weights, tmp_path / "again/model.safetensors", {"format": "pt"})
+    with pytest.raises(DamagedError, match="vision_head.cls.up.weight"):
+        SailModel.from_pretrained(tmp_path / "again")
+
+
+def test_what_evaluation_keeps_of_a_token_model_is_the_heads_output(encoders, saved_tokens, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    rows = [{"key": f"k{n}", "image": "photo.png", "captions": [label]} for n, label in enumerate(LABELS)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_task(Task(id="mine", kind="retrieval", layout="jsonl", path=".", data="task.jsonl"), tmp_path)
+    cache, model = FeatureCache(tmp_path / "cache", workers=0), SailModel.from_pretrained(saved_tokens)
+    kept, images = cache.images(data, SailDualEncoder(model))
+    texts = cache.texts(LABELS, SailDualEncoder(model))
+    assert len(kept.keys) == 3 and images.shape == (3, 16) and texts.shape == (3, 16)  # E, not all tokens
+    pixels = model.frozen_vision.transform(photo)[None]
+    ours = model.align_images(torch.from_numpy(images))[:1]
+    torch.testing.assert_close(ours, model.get_image_features(pixels).pooler_output, rtol=5e-3, atol=1e-3)
+    tokens = model.frozen_text.tokenizer(LABELS, padding=True, return_tensors="pt")
+    torch.testing.assert_close(model.align_texts(texts), model.get_text_features(**tokens).pooler_output, rtol=5e-3, atol=1e-3)
+    other = model.untrained(seed=4)
+    assert other.vision_fingerprint != model.vision_fingerprint and other.text_fingerprint != model.text_fingerprint
+    assert not np.allclose(cache.images(data, SailDualEncoder(other))[1], images)  # not read from the first model's cache
+    pooled = model_of(encoders)
+    assert pooled.vision_fingerprint == pooled.config.vision_fingerprint and pooled.vision_encoder is pooled.frozen_vision
+
+
+def test_an_encoder_without_cls_gets_a_token_head_without_tp_cls(encoders, tmp_path):
+    model = token_model((save(tmp_path / "siglip", "siglip_vision_model"), encoders[1]))
+    assert model.vision_head.cls is None and not any(name.startswith("vision_head.cls") for name in model.state_dict())
+    pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    _, patches = model.frozen_vision.encode(pixels)
+    expected = model.vision_head.local(patches).mean(1)
+    expected = expected / expected.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected, rtol=1e-4, atol=1e-6)

@@ -1,10 +1,12 @@
 """Pairs are joined by key and by nothing else, and batches are a pure function of seed and step."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from align.errors import DataError, FingerprintError, UsageError
-from align.pairs import BatchOrder, PairedFeatures, open_pairs
+from align.pairs import BatchOrder, PairedFeatures, open_pairs, read_keys
 from align.store import FeatureStore
 
 
@@ -143,3 +145,29 @@ def test_pairs_held_out_are_never_trained_on_and_stay_paired(tmp_path, make_stor
     assert set(again.keys(np.arange(13))) == theirs
     with pytest.raises(UsageError, match="cannot be held out"):
         pairs.split(47, seed=0)
+
+
+def test_only_the_chosen_keys_are_trained_on_each_in_its_data_set(tmp_path, make_store):
+    keys = [f"k{n}" for n in range(20)]
+    for name in ("a", "b"):
+        make_store(tmp_path / f"{name}i", shards_of(keys), data=f"plan-{name}")
+        make_store(tmp_path / f"{name}c", shards_of(keys), kind="caption", data=f"plan-{name}")
+    names = [str(tmp_path / name) for name in ("ai", "bi", "ac", "bc")]
+
+    def chosen_from(table):
+        pairs = open_pairs(names[:2], ["+".join(names[2:])])
+        pq.write_table(pa.table(table), tmp_path / "chosen.parquet")
+        missing = pairs.only(read_keys(str(tmp_path / "chosen.parquet")))
+        batch = pairs.batch(np.arange(len(pairs)), seed=0, step=0)
+        assert np.array_equal(batch.images, batch.captions[0])
+        return [name.removeprefix(str(tmp_path)) for name in pairs.keys(np.arange(len(pairs)))], missing
+
+    tied = {"key": ["k3", "k5", "k3", "k99"], "data": ["plan-a", "plan-a", "plan-b", "plan-b"], "concept": ["x"] * 4}
+    assert chosen_from(tied) == (["/ai:k3", "/ai:k5", "/bi:k3"], 1)
+    assert chosen_from({"key": ["k7", "k7", "k99"]}) == (["/ai:k7", "/bi:k7"], 1)
+    with pytest.raises(DataError, match="plan-z"):
+        chosen_from({"key": ["k3"], "data": ["plan-z"]})
+    with pytest.raises(DataError, match="none of the 1"):
+        chosen_from({"key": ["x"]})
+    with pytest.raises(DataError, match="column key"):
+        chosen_from({"name": ["x"]})

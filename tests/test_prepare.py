@@ -11,14 +11,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from synthetic_sprites import make_sprites
 
-from align import files, prepare
+from align import files, prepare, rendering
 from align.errors import DamagedError, DataError, LeaseError, UsageError
-from align.prepare import PrepareConfig, is_done, main, only_writer, write_tars
-from align.scenes import read_sprites, split_sprites
+from align.prepare import BYTES_PER_SCENE, PrepareConfig, is_done, main, only_writer, write_tars
+from align.scenes import SpriteScenes, read_sprites, split_sprites
+
+SIZES = {"train": 60, "val": 5, "retrieval": 9, "held_out": 6, "per_class": 2, "image_size": 96, "swapped": 7, "segmentation": 8}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,7 @@ def sprites(tmp_path_factory):
 def config(sprites, tmp_path, monkeypatch):
     """A tiny run on drawn sprites, without fetching."""
     monkeypatch.setattr(prepare, "fetch", lambda asset, cache, progress: sprites)
-    sizes = {"train": 60, "val": 5, "retrieval": 9, "held_out": 6, "per_class": 2, "image_size": 96}
-    return PrepareConfig(output=str(tmp_path / "run" / "data"), assets=(), workers=1, **sizes)
+    return PrepareConfig(output=str(tmp_path / "run" / "data"), assets=(), workers=1, **SIZES)
 
 
 def contents(folder):
@@ -70,8 +72,7 @@ def made(sprites, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(prepare, "fetch", lambda asset, cache, progress: sprites)
     folder = tmp_path_factory.mktemp("made") / "data"
-    sizes = {"train": 60, "val": 5, "retrieval": 9, "held_out": 6, "per_class": 2, "image_size": 96}
-    main(PrepareConfig(output=str(folder), assets=(), workers=1, **sizes))
+    main(PrepareConfig(output=str(folder), assets=(), workers=1, **SIZES))
     patch.undo()
     return folder
 
@@ -92,7 +93,13 @@ def test_parts_share_no_scene(made):
     every = [sample["jpg"] for part in ("train", "val") for sample in samples(made / part / "000000.tar").values()]
     every += [path.read_bytes() for path in (made / "tasks/sprites-retrieval/images").iterdir()]
     every += [sample["jpg"] for task in ("seen", "unseen") for sample in samples(made / f"tasks/sprites-{task}/test/0.tar").values()]
-    assert len(set(every)) == len(every) == 60 + 5 + 9 + 12 + 12
+    every += [path.read_bytes() for task in ("swapped", "segmentation") for path in (made / f"tasks/sprites-{task}/images").iterdir()]
+    assert len(set(every)) == len(every) == 60 + 5 + 9 + 12 + 12 + 14 + 8
+
+
+def test_the_scenes_of_a_part_stay_the_same_when_parts_are_added():
+    known = ("train", "val", "retrieval", "seen", "unseen", "mllm_pretrain", "mllm_instruct", "mllm_test", "swapped", "segmentation")
+    assert {part: rendering.FIRST_INDEX[part] for part in known} == {part: at * 2**33 for at, part in enumerate(known)}
 
 
 def test_held_out_sprites_are_in_no_training_or_retrieval_text(made, sprites):
@@ -100,6 +107,8 @@ def test_held_out_sprites_are_in_no_training_or_retrieval_text(made, sprites):
     assert sorted(unseen) == sorted(sprite.name for sprite in split_sprites(read_sprites(sprites), 0, 6)[1])
     said = [sample["json"].decode() for part in ("train", "val") for sample in samples(made / part / "000000.tar").values()]
     said += (made / "tasks/sprites-retrieval/retrieval.jsonl").read_text().splitlines()
+    said += (made / "tasks/sprites-swapped/pairs.jsonl").read_text().splitlines()
+    said += (made / "tasks/sprites-segmentation/classes.txt").read_text().splitlines()
     for name in unseen:
         assert not [text for text in said if re.search(rf"\b{name}\b", text)], name
     seen = (made / "tasks/sprites-seen/classnames.txt").read_text().splitlines()
@@ -117,11 +126,11 @@ def test_classification_has_the_layout_of_clip_benchmark(made, task):
 
 
 def test_labels_belong_to_their_pictures(sprites):
-    world = prepare.World(str(sprites), seed=0, size=96, held_out=6, per_class=2)
-    classes = prepare.generator(world, "unseen")[1]
-    for number, scene in enumerate(prepare.render(prepare.Job(world, "unseen", 0, 12))):
+    world = rendering.World(str(sprites), seed=0, size=96, held_out=6, per_class=2)
+    classes = rendering.generator(world, "unseen")[1]
+    for number, scene in enumerate(rendering.render(rendering.Job(world, "unseen", 0, 12))):
         assert scene.names == (classes[number // 2],)
-    assert [scene.key for scene in prepare.render(prepare.Job(world, "unseen", 3, 5))] == ["unseen-0000003", "unseen-0000004"]
+    assert [scene.key for scene in rendering.render(rendering.Job(world, "unseen", 3, 5))] == ["unseen-0000003", "unseen-0000004"]
 
 
 def test_retrieval_scenes_show_different_objects(made, sprites):
@@ -135,6 +144,80 @@ def test_retrieval_scenes_show_different_objects(made, sprites):
     assert len(shown) == 9
 
 
+def test_swapped_pairs_show_what_their_captions_say(made, sprites):
+    folder = made / "tasks" / "sprites-swapped"
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    scenes = SpriteScenes(sprites, 0, 96, split_sprites(read_sprites(sprites), 0, 6)[0])
+    axis = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}  # the first is smaller (1) or larger along it
+    for number, row in enumerate(rows):
+        assert list(row) == ["key", "images", "captions", "category"] and row["key"] == f"swapped-{number:07d}"
+        assert sorted(row["captions"][0].split()) == sorted(row["captions"][1].split()) and row["captions"][0] != row["captions"][1]
+        for name, caption, scene in zip(row["images"], row["captions"], scenes.swapped(8 * 2**33 + number), strict=True):
+            with Image.open(folder / name) as image:
+                assert np.abs(np.asarray(image, dtype=float) - np.asarray(scene.image, dtype=float)).mean() < 8, "a JPEG of that scene"
+            first, second = (re.sub("^an? ", "", said) for said in caption.split(f" {row['category']} "))
+            boxes = {placed.sprite.name: placed.box for placed in scene.objects}
+            at, sign = axis[row["category"]]
+            assert sign * (boxes[first][at] + boxes[first][at + 2]) < sign * (boxes[second][at] + boxes[second][at + 2])
+    assert len(rows) == 7 and len({row["category"] for row in rows}) > 1
+    assert {path.name for path in (folder / "images").iterdir()} == {Path(name).name for row in rows for name in row["images"]}
+
+
+def test_label_maps_are_the_exact_masks(made, sprites):
+    folder = made / "tasks" / "sprites-segmentation"
+    names = (folder / "classes.txt").read_text().splitlines()
+    trained = split_sprites(read_sprites(sprites), 0, 6)[0]
+    scenes = SpriteScenes(sprites, 0, 96, rendering.mllm_subset(trained, rendering.World("", 0, 96, 6, 2, len(trained))))
+    found = set()
+    for number in range(8):
+        scene = scenes.scene(9 * 2**33 + number)
+        with Image.open(folder / f"images/segmentation-{number:07d}.png") as image:
+            assert image.mode == "RGB" and image.tobytes() == scene.image.tobytes()
+        with Image.open(folder / f"labels/segmentation-{number:07d}.png") as image:
+            assert image.mode == "L"
+            labels = np.asarray(image)
+        shown = [None, *(placed.sprite.name for placed in scene.objects)]
+        assert [[names[n] if n < 255 else None for n in line] for line in labels] == [[shown[n] for n in line] for line in scene.mask()]
+        found |= set(np.unique(labels).tolist()) - {255}
+    assert found == set(range(len(names))) and names == sorted(set(names)) and 2 < len(names) < len(trained), "only what occurs"
+    assert len(list((folder / "images").iterdir())) == len(list((folder / "labels").iterdir())) == 8
+
+
+def test_segmentation_shows_few_sprites_the_first_of_those_of_stage_two(sprites, monkeypatch):
+    monkeypatch.setattr(rendering, "SEGMENTATION_SPRITES", 16)
+    world = rendering.World(str(sprites), 0, 96, 6, 2)
+    scenes, names = rendering.generator.__wrapped__(world, "segmentation")
+    trained = split_sprites(read_sprites(sprites), 0, 6)[0]
+    assert {sprite.name for sprite in scenes.sprites} == set(names) and len(names) == 16
+    assert set(scenes.sprites) == set(rendering.mllm_subset(trained, rendering.World("", 0, 96, 6, 2, 16)))
+
+
+def test_without_swapped_and_segmentation_the_rest_is_the_same(config, made):
+    main(replace(config, swapped=0, segmentation=0))
+    without, whole = contents(Path(config.output)), contents(made)
+    assert "swapped" not in without["COMMIT.json"].decode() and "segmentation" not in without["COMMIT.json"].decode()
+    new = ("tasks/sprites-swapped/", "tasks/sprites-segmentation/")
+    assert {name: data for name, data in whole.items() if name != "COMMIT.json" and not name.startswith(new)} == {
+        name: data for name, data in without.items() if name != "COMMIT.json"
+    }
+    with pytest.raises(UsageError, match="swapped 0 there, 7 asked; segmentation 0 there, 8 asked"):
+        main(config)
+
+
+def test_fewer_pairs_are_the_first_of_more(config, made):
+    main(replace(config, swapped=3, segmentation=0))
+    few, more = Path(config.output) / "tasks/sprites-swapped", made / "tasks/sprites-swapped"
+    assert contents(few).items() - {("pairs.jsonl", (few / "pairs.jsonl").read_bytes())} <= contents(more).items()
+    assert (more / "pairs.jsonl").read_text().startswith((few / "pairs.jsonl").read_text())
+
+
+def test_the_space_for_pairs_and_masks_is_asked_for(config, made, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare, "require_free", lambda folder, needed: asked.append(needed))
+    main(config)
+    assert asked == [(60 + 5 + 9 + 2 * 6 * 2 + 2 * 7 + 2 * 8) * BYTES_PER_SCENE] and asked[0] > sum(map(len, contents(made).values()))
+
+
 class FewScenes:
     """Stands in for the renderer: scene k shows one of `kinds` objects in turn."""
 
@@ -143,7 +226,7 @@ class FewScenes:
 
     def scenes(self, part, start, stop):
         for number in range(start, stop):
-            yield prepare.Rendered(f"{part}-{number}", b"jpeg", "short", "long", (f"thing {number % self.kinds}",))
+            yield rendering.Rendered(f"{part}-{number}", b"jpeg", "short", "long", (f"thing {number % self.kinds}",))
 
 
 def test_a_retrieval_scene_that_would_be_a_second_right_answer_is_left_out(tmp_path):
@@ -193,7 +276,7 @@ def test_a_changed_byte_is_detected(config, tmp_path):
         main(config)
 
 
-@pytest.mark.parametrize("place", ["prepare-train", "prepare-val", "write", "prepare-rename"])
+@pytest.mark.parametrize("place", ["prepare-train", "prepare-val", "prepare-swapped", "prepare-segmentation", "write", "prepare-rename"])
 def test_a_kill_leaves_nothing_that_is_taken_for_done(config, made, tmp_path, forked, place):
     def killed():
         files.arm_failpoint(place)
@@ -223,7 +306,7 @@ def test_tars_carry_no_times_or_owners(tmp_path):
         assert [(m.name, m.mtime, m.uid, m.gid, m.uname) for m in archive] == [("k4.txt", 0, 0, 0, ""), ("k4.cls", 0, 0, 0, "")]
 
 
-@pytest.mark.parametrize("wrong", [{"train": 0}, {"per_class": 0}, {"seed": -1}, {"workers": -1}])
+@pytest.mark.parametrize("wrong", [{"train": 0}, {"per_class": 0}, {"seed": -1}, {"workers": -1}, {"swapped": -1}, {"segmentation": -1}])
 def test_impossible_sizes_are_refused_at_the_door(wrong):
     with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')} is"):
         PrepareConfig(**wrong)

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from synthetic_sprites import make_sprites
 
-from align import files, prepare
+from align import files, prepare, rendering
 from align.errors import UsageError
 from align.llava_format import conversation_row, question_row, write_conversations, write_questions
 from align.prepare import BYTES_PER_SCENE, PrepareConfig, main
 from align.scenes import read_sprites, split_sprites
 
-SIZES = {"train": 3, "val": 2, "retrieval": 2, "held_out": 6, "per_class": 1, "image_size": 96}
+SIZES = {"train": 3, "val": 2, "retrieval": 2, "held_out": 6, "per_class": 1, "image_size": 96, "swapped": 0, "segmentation": 0}
 STAGE_TWO = {"mllm_pretrain": 7, "mllm_instruct": 60, "mllm_test": 40}
 
 
@@ -106,8 +106,8 @@ def test_test_questions_carry_their_pictures(mllm, name, kinds):
 
 
 def test_answers_belong_to_their_pictures(mllm, sprites):
-    world = prepare.World(str(sprites), 0, 96, 6, 1)
-    scenes = {scene.key: scene for scene in prepare.render(prepare.Job(world, "mllm_test", 0, 40))}
+    world = rendering.World(str(sprites), 0, 96, 6, 1)
+    scenes = {scene.key: scene for scene in rendering.render(rendering.Job(world, "mllm_test", 0, 40))}
     for row in rows_of(mllm / "caption.parquet"):
         scene = scenes[row["id"].rpartition("-")[0]]
         assert (row["answer"], row["image"]["bytes"]) == (scene.short, scene.jpeg)
@@ -128,7 +128,7 @@ def test_no_scene_is_used_twice(mllm):
     pictures = [path.read_bytes() for path in (mllm / "images").iterdir()]
     pictures += [row["image"]["bytes"] for row in rows_of(mllm / "caption.parquet")]
     assert len(set(pictures)) == len(pictures) == 7 + 60 + 40
-    indices = [prepare.FIRST_INDEX[part] for part in prepare.PARTS]
+    indices = [rendering.FIRST_INDEX[part] for part in rendering.PARTS]
     assert all(later - earlier == 1 << 33 for earlier, later in zip(indices, indices[1:], strict=False))
 
 
@@ -166,12 +166,12 @@ def test_stage_two_can_show_fewer_sprites(config, made, sprites, tmp_path):
     output = Path(config.output)
     assert json.loads((output / "COMMIT.json").read_text())["settings"]["mllm_sprites"] == 16
     trained = split_sprites(read_sprites(sprites), 0, 6)[0]
-    world = prepare.World(str(sprites), 0, 96, 6, 1, 16)
-    subset = prepare.mllm_subset(trained, world)
+    world = rendering.World(str(sprites), 0, 96, 6, 1, 16)
+    subset = rendering.mllm_subset(trained, world)
     shown = {
         name
         for part, count in (("mllm_pretrain", 7), ("mllm_instruct", 60), ("mllm_test", 20))
-        for scene in prepare.render(prepare.Job(world, part, 0, count))
+        for scene in rendering.render(rendering.Job(world, part, 0, count))
         for name in scene.names
     }
     assert shown == {sprite.name for sprite in subset} and len(subset) == 16 and set(subset) < set(trained)
@@ -190,10 +190,10 @@ def test_stage_two_can_show_fewer_sprites(config, made, sprites, tmp_path):
 def test_a_larger_subset_holds_a_smaller_one_and_the_seed_chooses(sprites):
     trained = split_sprites(read_sprites(sprites), 0, 6)[0]
     few, more, other = (
-        set(prepare.mllm_subset(trained, prepare.World("", *given))) for given in ((0, 96, 6, 1, 16), (0, 96, 6, 1, 19), (1, 96, 6, 1, 16))
+        set(rendering.mllm_subset(trained, rendering.World("", seed, 96, 6, 1, count))) for seed, count in ((0, 16), (0, 19), (1, 16))
     )
     assert few < more < set(trained) and other != few
-    assert prepare.mllm_subset(trained, prepare.World("", 0, 96, 6, 1)) == trained
+    assert rendering.mllm_subset(trained, rendering.World("", 0, 96, 6, 1)) == trained
 
 
 def test_more_sprites_than_there_are_are_refused_before_anything_is_rendered(config):

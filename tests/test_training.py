@@ -167,6 +167,65 @@ def test_accumulating_pieces_equals_one_big_batch(loss, pieces):
     assert max(float(g.abs().max()) for g in whole) > 1e-6
 
 
+REGULARIZED = {"fusemix": 0.5, "structure": 3.0, "structure_levels": 2}
+
+
+def one_step(step=0, accumulate=1, **options):
+    model, optimizer = tiny()
+    stepper = Stepper(
+        model, optimizer, Schedule(0.01, 10, warmup=0.5), Objective(tile=7, **options), seed=0, accumulate=accumulate, precision="fp32"
+    )
+    result = stepper.step(batch(), step)
+    return result, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_accumulating_is_exact_with_regularizers_too(pieces):
+    (whole, gradients), (pieced, others) = one_step(**REGULARIZED), one_step(accumulate=pieces, **REGULARIZED)
+    assert whole.loss == pytest.approx(pieced.loss, rel=1e-6) and whole.structure == pytest.approx(pieced.structure, rel=1e-5) > 0.01
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(gradients, others, strict=True))
+    plain = one_step()[1]
+    assert not any(torch.allclose(a, b, rtol=0.1) for a, b in zip(gradients, plain, strict=True) if b.ndim == 2)
+
+
+def test_regularizers_that_are_off_change_no_bit_and_those_that_are_on_do():
+    result, gradients = one_step()
+    off, same = one_step(fusemix=0, structure=0, structure_levels=3, feature_dropout=0)
+    assert off == result and off.structure == 0 and all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    for options in ({"fusemix": 1.0}, {"structure": 1.0}, {"feature_dropout": 0.3}):
+        first, again = one_step(**options), one_step(**options)
+        assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))  # a pure function of (state, seed, step)
+        assert not all(torch.equal(a, b) for a, b in zip(first[1], gradients, strict=True))
+
+
+def test_structure_adds_its_weighted_gradient_which_warms_up():
+    plain = one_step()[1]
+    light, heavy = one_step(structure=1.0)[1], one_step(structure=2.0)[1]
+    late = one_step(step=1, structure=1.0)[1]  # the second of five steps of warm-up has twice the first's weight
+    for base, one, two, later in zip(plain, light, heavy, late, strict=True):
+        assert torch.allclose(two - base, 2 * (one - base), rtol=1e-4, atol=1e-7) and torch.allclose(later, two, rtol=1e-4, atol=1e-7)
+    assert [Schedule(1, 10, warmup=0.5).risen(step) for step in (0, 3, 4, 9)] == [0.2, 0.8, 1, 1] and Schedule(1, 10, warmup=0).risen(0) == 1
+
+
+def test_a_regularized_run_that_is_killed_is_the_straight_one(paired_folders, forked):
+    changes = {"fusemix": 0.5, "structure": 1, "structure-levels": 2, "feature-dropout": 0.1}
+    assert forked(partial(train, paired_folders, paired_folders / "a", **changes)) == 0
+    assert forked(partial(train, paired_folders, paired_folders / "b", failpoint="checkpoint-saved:2", **changes)) == -signal.SIGKILL
+    assert forked(partial(train, paired_folders, paired_folders / "b", **changes)) == 0
+    ours = evidence(paired_folders / "a")
+    assert ours == evidence(paired_folders / "b")
+    logged = [json.loads(line) for line in ours[3].decode().splitlines()]
+    assert all(0 < row["structure"] < 2 * np.log(2) for row in logged if "loss" in row)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fusemix": -1}, {"structure": -1}, {"structure-levels": 0}, {"feature-dropout": 1}, {"fusemix": 1, "head": "token"}]
+)
+def test_regularizers_out_of_range_are_refused(changes, tmp_path):
+    with pytest.raises(UsageError, match="--" + next(iter(changes))):
+        parse(TrainConfig, "train", flags(tmp_path, tmp_path / "run", **changes))
+
+
 def worker(folder, rank, world, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", rank=rank, world_size=world)

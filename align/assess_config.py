@@ -1,0 +1,106 @@
+"""What align/assess.py can be told: a frozen dataclass, checked when it is made. Every field is a flag."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from align.errors import UsageError
+from align.hardware import Precision
+
+
+def _check(condition: bool, given: str, allowed: str) -> None:
+    if not condition:
+        raise UsageError(f"{given}: {allowed}")
+
+
+@dataclass(frozen=True)
+class AssessConfig:
+    """Rank vision encoders, their layers and text encoders on a few thousand pairs, before anything is trained at length."""
+
+    data: str
+    """Image-caption pairs: a folder, a file or a quoted glob ('shards/*.tar'), as for align/encode.py."""
+    output: str
+    """Folder for features, scores, tables and figures. The same command goes on where it was killed; more candidates add to it."""
+    vision: tuple[str, ...]
+    """Vision encoders: hub ids, local folders or `embedded:` ids."""
+    text: tuple[str, ...]
+    """Text encoders, likewise."""
+    captions: tuple[str, ...]
+    """Caption columns; a column may hold a list. All captions of an image count."""
+    layers: tuple[str, ...] = ("last",)
+    """Layers of each vision encoder: numbers (-1 is the last), `last` or `all`. One that an encoder does not have is left out for it."""
+    features: tuple[Literal["auto", "cls", "mean", "cls_mean"], ...] = ("auto",)
+    """What is pooled, as in align/encode.py; auto is cls_mean. Encoders without a CLS token have the mean only."""
+    random_weights: tuple[str, ...] | None = None
+    """Add a floor: these vision encoders (without names: all of them) with random weights, last layer. None: no floor."""
+    labelled: str | None = None
+    """Images with classes, for weighted k-NN and the linear probe: a folder of folders, tars, parquet ... None: without the two."""
+    label_column: str = "label"
+    """Column with the class: `label` is the folder's name, `cls` that of CLIP_benchmark's tars."""
+    trained: tuple[str, ...] = ()
+    """Finished runs of align/train.py on stores of this assessment: their recall becomes a score to be predicted."""
+    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
+    """How the pairs lie on disk."""
+    image_column: str = "image"
+    """Column with image bytes or a path (parquet, jsonl, csv)."""
+    key_column: str = "key"
+    """Column with the sample key; without one, file name and row number make the key."""
+    image_root: str | None = None
+    """Folder that image paths are relative to. None: the folder of the manifest."""
+    rows: int = 5000
+    """Pairs to take from the data, drawn in pieces of up to 64 neighbors by the seed."""
+    labelled_rows: int = 2000
+    """Labelled images to take, drawn likewise."""
+    test_rows: int = 1000
+    """Images that probes are scored on, at most a quarter of all; half as many decide when a probe has converged."""
+    similarity_rows: int = 2000
+    """Images whose similarities are compared by CKA and mutual k-NN (memory grows with the square)."""
+    patch_images: int = 1000
+    """Images whose patches, averaged to at most 7 x 7, are kept and compared. 0: without that score."""
+    neighbors: int = 10
+    """Neighbors of the mutual k-NN score."""
+    class_neighbors: int = 20
+    """Neighbors that vote in weighted k-NN."""
+    probe_width: int = 2048
+    """Aligned width E of the probe's linear heads."""
+    probe_batch: int = 512
+    """Pairs in a batch of the probe."""
+    probe_lr: float = 1e-3
+    """Constant learning rate of the probe (AdamW)."""
+    probe_steps: int = 600
+    """Steps of a probe at most; convergence on the validation images ends it earlier."""
+    probe_every: int = 20
+    """Steps between two looks at the validation images."""
+    probe_patience: int = 4
+    """Looks without a better recall before a probe is taken for converged."""
+    resamples: int = 1000
+    """Bootstrap resamples behind each interval."""
+    precision: Precision = "auto"
+    """Arithmetic of encoders and probes (auto: bf16 where the hardware has it)."""
+    batch_size: int = 32
+    """Images a forward pass."""
+    text_batch_size: int = 64
+    """Captions a forward pass."""
+    workers: int = 2
+    """Processes that read and decode images beside the forward pass."""
+    seed: int = 0
+    """Seed of the sample, splits, probes, resamples and random weights."""
+    dry_run: bool = False
+    """List the candidates and the space they need, encode nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("vision", "text", "captions", "layers", "features"):
+            values = getattr(self, name)
+            _check(bool(values) and len(set(values)) == len(values), f"--{name} {' '.join(values)}", "give at least one, each once")
+        for layer in self.layers:
+            _check(bool(re.fullmatch(r"-?\d+|last|all", layer)), f"--layers {layer}", "is neither a number nor `last` nor `all`")
+        strange = [name for name in self.random_weights or () if name not in self.vision]
+        _check(not strange, f"--random-weights {' '.join(strange)}", "must be among --vision")
+        for name in ("rows", "labelled_rows", "test_rows", "similarity_rows"):
+            _check(getattr(self, name) >= 100, f"--{name.replace('_', '-')} {getattr(self, name)}", "must be at least 100")
+        least = {"neighbors": 1, "class_neighbors": 1, "probe_width": 1, "probe_batch": 2, "probe_steps": 1, "probe_every": 1}
+        least |= {"probe_patience": 1, "resamples": 100, "batch_size": 1, "text_batch_size": 1, "workers": 0, "seed": 0}
+        for name, value in least.items():
+            _check(getattr(self, name) >= value, f"--{name.replace('_', '-')} {getattr(self, name)}", f"must be at least {value}")
+        _check(self.patch_images == 0 or self.patch_images >= 100, f"--patch-images {self.patch_images}", "is 0 (none) or at least 100")
+        _check(self.probe_lr > 0, f"--probe-lr {self.probe_lr}", "must be above 0")

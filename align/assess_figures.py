@@ -1,0 +1,108 @@
+"""Pictures of an assessment: PNG bytes of a heat map (candidates x scores) and of scatter plots (each score against probing)."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from align.assess_report import NAMES, Assessed
+from align.similarity import ranked
+
+INK, MUTED, GRID = "#1d2430", "#667085", "#e4e7ec"
+COLORS = ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3", "#b08f45", "#a23b5e")
+MARKS = {"cls": "^", "mean": "o", "cls_mean": "s"}
+HEAT_ROWS = 48  # more cannot be read
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": ""})
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def heat_map(results: Sequence[Assessed], text: str) -> bytes:
+    """Return the scores of all vision candidates with one text encoder: numbers in percent, colored by rank within the column.
+
+    Sorted by encoder, feature and layer, so that a column shows how a score runs over the layers. Of more than 48 candidates the
+    best by probing are drawn.
+    """
+    group = [result for result in results if result.candidate.text == text]
+    group = sorted(group, key=lambda result: -result.scores["probing"].value)[:HEAT_ROWS]
+    group.sort(key=lambda result: (result.candidate.random, result.candidate.vision, result.candidate.feature, result.candidate.layer))
+    names = [name for name in NAMES if any(name in result.scores for result in group)]
+    values = np.array([[result.scores[name].value if name in result.scores else np.nan for name in names] for result in group])
+    shades = np.full(values.shape, np.nan)
+    for column in range(len(names)):
+        there = np.isfinite(values[:, column])
+        shades[there, column] = (ranked(values[there, column]) - 0.5) / there.sum()
+    figure = _figure(3.4 + 0.85 * len(names), 1.3 + 0.24 * len(group))
+    axes = figure.add_subplot()
+    axes.imshow(shades, cmap=matplotlib.colormaps["Blues"], vmin=0, vmax=1.15, aspect="auto")
+    for row, column in np.argwhere(np.isfinite(values)):
+        color = "white" if shades[row, column] > 0.7 else INK
+        axes.text(column, row, f"{100 * values[row, column]:.1f}", ha="center", va="center", fontsize=7.5, color=color)
+    labels = [f"{r.candidate.vision}  {r.candidate.feature}  {r.candidate.layer}" for r in group]
+    axes.set_yticks(range(len(group)), labels, fontsize=7.5, color=INK)
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8, color=INK)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(f"with {text} (percent; darker: better within the column)", loc="left", fontsize=9.5, color=INK, fontweight="bold")
+    return _png(figure)
+
+
+def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return a panel for each score against `target`, a point a vision candidate; `rows` are its correlations, shown in the titles.
+
+    Hollow points are encoders with random weights; they are not part of r.
+    """
+    group = [result for result in results if result.candidate.text == text and target in result.scores]
+    panels = [row for row in rows if row["text"] == text and row["target"] == target]
+    across = min(4, max(1, len(panels)))
+    down = -(-len(panels) // across) or 1
+    figure = _figure(2.75 * across, 2.6 * down + 0.5)
+    encoders = list(dict.fromkeys(result.candidate.vision for result in group))
+    learned = [name for name in encoders if not any(r.candidate.random for r in group if r.candidate.vision == name)]
+    colors = {name: COLORS[at % len(COLORS)] for at, name in enumerate(learned)}
+    for number, row in enumerate(panels):
+        axes = figure.add_subplot(down, across, number + 1)
+        for result in group:
+            if row["score"] not in result.scores:
+                continue
+            candidate = result.candidate
+            color = colors.get(candidate.vision, MUTED)
+            point = (100 * result.scores[row["score"]].value, 100 * result.scores[target].value)
+            face = "none" if candidate.random else color
+            axes.scatter(*point, s=16, marker=MARKS[candidate.feature], facecolors=face, edgecolors=color, linewidths=0.9, alpha=0.85)
+        between = "" if row["r_low"] is None else f" ({row['r_low']:.2f} to {row['r_high']:.2f})"
+        r = "r -" if row["r"] is None else f"r {row['r']:.2f}{between}"
+        axes.set_title(f"{NAMES[row['score']]}\n{r}", loc="left", fontsize=8.5, color=INK)
+        axes.tick_params(colors=MUTED, labelsize=7.5, length=0)
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(GRID)
+        if number % across == 0:
+            axes.set_ylabel(NAMES[target], fontsize=8, color=MUTED)
+    handles = [matplotlib.lines.Line2D([], [], color=color, marker="o", linestyle="", markersize=4.5) for color in colors.values()]
+    features = list(dict.fromkeys(result.candidate.feature for result in group))
+    handles += [matplotlib.lines.Line2D([], [], color=MUTED, marker=MARKS[f], linestyle="", markersize=4.5) for f in features]
+    names = [*colors, *features]
+    if any(result.candidate.random for result in group):
+        handles.append(matplotlib.lines.Line2D([], [], color=MUTED, marker="o", fillstyle="none", linestyle="", markersize=4.5))
+        names.append("random weights")
+    figure.legend(handles, names, loc="outside lower left", ncols=4, frameon=False, fontsize=7.5, labelcolor=INK)
+    figure.suptitle(f"{len(group)} candidates with {text}", x=0.01, ha="left", fontsize=9.5, color=INK, fontweight="bold")
+    return _png(figure)

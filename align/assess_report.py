@@ -1,0 +1,256 @@
+"""What the scores of all candidates say: correlations between scores, a recommendation in words, tables. Nothing is printed here."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from align.assess_scores import SCORES, Candidate, Score
+from align.cli import load_yaml
+from align.errors import UsageError
+from align.files import read_json
+from align.runs import JsonLines, generator
+from align.similarity import correlation_interval, pearson, spearman
+
+NAMES = {**SCORES, "trained": "R@10 after full training"}
+CHEAP = tuple(name for name in SCORES if name != "probing")
+CLEAR, LIKELY = 0.95, 0.7  # shares of resamples in which the first came first
+
+
+@dataclass(frozen=True)
+class Assessed:
+    """A candidate, its scores by name, and the fingerprints of its features if a store holds exactly them."""
+
+    candidate: Candidate
+    scores: Mapping[str, Score]
+    fingerprints: tuple[dict[str, Any], dict[str, Any]] | None = None  # of images and captions
+
+
+def table_csv(results: Sequence[Assessed]) -> str:
+    """Return the whole table as CSV: a row a candidate, four columns a score (value, low, high, seconds)."""
+    names = [name for name in NAMES if any(name in result.scores for result in results)]
+    columns = [*asdict(results[0].candidate), "probing_steps", "probing_converged"]
+    columns += [f"{name}{part}" for name in names for part in ("", "_low", "_high", "_seconds")]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        row: dict[str, Any] = asdict(result.candidate)
+        details = result.scores["probing"].details
+        row |= {"probing_steps": details["steps"], "probing_converged": details["converged"]}
+        for name, score in result.scores.items():
+            values = {"": score.value, "_low": score.low, "_high": score.high, "_seconds": score.seconds}
+            row |= {f"{name}{part}": "" if value is None else round(value, 5) for part, value in values.items()}
+        writer.writerow(row)
+    return file.getvalue()
+
+
+def shown(results: Sequence[Assessed], rows: int) -> Table:
+    """Return the table for the terminal: the best `rows` candidates by probing, in percent, with half the width of the 95% interval."""
+    ordered = sorted(results, key=lambda result: -result.scores["probing"].value)[:rows]
+    names = [name for name in NAMES if any(name in result.scores for result in ordered)]
+    title = f"{len(ordered)} of {len(results)} candidates, best probing first (percent, and half the width of the 95% interval)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("vision encoder, layer, feature + text", no_wrap=True)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for result in ordered:
+        table.add_row(result.candidate.name, *(_short(result.scores.get(name)) for name in names))
+    table.add_section()
+    seconds = [[result.scores[name].seconds for result in results if name in result.scores] for name in names]
+    table.add_row("seconds a candidate", *(f"{np.mean(spent):.1f}" if sum(spent) else "" for spent in seconds))
+    return table
+
+
+def _short(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    if score.low is None or score.high is None:
+        return f"{100 * score.value:.1f}"
+    return f"{100 * score.value:.1f} ±{50 * (score.high - score.low):.1f}"
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    if score.low is None or score.high is None:
+        return f"{100 * score.value:.1f}"
+    return f"{100 * score.value:.1f} ({100 * score.low:.1f} to {100 * score.high:.1f})"
+
+
+def correlations(results: Sequence[Assessed], target: str, seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
+    """Return, per text encoder and score, how well the score predicts `target` over the vision candidates with learned weights.
+
+    Rows of text, score, n, r (Pearson) and rho (Spearman) with their bootstrap intervals. Fewer than 4 candidates: no rows. The
+    text encoder is fixed, as in SAIL; random weights are left out, as two clouds of points correlate whatever lies within them.
+    """
+    rows = []
+    for text, group in _by_text(results).items():
+        for name in (*CHEAP, "probing"):
+            both = [(r.scores[name].value, r.scores[target].value) for r in group if name in r.scores and target in r.scores]
+            if name == target or len(both) < 4:
+                continue
+            x, y = np.array(both).T
+            row: dict[str, Any] = {"text": text, "score": name, "target": target, "n": len(both)}
+            for label, how in (("r", pearson), ("rho", spearman)):
+                found = correlation_interval(x, y, how, generator(seed, 11), resamples)
+                row |= {f"{label}{part}": _finite(value) for part, value in zip(("", "_low", "_high"), found, strict=True)}
+            rows.append(row)
+    return rows
+
+
+def rank_matrix(results: Sequence[Assessed], text: str) -> dict[str, dict[str, float | None]]:
+    """Return the Spearman correlations between all scores over the vision candidates with one text encoder."""
+    group = _by_text(results)[text]
+    names = [name for name in NAMES if all(name in result.scores for result in group)]
+    values = {name: np.array([result.scores[name].value for result in group]) for name in names}
+    return {a: {b: _finite(float(spearman(values[a], values[b]))) for b in names} for a in names}
+
+
+def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
+    """Return, per text encoder, whether alignment follows weighted k-NN more than the linear probe (SAIL: r 0.991 against 0.847).
+
+    Rows of text, n, r_knn, r_linear_probe, their difference with its paired bootstrap interval over candidates, and the answer.
+    """
+    rows = []
+    for text, group in _by_text(results).items():
+        labelled = [r for r in group if "knn" in r.scores]
+        if len(labelled) < 4:
+            continue
+        knn, linear, probing = (np.array([r.scores[name].value for r in labelled]) for name in ("knn", "linear_probe", "probing"))
+        picks = generator(seed, 12).integers(0, len(labelled), (resamples, len(labelled)))
+        drawn = pearson(knn[picks], probing[picks]) - pearson(linear[picks], probing[picks])
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (math.nan, math.nan)
+        r_knn, r_linear = float(pearson(knn, probing)), float(pearson(linear, probing))
+        answer = "yes" if low > 0 else "no, the other way round" if high < 0 else "open: the interval holds 0"
+        rows.append(
+            {"text": text, "n": len(labelled), "r_knn": _finite(r_knn), "r_linear_probe": _finite(r_linear),
+             "difference": _finite(r_knn - r_linear), "low": _finite(low), "high": _finite(high), "answer": answer}
+        )  # fmt: skip
+    return rows
+
+
+def shown_correlations(rows: Sequence[Mapping[str, Any]], target: str) -> Table:
+    """Return the correlations with `target` as a table for the terminal."""
+    table = Table(title=f"How well each score predicts: {NAMES[target]} (95% intervals over candidates)", title_justify="left")
+    for head in ("text", "score", "candidates", "Pearson r", "Spearman"):
+        table.add_column(head, justify="right" if head == "candidates" else "left")
+    for row in sorted(rows, key=lambda row: (row["text"], -(row["rho"] or -1))):
+        cells = [_interval(row, label) for label in ("r", "rho")]
+        table.add_row(row["text"], NAMES[row["score"]], str(row["n"]), *cells)
+    return table
+
+
+def _interval(row: Mapping[str, Any], label: str) -> str:
+    value, low, high = (row[f"{label}{part}"] for part in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    return f"{value:.2f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
+
+
+def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
+    """Return sentences: which pair, layer and feature, how sure, and what else the numbers say.
+
+    `weights` (R, n) are the bootstrap weights over the test images that all probes share, so that differences are paired.
+    """
+    learned = [result for result in results if not result.candidate.random]
+    values = np.array([result.scores["probing"].details["values"] for result in learned])  # (candidates, n)
+    drawn = values @ weights.T.astype(np.float64)  # (candidates, R)
+    order = np.argsort(-values.mean(1), kind="stable")
+    first = np.bincount(drawn.argmax(0), minlength=len(learned)) / drawn.shape[1]
+    best = learned[order[0]]
+    score, share = best.scores["probing"], float(first[order[0]])
+    sure = "clear" if share >= CLEAR else "likely, not certain" if share >= LIKELY else "open"
+    said = [f"Take {best.candidate.name}: R@10 {_cell(score)} on {score.n} held-out images."]
+    others = [(learned[at], first[at]) for at in np.argsort(-first, kind="stable") if at != order[0] and first[at] >= 0.02][:4]
+    if len(learned) > 1:
+        ranked = "; ".join(f"{other.candidate.name} in {100 * part:.0f}%" for other, part in others)
+        said.append(
+            f"How sure: {sure}. It came first in {100 * share:.0f}% of the resamples of these images{f'; {ranked}' if ranked else ''}."
+        )
+    if share < LIKELY and others:
+        said.append("Take the cheapest of these, or repeat with more --rows: the images at hand do not tell them apart.")
+    said += _compared(learned, drawn, int(order[0]))
+    floors = [result for result in results if result.candidate.random]
+    if floors:
+        floor = max(floors, key=lambda result: result.scores["probing"].value)
+        said.append(f"Floor: random weights reach R@10 {_cell(floor.scores['probing'])} ({floor.candidate.vision}).")
+    unfinished = sum(not result.scores["probing"].details["converged"] for result in results)
+    if unfinished:
+        said.append(f"{unfinished} of {len(results)} probes still improved when the steps ran out: raise --probe-steps.")
+    said.append("The intervals cover the draw of the test images, not that of the training images or the probe's seed.")
+    return said
+
+
+def _compared(learned: Sequence[Assessed], drawn: np.ndarray, best: int) -> list[str]:
+    """Return what the best layer gains over the last one, and the best text encoder over the others; `drawn` (candidates, R)."""
+    chosen = learned[best].candidate
+    place = {result.candidate: at for at, result in enumerate(learned)}
+    said = []
+    siblings = [c for c in place if (c.vision, c.feature, c.text) == (chosen.vision, chosen.feature, chosen.text)]
+    last = max(siblings, key=lambda c: c.layer)
+    if last != chosen:
+        said.append(f"Layer {chosen.layer} instead of {last.layer}: {_gain(learned, drawn, [best], [place[last]])}.")
+    for text in sorted({c.text for c in place} - {chosen.text}):
+        pairs = [
+            (at, place[twin])
+            for c, at in place.items()
+            if c.text == chosen.text and (twin := Candidate(c.vision, c.layer, c.feature, text)) in place
+        ]
+        if pairs:
+            gain = _gain(learned, drawn, [a for a, _ in pairs], [b for _, b in pairs])
+            said.append(f"{chosen.text} instead of {text}, mean of {len(pairs)} candidates: {gain}.")
+    return said
+
+
+def _gain(learned: Sequence[Assessed], drawn: np.ndarray, first: list[int], second: list[int]) -> str:
+    means = np.array([result.scores["probing"].value for result in learned])
+    low, high = np.quantile(drawn[first].mean(0) - drawn[second].mean(0), [0.025, 0.975])
+    return f"{100 * (means[first].mean() - means[second].mean()):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def trained_scores(runs: Sequence[str], results: Sequence[Assessed]) -> list[Assessed]:
+    """Return the results with a score `trained` for those whose exact features a run of align/train.py was trained on.
+
+    Runs are matched by the fingerprints of both encoders; several runs of one candidate are averaged. The value is the mean of both
+    ways' R@10 at the best validation. UsageError for a folder that is no run, or one that matches no candidate.
+    """
+    found: dict[Candidate, list[float]] = {}
+    for run in runs:
+        config = Path(run) / "best" / "config.json"
+        rows = [row for row in JsonLines(Path(run) / "metrics.jsonl").rows() if "val_mean_recall" in row]
+        if not config.exists() or not rows:
+            raise UsageError(f"{run} is not a validated run of align/train.py (best/config.json, metrics.jsonl with validations)")
+        stored = read_json(config)
+        prints = (stored["vision_fingerprint"], stored["text_fingerprint"])
+        matching = [result.candidate for result in results if result.fingerprints == prints]
+        if not matching:
+            raise UsageError(
+                f"{run} was trained on none of the candidates' features ({load_yaml(Path(run) / 'config.yaml')['train']['images']})"
+            )
+        best = max(rows, key=lambda row: row["val_mean_recall"])
+        found.setdefault(matching[0], []).append((best["val_i2t_r10"] + best["val_t2i_r10"]) / 2)
+    return [
+        Assessed(r.candidate, {**r.scores, "trained": Score(float(np.mean(found[r.candidate])), None, None, 0, 0.0)}, r.fingerprints)
+        if r.candidate in found else r
+        for r in results
+    ]  # fmt: skip
+
+
+def _by_text(results: Sequence[Assessed]) -> dict[str, list[Assessed]]:
+    groups: dict[str, list[Assessed]] = {}
+    for result in results:
+        if not result.candidate.random:
+            groups.setdefault(result.candidate.text, []).append(result)
+    return groups
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,217 @@
+"""The scores of a candidate (vision encoder, layer, feature) x text encoder, each with its interval, its cost and its cache.
+
+Shapes: `N` images in common of all stores, `F` image feature width, `D` caption feature width, `n` images of a sample.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.errors import DataError
+from align.files import atomic_json, hash_bytes, read_json
+from align.probing import CaptionedFeatures, Training, linear_probe_correct, probe_alignment, split_rows
+from align.runs import generator
+from align.similarity import (
+    bootstrap_weights,
+    cka_interval,
+    cosines,
+    half_samples,
+    knn_correct,
+    linear_gram,
+    mean_interval,
+    neighbor_overlap,
+    patch_overlap,
+    rbf_gram,
+)
+
+SCORES = {
+    "probing": "alignment probing, mean R@10",
+    "knn": "weighted k-NN accuracy",
+    "linear_probe": "linear probe accuracy",
+    "cka": "CKA, linear, biased",
+    "cka_debiased": "CKA, linear, debiased",
+    "cka_rbf": "CKA, RBF, debiased",
+    "mutual_knn": "mutual k-NN",
+    "patch_overlap": "patch neighborhoods",
+}
+METHOD = 1  # raised when a score is computed in another way: older ones in a cache are then not used
+NO_LABELS = "Weighted k-NN and the linear probe need classes: give --labelled a folder of folders to have the two columns."
+NO_PATCHES = "Without --patch-images there is no column for patch neighborhoods."
+MAX_PATCH_NEIGHBORS = 100
+CKA_RESAMPLES = 200  # half-samples: three digits of an interval need no more
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is compared; `random` marks an encoder with random weights (the floor)."""
+
+    vision: str
+    layer: int
+    feature: str
+    text: str
+    random: bool = False
+
+    @property
+    def name(self) -> str:
+        """The candidate in words."""
+        return f"{self.vision} layer {self.layer} {self.feature} + {self.text}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with its 95% interval, over how many images it was taken, and what it cost in seconds."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the scores are taken; part of the cache's key."""
+
+    training: Training
+    test_rows: int = 1000
+    similarity_rows: int = 2000
+    neighbors: int = 10  # of mutual k-NN
+    class_neighbors: int = 20  # of weighted k-NN
+    resamples: int = 1000
+    seed: int = 0
+
+
+class Cache:
+    """Scores on disk by what they were computed from, so that a killed assessment goes on and a larger one adds to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, facts: dict[str, Any], compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
+        """Return the scores of `facts` (JSON values), computed only if they are not there yet."""
+        path = self.folder / f"{hash_bytes(repr((METHOD, sorted(facts.items()))).encode())}.json"
+        if path.exists():
+            return {name: Score(**values) for name, values in read_json(path)["scores"].items()}
+        scores = compute()
+        atomic_json(path, {"facts": facts, "scores": {name: asdict(score) for name, score in scores.items()}})
+        return scores
+
+
+@contextmanager
+def _timed() -> Iterator[list[float]]:
+    clock, spent = time.perf_counter(), [0.0]
+    yield spent
+    spent[0] = time.perf_counter() - clock
+
+
+class TextSide:
+    """The captions of one text encoder, and what is computed from them once for all vision candidates."""
+
+    def __init__(self, captions: np.ndarray, owners: np.ndarray, sample: np.ndarray, device: torch.device) -> None:
+        """captions (T, D) float16 of images `owners` (T,), ascending; `sample` (n,): images whose similarities are compared."""
+        self.captions, self.owners, self.device = captions, owners, device
+        sums = np.add.reduceat(captions.astype(np.float32), np.searchsorted(owners, np.arange(owners[-1] + 1)))
+        self.means = sums / np.bincount(owners)[:, None]  # (N, D): one vector an image
+        self._sampled = torch.from_numpy(self.means[sample]).to(device)
+
+    def mean_of(self, rows: np.ndarray) -> Tensor:
+        """Return the mean captions (n, D) of images `rows` (n,)."""
+        return torch.from_numpy(self.means[rows]).to(self.device)
+
+    @cached_property
+    def linear(self) -> Tensor:
+        """Linear Gram matrix (n, n) of the sample."""
+        return linear_gram(self._sampled)
+
+    @cached_property
+    def rbf(self) -> Tensor:
+        """RBF Gram matrix (n, n) of the sample."""
+        return rbf_gram(self._sampled)
+
+    @cached_property
+    def cosine(self) -> Tensor:
+        """Cosines (n, n) of the sample."""
+        return cosines(self._sampled)
+
+
+class Scorer:
+    """Computes the scores of candidates over the same images, splits and resamples."""
+
+    def __init__(self, settings: Settings, rows: int, device: torch.device) -> None:
+        """`rows` N: images in common; DataError if they are too few to be split."""
+        self.settings, self.device, seed = settings, device, settings.seed
+        self.rows = split_rows(rows, settings.test_rows, seed)
+        self.sample = np.sort(generator(seed, 8).permutation(rows)[: settings.similarity_rows])
+        self._halves = half_samples(len(self.sample), min(CKA_RESAMPLES, settings.resamples), generator(seed, 9))
+        self._weights: dict[int, np.ndarray] = {}
+
+    def resamples(self, n: int) -> np.ndarray:
+        """Return the bootstrap weights (R, n) that all scores over n images share: differences between candidates are paired."""
+        if n not in self._weights:
+            self._weights[n] = bootstrap_weights(n, self.settings.resamples, generator(self.settings.seed, 10, n))
+        return self._weights[n]
+
+    def _mean(self, values: np.ndarray | Tensor, seconds: float, details: dict[str, Any] | None = None) -> Score:
+        array = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+        return Score(*mean_interval(array, self.resamples(len(array))), len(array), seconds, details or {})
+
+    def with_labels(self, features: np.ndarray, labels: np.ndarray) -> dict[str, Score]:
+        """Return `knn` and `linear_probe` of labelled images: features (n, F) float16, labels (n,); classes of one image are left out."""
+        counts = np.bincount(labels)
+        kept = counts[labels] > 1
+        _, labels = np.unique(labels[kept], return_inverse=True)
+        if len(np.unique(labels)) < 2:
+            raise DataError("fewer than two classes of the labelled data have two usable images; give more with --labelled-rows")
+        images = torch.from_numpy(features[kept]).to(self.device).float()
+        with _timed() as first:
+            nearest = knn_correct(images, torch.from_numpy(labels).to(self.device), self.settings.class_neighbors)
+        with _timed() as second:
+            linear = linear_probe_correct(images, labels, self.settings.seed)
+        return {"knn": self._mean(nearest.double(), first[0]), "linear_probe": self._mean(linear, second[0])}
+
+    def relations(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:
+        """Return the CKAs and the mutual k-NN of image features (N, F) float16 with the mean captions of the same images."""
+        images = torch.from_numpy(features[self.sample]).to(self.device).float()
+        scores = {}
+        for name, gram, other, debiased in (
+            ("cka", linear_gram, "linear", False),
+            ("cka_debiased", linear_gram, "linear", True),
+            ("cka_rbf", rbf_gram, "rbf", True),
+        ):
+            against = getattr(text, other)  # made once for all candidates: not counted
+            with _timed() as spent:
+                found = cka_interval(gram(images), against, debiased, self._halves)
+            scores[name] = Score(*found, len(images), spent[0])
+        others = text.cosine
+        with _timed() as spent:
+            shared = neighbor_overlap(cosines(images), others, self.settings.neighbors)
+        return {**scores, "mutual_knn": self._mean(shared, spent[0])}
+
+    def patches(self, patches: np.ndarray, width: int, captions: Tensor) -> dict[str, Score]:
+        """Return `patch_overlap` of images given as patches side by side (n, P x width) float16 with their captions (n, D)."""
+        n = len(patches)
+        k = max(1, min(MAX_PATCH_NEIGHBORS, n // 10))
+        with _timed() as spent:
+            shared = patch_overlap(torch.from_numpy(patches).to(self.device).reshape(n, -1, width), captions, k)
+        return {"patch_overlap": self._mean(shared, spent[0], {"neighbors": k})}
+
+    def probing(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:
+        """Return `probing` of image features (N, F) float16 and the captions, with the value of each test image in its details."""
+        pairs = CaptionedFeatures(features, text.captions, text.owners)
+        with _timed() as spent:
+            probe = probe_alignment(pairs, self.rows, self.settings.training, self.settings.seed, self.device)
+        details = {
+            "image_to_text": probe.image_to_text, "text_to_image": probe.text_to_image, "steps": probe.steps,
+            "converged": probe.converged, "history": probe.history, "values": probe.values.tolist(),
+        }  # fmt: skip
+        return {"probing": self._mean(probe.values, spent[0], details)}

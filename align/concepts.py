@@ -1,0 +1,112 @@
+"""Concepts of a curation: their names, their prototypes from text or from a few shots, and whether an evaluation set is behind them.
+
+Shapes: `C` concepts, `E` width of the space that candidates are scored in.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from align.errors import DataError, UsageError
+from align.files import read_json
+from align.scoring import Candidates, Projection, chunk_rows
+
+LABELS_SCHEMA = pa.schema([("key", pa.string()), ("label", pa.string())])
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Return the concept names of a text file, one a line, blank lines left out; UsageError if none, or one stands twice."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--concepts {path} cannot be read as UTF-8 text ({error}); give a file with one name a line") from error
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated or not names:
+        raise UsageError(
+            f"--concepts {path}: {f'{repeated[:5]} stand there twice' if repeated else 'no names in it'}; one name a line, once"
+        )
+    return tuple(names)
+
+
+def text_prototypes(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """Return (C, E) normalised prototypes: the mean over templates of `encode`'s normalised rows, `{c}` standing for the name."""
+    rows = encode([template.replace("{c}", name) for name in names for template in templates])  # (C templates, E)
+    return functional.normalize(rows.view(len(names), len(templates), -1).mean(dim=1), dim=1)
+
+
+def read_labels(path: Path) -> pa.Table:
+    """Return the columns key and label of a .parquet or .csv file; DataError if they are missing or a key has two labels."""
+    try:
+        if path.suffix == ".csv":
+            table = pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=LABELS_SCHEMA))
+        else:
+            table = pq.read_table(path)
+        table = table.select(LABELS_SCHEMA.names).cast(LABELS_SCHEMA)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not a .parquet or .csv with the columns key and label ({error})") from error
+    if pc.count_distinct(table["key"]).as_py() < len(table):
+        raise DataError(f"{path}: a key stands there twice; give each key one label")
+    return table
+
+
+@torch.no_grad()
+def shot_prototypes(shots: Candidates, labels: pa.Table, project: Projection) -> tuple[tuple[str, ...], Tensor]:
+    """Return the labels in alphabetical order and (C, E) normalised prototypes: the mean of each label's normalised rows.
+
+    `shots` are features of labelled samples, `labels` the columns key and label. Rows without a label are left out; DataError if a
+    label has no row.
+    """
+    names = sorted(set(labels["label"].to_pylist()))
+    numbers = pc.index_in(labels["label"].combine_chunks(), value_set=pa.array(names, pa.string())).to_numpy()
+    sums, counts = torch.zeros(0), np.zeros(len(names), dtype=np.int64)
+    for shard in range(len(shots.shards)):
+        keys = shots.shard_keys(shard)["key"].combine_chunks()
+        found = pc.fill_null(pc.index_in(keys, value_set=labels["key"].combine_chunks()), -1).to_numpy(zero_copy_only=False)
+        rows = np.flatnonzero(found >= 0)
+        for start in range(0, len(rows), chunk_rows(1)):
+            part = rows[start : start + chunk_rows(1)]
+            owners = numbers[found[part]].astype(np.int64)
+            vectors = project(torch.from_numpy(shots.features(part + shots.rows_of(shard).start)).float()).cpu()
+            sums = sums if len(sums) else torch.zeros(len(names), vectors.shape[1])
+            sums.index_add_(0, torch.from_numpy(owners), vectors)
+            counts += np.bincount(owners, minlength=len(names))
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of {len(names)} labels have no row in the concept store, the first is {empty[0]!r}; compare the keys"
+        )
+    return tuple(names), functional.normalize(sums, dim=1)
+
+
+def evaluation_sets(names: Sequence[str]) -> list[str]:
+    """Return the known evaluation sets all of whose classes are among `names`, whatever the case.
+
+    Known are those of clip_benchmark, if it is installed; its list of class names is read as data, the package is not imported.
+    """
+    found = importlib.util.find_spec("clip_benchmark")
+    if found is None or not found.submodule_search_locations:
+        return []
+    path = Path(found.submodule_search_locations[0]) / "datasets" / "en_classnames.json"
+    if not path.exists():
+        return []
+    given = {name.casefold() for name in names}
+    return [known for known, classes in read_json(path).items() if given >= {name.casefold() for name in classes}]
+
+
+def evaluation_note(sets: Sequence[str]) -> str:
+    """Return the note that belongs wherever the results of such a curation go, or nothing if there is no evaluation set."""
+    if not sets:
+        return ""
+    return (
+        f"NOTE: the concepts are the classes of an evaluation set ({', '.join(sets)}). The training data was chosen with knowledge of what "
+        "is asked there, so a model trained on it is not zero-shot on this set in the strict sense: say so beside its numbers."
+    )

@@ -1,0 +1,95 @@
+"""How well concepts are covered before and after curation: a row a concept, one picture, and the numbers above them.
+
+Shapes: `C` concepts.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from align.curation import Assignment, effective_number
+from align.files import atomic_bytes, atomic_json
+
+BEFORE, AFTER, CHOSEN = "#98a2b3", "#2460a7", "#c4652d"
+
+
+def coverage_table(names: tuple[str, ...], before: np.ndarray, after: np.ndarray, assignment: Assignment) -> pa.Table:
+    """Return one row a concept, in the order of `names`.
+
+    `before` and `after` (C,) count the candidates and the chosen samples whose best concept it is; `chosen` those taken for it;
+    `rarity` is the place in which it was served, from 1; `score_at_last_rank` what that goes by; then why others were passed over.
+    """
+    rarity = np.empty(len(names), dtype=np.int64)
+    rarity[assignment.order] = np.arange(1, len(names) + 1)
+    reasons = sorted({reason for refused in assignment.refused for reason in refused})
+    return pa.table(
+        {
+            "concept": list(names), "rarity": rarity, "best_before": before, "best_after": after,
+            "chosen": [len(rows) for rows in assignment.rows],
+            "score_at_last_rank": assignment.last_scores,
+            "best_score": [float(scores[0]) if len(scores) else None for scores in assignment.scores],
+            "lowest_score": [float(scores[-1]) if len(scores) else None for scores in assignment.scores],
+            **{reason: [refused[reason] for refused in assignment.refused] for reason in reasons},
+        }
+    )  # fmt: skip
+
+
+def summary(table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the totals of a coverage table, with the given facts before them."""
+    before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
+    reasons = table.column_names[table.column_names.index("lowest_score") + 1 :]
+    return {
+        **facts,
+        "concepts": len(table),
+        "chosen": int(chosen.sum()),
+        "concepts_without_candidates": int((before == 0).sum()),
+        "concepts_without_chosen": int((after == 0).sum()),
+        "effective_concepts_before": round(effective_number(before), 2),
+        "effective_concepts_after": round(effective_number(after), 2),
+        "passed_over": {reason: int(sum(table[reason].to_pylist())) for reason in reasons},
+    }
+
+
+def coverage_figure(table: pa.Table, note: str = "") -> bytes:
+    """Return a PNG: each concept's candidates before, and its samples after, from the most to the least frequent before."""
+    before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
+    order = np.argsort(-before, kind="stable")
+    figure = Figure(figsize=(7.2, 4.0 if not note else 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = np.arange(1, len(order) + 1)
+    axes.plot(places, before[order], color=BEFORE, label="candidates whose best concept it is")
+    axes.plot(places, after[order], ".", markersize=3.5, color=AFTER, label="chosen samples whose best concept it is")
+    axes.plot(places, chosen[order], color=CHOSEN, linewidth=1, label="chosen for it")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("concepts, by number of candidates")
+    axes.set_ylabel("samples")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color="#e4e7ec", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=8)
+    counts = f"{effective_number(before):.0f} -> {effective_number(after):.0f} effective concepts of {len(order)}"
+    axes.set_title(f"Coverage before and after curation: {counts}", loc="left", fontsize=10)
+    if note:
+        figure.supxlabel(note, fontsize=7, color="#b42318", wrap=True, parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def write_coverage(folder: Path, table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write coverage.csv, coverage.json and coverage.png to `folder` and return what is in the JSON; a `note` goes into the picture."""
+    values = summary(table, facts)
+    buffer = io.BytesIO()
+    pyarrow.csv.write_csv(table, buffer)
+    atomic_bytes(folder / "coverage.csv", buffer.getvalue())
+    atomic_bytes(folder / "coverage.png", coverage_figure(table, facts["note"]))
+    atomic_json(folder / "coverage.json", values)
+    return values

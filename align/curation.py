@@ -1,0 +1,170 @@
+"""Curation without data: each concept's best candidates, kept while scores stream by, and their greedy assignment.
+
+Shapes: `C` concepts, `M` places in a concept's list, `n` samples of a chunk, `S` rows of all candidates. A sample goes by the number of
+its first row, and samples arrive in ascending order, so that ties are won by the lower number however the stream is cut.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SLACK_SHARE = 8  # newcomers wait in room for M / 8 behind a list, and are sorted in when it is full
+
+Refusals = dict[str, np.ndarray]  # reason -> positions of the rows that were passed over for it
+Picker = Callable[[np.ndarray, int], tuple[np.ndarray, Refusals]]
+
+
+class TopLists:
+    """The M best samples of each of C concepts, by score, then by lower number; 12 bytes a place and M / 8 places of slack.
+
+    A list is sorted only when it is asked for. Until then it holds its places in ascending order of the samples' numbers: a newcomer
+    has the highest number of all, so it enters only if it beats the concept's threshold, the M-th best score so far.
+    """
+
+    def __init__(self, concepts: int, places: int, chunk: int) -> None:
+        """Make empty lists of `places` (M) that take up to `chunk` samples at once."""
+        assert concepts >= 1 and places >= 1 and chunk >= 1
+        self.places, self.chunk = places, chunk
+        room = places + max(chunk, places // SLACK_SHARE)
+        self.scores = np.zeros((concepts, room), dtype=np.float32)
+        self.rows = np.zeros((concepts, room), dtype=np.int64)
+        self.held = np.zeros(concepts, dtype=np.int64)
+        self.threshold = np.full(concepts, -np.inf, dtype=np.float32)
+
+    @staticmethod
+    def nbytes(concepts: int, places: int, chunk: int) -> int:
+        """Return the memory in bytes that such lists take."""
+        return 12 * concepts * (places + max(chunk, places // SLACK_SHARE))
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Take in scores (n, C) float32 of the samples `rows` (n,) int64: ascending, and above all that came before."""
+        assert scores.shape == (len(rows), len(self)) and len(rows) <= self.chunk, (scores.shape, len(rows))
+        flat = scores.reshape(-1)
+        winners = np.flatnonzero(scores > self.threshold)
+        samples, concepts = np.divmod(winners, len(self))
+        counts = np.bincount(concepts, minlength=len(self))
+        full = np.flatnonzero(self.held + counts > self.scores.shape[1])
+        if len(full):
+            for concept in full.tolist():
+                self._cut(concept)
+            still = flat[winners] > self.threshold[concepts]
+            winners, samples, concepts = winners[still], samples[still], concepts[still]
+            counts = np.bincount(concepts, minlength=len(self))
+        order = np.argsort(concepts, kind="stable")  # by concept, and within one still ascending
+        concepts = concepts[order]
+        places = self.held[concepts] + np.arange(len(concepts)) - (np.cumsum(counts) - counts)[concepts]
+        self.scores[concepts, places] = flat[winners[order]]
+        self.rows[concepts, places] = rows[samples[order]]
+        self.held += counts
+
+    def _cut(self, concept: int) -> None:
+        """Leave the M best in a list, in the order they stood in, and raise the threshold to the worst of them."""
+        held = int(self.held[concept])
+        if held < self.places:
+            return
+        values = self.scores[concept, :held]
+        kept = best(values, self.places)
+        self.threshold[concept] = values[kept].min()
+        self.scores[concept, : self.places] = values[kept]
+        self.rows[concept, : self.places] = self.rows[concept, :held][kept]
+        self.held[concept] = self.places
+
+    def merge(self, other: "TopLists") -> None:
+        """Take in the lists of other samples: the result is that of one stream of both."""
+        assert (len(other), other.places) == (len(self), self.places)
+        for concept in range(len(self)):
+            rows = np.concatenate([part.rows[concept, : part.held[concept]] for part in (self, other)])
+            scores = np.concatenate([part.scores[concept, : part.held[concept]] for part in (self, other)])
+            order = np.argsort(rows, kind="stable")
+            kept = order[best(scores[order], self.places)]
+            self.scores[concept, : len(kept)], self.rows[concept, : len(kept)] = scores[kept], rows[kept]
+            self.held[concept] = len(kept)
+            self.threshold[concept] = scores[kept].min() if len(kept) == self.places else -np.inf
+
+    def ranked(self, concept: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores and sample numbers (up to M each) of a concept, best first, ties by lower number."""
+        self._cut(concept)
+        scores = self.scores[concept, : self.held[concept]]
+        order = np.argsort(-scores, kind="stable")
+        return scores[order], self.rows[concept, : self.held[concept]][order]
+
+    def last_scores(self) -> np.ndarray:
+        """Return (C,) float32: each list's score at rank M, or at its last rank if it is shorter (+inf if it is empty)."""
+        for concept in range(len(self)):
+            self._cut(concept)
+        lists = zip(self.scores, self.held.tolist(), strict=True)
+        return np.array([scores[:held].min(initial=np.inf) for scores, held in lists], dtype=np.float32)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the arrays that hold all there is, without copying them."""
+        return {"scores": self.scores, "rows": self.rows, "held": self.held, "threshold": self.threshold}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over the arrays of lists of the same size; they are not copied."""
+        for name, own in self.state().items():
+            assert own.shape == state[name].shape and own.dtype == state[name].dtype, name
+            setattr(self, name, state[name])
+
+
+def best(values: np.ndarray, count: int) -> np.ndarray:
+    """Return (n,) bool: the `count` highest of `values` (n,), of equal ones those that stand first; all if there are no more."""
+    if len(values) <= count:
+        return np.ones(len(values), dtype=bool)
+    last = np.partition(values, len(values) - count)[len(values) - count]
+    kept = values > last
+    kept[np.flatnonzero(values == last)[: count - int(kept.sum())]] = True
+    return kept
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What each concept got, by concept number; `order` (C,) are the concepts as they were served, rarest first."""
+
+    order: np.ndarray
+    rows: list[np.ndarray]  # sample numbers, best first
+    scores: list[np.ndarray]
+    ranks: list[np.ndarray]  # places in the concept's list, from 1
+    last_scores: np.ndarray  # (C,) score at rank M: the lower, the rarer
+    refused: list[Counter[str]]  # reason -> how many candidates were passed over
+
+
+def first_ones(rows: np.ndarray, count: int) -> tuple[np.ndarray, Refusals]:
+    """Return the positions of the first `count` of `rows` and no refusals: the picker that takes everything."""
+    return np.arange(min(count, len(rows))), {}
+
+
+def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = first_ones) -> Assignment:
+    """Return the greedy assignment: concepts by ascending score at rank M, each gets its best samples that are not taken.
+
+    `taken` (S,) bool is False where a sample may be used, and is updated. `pick(rows, count)` chooses up to `count` of a concept's free
+    samples, best first, and says which it passed over for good. Concepts that tie are served by number. Source: METHOD, greedy
+    assignment of concept-balanced pairs.
+    """
+    last = lists.last_scores()
+    order = np.argsort(last, kind="stable")
+    none = np.zeros(0, dtype=np.int64)
+    rows, scores, ranks = ([none] * len(lists) for _ in range(3))
+    refused: list[Counter[str]] = [Counter() for _ in range(len(lists))]
+    for concept in order.tolist():
+        values, candidates = lists.ranked(concept)
+        free = np.flatnonzero(~taken[candidates])
+        chosen, refusals = pick(candidates[free], per_concept)
+        places = free[chosen]
+        rows[concept], scores[concept], ranks[concept] = candidates[places], values[places], places + 1
+        taken[candidates[places]] = True
+        for reason, positions in refusals.items():
+            taken[candidates[free[positions]]] = True
+            refused[concept][reason] += len(positions)
+    return Assignment(order, rows, scores, ranks, last, refused)
+
+
+def effective_number(counts: Sequence[int] | np.ndarray) -> float:
+    """Return exp(entropy) of shares `counts` (C,): C if all are equal, 1 if one has everything, 0 of nothing."""
+    shares = np.asarray(counts, dtype=np.float64)
+    shares = shares[shares > 0] / max(shares.sum(), 1)
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0

@@ -1,0 +1,98 @@
+"""What a training run reads: pairs from feature stores, or from images and captions with the encoders in the loop; and its model.
+
+Shapes: `b` this process's share of a batch, `F` image feature width, `D` caption feature width, `E` aligned width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from align.config import TrainConfig
+from align.encoders import load_vision_encoder
+from align.errors import UsageError
+from align.hardware import resolve_precision
+from align.modeling import SailConfig, SailModel
+from align.online import SHARD_ROWS, OnlinePairs, keep_plan
+from align.pairs import BatchOrder, PairBatch, PairedFeatures, open_pairs
+from align.samples import Plan, Source, plan
+from align.store import FeatureStore
+from align.text_encoders import load_text_encoder
+from align.training import batches
+
+
+@dataclass
+class Features:
+    """What is trained and validated on, the arguments that load the encoders, and the folder with the text encoder's tokenizer."""
+
+    pairs: PairedFeatures | OnlinePairs
+    held_out: PairedFeatures | OnlinePairs | None
+    loaders: dict[str, dict[str, Any]]
+    tokenizer: Path
+
+    def batches(self, order: BatchOrder, seed: int, steps: range, part: slice) -> Iterator[PairBatch]:
+        """Yield this process's part of each batch of `steps`."""
+        if isinstance(self.pairs, OnlinePairs):
+            return self.pairs.batches(order, steps, part)
+        return batches(self.pairs, order, seed, steps, part)
+
+    def encode_seconds(self) -> float:
+        """Return how long the encoders ran for batches since this was last asked."""
+        return self.pairs.encode_seconds() if isinstance(self.pairs, OnlinePairs) else 0.0
+
+
+def from_stores(config: TrainConfig) -> Features:
+    """Return the pairs of the feature stores."""
+    images, captions = config.images[0], config.captions[0].split("+")[0]
+    held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
+    loaders = {"vision": FeatureStore(images).header.loader, "text": FeatureStore(captions).header.loader}
+    return Features(open_pairs(config.images, config.captions), held_out, loaders, Path(captions) / "tokenizer")
+
+
+def from_data(config: TrainConfig, state: PartialState) -> Features:
+    """Return the pairs of --data with both encoders loaded; what files there are is found out once, by the first process."""
+    assert config.data and config.vision and config.text
+    precision, tokens = resolve_precision(config.precision, state.device), config.head == "token"
+    loaders: dict[str, dict[str, Any]] = {
+        "vision": {"name": config.vision, "revision": config.vision_revision, "image_size": config.image_size},
+        "text": {"name": config.text, "revision": config.text_revision, "max_length": config.max_length},
+    }
+    for side, pooled in (("vision", "auto"), ("text", "pooled")):
+        loaders[side]["feature"] = "tokens" if tokens else pooled
+    vision = load_vision_encoder(**loaders["vision"], precision=precision, device=state.device)
+    text = load_text_encoder(**loaders["text"], precision=precision, device=state.device)
+    opened = []
+    for name, data in (("data", config.data), ("val-data", config.val_data)):
+        source = Source(str(data), config.layout, config.image_column, config.key_column, config.image_root)
+        folder = Path(config.output) / name
+        if state.is_main_process and data:
+            keep_plan(plan(source, SHARD_ROWS, config.captions), folder)
+        state.wait_for_everyone()
+        if data:
+            options: dict[str, Any] = {"augment": config.augment and data is config.data, "seed": config.seed, "workers": config.workers}
+            options |= {"batch_size": config.encoder_batch_size, "max_reject_fraction": config.max_reject_fraction}
+            opened.append(OnlinePairs(source, Plan.load(folder), config.captions, vision, text, **options))
+    tokenizer = Path(config.output) / "tokenizer"
+    if state.is_main_process:
+        text.tokenizer.save_pretrained(tokenizer)
+    return Features(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer)
+
+
+def model_for(config: TrainConfig, features: Features) -> SailModel:
+    """Return the untrained model for these features: heads of the configured kind between their widths and E."""
+    pairs = features.pairs
+    vision, text = pairs.image_fingerprint, pairs.text_fingerprint
+    tokens = vision.get("feature") == "tokens"
+    if tokens != (config.head == "token") or tokens != (text.get("pooling") == "tokens"):
+        held = "all tokens" if tokens else "pooled features"
+        raise UsageError(f"--head {config.head}, but the image store holds {held}; token heads need stores encoded with --feature tokens")
+    settings = SailConfig(
+        vision=features.loaders["vision"], text=features.loaders["text"], vision_fingerprint=vision, text_fingerprint=text,
+        vision_width=pairs.image_width // vision["tokens"] if tokens else pairs.image_width, vision_cls=vision.get("has_cls", True),
+        text_width=pairs.text_width // text["max_length"] if tokens else pairs.text_width, width=config.width,
+        head=config.head, expansion=config.expansion, dropout=config.dropout, log_scale=config.log_scale,
+        bias=config.bias if config.loss == "sigmoid" else None, precision=vision.get("precision", "fp32"),
+    )  # fmt: skip
+    return SailModel(settings).initialize(config.seed)

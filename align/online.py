@@ -1,0 +1,348 @@
+"""Pairs whose features are computed when a batch asks for them: frozen encoders in the loop, images augmented anew in each epoch.
+
+An `OnlinePairs` stands where `align.pairs.PairedFeatures` stands, without stores: token heads read hundreds of kilobytes an image, and
+a random crop is never seen twice. Which samples, crops and captions make a batch is a pure function of (seed, step, sample), so a
+killed run goes on exactly. A sample that the gate rejects is left out of its batch, counted, and listed in a file.
+Features are rounded to float16, as in stores: with the same pairs and without augmentation both train to the same weights.
+
+Shapes: `b` this process's share of a batch, `F` image feature width, `D` caption feature width; H, W pixels.
+"""
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from align.encoders import PixelNormalizer, Transform, VisionEncoder, pixel_normalizer
+from align.errors import DataError, UsageError
+from align.gate import Limits, Reject, gate_captions, gate_image
+from align.pairs import BatchOrder, PairBatch
+from align.runs import JsonLines, generator
+from align.samples import Plan, Source, Unit, open_unit
+from align.store import compare_fingerprints
+from align.text_encoders import TextEncoder
+
+SHARD_ROWS = 1024  # samples a unit: opening one reads where its samples are
+KEPT_UNITS = 64  # open units a worker keeps
+BLOCK_ROWS = 64  # neighbours read together when there are more units than that, or rows that cannot be reached singly
+MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a run
+IN_A_ROW = 100  # rejects one after the other that stop it
+_SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # streams of random numbers, beside those of align.pairs and align.training
+
+Item = TypeVar("Item")
+
+
+class Augmentation:
+    """freeze-align's: RandomResizedCrop(0.2, 1), horizontal flip, RandAugment(2, 7); then the encoder's own scaling of pixels.
+
+    The crop has the size (H, W) that the encoder's transform gives. RandAugment's magnitude is 7 of torchvision's 30.
+    """
+
+    def __init__(self, size: tuple[int, int], normalizer: PixelNormalizer) -> None:
+        self.size, self.normalizer = size, normalizer
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """Return pixels (3, H, W) float32 of an RGB image: a pure function of image and seed."""
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            crop = _steps(self.size, self.normalizer.resample.name.lower())(image)
+        return self.normalizer(crop, self.size)
+
+
+@lru_cache(maxsize=2)
+def _steps(size: tuple[int, int], resample: str) -> Any:
+    from torchvision import transforms  # a second, for what only augmented runs need
+
+    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode(resample))
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.RandAugment(2, 7)])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Samples that a worker decodes in one go: their numbers in the batch order and their rows in the data, both (n,) int64."""
+
+    step: int  # -1: validation
+    indices: np.ndarray
+    rows: np.ndarray
+
+
+@dataclass
+class _Decoded:
+    """A piece's usable samples, by their `places` in it: pixels (n, 3, H, W), captions; and the rejects."""
+
+    piece: _Piece
+    places: list[int] = field(default_factory=list)
+    pixels: Tensor | None = None
+    captions: list[list[Any]] = field(default_factory=list)  # of a sample: one text a slot; in validation: all texts of each column
+    rejects: list[tuple[int, str, str, str]] = field(default_factory=list)  # row, key, code, detail
+
+
+class _Samples(Dataset):
+    """Decodes pieces; lives in DataLoader workers, which get pieces instead of row numbers."""
+
+    def __init__(
+        self, source: Source, plan: Plan, slots: Sequence[str], transform: Transform, augmentation: Augmentation | None, seed: int
+    ) -> None:
+        self.source, self.plan, self.slots, self.transform = source, plan, tuple(slots), transform
+        self.augmentation, self.seed, self.limits = augmentation, seed, Limits()
+        self.starts = np.concatenate([[0], np.cumsum(plan.lengths)])
+        self._units: dict[int, Unit] = {}
+
+    def __getitem__(self, piece: _Piece) -> _Decoded:
+        decoded, good = _Decoded(piece), []
+        for place, row in enumerate(piece.rows.tolist()):
+            key = ""
+            try:
+                key, image, cells = self.read(row)
+                captions = [gate_captions(cell, self.limits) for cell in cells]
+                pixels = self._pixels(gate_image(image, self.limits), piece.step, row)
+            except Reject as reject:
+                decoded.rejects.append((row, key or self.key(row), reject.code, reject.detail[:500]))
+                continue
+            decoded.places.append(place)
+            good.append(pixels)
+            if piece.step < 0:
+                decoded.captions.append([texts for number, texts in enumerate(captions) if self.slots[number] not in self.slots[:number]])
+            else:
+                decoded.captions.append(self._draw(captions, piece.step, row))
+        if good:
+            decoded.pixels = torch.stack(good)
+        return decoded
+
+    def read(self, row: int, images: bool = True) -> tuple[str, Any, list[Any]]:
+        """Return key, encoded image and the cells of the caption columns of one row; raise Reject if it has none."""
+        shard = int(np.searchsorted(self.starts, row, side="right") - 1)
+        if shard not in self._units:
+            if len(self._units) >= KEPT_UNITS:
+                self._units.pop(next(iter(self._units)))
+            self._units[shard] = open_unit(self.source, self.plan, shard)
+        local = row - int(self.starts[shard])
+        found = next(self._units[shard].rows(local, local + 1, images=images))
+        if found.reject is not None:
+            raise found.reject
+        for column in self.slots:
+            if column not in found.fields:
+                raise Reject("missing_column", f"no {column!r}; the row has {', '.join(found.fields) or 'nothing'}")
+        return found.key, found.image, [found.fields[column] for column in self.slots]
+
+    def key(self, row: int) -> str:
+        """Return the sample key of one row, or its number if it has none."""
+        try:
+            return self.read(row, images=False)[0]
+        except Reject:
+            return f"row {row}"
+
+    def _pixels(self, image: Image.Image, step: int, row: int) -> Tensor:
+        if self.augmentation is None or step < 0:
+            return self.transform(image)
+        return self.augmentation(image, int(generator(self.seed, _SEED_AUGMENT, step, row).integers(1 << 62)))
+
+    def _draw(self, captions: list[list[str]], step: int, row: int) -> list[str]:
+        """Return one caption a slot; slots on one column draw without repeats."""
+        drawn, uses = [], dict.fromkeys(self.slots, 0)
+        random = generator(self.seed, _SEED_CAPTIONS, step, row)
+        orders = {column: random.permutation(len(texts)) for column, texts in dict(zip(self.slots, captions, strict=True)).items()}
+        for column, texts in zip(self.slots, captions, strict=True):
+            drawn.append(texts[orders[column][uses[column] % len(texts)]])
+            uses[column] += 1
+        return drawn
+
+
+class OnlinePairs:
+    """Images and captions of one data set as frozen features, computed batch by batch on the encoders' device.
+
+    `slots` are caption columns, each giving every image one caption; a column named twice gives two different ones. The encoders'
+    `feature` decides what heads are given: pooled features, or all tokens for token heads.
+    """
+
+    unpaired = 0  # nothing is known to be left out before it is read
+    nbytes = 0  # nothing is stored
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        slots: Sequence[str],
+        vision: VisionEncoder,
+        text: TextEncoder,
+        *,
+        seed: int = 0,
+        augment: bool = False,
+        batch_size: int = 64,
+        workers: int = 2,
+        max_reject_fraction: float = 0.05,
+    ) -> None:
+        self.plan, self.slots, self.vision, self.text = plan, tuple(slots), vision, text
+        self.batch_size, self.workers, self.max_reject_fraction = batch_size, workers, max_reject_fraction
+        augmentation = Augmentation(vision.image_size, pixel_normalizer(vision.transform)) if augment else None
+        self._samples = _Samples(source, plan, slots, vision.transform, augmentation, seed)
+        self._rows = np.arange(plan.rows)
+        self.image_fingerprint, self.image_width = vision.fingerprint, vision.feature_width
+        self.text_fingerprint, self.text_width = text.fingerprint, text.width
+        self.rejects: JsonLines | None = None
+        self._encoding = 0.0  # seconds
+        self._seen, self._in_a_row, self._rejected, self._listed = 0, 0, 0, set[int]()
+        self._last: tuple[int, str, str, str] | None = None
+        self._validation: tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def block_rows(self) -> int:
+        """How many neighbours to read together: 1 unless single rows would be slow to reach."""
+        return 1 if self.plan.layout != "parquet" and len(self.plan.shards) <= KEPT_UNITS else BLOCK_ROWS
+
+    def split(self, held_out: int, seed: int) -> "OnlinePairs":
+        """Take `held_out` samples, chosen by `seed` and the number of samples, out of this object and return them as another one."""
+        if held_out >= len(self):
+            raise UsageError(f"{held_out} samples cannot be held out of {len(self)}; give a smaller --val-rows")
+        samples, chosen = self._samples, np.zeros(len(self), dtype=bool)
+        chosen[generator(seed, 4).choice(len(self), held_out, replace=False)] = True
+        other = OnlinePairs(
+            samples.source, self.plan, self.slots, self.vision, self.text, seed=samples.seed,
+            batch_size=self.batch_size, workers=self.workers, max_reject_fraction=self.max_reject_fraction,
+        )  # fmt: skip
+        self._rows, other._rows = self._rows[~chosen], self._rows[chosen]
+        return other
+
+    def only(self, chosen: pa.Table) -> int:
+        """Leave out every sample whose key is not in the column `key` of `chosen`; return how many of its rows are no sample.
+
+        Reads all rows once, without their images. DataError if none is left.
+        """
+        wanted, samples = set(chosen["key"].to_pylist()), self._samples
+        found: set[str] = set()
+        rows = []
+        for shard, start in enumerate(samples.starts[:-1].tolist()):
+            for row in open_unit(samples.source, self.plan, shard).rows(images=False):
+                if row.reject is None and row.key in wanted:
+                    rows.append(start + row.index)
+                    found.add(row.key)
+        if not rows:
+            raise DataError(f"none of the {len(chosen)} chosen keys is a sample of {samples.source.data}; was the file made from it?")
+        self._rows = np.array(rows)
+        return len(wanted - found)
+
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """Return the sample keys of pairs."""
+        return [self._samples.key(row) for row in self._rows[indices].tolist()]
+
+    def encode_seconds(self) -> float:
+        """Return how long the encoders ran for batches since this was last asked."""
+        spent, self._encoding = self._encoding, 0.0
+        return spent
+
+    def resume(self, rejects: JsonLines, step: int) -> None:
+        """List rejected samples in `rejects` from now on, each once; what later steps of a killed run listed is dropped."""
+        rejects.cut(step)
+        self.rejects, self._listed = rejects, {row["row"] for row in rejects.rows()}
+
+    def batches(self, order: BatchOrder, steps: range, part: slice) -> Iterator[PairBatch]:
+        """Yield this process's part of each batch of `steps`: features (b, F), (b, D) float16 on the device; rejects are missing."""
+        pieces = (piece for step in steps for piece in self._cut(step, order.indices(step)[part]))
+        count = len(range(*part.indices(order.batch_size)))
+        for step, decoded in zip(steps, _grouped(self._decoded(pieces), -(-count // self.batch_size)), strict=True):
+            began = time.monotonic()
+            self._count(step, decoded)
+            ids = np.concatenate([one.piece.indices[one.places] for one in decoded if one.places] or [np.empty(0)])
+            if len(ids) == 0:
+                raise DataError(f"step {step + 1}: none of the {count} samples of this process can be used; give a larger --batch-size")
+            images = torch.cat([self._images(one.pixels) for one in decoded if one.pixels is not None])
+            texts = [captions for one in decoded for captions in one.captions]
+            captions = [self._texts([chosen[slot] for chosen in texts]).to(images.device) for slot in range(len(self.slots))]
+            self._encoding += time.monotonic() - began
+            yield PairBatch(images, captions, ids)  # type: ignore[arg-type]
+
+    def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return images (n, F), all their captions (T, D) of all columns, float16, and each caption's image number (T,); kept in memory.
+
+        For validation, without augmentation. Images beyond `limit` are left out.
+        """
+        size = len(self) if limit is None else min(limit, len(self))
+        if self._validation is None or self._validation[0] != size:
+            images, columns = [], list[list[list[str]]]()
+            for one in self._decoded(iter(self._cut(-1, np.arange(size)))):
+                self._count(-1, [one])
+                if one.pixels is not None:
+                    images.append(self._images(one.pixels).numpy(force=True))
+                columns += one.captions
+            if not images:
+                raise DataError(f"none of the {size} samples for validation can be used; mend the data")
+            chosen = [(text, n) for number in range(len(columns[0])) for n, cells in enumerate(columns) for text in cells[number]]
+            captions = self._texts([text for text, _ in chosen]).numpy(force=True)
+            self._validation = size, (np.concatenate(images), captions, np.array([owner for _, owner in chosen]))
+        return self._validation[1]
+
+    def _cut(self, step: int, indices: np.ndarray) -> list[_Piece]:
+        parts = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        return [_Piece(step, part, self._rows[part]) for part in parts]
+
+    def _decoded(self, pieces: Iterator[_Piece]) -> Iterator[_Decoded]:
+        prefetch = 4 if self.workers else None
+        return iter(
+            DataLoader(
+                self._samples, sampler=pieces, batch_size=None, num_workers=self.workers, prefetch_factor=prefetch, worker_init_fn=_stay
+            )
+        )
+
+    @torch.no_grad()
+    def _images(self, pixels: Tensor) -> Tensor:
+        return self.vision(pixels).half()
+
+    def _texts(self, texts: list[str]) -> Tensor:
+        return self.text.encode(texts, self.batch_size).half()
+
+    def _count(self, step: int, decoded: list[_Decoded]) -> None:
+        """List new rejects; DataError if there are too many, or too many one after the other."""
+        for one in decoded:
+            self._seen += len(one.piece.rows)
+            self._rejected += len(one.rejects)
+            bad = {row for row, *_ in one.rejects}
+            for row in one.piece.rows.tolist():
+                self._in_a_row = self._in_a_row + 1 if row in bad else 0
+                if self._in_a_row >= IN_A_ROW:
+                    raise DataError(f"{IN_A_ROW} samples in a row were rejected, the last: {one.rejects[-1]}; mend the data")
+            self._last = one.rejects[-1] if one.rejects else self._last
+            for row, key, code, detail in one.rejects:
+                if row not in self._listed and self.rejects is not None:
+                    self.rejects.append({"step": step + 1, "row": row, "key": key, "code": code, "detail": detail})
+                self._listed.add(row)
+        if self._seen >= MIN_ROWS_FOR_SHARE and self._rejected > self.max_reject_fraction * self._seen:
+            raise DataError(
+                f"{self._rejected} of {self._seen} samples were rejected, for example {self._last}; "
+                f"mend the data, or raise --max-reject-fraction ({self.max_reject_fraction})"
+            )
+
+
+def keep_plan(made: Plan, folder: Path) -> None:
+    """Save a plan in `folder` for this run's other processes and launches; FingerprintError if the data are not those it began with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "plan.parquet").exists():
+        compare_fingerprints({"data": made.digest}, {"data": Plan.load(folder).digest}, f"{folder} (files or columns)")
+    else:
+        made.save(folder)
+
+
+def _stay(worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler signals every process; the main one still needs its batch
+
+
+def _grouped(items: Iterator[Item], count: int) -> Iterator[list[Item]]:
+    """Yield lists of `count` items."""
+    group: list[Item] = []
+    for item in items:
+        group.append(item)
+        if len(group) == count:
+            yield group
+            group = []

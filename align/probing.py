@@ -1,0 +1,192 @@
+"""Probes: small heads trained on frozen features to see what the features hold.
+
+Alignment probing (SAIL, section 3): linear heads on both sides, sigmoid loss; the score is the mean of image-to-text and
+text-to-image R@10 on held-out pairs. It uses the steps of `align.training`, at a constant rate, until a validation split says stop.
+A linear probe (multinomial logistic regression) tells how linearly separable labelled classes are.
+
+Shapes: `N` images, `F` image feature width, `T` captions, `D` caption feature width, `n` held-out images, `C` classes.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from align.errors import DataError
+from align.modeling import SailConfig, SailModel
+from align.pairs import BatchOrder, PairBatch
+from align.ranking import best_ranks
+from align.runs import generator
+from align.training import Objective, Schedule, Stepper, build_optimizer
+
+RECALL_AT = 10
+
+
+@dataclass(frozen=True)
+class CaptionedFeatures:
+    """Images (N, F) and all their captions (T, D), float16; `owners` (T,) int64 says, in ascending order, whose each caption is."""
+
+    images: np.ndarray
+    captions: np.ndarray
+    owners: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert len(self.owners) == len(self.captions) and np.all(np.diff(self.owners) >= 0)
+        assert np.array_equal(np.unique(self.owners), np.arange(len(self.images))), "every image needs a caption"
+
+    def only(self, rows: np.ndarray) -> "CaptionedFeatures":
+        """Return the images `rows` (n,) with their captions."""
+        place = np.full(len(self.images), -1)
+        place[rows] = np.arange(len(rows))
+        owners = place[self.owners]
+        order = np.flatnonzero(owners >= 0)
+        order = order[owners[order].argsort(kind="stable")]
+        return CaptionedFeatures(self.images[rows], self.captions[order], owners[order])
+
+    def batch(self, rows: np.ndarray, seed: int, step: int) -> PairBatch:
+        """Return the images `rows` (b,), each with one of its captions, drawn by (seed, step)."""
+        first = np.searchsorted(self.owners, rows)
+        count = np.searchsorted(self.owners, rows, side="right") - first
+        drawn = first + (generator(seed, 2, step).random(len(rows)) * count).astype(np.int64)
+        return PairBatch(self.images[rows], [self.captions[drawn]], rows)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a probe is trained. Steps are counted, not epochs: 100 epochs of 2,000 pairs are chance level at a batch of 32k."""
+
+    width: int = 2048
+    batch_size: int = 512
+    lr: float = 1e-3
+    steps: int = 600  # at most
+    every: int = 20  # steps between looks at the validation split
+    patience: int = 4  # looks without a better recall before it is taken for converged
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What alignment probing found: `values` (n,) per held-out image, whose mean is the score; fractions."""
+
+    values: np.ndarray
+    image_to_text: float
+    text_to_image: float
+    steps: int  # of the weights that were kept
+    converged: bool  # False: it was still getting better when the steps ran out
+    history: list[tuple[int, float]] = field(default_factory=list)  # (step, validation recall)
+
+
+def split_rows(rows: int, test_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return image numbers for training, validation and test: at most a quarter of them for test and half as many for validation.
+
+    A pure function of the arguments, so that all candidates are trained and tested on the same images.
+    """
+    test = min(test_rows, rows // 4)
+    validation = test // 2
+    if validation < RECALL_AT + 1:
+        raise DataError(
+            f"{rows} pairs are too few for probing: R@{RECALL_AT} needs more than {RECALL_AT} validation images; give 100 or more"
+        )
+    order = generator(seed, 5).permutation(rows)
+    return np.sort(order[test + validation :]), np.sort(order[test : test + validation]), np.sort(order[:test])
+
+
+def probe_alignment(
+    pairs: CaptionedFeatures, rows: tuple[np.ndarray, np.ndarray, np.ndarray], how: Training, seed: int, device: torch.device
+) -> Probe:
+    """Return the alignment probe of `pairs`, whose images `rows` are (training, validation, test).
+
+    Linear heads of E = `how.width` with AdamW at a constant rate. Every `how.every` steps the recall on the validation images is
+    taken; after `how.patience` looks without a better one the best weights are scored on the test images.
+    """
+    training, validation, test = rows[0], pairs.only(rows[1]), pairs.only(rows[2])
+    settings = SailConfig(vision_width=pairs.images.shape[1], text_width=pairs.captions.shape[1], width=how.width, head="linear")
+    model = SailModel(settings).initialize(seed).to(device)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, "adamw", how.lr, (0.9, 0.99), 1e-4)
+    schedule = Schedule(how.lr, how.steps, warmup=min(1.0, 10 / how.steps), min_lr=how.lr)  # constant: nobody knows the end
+    stepper = Stepper(model, optimizer, schedule, Objective(reduction="sum_over_batch", tile=1024), seed=seed, precision=how.precision)
+    order = BatchOrder(len(training), min(how.batch_size, len(training)), seed)
+    history: list[tuple[int, float]] = []
+    best, best_step, weights = -1.0, 0, copy.deepcopy(model.state_dict())
+    for step in range(how.steps):
+        stepper.step(pairs.batch(training[order.indices(step)], seed, step), step)
+        if (step + 1) % how.every and step + 1 < how.steps:
+            continue
+        recall = float(np.mean(_recalled(model, validation)[0]))
+        history.append((step + 1, recall))
+        if recall > best:
+            best, best_step, weights = recall, step + 1, copy.deepcopy(model.state_dict())
+        elif step + 1 - best_step >= how.patience * how.every:
+            break
+    model.load_state_dict(weights)
+    values, image_to_text, text_to_image = _recalled(model, test)
+    converged = history[-1][0] - best_step >= how.patience * how.every
+    return Probe(values, image_to_text, text_to_image, best_step, converged, history)
+
+
+@torch.no_grad()
+def _recalled(model: SailModel, pairs: CaptionedFeatures) -> tuple[np.ndarray, float, float]:
+    """Return values (N,) per image and both ways' R@10; the mean of the values is the mean of the two.
+
+    The value of an image is half its own hit and half its captions' hits, these weighted so that every caption counts the same.
+    """
+    model.eval()
+    images = model.embed_images(torch.from_numpy(pairs.images).to(model.device))
+    captions = model.embed_texts(torch.from_numpy(pairs.captions).to(model.device))
+    ids, owners = torch.arange(len(images), device=model.device), torch.from_numpy(pairs.owners).to(model.device)
+    found = (best_ranks(images, captions, ids, owners) <= RECALL_AT).double().cpu().numpy()
+    finding = (best_ranks(captions, images, owners, ids) <= RECALL_AT).double().cpu().numpy()
+    by_image = np.bincount(pairs.owners, weights=finding, minlength=len(images)) * len(images) / len(pairs.owners)
+    return (found + by_image) / 2, float(found.mean()), float(finding.mean())
+
+
+def fold_numbers(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Return (N,) int64 fold of each item, stratified: the items of each class are dealt out to the folds in a random order."""
+    random = generator(seed, 6)
+    order = random.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    numbers = np.empty(len(labels), dtype=np.int64)
+    numbers[order] = (np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])) % folds
+    return numbers
+
+
+def logistic_regression(features: Tensor, labels: Tensor, classes: int, penalty: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """Return the function features (n, F) -> logits (n, C) of a multinomial logistic regression fitted to (N, F) and labels (N,).
+
+    Minimizes sum of cross-entropies + penalty / 2 |W|^2 (bias free) with L-BFGS: scikit-learn's `C=1` for penalty 1.
+    """
+    weight = torch.zeros(classes, features.shape[1], dtype=features.dtype, device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, dtype=features.dtype, device=features.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(features @ weight.T + bias, labels) + penalty / (2 * len(labels)) * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return lambda rows: rows @ weight.detach().T + bias.detach()
+
+
+def linear_probe_correct(features: Tensor, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
+    """Return (N,) bool: whether a logistic regression trained on the other folds names each item's class; features (N, F).
+
+    Features are standardized with the training folds' mean and deviation. At most as many folds as the smallest class has items.
+    """
+    folds = min(folds, int(np.bincount(labels).min()))
+    numbers, correct = fold_numbers(labels, folds, seed), np.zeros(len(labels), dtype=bool)
+    targets = torch.from_numpy(labels).to(features.device)
+    for fold in range(folds):
+        inside = torch.from_numpy(numbers != fold).to(features.device)
+        training = features[inside].float()
+        mean, deviation = training.mean(0), training.std(0).clamp_min(1e-6)
+        logits = logistic_regression((training - mean) / deviation, targets[inside], int(labels.max()) + 1)
+        scores = logits((features[~inside].float() - mean) / deviation)
+        own = scores.gather(1, targets[~inside][:, None])
+        correct[numbers == fold] = ((scores >= own).sum(1) == 1).cpu().numpy()
+    return correct

@@ -1,0 +1,202 @@
+"""The scenes of each part of the prepared data, rendered on all cores and encoded: what `align/prepare.py` writes into files.
+
+A part's scenes follow from the seed and the part's place in PARTS, so parts share no scene and none depends on the size of another.
+"""
+
+import io
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+from rich.progress import Progress
+
+from align.errors import UsageError
+from align.questions import Shown
+from align.scenes import Sprite, SpriteScenes, read_sprites, split_sprites
+from align.wording import relation
+
+SCENES_PER_JOB = 50
+JPEG_QUALITY = 90
+OPTIONAL = ("mllm_pretrain", "mllm_instruct", "mllm_test", "swapped", "segmentation")  # parts that may be left out
+PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL)  # new ones go to the end: the place decides which scenes they show
+FIRST_INDEX = {part: number << 33 for number, part in enumerate(PARTS)}  # never the same scene twice
+SEGMENTATION_SPRITES = 24  # at most: few classes, so that each has some scenes
+NO_OBJECT = 255  # in label maps
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """What all scenes of a run have in common."""
+
+    folder: str
+    seed: int
+    size: int
+    held_out: int
+    per_class: int
+    mllm_sprites: int = 0  # 0: all
+
+
+@dataclass(frozen=True)
+class Job:
+    """A few scenes to render in one go: numbers `start` to `stop` of a part (a key of FIRST_INDEX)."""
+
+    world: World
+    part: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered scene: its key, JPEG, captions, the names of its objects, and what can be asked about it."""
+
+    key: str
+    jpeg: bytes
+    short: str
+    long: str
+    names: tuple[str, ...]
+    shown: Shown | None = None
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Two rendered scenes with exchanged objects: JPEGs, the caption of each, and the relation that both captions state."""
+
+    key: str
+    jpegs: tuple[bytes, bytes]
+    captions: tuple[str, str]
+    relation: str
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A rendered scene as PNG, its label map as PNG (class number or NO_OBJECT), and the numbers of its classes."""
+
+    key: str
+    png: bytes
+    labels: bytes
+    classes: tuple[int, ...]
+
+
+def mllm_subset(sprites: Sequence[Sprite], world: World) -> list[Sprite]:
+    """Return the training sprites that stage two shows: the first `mllm_sprites` of a permutation by the seed, or all; UsageError if fewer.
+
+    A larger subset holds a smaller one of the same seed and held-out sprites.
+    """
+    if not world.mllm_sprites:
+        return list(sprites)
+    if world.mllm_sprites > len(sprites):
+        raise UsageError(
+            f"--mllm-sprites is {world.mllm_sprites}, but scenes of the training data show {len(sprites)} sprites; ask for fewer"
+        )
+    rng = np.random.Generator(np.random.Philox(key=[world.seed, 0], counter=[0, 0, 3, 9]))
+    return [sprites[int(number)] for number in rng.permutation(len(sprites))[: world.mllm_sprites]]
+
+
+@lru_cache(maxsize=4)
+def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
+    """Return the scene generator of a part and, for classification and segmentation, its class names in order (else nothing)."""
+    folder = Path(world.folder)
+    sprites, unseen = split_sprites(read_sprites(folder), world.seed, world.held_out)
+    if part == "unseen":
+        sprites = unseen
+    elif part == "seen":
+        sprites = split_sprites(sprites, world.seed + 1, world.held_out)[1]
+    elif part == "segmentation":
+        few = mllm_subset(sprites, replace(world, mllm_sprites=min(SEGMENTATION_SPRITES, len(sprites))))
+        return SpriteScenes(folder, world.seed, world.size, few), sorted(sprite.name for sprite in few)
+    else:
+        shown = mllm_subset(sprites, world) if part.startswith("mllm") else sprites
+        return SpriteScenes(folder, world.seed, world.size, shown), []
+    return SpriteScenes(folder, world.seed, world.size, sprites, max_objects=1), sorted(sprite.name for sprite in sprites)
+
+
+def render(job: Job) -> list[Rendered]:
+    """Return the scenes of a job; runs in worker processes."""
+    scenes, classes = generator(job.world, job.part)
+    by_name = {sprite.name: sprite for sprite in scenes.sprites}
+    rendered = []
+    for number in range(job.start, job.stop):
+        sprite = by_name[classes[number // job.world.per_class]] if classes else None
+        scene = scenes.scene(FIRST_INDEX[job.part] + number, sprite)
+        jpeg = encoded(scene.image, "JPEG", quality=JPEG_QUALITY)
+        names = tuple(sorted(placed.sprite.name for placed in scene.objects))
+        key = f"{job.part}-{number:07d}"
+        rendered.append(Rendered(key, jpeg, scene.short, scene.long, names, Shown.of(scene)))
+    return rendered
+
+
+def render_swapped(job: Job) -> list[Swapped]:
+    """Return the pairs of swapped scenes of a job; runs in worker processes."""
+    scenes = generator(job.world, job.part)[0]
+    rendered = []
+    for number in range(job.start, job.stop):
+        one, other = scenes.swapped(FIRST_INDEX[job.part] + number)
+        words = relation(one.objects[0].box, one.objects[1].box)
+        assert words is not None
+        jpegs = encoded(one.image, "JPEG", quality=JPEG_QUALITY), encoded(other.image, "JPEG", quality=JPEG_QUALITY)
+        rendered.append(Swapped(f"{job.part}-{number:07d}", jpegs, (one.short, other.short), words))
+    return rendered
+
+
+def render_segmented(job: Job) -> list[Segmented]:
+    """Return the scenes of a job with their label maps; runs in worker processes."""
+    scenes, classes = generator(job.world, job.part)
+    rendered = []
+    for number in range(job.start, job.stop):
+        scene = scenes.scene(FIRST_INDEX[job.part] + number)
+        shown = tuple(classes.index(placed.sprite.name) for placed in scene.objects)
+        labels = np.array([NO_OBJECT, *shown], dtype=np.uint8)[scene.mask()]  # (H, W)
+        pictures = encoded(scene.image, "PNG"), encoded(Image.fromarray(labels), "PNG")
+        rendered.append(Segmented(f"{job.part}-{number:07d}", *pictures, shown))
+    return rendered
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return `image` as a file of that kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def end_with_parent() -> None:
+    """Let this worker process end as soon as its parent is gone; otherwise a killed run leaves workers that wait for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Renderer:
+    """Renders parts on all cores, in order, with a progress bar."""
+
+    def __init__(self, world: World, pool: ProcessPoolExecutor, progress: Progress) -> None:
+        self.world, self.pool, self.progress = world, pool, progress
+
+    def scenes(self, part: str, start: int, stop: int) -> Iterator[Rendered]:
+        """Yield scenes `start` to `stop` of a part in order."""
+        return self.drawn(render, part, start, stop)
+
+    def drawn(self, draw: Callable[[Job], list[T]], part: str, start: int, stop: int) -> Iterator[T]:
+        """Yield what `draw` makes of numbers `start` to `stop` of a part, one of each, in order."""
+        firsts = range(start, stop, SCENES_PER_JOB)
+        jobs = [Job(self.world, part, first, min(first + SCENES_PER_JOB, stop)) for first in firsts]
+        task, began, done = self.progress.add_task(part, total=stop - start, rate=""), time.monotonic(), 0
+        for batch in self.pool.map(draw, jobs):
+            yield from batch
+            done += len(batch)
+            self.progress.update(task, completed=done, rate=f"{done / (time.monotonic() - began):.0f} scenes/s")

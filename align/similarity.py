@@ -1,0 +1,224 @@
+"""Pure scores of how alike two sets of features are, and how sure a number is: arrays in, floats out.
+
+Legend: `n` items that both sets describe, `F` width, `P` patches, `C` classes, `R` resamples, `k` neighbors. Ties count against
+the features: of items tied at the border of a neighborhood none is a neighbor, and a class that ties is not the answer; features
+that are all equal thus score 0. Nothing here draws random numbers but from the generator it is given.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PCA_ROWS = 10_000  # rows that whitening is fitted on: more do not change 128 directions
+
+
+def linear_gram(features: Tensor) -> Tensor:
+    """Return the (n, n) float64 Gram matrix `X X^T` of features (n, F) whose columns were centered (CKA does not depend on it)."""
+    centered = features.double() - features.double().mean(0)
+    return centered @ centered.T
+
+
+def rbf_gram(features: Tensor, fraction: float = 1.0) -> Tensor:
+    """Return the (n, n) float64 kernel `exp(-d^2 / (2 sigma^2))` of features (n, F); sigma is `fraction` of the median distance d."""
+    centered = features.double() - features.double().mean(0)
+    square = (centered * centered).sum(1)
+    distances = (square[:, None] + square[None, :] - 2 * centered @ centered.T).clamp_(min=0)  # squared
+    above = distances[torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)]
+    width = fraction**2 * above.median()
+    return torch.exp(-distances / (2 * width)) if width > 0 else torch.ones_like(distances)
+
+
+def cka(first: Tensor, second: Tensor, debiased: bool = False, weights: Tensor | None = None) -> Tensor:
+    """Return (R,) float64 centered kernel alignments of two Gram matrices (n, n), one for each row of `weights` (R, n) of zeros and ones.
+
+    A row picks the items that count; None: one row, all items. Biased (Kornblith et al. 2019, eq. 3): in 0..1, and near 1 for anything
+    when the features are as wide as there are items. Debiased (Song et al. 2012, the unbiased HSIC): 0 on average for unrelated
+    features; needs 4 items. 0 where a set of features does not vary.
+    """
+    if weights is None:
+        weights = torch.ones(1, len(first), dtype=first.dtype, device=first.device)
+    cross, own, other = (_hsic(a, b, weights, debiased) for a, b in ((first, second), (first, first), (second, second)))
+    varies = (own > 0) & (other > 0)
+    return torch.where(varies, cross / torch.where(varies, own * other, 1.0).sqrt(), 0.0)
+
+
+def _hsic(first: Tensor, second: Tensor, weights: Tensor, debiased: bool) -> Tensor:
+    """Return (R,) Hilbert-Schmidt criteria up to the factor that cancels in CKA: the biased or the unbiased estimator."""
+    if debiased:
+        first, second = (gram - torch.diag(gram.diagonal()) for gram in (first, second))
+    count = weights.sum(1)
+    joint = ((weights @ (first * second)) * weights).sum(1)  # tr(K L)
+    rows, others = weights @ first, weights @ second  # row sums of K and of L over the items that count
+    crossed = (weights * rows * others).sum(1)  # 1^T K L 1
+    total = (rows * weights).sum(1) * (others * weights).sum(1)  # (1^T K 1)(1^T L 1)
+    if debiased:
+        return joint + total / ((count - 1) * (count - 2)) - 2 * crossed / (count - 2)
+    return joint + total / count**2 - 2 * crossed / count
+
+
+def half_samples(n: int, resamples: int, generator: np.random.Generator) -> Tensor:
+    """Return (R, n) float64 of zeros and ones, each row picking n // 2 items without repeats.
+
+    For scores of pairs of items, where the bootstrap's repeats are near-perfect neighbors of themselves: half-samples have no
+    repeats, and their spread about their mean is that of the full sample (variance s^2 (2/n - 1/n)).
+    """
+    order = generator.random((resamples, n)).argsort(axis=1)
+    return torch.from_numpy((order < n // 2).astype(np.float64))
+
+
+def cka_interval(first: Tensor, second: Tensor, debiased: bool, halves: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return (value, low, high) of the CKA of two Gram matrices (n, n); the interval is from `halves` (R, n) of `half_samples`."""
+    value = float(cka(first, second, debiased)[0])
+    drawn = cka(first, second, debiased, halves.to(first)).cpu().numpy()
+    low, high = value + np.quantile(drawn - drawn.mean(), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return value, float(low), float(high)
+
+
+def cosines(features: Tensor) -> Tensor:
+    """Return the (n, n) float64 cosine similarities of features (n, F): features with a large common part differ in late digits."""
+    unit = functional.normalize(features.double(), dim=-1)
+    return unit @ unit.T
+
+
+def neighbors(similarities: Tensor, k: int) -> Tensor:
+    """Return (n, n) bool: whether column j is among the k items most similar to item i, itself left out.
+
+    Of items tied at the k-th place none is, so that a row has at most k.
+    """
+    others = similarities.clone().fill_diagonal_(-torch.inf)
+    return others > others.topk(min(k + 1, len(others)), dim=1).values[:, -1:]
+
+
+def neighbor_overlap(first: Tensor, second: Tensor, k: int) -> Tensor:
+    """Return (n,) float64 shares of the k neighbors that two sets of features have in common; similarities (n, n) in.
+
+    Their mean is the mutual k-NN alignment (Huh et al. 2024); its chance level is k / (n - 1).
+    """
+    k = min(k, len(first) - 1)
+    return (neighbors(first, k) & neighbors(second, k)).sum(1).double() / k
+
+
+def whiten(rows: Tensor, components: int) -> Tensor:
+    """Return (n, c) float32 principal components of rows (n, F), each of variance 1; c is at most `components`, F and the rank."""
+    step = max(1, len(rows) // PCA_ROWS)
+    sample = rows[::step].float()
+    mean = sample.mean(0)
+    centered = sample - mean
+    values, vectors = torch.linalg.eigh((centered.T @ centered).double() / max(1, len(sample) - 1))  # ascending
+    keep = min(components, int((values > 1e-6 * values[-1].clamp(min=1e-30)).sum()), len(sample) - 1)
+    if keep < 1:
+        return torch.zeros(len(rows), 1, device=rows.device)
+    basis = (vectors[:, -keep:] / values[-keep:].sqrt()).float()
+    return (rows.float() - mean) @ basis
+
+
+def chamfer(patches: Tensor, block: int = 8) -> Tensor:
+    """Return the (n, n) float32 symmetric Chamfer similarities of images given as patches (n, P, F).
+
+    Between two images: the mean, over the patches of both, of the cosine to the other's most similar patch. Each of the
+    (n P)^2 / 2 cosines is made once, `block` images against all later ones at a time.
+    """
+    unit = functional.normalize(patches.float(), dim=-1)
+    n, count, width = unit.shape
+    flat = unit.reshape(n * count, width)
+    one_way = torch.empty(n, n, device=unit.device)  # [i, j]: mean over the patches of i of the best match in j
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        cosine = (flat[start * count : stop * count] @ flat[start * count :].T).view(stop - start, count, n - start, count)
+        one_way[start:stop, start:] = cosine.amax(3).mean(1)
+        one_way[start:, start:stop] = cosine.amax(1).mean(2).T
+    return (one_way + one_way.T) / 2
+
+
+def patch_overlap(patches: Tensor, captions: Tensor, k: int, components: int = 128) -> Tensor:
+    """Return (n,) shares of the k neighbors common to images (patches (n, P, F)) and captions (n, D): RAVEL's training-free score.
+
+    Both are PCA-whitened to at most `components` directions, and n / 8: in as many directions as there are items, all whitened
+    items are equally far apart. Images are compared by symmetric Chamfer, captions by cosine (arXiv 2610.05413: n = 1000, k = 100,
+    so chance is 0.1).
+    """
+    n, count, width = patches.shape
+    components = max(1, min(components, n // 8))
+    white = whiten(patches.reshape(n * count, width), components).reshape(n, count, -1)
+    return neighbor_overlap(chamfer(white), cosines(whiten(captions, components)), k)
+
+
+def knn_votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
+    """Return (n, C) weighted votes of each item's k most similar items, from similarities (n, N) to items with labels (N,) int64.
+
+    A neighbor of cosine s votes for its class with weight exp(s / temperature) (DINO; given here relative to the nearest one).
+    """
+    nearest = similarities.topk(min(k, similarities.shape[1]), dim=1)
+    weights = torch.exp((nearest.values - nearest.values[:, :1]) / temperature)
+    votes = torch.zeros(len(similarities), classes, dtype=weights.dtype, device=weights.device)
+    return votes.scatter_add_(1, labels[nearest.indices], weights)
+
+
+def vote_correct(votes: Tensor, labels: Tensor) -> Tensor:
+    """Return (n,) bool: whether each item's own class has more votes (n, C) than any other; a tie is wrong."""
+    own = votes.gather(1, labels[:, None])
+    return (votes >= own).sum(1) == 1
+
+
+def knn_correct(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Return (n,) bool: whether weighted k-NN among all other items names the class of each item; features (n, F), labels (n,)."""
+    similar = cosines(features).fill_diagonal_(-torch.inf)
+    k = min(k, len(labels) - 1)
+    return vote_correct(knn_votes(similar, labels, int(labels.max()) + 1, k, temperature), labels)
+
+
+def bootstrap_weights(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """Return (R, n) float32 weights of n items in R bootstrap resamples: how often each was drawn, over n."""
+    weights = np.empty((resamples, n), dtype=np.float32)
+    for row in weights:
+        row[:] = np.bincount(generator.integers(0, n, n), minlength=n)
+    return weights / n
+
+
+def mean_interval(values: np.ndarray, weights: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return (mean, low, high) of values (n,): the percentile bootstrap with `weights` (R, n) of `bootstrap_weights`."""
+    low, high = np.quantile(weights @ values.astype(np.float32), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(np.mean(values)), float(low), float(high)
+
+
+def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the Pearson correlations along the last axis of two arrays (..., n); NaN where one of them does not vary."""
+    a, b = (values - values.mean(-1, keepdims=True) for values in (np.asarray(first, float), np.asarray(second, float)))
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.full(np.shape(scale), np.nan), where=scale > 1e-12)
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1 along the last axis of values (..., n), the mean rank where values tie."""
+    values = np.asarray(values, float)
+    below = (values[..., None, :] < values[..., :, None]).sum(-1)
+    return below + ((values[..., None, :] == values[..., :, None]).sum(-1) + 1) / 2
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the Spearman rank correlations along the last axis of two arrays (..., n); NaN where one does not vary."""
+    return pearson(ranked(first), ranked(second))
+
+
+def correlation_interval(
+    first: np.ndarray,
+    second: np.ndarray,
+    correlation: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    generator: np.random.Generator,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """Return (value, low, high) of a correlation of two arrays (n,), bootstrapped over the n points; NaN for fewer than 4 points."""
+    if len(first) < 4:
+        return (float("nan"),) * 3
+    rows = generator.integers(0, len(first), (resamples, len(first)))
+    drawn = correlation(np.asarray(first)[rows], np.asarray(second)[rows])
+    drawn = drawn[np.isfinite(drawn)]  # a resample of one point, drawn again and again, has none
+    value = float(correlation(np.asarray(first), np.asarray(second)))
+    if len(drawn) == 0:
+        return value, float("nan"), float("nan")
+    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return value, float(low), float(high)

@@ -1,0 +1,230 @@
+"""The models that a measurement compares: SailModels, freshly initialised twins of them, and dual encoders trained as one.
+
+Shapes: `B` images, `P` patches, `F` image feature width, `D` text feature width, `E` aligned width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import UsageError
+from align.files import hash_bytes
+from align.modeling import SailModel
+from eval.baselines import open_baseline
+from eval.config import EvalConfig
+from eval.results import ModelRecord
+
+HUGGING_FACE, OPEN_CLIP = "hf:", "openclip:"
+
+
+class ImageEncoder(Protocol):
+    """What `align.extract.Extraction` asks of the encoder of images; pixels (B, 3, H, W) of `transform` give features (B, F)."""
+
+    @property
+    def transform(self) -> Callable[..., Tensor]:
+        """RGB image -> pixels (3, H, W)."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides a feature."""
+
+    @property
+    def feature_width(self) -> int:
+        """F."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return features (B, F) float32, not normalised."""
+
+
+class SentenceEncoder(Protocol):
+    """The encoder of sentences."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides a feature."""
+
+    def encode(self, texts: list[str], batch_size: int) -> Tensor:
+        """Return features (T, D) float32, not normalised, in the order of `texts`."""
+
+
+class DualEncoder(Protocol):
+    """Two frozen encoders and what maps their features into one space. Features are kept; aligning them is cheap.
+
+    The encoders are asked for only when features are not known yet. `scale` is the t of the logits t <x, y>.
+    """
+
+    @property
+    def vision_fingerprint(self) -> dict[str, Any]:
+        """What decides an image feature."""
+
+    @property
+    def text_fingerprint(self) -> dict[str, Any]:
+        """What decides a text feature."""
+
+    @property
+    def vision_encoder(self) -> ImageEncoder:
+        """The encoder of images, on `device`."""
+
+    @property
+    def text_encoder(self) -> SentenceEncoder:
+        """The encoder of texts, on `device`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where features are aligned."""
+
+    @property
+    def scale(self) -> float:
+        """t of the model's logits."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of a patch of `dense`."""
+
+    def align_images(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of image features (..., F)."""
+
+    def align_texts(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalised float32 embeddings of text features (..., D)."""
+
+    def dense(self, pixels: Tensor) -> Tensor:
+        """Return (B, P, E) L2-normalised patch embeddings of pixels (B, 3, H, W), row by row over the grid of patches."""
+
+
+@dataclass(frozen=True)
+class SailDualEncoder:
+    """A SailModel as a DualEncoder; its encoders are loaded, and checked, when they are first asked for."""
+
+    sail: SailModel
+
+    @property
+    def vision_fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of `vision_encoder`, known without loading it."""
+        return self.sail.vision_fingerprint
+
+    @property
+    def text_fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of `text_encoder`, known without loading it."""
+        return self.sail.text_fingerprint
+
+    @property
+    def vision_encoder(self) -> Any:
+        """The frozen vision encoder; FingerprintError if it is another one."""
+        return self.sail.vision_encoder
+
+    @property
+    def text_encoder(self) -> Any:
+        """The frozen text encoder; FingerprintError if it is another one."""
+        return self.sail.text_encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the heads are."""
+        return self.sail.device
+
+    @property
+    def scale(self) -> float:
+        """t of the model's logits."""
+        return self.sail.logit_scale.detach().exp().item()
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of a patch."""
+        return int(self.sail.frozen_vision.patch_size)
+
+    @torch.no_grad()
+    def align_images(self, features: Tensor) -> Tensor:
+        """Return (..., E) embeddings of image features (..., F)."""
+        return self.sail.align_images(features)
+
+    @torch.no_grad()
+    def align_texts(self, features: Tensor) -> Tensor:
+        """Return (..., E) embeddings of text features (..., D)."""
+        return self.sail.align_texts(features)
+
+    @torch.no_grad()
+    def dense(self, pixels: Tensor) -> Tensor:
+        """Return (B, P, E) embeddings: each patch as [cls ; patch], or as the patch alone, through the image head."""
+        return self.sail.get_patch_features(pixels)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure and what results say about it."""
+
+    record: ModelRecord
+    model: DualEncoder
+
+
+def split_name(given: str) -> tuple[str, str]:
+    """Return (name, model) of PATH, NAME=PATH, openclip:ARCH/TAG, hf:FOLDER or NAME= before one of these; no name is "".
+
+    What exists as a path is one, whatever `=` it holds, and a NAME has no `/` or `:`.
+    """
+    name, equals, rest = given.partition("=")
+    if not (name and equals and rest) or "/" in name or ":" in name or Path(given).exists():
+        return "", given
+    return name, rest
+
+
+def model_folder(path: Path) -> Path:
+    """Return the model folder at `path`: itself, or the `best` or `last` model of a training run."""
+    found = next((place for place in (path, path / "best", path / "last") if (place / "config.json").is_file()), None)
+    if found is None:
+        raise UsageError(
+            f"{path} is neither a model folder (config.json) nor a training run with best/ or last/; make one with align/train.py, "
+            f"or name a model to compare with: {OPEN_CLIP}ARCH/TAG or {HUGGING_FACE}FOLDER"
+        )
+    return found
+
+
+def open_models(config: EvalConfig, device: str) -> list[Candidate]:
+    """Return the models to measure in the order given, then each SailModel with untrained heads if a baseline is wanted."""
+    pairs = [split_name(given) for given in config.model]
+    baselines = [model.startswith((HUGGING_FACE, OPEN_CLIP)) for _, model in pairs]
+    alone = baselines.count(False) == 1
+    names = [
+        name or (model.partition(":")[2] if baseline else "trained" if alone else model)
+        for (name, model), baseline in zip(pairs, baselines, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two models have the same name ({', '.join(names)}); name them: --model NAME=PATH NAME=PATH")
+    folders = [None if baseline else model_folder(Path(model)) for (_, model), baseline in zip(pairs, baselines, strict=True)]
+    given, untrained = [], []
+    for name, (_, model), folder in zip(names, pairs, folders, strict=True):
+        if folder is None:
+            given.append(_baseline(name, model, device))
+            continue
+        sail = SailModel.from_pretrained(folder)
+        given.append(candidate(name, "trained", sail, str(folder), device))
+        if config.baseline:
+            other = "untrained" if alone else f"{name} untrained"
+            untrained.append(candidate(other, "untrained", sail.untrained(config.seed), "", device))
+    return given + untrained
+
+
+def candidate(name: str, kind: str, model: SailModel, folder: str, device: str = "cpu") -> Candidate:
+    """Return a model with its record: encoders, heads, and fingerprints of all three."""
+    settings = model.config
+    encoders = [Path(str(side.get("name", "encoded features"))).name for side in (settings.vision, settings.text)]
+    heads = hash_bytes(b"".join(value.numpy(force=True).tobytes() for _, value in sorted(model.state_dict().items())))
+    fingerprint = {f"vision {name}": value for name, value in settings.vision_fingerprint.items()}
+    fingerprint |= {f"text {name}": value for name, value in settings.text_fingerprint.items()} | {"heads": heads}
+    state = "" if kind == "trained" else "freshly initialized "
+    description = f"{encoders[0]} + {encoders[1]}, {state}{settings.head} heads to {settings.width} dimensions"
+    nn.Module.to(model, torch.device(device))
+    return Candidate(ModelRecord(name, kind, description, folder, fingerprint), SailDualEncoder(model))
+
+
+def _baseline(name: str, model: str, device: str) -> Candidate:
+    """Return a dual encoder that was trained as one, with its record of kind clip."""
+    library, _, source = model.partition(":")
+    opened = open_baseline(library, source, device)
+    fingerprint = {f"vision {name}": value for name, value in opened.vision_fingerprint.items()}
+    fingerprint |= {f"text {name}": value for name, value in opened.text_fingerprint.items()}
+    description = f"{opened.description}, trained as one on images and texts, {opened.width} dimensions"
+    return Candidate(ModelRecord(name, "clip", description, "", fingerprint), opened)

@@ -1,0 +1,155 @@
+"""Compositional matching: two images and two captions that differ in little, and which belongs to which.
+
+Protocols, with s(i, c) the cosine of image i and caption c; caption 0 belongs to image 0, caption 1 to image 1:
+
+    winoground  text score:  s(0,0) > s(0,1) and s(1,1) > s(1,0), for both images the right caption
+                image score: s(0,0) > s(1,0) and s(1,1) > s(0,1), for both captions the right image
+                group score: both        (Thrush et al., "Winoground", CVPR 2022, equations 1 to 3)
+    mmvp        pair accuracy: for both statements the right image, which is Winoground's image score (Tong et al., "Eyes Wide
+                Shut?", CVPR 2024)
+
+Every inequality is strict: ties count against the model. Shapes: `G` groups, `N` = 2 G images and as many captions, in the order of
+the groups, `E` aligned width. Embeddings are L2-normalised float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from align.errors import UsageError
+from eval.metrics import wilson_interval
+from eval.results import Entry
+
+METRICS = {
+    "winoground": {"text_score": "text", "image_score": "image", "group_score": "group"},
+    "mmvp": {"pair_accuracy": "image"},
+}  # of each protocol: the metric, and which of the three answers it is the share of
+CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}  # see compositional_chance
+
+
+@dataclass(frozen=True)
+class CompositionalAnswers:
+    """What a model said: `scores` (G, 2, 2) float32 cosines [group, image, caption]; right are those on the diagonal."""
+
+    scores: np.ndarray
+
+    @property
+    def text(self) -> np.ndarray:
+        """(G,) bool: each image scores higher with its own caption than with the other one."""
+        own, other = self._own(), self.scores[:, [0, 1], [1, 0]]  # (G, 2), by image
+        return np.asarray((own > other).all(axis=1))
+
+    @property
+    def image(self) -> np.ndarray:
+        """(G,) bool: each caption scores higher with its own image than with the other one."""
+        own, other = self._own(), self.scores[:, [1, 0], [0, 1]]  # (G, 2), by caption
+        return np.asarray((own > other).all(axis=1))
+
+    @property
+    def group(self) -> np.ndarray:
+        """(G,) bool: text and image are both right."""
+        return self.text & self.image
+
+    def _own(self) -> np.ndarray:
+        return self.scores[:, [0, 1], [0, 1]]
+
+
+@torch.no_grad()
+def compositional(images: Tensor, captions: Tensor) -> CompositionalAnswers:
+    """Return the answers for `images` (N, E) and `captions` (N, E), two rows a group; UsageError unless N is even and the same.
+
+    Summed in float64, so that captions with the same embedding get the same cosine and tie.
+    """
+    if images.shape != captions.shape or len(images) % 2:
+        shapes = f"{tuple(images.shape)} images and {tuple(captions.shape)} captions"
+        raise UsageError(f"{shapes}: a compositional task needs two images and two captions a group")
+    groups = (len(images) // 2, 2, images.shape[1])
+    scores = torch.einsum("gie,gce->gic", images.double().reshape(groups), captions.double().reshape(groups))
+    return CompositionalAnswers(scores.float().numpy())
+
+
+def compositional_entries(answers: CompositionalAnswers, protocol: str, task: str, model: str, confidence: float) -> list[Entry]:
+    """Return the shares of right groups with their Wilson intervals: text_score, image_score and group_score, or pair_accuracy."""
+    n = len(answers.scores)
+    entries = []
+    for metric, answer in _metrics(protocol).items():
+        right = int(getattr(answers, answer).sum())
+        interval = wilson_interval(right, n, confidence)
+        entries.append(Entry(task, metric, right / n, *interval, n, model))
+    return entries
+
+
+def compositional_chance(groups: int, protocol: str, task: str, model: str) -> list[Entry]:
+    """Return what four cosines in random order score on average; it is exact, so its interval is a point.
+
+    Text and image score are two independent comparisons each, (1/2)^2. The group score asks that both right cosines are above both
+    wrong ones: 2! 2! of the 4! orders.
+    """
+    chances = {metric: CHANCE[answer] for metric, answer in _metrics(protocol).items()}
+    return [Entry(task, metric, value, value, value, groups, model) for metric, value in chances.items()]
+
+
+def compositional_table(answers: CompositionalAnswers, groups: Sequence[str], categories: Sequence[str]) -> pa.Table:
+    """Return one row a group: key, category, the cosines s00, s01, s10, s11 (image, caption), and whether text, image, group are right.
+
+    `groups` and `categories` (N,) are given by image.
+    """
+    keys, kinds = _of_groups(groups), _of_groups(categories)
+    cosines = {f"s{i}{c}": pa.array(answers.scores[:, i, c], pa.float32()) for i in (0, 1) for c in (0, 1)}
+    right = {name: pa.array(getattr(answers, name)) for name in CHANCE}
+    return pa.table({"key": pa.array(keys, pa.string()), "category": pa.array(kinds, pa.string()), **cosines, **right})
+
+
+def by_category(table: pa.Table) -> dict[str, dict[str, float]]:
+    """Return, for each category of a `compositional_table` in alphabetical order, n and the shares of right text, image and group.
+
+    The share of right `image` is MMVP's pair accuracy.
+    """
+    shares = table.group_by("category").aggregate([("key", "count"), *((name, "mean") for name in CHANCE)]).sort_by("category")
+    return {row["category"]: {"n": row["key_count"], **{name: row[f"{name}_mean"] for name in CHANCE}} for row in shares.to_pylist()}
+
+
+def compositional_examples(
+    answers: Mapping[str, CompositionalAnswers],
+    groups: Sequence[str],
+    categories: Sequence[str],
+    captions: Sequence[str],
+    count: int,
+    generator: np.random.Generator,
+) -> dict[str, Any]:
+    """Return `count` random groups with every model's cosines and what it got right; `answers` maps model names to answers.
+
+    `groups`, `categories` and `captions` (N,) are given by image; `images` of an item are the numbers of its two.
+    """
+    keys, kinds = _of_groups(groups), _of_groups(categories)
+    items = []
+    for group in generator.choice(len(keys), size=min(count, len(keys)), replace=False):
+        first = 2 * int(group)
+        said = {
+            name: {
+                "scores": given.scores[group].astype(np.float64).round(4).tolist(),
+                **{answer: bool(getattr(given, answer)[group]) for answer in CHANCE},
+            }
+            for name, given in answers.items()
+        }
+        shown = {"images": [first, first + 1], "captions": list(captions[first : first + 2])}
+        items.append({"key": keys[group], "category": kinds[group], **shown, "answers": said})
+    return {"items": items}
+
+
+def _metrics(protocol: str) -> dict[str, str]:
+    if protocol not in METRICS:
+        raise UsageError(f"unknown compositional protocol {protocol!r}; known: {', '.join(METRICS)}")
+    return METRICS[protocol]
+
+
+def _of_groups(by_image: Sequence[str]) -> list[str]:
+    """Return what the two images of each group have in common."""
+    if list(by_image[::2]) != list(by_image[1::2]):
+        raise UsageError("the two images of a group should follow one another, with the same group and category")
+    return list(by_image[::2])

@@ -1,0 +1,302 @@
+"""Images with a class for every pixel: official layouts and a user's own, class names with synonyms, label maps read safely.
+
+    folder      <data>/*.jpg, <labels>/*.png named like the images, <classes>: the names of class 0, 1, ..., one class a line
+    ade20k      images/validation/*.jpg, annotations/validation/*.png (0: not counted, 1..150), objectInfo150.txt
+    coco_stuff  images/val2017/*.jpg, annotations/val2017/*.png (stuffthingmaps; 255: not counted), labels.txt
+    voc         JPEGImages/*.jpg, SegmentationClass/*.png (255: not counted), ImageSets/Segmentation/val.txt
+
+Several names of a class are separated by commas, as in the class files of this field: `person, man, woman`. With the protocol
+`background`, VOC's class 0 is a class with a list of names (VOC21); without, its pixels do not count (VOC20).
+Shapes: `N` images, `C` classes, `S` names of all classes, `H` and `W` pixels of an image.
+"""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from align.errors import DataError, UsageError
+from align.files import hash_bytes
+from align.gate import Limits, Reject, gate_image
+from align.units import MAX_FILE_BYTES, read_below
+from eval.prompts import read_lines
+from eval.tasks import Task
+
+IGNORED = -1  # class of pixels that do not count
+_UNKNOWN = -2
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_LABEL_MODES = ("L", "P", "1", "I;16", "I;16B", "I")  # one number a pixel
+_COCO_GAPS = frozenset((11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90))  # ids of COCO that no picture has: 182 - 11 = 171 classes
+_VOC = (
+    "aeroplane, airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table, table", "dog",
+    "horse", "motorbike, motorcycle", "person", "potted plant", "sheep", "sofa, couch", "train", "tv monitor, television",
+)  # fmt: skip
+# what VOC leaves unlabeled is mostly this; our choice, as are the names above: papers differ, and `classes` names a file of one's own
+_VOC_BACKGROUND = (
+    "background, sky, cloud, wall, ceiling, floor, window, door, curtain, building, fence, road, pavement, grass, tree, bush, "
+    "mountain, sand, water, sea, river, snow, rock, shelf, cabinet, lamp, bed"
+)
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """The images of a task, each with a label map that was read and found good.
+
+    `names` (S,) are the names of all classes, `owner` (S,) int64 the class of each; `class_names` (C,) the first name of each.
+    `images_digest` stands for keys and encoded images, `digest` for everything measured: also label maps and names.
+    """
+
+    task: Task
+    folder: Path
+    keys: tuple[str, ...]
+    files: tuple[tuple[str, str], ...]  # image below image_root, label map below label_root
+    image_root: str
+    label_root: str
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]
+    owner: np.ndarray
+    classes_of: np.ndarray = field(repr=False)  # (65536,) int16: the class of each label value, IGNORED or _UNKNOWN
+    limits: Limits
+    rejected: dict[str, int]
+    images_digest: str
+    digest: str
+
+    def image(self, number: int) -> Image.Image:
+        """Return image `number` as RGB; DataError if it is no longer as it was."""
+        try:
+            return gate_image(read_below(self.image_root, self.files[number][0], MAX_FILE_BYTES), self.limits)
+        except Reject as reject:
+            raise self._changed(number, reject) from reject
+
+    def truth(self, number: int) -> np.ndarray:
+        """Return the classes (H, W) int16 of image `number`, IGNORED where pixels do not count; DataError as `image`."""
+        path = self.files[number][1]
+        try:
+            return _classes(gate_labels(read_below(self.label_root, path, MAX_FILE_BYTES), self.limits), self.classes_of, path)
+        except Reject as reject:
+            raise self._changed(number, reject) from reject
+
+    def _changed(self, number: int, reject: Reject) -> DataError:
+        return DataError(f"image {self.keys[number]!r} of {self.task.id} changed while it was measured ({reject}); run again")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a layout's files lie: (image, label map) paths below their folders, class names, and the class of each label value."""
+
+    images: Path
+    labels: Path
+    files: list[tuple[str, str]]
+    names: tuple[tuple[str, ...], ...]
+    values: dict[int, int]
+
+
+def load_segmentation(
+    task: Task,
+    data_root: Path,
+    limits: Limits | None = None,
+    *,
+    max_reject_fraction: float = 0.05,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> SegmentationData:
+    """Return the images of a segmentation task; DataError, saying what to put where, if its data is missing or unusable.
+
+    Every image and label map is decoded once and checked. Images without a label map, with one of another size, or with a damaged
+    file are left out and counted (`label_missing`, `label_size`, ...), up to `max_reject_fraction`. A label value that is no class
+    is an error: it would falsify the result. `report(done, total)` is called after each image.
+    """
+    folder, limits = data_root / task.path, limits or Limits()
+    if task.kind != "segmentation" or task.layout not in LAYOUTS:
+        raise UsageError(f"task {task.id!r}: segmentation reads the layouts {', '.join(LAYOUTS)}, not {task.kind} in {task.layout}")
+    if task.protocol not in ("", "background"):
+        raise UsageError(f"task {task.id!r}: protocol {task.protocol!r} is unknown; allowed: background, or none")
+    if not folder.is_dir():
+        raise DataError(f"task {task.id!r} has no data: put {_EXPECTED[task.layout]} in {folder}, or give another --data-root")
+    found = LAYOUTS[task.layout](task, folder)
+    classes_of = np.full(1 << 16, _UNKNOWN, dtype=np.int16)
+    classes_of[list(found.values)] = list(found.values.values())
+    image_root, label_root = str(found.images.resolve()), str(found.labels.resolve())
+    good, rejected = list[tuple[str, tuple[str, str]]](), Counter[str]()
+    pixels, content = xxhash.xxh3_128(), xxhash.xxh3_128(repr((found.names, sorted(found.values.items()))).encode())
+    stems = Counter(_stem(image) for image, _ in found.files)
+    for done, (image, label) in enumerate(found.files, start=1):
+        code, hashes = _check(image_root, image, label_root, label, classes_of, limits)
+        code = "duplicate_key" if stems[_stem(image)] > 1 else code
+        if code:
+            rejected[code] += 1
+        else:
+            good.append((_stem(image), (image, label)))
+            pixels.update(f"{_stem(image)}\0{hashes[0]}\0".encode())
+            content.update(hashes[1].encode())
+        report(done, len(found.files))
+    if not good or len(good) < (1 - max_reject_fraction) * len(found.files):
+        shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common()) or "there is none"
+        raise DataError(
+            f"task {task.id!r}: {len(good)} of {len(found.files)} images in {found.images} are usable ({shown}); expected "
+            f"{_EXPECTED[task.layout]}. Mend the data, or raise --max-reject-fraction"
+        )
+    content.update(pixels.digest())
+    return SegmentationData(
+        task=task,
+        folder=folder,
+        keys=tuple(key for key, _ in good),
+        files=tuple(pair for _, pair in good),
+        image_root=image_root,
+        label_root=label_root,
+        class_names=tuple(names[0] for names in found.names),
+        names=tuple(name for names in found.names for name in names),
+        owner=np.repeat(np.arange(len(found.names)), [len(names) for names in found.names]),
+        classes_of=classes_of,
+        limits=limits,
+        rejected=dict(rejected),
+        images_digest=pixels.hexdigest(),
+        digest=content.hexdigest(),
+    )
+
+
+def gate_labels(data: bytes, limits: Limits) -> np.ndarray:
+    """Return the label map in `data` (an encoded PNG) as its numbers (H, W), palette indices included; raise Reject if it is damaged.
+
+    What is refused in an image is refused here: too many pixels in the header, wrong checksums, cut content. DataError for a picture
+    with colors instead of one number a pixel.
+    """
+    gate_image(data, limits)  # decodes all of it under guard
+    image = Image.open(io.BytesIO(data))
+    if image.format != "PNG" or image.mode not in _LABEL_MODES:
+        raise DataError(f"a label map is a PNG with one number a pixel (8 or 16 bits, or a palette); found {image.format} {image.mode}")
+    return np.asarray(image)
+
+
+def split_names(line: str) -> tuple[str, ...]:
+    """Return the names of a class in one line of a class file, separated by commas (or semicolons, as in ADE20K's CSV)."""
+    return tuple(name.strip() for name in re.split("[,;]", line) if name.strip())
+
+
+def _check(image_root: str, image: str, label_root: str, label: str, classes_of: np.ndarray, limits: Limits) -> tuple[str, tuple[str, str]]:
+    """Return (reject code or "", hashes of image and label map) of one pair."""
+    try:
+        encoded = read_below(image_root, image, MAX_FILE_BYTES)
+        size = gate_image(encoded, limits).size
+    except Reject as reject:
+        return reject.code, ("", "")
+    try:
+        labels = read_below(label_root, label, MAX_FILE_BYTES)
+        numbers = gate_labels(labels, limits)
+    except Reject as reject:
+        return f"label_{reject.code.partition('_')[2]}", ("", "")
+    except DataError as error:
+        raise DataError(f"{Path(label_root) / label}: {error}") from error
+    if numbers.shape != size[::-1]:
+        return "label_size", ("", "")
+    _classes(numbers, classes_of, str(Path(label_root) / label))
+    return "", (hash_bytes(encoded), hash_bytes(labels))
+
+
+def _classes(numbers: np.ndarray, classes_of: np.ndarray, path: str) -> np.ndarray:
+    within = (numbers >= 0) & (numbers < len(classes_of))
+    classes = np.where(within, classes_of[np.where(within, numbers, 0).astype(np.int64)], np.int16(_UNKNOWN))
+    if (classes == _UNKNOWN).any():
+        value = int(numbers[classes == _UNKNOWN].flat[0])
+        known = np.flatnonzero(classes_of != _UNKNOWN)
+        raise DataError(
+            f"{path} has the label value {value}, which is no class; {len(known)} values from {known[0]} to {known[-1]} are known. "
+            "Mend the label map, the file of class names, or the task's `ignore`"
+        )
+    return classes
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (image, label map) paths: the label map of a/b.jpg is a/b.png."""
+    return [(name, f"{_stem(name)}.png") for name in names]
+
+
+def _listed(folder: Path, pattern: str = "**/*") -> list[str]:
+    """Return the image files below `folder` that match, relative to it, in sorted order."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.glob(pattern)
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _required(task: Task, path: Path) -> Path:
+    if not path.exists():
+        raise DataError(f"task {task.id!r} lacks {path}; expected {_EXPECTED[task.layout]}")
+    return path
+
+
+def _folder(task: Task, folder: Path) -> _Layout:
+    if not task.classes:
+        raise UsageError(f"task {task.id!r} needs `classes`: a file with the names of class 0, 1, ..., one class a line")
+    lines = read_lines(_required(task, folder / task.classes))
+    if task.ignore in range(len(lines)):
+        raise UsageError(f"task {task.id!r}: ignore={task.ignore} is the number of a class; {task.classes} names 0 to {len(lines) - 1}")
+    data = Path("images" if task.data == "." else task.data)
+    fixed = next((at for at, part in enumerate(data.parts) if re.search(r"[*?[]", part)), len(data.parts))
+    images, pattern = folder.joinpath(*data.parts[:fixed]), str(Path(*data.parts[fixed:])) if fixed < len(data.parts) else "**/*"
+    files = _pairs(_listed(_required(task, images), pattern))
+    values = {number: number for number in range(len(lines))} | {task.ignore: IGNORED}
+    names = _counted(task, tuple(map(split_names, lines)), len(lines))
+    return _Layout(images, _required(task, folder / task.labels), files, names, values)
+
+
+def _ade20k(task: Task, folder: Path) -> _Layout:
+    images, labels = (_required(task, folder / kind / "validation") for kind in ("images", "annotations"))
+    table = [line.split("\t") for line in read_lines(_required(task, folder / (task.classes or "objectInfo150.txt")))]
+    column = next((at for at, cell in enumerate(table[0]) if cell.strip() == "Name"), None)
+    rows = table[1:] if column is not None else table  # a file of one's own is names only
+    names = tuple(split_names(row[column or 0]) for row in rows)
+    values = {0: IGNORED} | {number: number - 1 for number in range(1, len(names) + 1)}
+    return _Layout(images, labels, _pairs(_listed(images)), _counted(task, names, 150), values)
+
+
+def _coco_stuff(task: Task, folder: Path) -> _Layout:
+    images, labels = (_required(task, folder / kind / "val2017") for kind in ("images", "annotations"))
+    lines = read_lines(_required(task, folder / (task.classes or "labels.txt")))
+    rows = [line.partition(":")[::2] for line in lines]
+    if all(number.strip().isdigit() for number, _ in rows):  # the published file: 0 is unlabeled, k is label value k - 1
+        named = {int(number) - 1: name for number, name in rows}
+        kept = [value for value in range(182) if value not in _COCO_GAPS and value in named]
+        names = tuple(split_names(re.sub("-(other|stuff)$", "", named[value].strip()).replace("-", " ")) for value in kept)
+    else:  # names only
+        names = tuple(map(split_names, lines))
+    used = [value for value in range(182) if value not in _COCO_GAPS]
+    values = {value: number for number, value in enumerate(used)} | {255: IGNORED}
+    return _Layout(images, labels, _pairs(_listed(images)), _counted(task, names, len(used)), values)
+
+
+def _voc(task: Task, folder: Path) -> _Layout:
+    images, labels = (_required(task, folder / name) for name in ("JPEGImages", "SegmentationClass"))
+    keys = read_lines(_required(task, folder / "ImageSets" / "Segmentation" / "val.txt"))
+    background = task.protocol == "background"
+    lines = read_lines(_required(task, folder / task.classes)) if task.classes else (*((_VOC_BACKGROUND,) if background else ()), *_VOC)
+    shift = 0 if background else 1
+    values = {255: IGNORED, 0: IGNORED} | {number: number - shift for number in range(shift, 21)}
+    names = _counted(task, tuple(map(split_names, lines)), 21 - shift)
+    return _Layout(images, labels, _pairs(f"{key}.jpg" for key in keys), names, values)
+
+
+def _counted(task: Task, names: tuple[tuple[str, ...], ...], classes: int) -> tuple[tuple[str, ...], ...]:
+    named = sum(map(bool, names))
+    if not named == len(names) == classes:
+        raise DataError(f"task {task.id!r}: its file of class names names {named} classes, one a line; expected {classes}")
+    return names
+
+
+LAYOUTS: dict[str, Callable[[Task, Path], _Layout]] = {"folder": _folder, "ade20k": _ade20k, "coco_stuff": _coco_stuff, "voc": _voc}
+_EXPECTED = {
+    "folder": "a folder of images, one of label PNGs named like them, and a file of class names, one class a line",
+    "ade20k": "ADEChallengeData2016: images/validation, annotations/validation and objectInfo150.txt",
+    "coco_stuff": "images/val2017, annotations/val2017 (the PNGs of stuffthingmaps) and labels.txt",
+    "voc": "VOC2012: JPEGImages, SegmentationClass and ImageSets/Segmentation/val.txt",
+}

@@ -1,0 +1,70 @@
+"""Official data-set layouts by exact id, and the manifest that a set read in one becomes.
+
+A reader lists the test split; its rows are written to a manifest (JSONL with image paths; parquet with image bytes if the data
+set has no image files), which `align.samples` then reads like anyone's data: same limits, same rejects, same digests.
+"""
+
+import errno
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.errors import DataError
+from align.files import atomic_path
+from align.samples import Source
+from eval.official_base import Official, OfficialLayout, Row
+from eval.official_captions import CAPTIONS
+from eval.official_pairs import PAIRS
+from eval.official_photos import PHOTOS
+
+GROUP_ROWS = 1024  # of a parquet manifest: what is in memory at once
+
+READERS: dict[str, OfficialLayout] = {**PHOTOS, **CAPTIONS, **PAIRS}
+
+
+def read_official(layout: str, place: Path, task_id: str, cache: Path) -> tuple[Source, Official]:
+    """Return the manifest of a data set as a Source, and what was read (its rows are used up).
+
+    `place` is the data set's folder, for `pairs` its file. The manifest is `cache`/manifests/<task id>.jsonl or .parquet.
+    """
+    official = READERS[layout].read(place)
+    path = write_manifest(official.rows, cache / "manifests", task_id)
+    folder = place if place.is_dir() else place.parent
+    return Source(str(path), "parquet" if path.suffix == ".parquet" else "jsonl", image_root=str(folder)), official
+
+
+def write_manifest(rows: Iterable[Row], folder: Path, name: str) -> Path:
+    """Write rows to `folder`/`name`.jsonl, or .parquet if images are bytes, and return the path; DataError if there are none."""
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"task {name!r}: its lists name no test image; get the data set again")
+    rows = chain([first], rows)
+    path = folder / f"{name}.{'parquet' if isinstance(first['image'], bytes) else 'jsonl'}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            _write_parquet(rows, temporary) if path.suffix == ".parquet" else _write_lines(rows, temporary)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise DataError(f"cannot write {path} ({error.strerror}); give a cache folder that can be written") from error
+    return path
+
+
+def _write_lines(rows: Iterator[Row], path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")  # ASCII: file names need not be UTF-8
+
+
+def _write_parquet(rows: Iterator[Row], path: Path) -> None:
+    table = pa.Table.from_pylist(list(islice(rows, GROUP_ROWS)))
+    with pq.ParquetWriter(path, table.schema) as writer:
+        while len(table):
+            writer.write_table(table)
+            table = pa.Table.from_pylist(list(islice(rows, GROUP_ROWS)), schema=table.schema)

@@ -1,0 +1,146 @@
+"""What readers of official data-set layouts share: what they return, and how list files, class folders and .mat files are read.
+
+A reader turns a published folder, exactly as its archives unpack, into rows: keys, image paths and labels or captions of the
+test split. It reads lists and names of files, never an image, so that a missing image is counted later like any bad sample.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from align.cli import nearest
+from align.errors import DataError, UsageError
+from align.units import IMAGE_SUFFIXES
+from eval.prompts import read_lines
+
+Row = dict[str, Any]
+_MAT_SECONDS = 300
+_READ_MAT = """
+import json, sys
+import numpy as np
+from scipy.io import loadmat
+found = np.atleast_1d(loadmat(sys.argv[1], squeeze_me=True, variable_names=sys.argv[2:])[sys.argv[2]])
+rows = [{name: one[name] for name in found.dtype.names} for one in found] if found.dtype.names else found.tolist()
+print(json.dumps(rows, default=lambda value: value.tolist()))
+"""
+OWN_NAMES = "classnames.txt"  # in a data set's folder: class names that win over the official or packaged ones
+
+
+@dataclass(frozen=True)
+class Official:
+    """The test split of a data set. `rows` may be read once.
+
+    Classification: {key, image, label}, the label a number of `class_names`. Retrieval: {key, image, captions}. Compositional: the
+    same with one caption, a group and a category; the two rows of a group follow each other. An image is a path relative to the
+    folder that was read, or an encoded file (bytes).
+    """
+
+    rows: Iterable[Row]
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OfficialLayout:
+    """How to read one official layout, and what to tell someone who does not have the data."""
+
+    kind: Literal["classification", "retrieval", "compositional"]
+    read: Callable[[Path], Official]  # DataError for lists that make no sense
+    files: tuple[str, ...]  # must be there, relative to the task's folder
+    what: str  # what those files are, and the name of the official source
+    traps: Mapping[str, str] = field(default_factory=dict)  # what people have instead: a path that may be there, and why it will not do
+
+    def missing(self, place: Path) -> list[str]:
+        """Return which of the files are not there."""
+        return [name for name in self.files if not (place / name).exists()]
+
+    def trap(self, place: Path) -> str:
+        """Return why what is there instead will not do, "" if nothing known is there."""
+        return next((why for name, why in self.traps.items() if os.path.exists(os.path.normpath(place / name))), "")
+
+
+def own_names(folder: Path, count: int) -> tuple[str, ...]:
+    """Return the class names in the folder's `classnames.txt`, () if there is none; DataError unless they are `count`."""
+    path = folder / OWN_NAMES
+    if not path.is_file():
+        return ()
+    names = read_lines(path)
+    if len(names) != count:
+        raise DataError(f"{path} names {len(names)} classes, the data has {count}; mend or remove it")
+    return names
+
+
+def columns(path: Path, count: int) -> Iterator[tuple[str, ...]]:
+    """Yield the `count` fields of each line of a list file; only the last may hold spaces. DataError names a line with fewer."""
+    for number, line in enumerate(read_lines(path), start=1):
+        found = line.split(maxsplit=count - 1)
+        if len(found) != count:
+            raise DataError(f"{path}, line {number}: expected {count} fields, found {line!r}; get the file again")
+        yield tuple(found)
+
+
+def class_number(text: Any, count: int, path: Path) -> int:
+    """Return the 0-based class of a label that counts from 1 in the file `path`; DataError if it is none of `count` classes."""
+    if not str(text).isdecimal() or not 1 <= int(text) <= count:
+        raise DataError(f"{path}: {text!r} is no class; expected 1 to {count}. Get the file again.")
+    return int(text) - 1
+
+
+def class_of(name: str, known: Mapping[str, int], path: Path) -> int:
+    """Return the class that a list file calls `name`; DataError with the nearest known name."""
+    if name not in known:
+        raise DataError(f"{path}: {name!r} is not a known class; {nearest(name, sorted(known))}")
+    return known[name]
+
+
+def numbered(names: Iterable[str]) -> dict[str, int]:
+    """Return the number of each name, from 0."""
+    return {name: number for number, name in enumerate(names)}
+
+
+def class_folders(place: Path, count: int, ignored: str = "") -> list[str]:
+    """Return the names of the folders in `place`, sorted; DataError unless they are `count`: one too few would shift every label."""
+    found = sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".") and entry.name != ignored)
+    if len(found) != count:
+        shown = f"{', '.join(found[:3])}, ..." if found else "only files"
+        raise DataError(
+            f"{place} has {len(found)} class folders ({shown}), the official set has {count}; unpack all of it, one folder a class"
+        )
+    return found
+
+
+def images_of_folders(place: Path, below: str, labels: Mapping[str, int]) -> Iterator[Row]:
+    """Yield the images of each class folder of `place`, in order of class and name; paths begin with `below`."""
+    for folder, label in labels.items():
+        for name in sorted(os.listdir(place / folder)):
+            if name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
+                yield image_row(f"{folder}/{name}", below, label)
+
+
+def image_row(name: str, below: str, label: int) -> Row:
+    """Return the row of the image file `below`/`name`; its key is the name without the suffix."""
+    return {"key": os.path.splitext(name)[0], "image": os.path.join(below, name), "label": label}
+
+
+def load_mat(path: Path, variable: str) -> list[Any]:
+    """Return a variable of a MATLAB file as a list: numbers, texts, or for a struct a dict each; DataError if it cannot be read.
+
+    A child process reads it: scipy's reader is known to crash, not to raise, on some damaged files.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError(f"reading {path} needs scipy: pip install scipy")
+    command = [sys.executable, "-c", _READ_MAT, str(path), variable]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=_MAT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{path} could not be read in {_MAT_SECONDS} seconds; get the file again") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise DataError(f"{path}: no {variable!r} could be read ({said[0]}); get the file again")
+    found: list[Any] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,118 @@
+"""Readers of compositional sets: pairs of images and captions where caption i belongs to image i of its pair.
+
+A pair becomes a group of two rows that follow each other. The layout `pairs` is the kit's own, for anyone's set: a JSONL file
+with {"key", "images": [a, b], "captions": [a, b], "category"} rows, image paths relative to it.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.errors import DataError
+from align.gate import Reject
+from align.units import parse_json
+from eval.official_base import Official, OfficialLayout, Row
+
+MMVP_IMAGES = "MLLM_VLM Images"
+
+
+def pairs(path: Path) -> Official:
+    """Return the pairs of a JSONL file, `path`."""
+    return Official(_pairs(path))
+
+
+def winoground(folder: Path) -> Official:
+    """Return Winoground: examples.jsonl with images/ beside it (here or in data/), or the parquet files of its Hugging Face copy.
+
+    The category is its collapsed tag: Object, Relation or Both.
+    """
+    for place in (folder, folder / "data"):
+        if (place / "examples.jsonl").is_file():
+            return Official(_winoground_files(place / "examples.jsonl", place.relative_to(folder) / "images"))
+    files = [*sorted(folder.glob("*.parquet")), *sorted(folder.glob("data/*.parquet"))]
+    if not files:
+        raise DataError(f"{folder} has neither examples.jsonl (beside images/) nor .parquet files; put facebook/winoground there")
+    return Official(row for file in files for row in _winoground_parquet(file))
+
+
+def mmvp_vlm(folder: Path) -> Official:
+    """Return MMVP-VLM: two questions after each other in Questions.csv make a pair, their type is the category and the folder."""
+    return Official(_mmvp(folder / "Questions.csv"))
+
+
+def _group(key: Any, images: list[Any], captions: list[Any], category: Any) -> list[Row]:
+    """Return the two rows of a group."""
+    shared = {"group": str(key), "category": str(category)}
+    both = zip(images, captions, strict=True)
+    return [{"key": f"{key}/{n}", "image": image, "captions": [caption], **shared} for n, (image, caption) in enumerate(both)]
+
+
+def _json_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+    """Yield (line number, object) of a JSONL file; DataError for a line that is none or lacks one of `wanted`."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = parse_json(line)
+            except Reject as reject:
+                raise DataError(f"{path}, line {number}: {reject}; expected one JSON object a line") from reject
+            if missing := [name for name in wanted if name not in row]:
+                raise DataError(f"{path}, line {number} lacks {', '.join(missing)}")
+            yield number, row
+
+
+def _pairs(path: Path) -> Iterator[Row]:
+    for number, row in _json_rows(path, ("key", "images", "captions")):
+        for name in ("images", "captions"):
+            if not isinstance(row[name], list) or len(row[name]) != 2 or not all(isinstance(one, str) for one in row[name]):
+                raise DataError(f"{path}, line {number}: {name} should be two texts, found {row[name]!r}")
+        yield from _group(row["key"], row["images"], row["captions"], row.get("category", ""))
+
+
+def _winoground_files(path: Path, images: Path) -> Iterator[Row]:
+    for _, row in _json_rows(path, ("id", "image_0", "image_1", "caption_0", "caption_1")):
+        names = [str(images / (name if "." in name else f"{name}.png")) for name in (str(row["image_0"]), str(row["image_1"]))]
+        yield from _group(row["id"], names, [row["caption_0"], row["caption_1"]], row.get("collapsed_tag", ""))
+
+
+def _winoground_parquet(path: Path) -> Iterator[Row]:
+    wanted = ["id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag"]
+    try:
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches(batch_size=16, columns=wanted):
+            for row in batch.to_pylist():
+                images = [row["image_0"]["bytes"], row["image_1"]["bytes"]]
+                yield from _group(row["id"], images, [row["caption_0"], row["caption_1"]], row["collapsed_tag"])
+    except (pa.ArrowException, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as Winoground ({error}); expected {', '.join(wanted)}, images with bytes") from error
+
+
+def _mmvp(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = [line for line in csv.reader(file) if line][1:]  # 270 of them; the first names the columns
+    if len(lines) % 2 or any(len(line) != 3 for line in lines):
+        raise DataError(f"{path}: expected Question ID, Type and Statement, two lines a pair; found {len(lines)} lines")
+    for (first, category, one), (second, other, two) in zip(lines[::2], lines[1::2], strict=True):
+        if category != other or not first.isdecimal() or second != str(int(first) + 1):
+            raise DataError(f"{path}: questions {first} ({category}) and {second} ({other}) are no pair; get the file again")
+        names = [f"{MMVP_IMAGES}/{category}/{number}.jpg" for number in (first, second)]
+        yield from _group(first, names, [one, two], category)
+
+
+PAIRS: dict[str, OfficialLayout] = {
+    "winoground": OfficialLayout(
+        "compositional", winoground, (".",),
+        "examples.jsonl and images/ (images.zip unpacked), or data/*.parquet (huggingface.co/datasets/facebook/winoground)",
+    ),
+    "mmvp_vlm": OfficialLayout(
+        "compositional", mmvp_vlm, ("Questions.csv", MMVP_IMAGES),
+        f"Questions.csv and '{MMVP_IMAGES}'/<category>/<number>.jpg (huggingface.co/datasets/MMVP/MMVP_VLM)",
+    ),
+    "pairs": OfficialLayout(
+        "compositional", pairs, (".",),
+        'a JSONL file with {"key", "images": [a, b], "captions": [a, b], "category"} rows, image paths relative to it',
+    ),
+}  # fmt: skip

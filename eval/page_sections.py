@@ -1,0 +1,305 @@
+"""The report's sections by kind of task: what each model answered, class by class and example by example; and the training runs.
+
+Each function returns what the template shows and adds its figures. Nothing here knows torch or the data.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from align.errors import DamagedError
+from align.files import atomic_bytes
+from eval.calibration import calibration
+from eval.compare import class_counts
+from eval.figures import (
+    DARK,
+    LIGHT,
+    Theme,
+    bars,
+    class_bars,
+    class_gains,
+    curves,
+    model_color,
+    plain,
+    recall_curve,
+    reliability,
+    similarity,
+    sorted_classes,
+)
+from eval.metrics import wilson_interval
+from eval.results import SUBJECTS, Entry, ModelRecord, Results, TaskRecord, file_name, load_answers
+
+CURVES = (
+    ("loss", {"loss": "loss"}),
+    ("mean logits", {"positive_logit": "positive pairs", "negative_logit": "negative pairs"}),
+    ("scale t", {"scale": "t"}),
+    ("bias b", {"bias": "b"}),
+    ("learning rate", {"lr": "learning rate"}),
+)
+VALIDATION = {f"val_{d}_r{k}": f"{name} R@{k}" for d, name in (("i2t", "image→text"), ("t2i", "text→image")) for k in (1, 5, 10)}
+MOST_CLASSES = 24  # up to so many classes are all shown; of more, the best and worst 12
+ANSWERING = ("trained", "clip", "untrained")  # kinds with answers to every sample
+ClassRows = dict[int, tuple[str, int, float]]  # class number -> name, images, accuracy or IoU
+
+
+class Figures:
+    """The figures of a page: light ones are written to `folder`, and all are kept as data URIs for the page."""
+
+    def __init__(self, folder: Path, dark: bool) -> None:
+        self.folder = folder
+        self.themes = [LIGHT, *([DARK] if dark else [])]
+        self.uris: dict[str, dict[str, str]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, draw: Any, *arguments: Any, **options: Any) -> None:
+        """Draw a figure in every theme: `draw(*arguments, theme=theme, **options)` returns PNG bytes."""
+        self.uris[name] = {"dark": ""}
+        for theme in self.themes:
+            png = draw(*arguments, theme=theme, **options)
+            self.uris[name][theme.name] = _data_uri(png, "png")
+            if theme is LIGHT:
+                atomic_bytes(self.folder / f"{name}.png", png)
+
+
+def subjects(results: Results) -> list[ModelRecord]:
+    """Return the models that the report is about."""
+    return [model for model in results.models if model.kind in SUBJECTS]
+
+
+def pictures(folder: Path, examples: Mapping[str, Any] | None) -> dict[int, str]:
+    """Return the thumbnails of a task's examples as data URIs, by image number."""
+    paths = examples["thumbs"] if examples else {}
+    return {int(image): _picture(folder, path) for image, path in paths.items()}
+
+
+def training(runs: Sequence[Path], drawn: Figures) -> list[dict[str, Any]]:
+    """Return the training runs that have curves, with the names of these."""
+    shown = []
+    for number, run in enumerate(runs):
+        rows = _read_metrics(run / "metrics.jsonl")
+        slug = f"training-{number}" if len(runs) > 1 else "training"
+        names = []
+        for title, columns in (CURVES[0], ("validation recall", VALIDATION), *CURVES[1:]):
+            lines = {}
+            for column, label in columns.items():
+                points = [(row["step"], row[column]) for row in rows if column in row and "step" in row]
+                if points:
+                    steps, values = zip(*points, strict=True)
+                    lines[label] = (steps, values)
+            if lines:
+                names.append(f"{slug}-{file_name(title.replace(' ', '-'))}")
+                drawn.add(names[-1], curves, title, lines, percent=title == "validation recall")
+        if names:
+            shown.append({"name": str(run), "figures": names})
+    return shown
+
+
+def retrieval(results: Results, task: TaskRecord, examples: dict[str, Any] | None, folder: Path, drawn: Figures) -> dict[str, Any]:
+    """Return the examples of a retrieval task in both directions; figures: recall at every k, matrix of cosines."""
+    slug = file_name(task.id)
+    for direction, title, targets in (("t2i", "text to image", task.images), ("i2t", "image to text", task.targets)):
+        ranks = {
+            model.name: answers.filter(np.array(answers["direction"]) == direction)["rank"].to_numpy()
+            for model, answers in _answers(results, task, folder)
+        }
+        if ranks:
+            drawn.add(f"recall-{slug}-{direction}", recall_curve, f"{task.id}: {title}", ranks, targets, results.models)
+    shown: dict[str, Any] = {"id": task.id, "slug": slug, "t2i": [], "i2t": []}
+    if examples:
+        matrix = examples["matrix"]
+        thumbs = [folder / "examples" / examples["thumbs"][str(image)] for image in matrix["images"]]
+        known = [model for model in results.models if model.name in matrix["scores"]]
+        ordered = sorted(known, key=lambda model: ("untrained", "clip", "trained").index(model.kind))  # before, then after
+        scores = {model.name: matrix["scores"][model.name] for model in ordered[-3:]}
+        if scores and thumbs:
+            drawn.add(f"similarity-{slug}", similarity, matrix["captions"], thumbs, scores)
+        for direction in ("t2i", "i2t"):
+            shown[direction] = [example for one in examples[direction] if (example := _answer(one, results))]
+    return shown
+
+
+def classification(results: Results, task: TaskRecord, examples: dict[str, Any] | None, folder: Path, drawn: Figures) -> dict[str, Any]:
+    """Return the examples of a classification task; figures: accuracy by class, gains by class, reliability of the confidence."""
+    slug = file_name(task.id)
+    accuracy, reliable = {}, {}
+    for model, answers in _answers(results, task, folder):
+        correct = answers["rank"].to_numpy() == 1
+        accuracy[model.name] = _class_accuracies(answers, correct)
+        sure = answers["confidence"].to_numpy() if "confidence" in answers.column_names else np.array([np.nan])
+        if np.isfinite(sure).all():
+            reliable[model.name] = calibration(sure, correct)
+    gained = _by_class(results, task, accuracy, drawn, "accuracy")
+    if reliable:
+        drawn.add(f"reliability-{slug}", reliability, f"{task.id}: is it as right as it is sure?", reliable, results.models)
+    sure_rows = [
+        {
+            "model": name,
+            "values": [f"{100 * value:.1f}" for value in (one.mean_confidence, one.mean_accuracy, one.error)],
+            "main": name in {model.name for model in subjects(results)},
+        }
+        for name, one in reliable.items()
+    ]
+    items = [example for one in (examples["items"] if examples else []) if (example := _answer(one, results))]
+    for item in items:
+        item["answer"]["top"] = item["answer"]["top"][:3]
+    return {"id": task.id, "slug": slug, "classes": task.targets, "items": items, "gains": gained, "calibration": sure_rows}
+
+
+def compositional(results: Results, task: TaskRecord, examples: dict[str, Any] | None, folder: Path, drawn: Figures) -> dict[str, Any]:
+    """Return the example pairs of a compositional task; figure: right pairs by category, if there are several."""
+    slug = file_name(task.id)
+    of_pairs = any((entry.task, entry.metric) == (task.id, "pair_accuracy") for entry in results.entries)
+    column, label = ("image", "pairs") if of_pairs else ("group", "groups")
+    entries, names = [], {}
+    for model, answers in _answers(results, task, folder):
+        categories, right = np.array(answers["category"].to_pylist()), np.array(answers[column])
+        for category in sorted(set(categories.tolist()) - {""}):
+            hits = right[categories == category]
+            low, high = wilson_interval(int(hits.sum()), len(hits), results.confidence)
+            entries.append(Entry(task.id, category, float(hits.mean()), low, high, len(hits), model.name))
+            names[category] = f"{plain(category, 16)}\n({len(hits)})"
+    if len(names) > 1:
+        drawn.add(f"categories-{slug}", bars, f"{task.id}: right {label} by category", entries, names, results.models)
+    items = []
+    for one in examples["items"] if examples else []:
+        said = [{"model": model, **given} for model in results.models if (given := one["answers"].get(model.name))]
+        if said:
+            main = next((given for given in said if given["model"].kind in SUBJECTS), said[0])
+            items.append({**one, "main": main, "said": said})
+    parts = ("image",) if of_pairs else ("text", "image", "group")
+    return {"id": task.id, "slug": slug, "items": items, "parts": parts, "many": len(names) > 4}
+
+
+def segmentation(results: Results, task: TaskRecord, examples: dict[str, Any] | None, folder: Path, drawn: Figures) -> dict[str, Any]:
+    """Return the example pictures of a segmentation task with truth and overlays; figures: IoU by class, gains by class."""
+    overlap = {}
+    for model, answers in _answers(results, task, folder):
+        tp, fp, fn = class_counts(answers)
+        names = json.loads((answers.schema.metadata or {}).get(b"classes", b"[]")) or [f"class {c}" for c in range(tp.shape[1])]
+        union, pictured = (tp + fp + fn).sum(axis=0), ((tp + fn) > 0).sum(axis=0)
+        overlap[model.name] = {
+            int(c): (str(names[c]), int(pictured[c]), float(tp[:, c].sum() / union[c])) for c in np.flatnonzero(pictured)
+        }
+    gained = _by_class(results, task, overlap, drawn, "IoU")
+    items = []
+    for one in examples["items"] if examples else []:
+        said = [
+            {"model": model.name, "overlay": _picture(folder, given["overlay"]), "right": f"{100 * given['pixel_accuracy']:.0f}%"}
+            for model in results.models
+            if (given := one["answers"].get(model.name))
+        ]
+        legend = [{"name": part["name"], "color": _color(part["color"])} for part in one["classes"]]
+        items.append({"image": one["image"], "classes": legend, "truth": _picture(folder, one["truth"]), "said": said})
+    return {"id": task.id, "slug": file_name(task.id), "items": items, "gains": gained}
+
+
+def generation(results: Results, task: TaskRecord, examples: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the questions of a task with what each model answered."""
+    items = []
+    for one in examples["items"] if examples else []:
+        said = [
+            {"model": model.name, "main": model.kind in SUBJECTS, "text": given["text"], "score": given["score"]}
+            for model in results.models
+            if (given := one["answers"].get(model.name))
+        ]
+        if said:
+            items.append({**one, "said": said})
+    return {"id": task.id, "slug": file_name(task.id), "items": items}
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _picture(folder: Path, path: str) -> str:
+    try:
+        return _data_uri((folder / "examples" / path).read_bytes(), "jpeg")
+    except OSError as error:
+        raise DamagedError(f"{folder / 'examples'} lacks a picture of the examples ({error}); measure again") from error
+
+
+def _color(given: str) -> str:
+    """Return a color that is safe inside a style attribute."""
+    return given if re.fullmatch(r"#[0-9a-fA-F]{6}", given) else "#808080"
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # the run is being written, or was cut short: what came before stands
+    return rows
+
+
+def _answers(results: Results, task: TaskRecord, folder: Path) -> Iterator[tuple[ModelRecord, pa.Table]]:
+    """Yield every model that answered each sample of a task, with its answers."""
+    measured = {entry.model for entry in results.entries if entry.task == task.id}
+    for model in results.models:
+        if model.kind in ANSWERING and model.name in measured:
+            yield model, load_answers(folder, task.id, model.name)
+
+
+def _answer(example: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
+    """Return an example with the first trained model's `answer`, and the ranks that the first untrained and CLIP model gave."""
+    by_model = example["answers"]
+    main = next((model.name for model in subjects(results) if model.name in by_model), None)
+    if main is None:
+        return None
+    others = [next((m.name for m in results.models if m.kind == kind and m.name in by_model), None) for kind in ("untrained", "clip")]
+    answer = {**by_model[main], "top": by_model[main]["top"][:5]}
+    missed = not any(one["right"] for one in answer["top"])
+    return {**example, "answer": answer, "missed": missed, "others": [{"name": n, "rank": by_model[n]["rank"]} for n in others if n]}
+
+
+def _by_class(results: Results, task: TaskRecord, scores: Mapping[str, ClassRows], drawn: Figures, what: str) -> list[str]:
+    """Draw the first trained model's classes, best and worst, and its gains over the untrained and the CLIP models; return these' names."""
+    slug, models = file_name(task.id), results.models
+    main = next((model for model in subjects(results) if model.name in scores), None)
+    if main is None:
+        return []
+    others = [model for kind in ("untrained", "clip") for model in models if model.kind == kind and model.name in scores]
+    before = scores[others[0].name] if others else {}
+    ordered = sorted(scores[main.name].values(), key=lambda row: (-row[2], row[0]))
+    half = MOST_CLASSES // 2
+    if len(ordered) > MOST_CLASSES:
+        values = {name: [row[2] for row in rows.values()] for name, rows in scores.items()}
+        drawn.add(f"classes-sorted-{slug}", sorted_classes, f"{task.id}: {what}, all {len(ordered)} classes", values, models)
+    parts = {"all": ordered} if len(ordered) <= MOST_CLASSES else {"best": ordered[:half], "worst": ordered[-half:]}
+    dots = {name: value for name, _, value in before.values()}
+    for part, rows in parts.items():
+        title = f"{task.id}: {what} by class" if part == "all" else f"{task.id}: {part} {half} of {len(ordered)} classes"
+        name = others[0].name if others else ""
+        drawn.add(f"classes-{part}-{slug}", _draw_classes, title, rows, dots, main, models, before_name=name)
+    figures = []
+    for other in others:
+        mine, theirs = scores[main.name], scores[other.name]
+        gains = sorted(((name, n, value - theirs[c][2]) for c, (name, n, value) in mine.items()), key=lambda row: (-row[2], row[0]))
+        shown = gains if len(gains) <= MOST_CLASSES else [*gains[:half], None, *gains[-half:]]
+        figures.append(f"gains-{slug}-{file_name(other.name)}")
+        drawn.add(figures[-1], class_gains, f"{what} by class: {main.name} minus {other.name}", shown)
+    return figures
+
+
+def _draw_classes(
+    title: str, rows: Any, before: Any, model: ModelRecord, models: Sequence[ModelRecord], theme: Theme, before_name: str
+) -> bytes:
+    return class_bars(title, rows, before, model_color(model, models, theme), theme, before_name)
+
+
+def _class_accuracies(answers: pa.Table, correct: np.ndarray) -> ClassRows:
+    """Return name, images and accuracy of the classes that have images, by class number."""
+    labels = answers["label"].to_numpy()
+    names = answers["label_name"].combine_chunks().to_pylist()
+    found = {}
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        found[int(label)] = (str(names[rows[0]]), len(rows), float(correct[rows].mean()))
+    return found

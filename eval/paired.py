@@ -1,0 +1,120 @@
+"""Statistics of two models measured on the same samples: exact tests, paired bootstrap, correction for many tests. Pure.
+
+Shapes: `N` samples, `G` clusters of samples that belong together (the captions of an image), `R` resamples, `C` classes. A statistic is a
+function of weights (R, N), how often each sample was drawn, and returns (R,); weights of one give the plain value.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from align.errors import UsageError
+
+RESAMPLES = 10_000
+ROUNDING = 1e-12  # what sums of fractions may be off by: a smaller difference is none
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Return the exact two-sided p that `differences` (G,) int between two models add up so far from 0 if each sign were a coin toss.
+
+    With differences of -1, 0 and 1, one for each sample, this is McNemar's exact test: binomial on the samples where the two disagree
+    (Q. McNemar, 1947). With sums over clusters it stays right where the samples of a cluster are alike, which McNemar's test is not.
+    """
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    chance = np.ones(1)  # of every sum from -total to total
+    for size, count in zip(sizes, counts, strict=True):
+        logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])  # log k!
+        step = np.zeros(2 * size * count + 1)
+        step[:: 2 * size] = np.exp(logs[count] - logs - logs[::-1] - count * np.log(2))
+        chance = np.convolve(chance, step)
+    total = len(chance) // 2
+    far = np.abs(np.arange(-total, total + 1)) >= abs(int(differences.sum()))
+    return float(min(1.0, chance[far].sum()))
+
+
+def bootstrap_p(drawn: np.ndarray) -> float:
+    """Return the two-sided p of no difference from bootstrapped differences (R,): twice the smaller tail beyond 0, never 0."""
+    tail = min(int((drawn <= ROUNDING).sum()), int((drawn >= -ROUNDING).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+
+
+def paired_bootstrap(
+    pairs: Mapping[str, tuple[Statistic, Statistic]], clusters: np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> dict[str, np.ndarray]:
+    """Return bootstrapped differences, second minus first, (R,) of every pair of statistics; both see the same resample.
+
+    `clusters` (N,) int64 are numbers 0..G-1; whole clusters are drawn. Resamples come in blocks of about 32 MiB.
+    """
+    if len(clusters) == 0:
+        raise UsageError("no samples to draw from; check that both runs have answers")
+    groups = int(clusters.max()) + 1
+    block = max(1, min(resamples, (1 << 22) // len(clusters)))
+    found: dict[str, list[np.ndarray]] = {name: [] for name in pairs}
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        drawn = generator.integers(0, groups, size=(count, groups)) + np.arange(count)[:, None] * groups
+        weights = np.bincount(drawn.ravel(), minlength=count * groups).reshape(count, groups)[:, clusters].astype(np.float64)
+        for name, (first, second) in pairs.items():
+            found[name].append(second(weights) - first(weights))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number, in the given order (S. Holm, 1979): the chance of any false finding stays bounded."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for place, at in enumerate(sorted(range(len(p)), key=lambda at: p[at])):
+        highest = max(highest, min(1.0, (len(p) - place) * p[at]))
+        adjusted[at] = highest
+    return adjusted
+
+
+def mean_of(values: np.ndarray) -> Statistic:
+    """Return the statistic that is the mean of `values` (N,)."""
+    numbers = values.astype(np.float64)
+    return lambda weights: weights @ numbers / weights.sum(axis=1)
+
+
+def ratio_of(part: np.ndarray, whole: np.ndarray) -> Statistic:
+    """Return the statistic sum of `part` (N,) over sum of `whole` (N,)."""
+    over, under = part.astype(np.float64), whole.astype(np.float64)
+    return lambda weights: (weights @ over) / (weights @ under)
+
+
+def median_of(values: np.ndarray) -> Statistic:
+    """Return the statistic that is the median of `values` (N,); of an even number of draws, the mean of the two in the middle."""
+    order = np.argsort(values, kind="stable")
+    ascending = np.asarray(values, dtype=np.float64)[order]
+
+    def median(weights: np.ndarray) -> np.ndarray:
+        reached = np.cumsum(weights[:, order], axis=1)  # (R, N)
+        half = reached[:, -1:] / 2
+        lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)
+        return (ascending[lower] + ascending[upper]) / 2
+
+    return median
+
+
+def mean_per_class_of(correct: np.ndarray, labels: np.ndarray) -> Statistic:
+    """Return the statistic that is the mean over the drawn classes of `correct` (N,) bool, by `labels` (N,)."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    hits = np.asarray(correct, dtype=np.float64)[order]
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        sorted_weights = weights[:, order]
+        total = np.add.reduceat(sorted_weights, starts, axis=1)  # (R, C)
+        return _mean_ratio(np.add.reduceat(sorted_weights * hits, starts, axis=1), total)
+
+    return mean
+
+
+def mean_ratio_of(part: np.ndarray, whole: np.ndarray) -> Statistic:
+    """Return the statistic that is the mean over classes of sum of `part` (N, C) over sum of `whole` (N, C), for classes with any."""
+    over, under = part.astype(np.float64), whole.astype(np.float64)
+    return lambda weights: _mean_ratio(weights @ over, weights @ under)
+
+
+def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    there = whole > 0
+    return np.divide(part, whole, out=np.zeros_like(part), where=there).sum(axis=1) / np.maximum(there.sum(axis=1), 1)

@@ -1,0 +1,233 @@
+"""Open-vocabulary segmentation of a task: label maps of all images, kept on disk, and mIoU with its relatives from them.
+
+    <cache>/segmentation/<digest>/<first image>-<hash>.parquet    the label maps of 32 images as PNGs, whose numbers are classes
+
+The digest is of images, model, prompts and protocol: a second run touches no encoder, one that was killed goes on at the shard
+where it was, and a shard that does not have the hash in its name is made again. `eval.windows` makes a label map, `eval.masks` reads
+the true ones. Shapes: `N` images, `C` classes, `S` names, `E` aligned width, `R` resamples, `H` and `W` pixels of an image.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor
+
+from align.errors import DamagedError, DataError
+from align.files import atomic_bytes, hash_bytes, remove_temporaries
+from align.lease import Lease
+from eval.candidates import DualEncoder
+from eval.masks import IGNORED, SegmentationData
+from eval.results import Entry
+from eval.windows import Windows, segment
+
+SHARD_IMAGES = 32  # label maps between two commits
+METRICS = ("miou", "pixel_accuracy", "mean_class_accuracy")
+
+
+@dataclass(frozen=True)
+class LabelMaps:
+    """A model's label maps of all images of a task, on disk."""
+
+    folder: Path
+    images: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the classes (H, W) of image 0, 1, ..."""
+        for start in range(0, self.images, SHARD_IMAGES):
+            yield from map(_decoded, self._shard(start))
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Return the classes (H, W) of image `number`."""
+        start = number - number % SHARD_IMAGES
+        return _decoded(self._shard(start)[number - start])
+
+    def _shard(self, start: int) -> list[bytes]:
+        maps = _read_shard(self.folder, start)
+        if maps is None:
+            raise DamagedError(f"the label maps of image {start} and the next in {self.folder} are gone or damaged; run again")
+        return maps
+
+
+def label_maps(
+    data: SegmentationData,
+    model: DualEncoder,
+    fingerprint: Mapping[str, Any],
+    weights: Tensor,
+    sentences: Sequence[Sequence[str]],
+    cache: Path,
+    *,
+    windows: Windows | None = None,
+    batch_size: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> LabelMaps:
+    """Return the label maps of all images by `model`, computing those that are not in `cache` yet.
+
+    `weights` (S, E) are L2-normalised, one for each of `data.names`, and made from its `sentences`. `fingerprint` is of the model:
+    encoders and heads. `batch_size` windows go through the encoder at a time. `report(done, total)` is called after each image.
+    """
+    windows = windows or Windows()
+    folder = cache / "segmentation" / maps_digest(data, fingerprint, sentences, windows)
+    total = len(data.keys)
+    missing = [start for start in range(0, total, SHARD_IMAGES) if _read_shard(folder, start) is None]
+    done = total - sum(min(SHARD_IMAGES, total - start) for start in missing)
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Lease(folder, f"eval-{os.getpid()}"):
+            remove_temporaries(folder)
+            for start in missing:
+                made = []
+                for number in range(start, min(start + SHARD_IMAGES, total)):
+                    made.append(_encoded(segment(model, data.image(number), weights, data.owner, windows, batch_size)))
+                    done += 1
+                    report(done, total)
+                _write_shard(folder, start, made)
+    return LabelMaps(folder, total)
+
+
+def maps_digest(data: SegmentationData, fingerprint: Mapping[str, Any], sentences: Sequence[Sequence[str]], windows: Windows) -> str:
+    """Return 32 hex digits for all that decides label maps: images, model (not what its folders are called), prompts and protocol."""
+    model = {name: value for name, value in fingerprint.items() if name.split()[-1] != "encoder"}
+    decides = [data.images_digest, model, [list(of_name) for of_name in sentences], data.owner.tolist(), asdict(windows)]
+    return hash_bytes(json.dumps(decides, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class SegmentationAnswers:
+    """Pixels counted: `confusion` (C, C) int64, rows true and columns predicted classes; `tp`, `fp`, `fn` (N, C) int64 of each image."""
+
+    confusion: np.ndarray
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+
+
+def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Return (C, C) int64 counts of pixels by true (row) and predicted (column) class; IGNORED pixels of `truth` do not count."""
+    counted = truth != IGNORED
+    cells = truth[counted].astype(np.int64) * classes + predicted[counted]
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
+
+def segmentation_answers(data: SegmentationData, maps: LabelMaps) -> SegmentationAnswers:
+    """Return the counts of a model's label maps against the true ones, image by image: one (C, C) matrix is held, and (N, C) counts."""
+    classes = len(data.class_names)
+    total = np.zeros((classes, classes), dtype=np.int64)
+    tp, fp, fn = (np.zeros((len(data.keys), classes), dtype=np.int64) for _ in range(3))
+    for number, predicted in enumerate(maps):
+        truth = data.truth(number)
+        if truth.shape != predicted.shape:
+            raise DataError(f"the label map of {data.keys[number]!r} has another size than its image had; run again")
+        confusion = confusion_matrix(truth, predicted, classes)
+        total += confusion
+        tp[number] = confusion.diagonal()
+        fp[number] = confusion.sum(axis=0) - tp[number]
+        fn[number] = confusion.sum(axis=1) - tp[number]
+    if not total.any():
+        raise DataError(f"task {data.task.id!r}: no pixel of its label maps counts; check its `ignore` and its classes")
+    return SegmentationAnswers(total, tp, fp, fn)
+
+
+def majority_answers(answers: SegmentationAnswers) -> SegmentationAnswers:
+    """Return the counts of giving every pixel the most frequent class of these very images: what counting alone can reach."""
+    pixels = answers.tp + answers.fn  # (N, C) of each true class
+    most = int(pixels.sum(axis=0).argmax())
+    right, confusion = np.zeros_like(pixels), np.zeros_like(answers.confusion)
+    right[:, most] = pixels[:, most]
+    confusion[:, most] = pixels.sum(axis=0)
+    wrong = np.zeros_like(pixels)
+    wrong[:, most] = pixels.sum(axis=1) - pixels[:, most]
+    return SegmentationAnswers(confusion, right, wrong, pixels - right)
+
+
+def class_iou(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
+    """Return (..., C) float64, tp / (tp + fp + fn) of each class; NaN where it is neither there nor predicted. Counts are (..., C)."""
+    return _ratio(tp, tp + fp + fn)
+
+
+def segmentation_metrics(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each of METRICS as (...) float64, from counts (..., C) summed over the images.
+
+    `miou` is the mean of `class_iou` over the classes that are there or predicted: naming a class that is nowhere costs. It is the
+    usual one, of counts over the whole set, not a mean over images. `mean_class_accuracy` is over the classes that are there.
+    """
+    return {
+        "miou": _mean(class_iou(tp, fp, fn)),
+        "pixel_accuracy": _ratio(tp.sum(axis=-1), (tp + fn).sum(axis=-1)),
+        "mean_class_accuracy": _mean(_ratio(tp, tp + fn)),
+    }
+
+
+def segmentation_entries(
+    answers: SegmentationAnswers, task: str, model: str, generator: np.random.Generator, confidence: float, resamples: int = 1000
+) -> list[Entry]:
+    """Return METRICS with percentile bootstrap intervals over images: pixels of an image are not independent, images are."""
+    counts = (answers.tp, answers.fp, answers.fn)
+    values = segmentation_metrics(*(count.sum(axis=0) for count in counts))
+    n = len(answers.tp)
+    drawn: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
+    block = max(1, (1 << 22) // n)  # 32 MiB of draws at a time
+    for start in range(0, resamples, block):
+        times = generator.multinomial(n, np.full(n, 1 / n), size=min(block, resamples - start)).astype(np.float64)  # (R, N)
+        for metric, value in segmentation_metrics(*(times @ count for count in counts)).items():
+            drawn[metric].append(value)
+    ends = [0.5 - confidence / 2, 0.5 + confidence / 2]
+    entries = []
+    for metric in METRICS:
+        low, high = np.nanquantile(np.concatenate(drawn[metric]), ends)
+        entries.append(Entry(task, metric, float(values[metric]), float(low), float(high), n, model))
+    return entries
+
+
+def segmentation_table(answers: SegmentationAnswers, keys: Sequence[str]) -> pa.Table:
+    """Return one row an image: key, pixels that count, those that are right, and tp, fp, fn (lists of C counts)."""
+    lists = {name: pa.array(list(getattr(answers, name)), pa.list_(pa.int64())) for name in ("tp", "fp", "fn")}
+    pixels, right = (answers.tp + answers.fn).sum(axis=1), answers.tp.sum(axis=1)
+    return pa.table({"key": pa.array(keys, pa.string()), "pixels": pixels, "right": right, **lists})
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean over the last axis of what is not NaN, NaN if nothing is."""
+    there = np.isfinite(values)
+    return _ratio(np.where(there, values, 0).sum(axis=-1), there.sum(axis=-1))
+
+
+def _encoded(classes: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(classes).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _decoded(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded), formats=("PNG",)))
+
+
+def _write_shard(folder: Path, start: int, maps: list[bytes]) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"map": pa.array(maps, pa.binary())}), buffer, compression="none")
+    data = buffer.getvalue()
+    for damaged in folder.glob(f"{start:06d}-*.parquet"):
+        damaged.unlink()
+    atomic_bytes(folder / f"{start:06d}-{hash_bytes(data)}.parquet", data)
+
+
+def _read_shard(folder: Path, start: int) -> list[bytes] | None:
+    """Return the encoded maps of a shard if it is there and its content has the hash in its name."""
+    for path in folder.glob(f"{start:06d}-*.parquet"):
+        data = path.read_bytes()
+        if hash_bytes(data) == path.stem.partition("-")[2]:
+            return pq.read_table(pa.BufferReader(data))["map"].to_pylist()
+    return None

@@ -1,0 +1,114 @@
+"""Open-vocabulary segmentation of one image: a window slides over it, every patch is compared with the names of all classes.
+
+The image is resized so that its shorter side is 448 pixels and the longer one a multiple of the patch, so the patches of all
+windows lie on one grid. Cosines are averaged where windows overlap, interpolated bilinearly to the image's own size, and a pixel
+gets the class of its best name. (Softmax would not change which is best; several names of a class: the best one counts.)
+
+Shapes: `B` windows, `P` patches, `E` aligned width, `S` names, `h` and `w` patches of the whole image, `H` and `W` its pixels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from align.encoders import pixel_normalizer
+from align.errors import NonFiniteError, UsageError
+from eval.candidates import DualEncoder
+
+_BYTES = 64 << 20  # of interpolated cosines held at a time, whatever the numbers of names and pixels
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The protocol: the image's shorter `side`, the side of a square window and its stride, all in pixels.
+
+    Each is rounded to whole patches. Where the image is smaller than a window, the window is as small as the image.
+    """
+
+    side: int = 448
+    window: int = 448
+    stride: int = 224
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride <= self.window or self.side < 1:
+            raise UsageError(f"{self}: expected a side of at least 1 and 0 < stride <= window, in pixels")
+
+    def grid(self, size: tuple[int, int], patch: int) -> tuple[int, int]:
+        """Return the patches (h, w) of an image of `size` (H, W) in pixels after it was resized."""
+        scale = self.side / min(size) / patch
+        return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+    def places(self, grid: tuple[int, int], patch: int) -> Iterator[tuple[slice, slice]]:
+        """Yield the rows and columns of patches that each window covers; the last one ends where the image ends."""
+        whole, step = max(1, round(self.window / patch)), max(1, round(self.stride / patch))
+        step = min(step, whole)  # no gaps, whatever rounding did
+        starts = [[*range(0, max(1, cells - whole), step), max(0, cells - whole)] for cells in grid]
+        for row in dict.fromkeys(starts[0]):
+            for column in dict.fromkeys(starts[1]):
+                yield slice(row, min(row + whole, grid[0])), slice(column, min(column + whole, grid[1]))
+
+
+@torch.inference_mode()
+def patch_cosines(model: DualEncoder, image: Image.Image, weights: Tensor, windows: Windows, batch_size: int = 8) -> Tensor:
+    """Return the mean cosines (S, h, w) over all windows of an RGB image, on the model's device, for `weights` (S, E).
+
+    `batch_size` is how many windows go through the encoder at a time. UsageError if the model's patches are not where they should be.
+    """
+    patch = model.patch_size
+    rows, columns = grid = windows.grid((image.height, image.width), patch)
+    pixels = pixel_normalizer(model.vision_encoder.transform)(image, (rows * patch, columns * patch)).to(model.device)
+    weights = weights.to(model.device)
+    total, count = torch.zeros(len(weights), rows, columns, device=model.device), torch.zeros(rows, columns, device=model.device)
+    places = list(windows.places(grid, patch))
+    for start in range(0, len(places), batch_size):
+        batch = places[start : start + batch_size]
+        crops = [pixels[:, r.start * patch : r.stop * patch, c.start * patch : c.stop * patch] for r, c in batch]
+        cosines = model.dense(torch.stack(crops)).float() @ weights.T  # (B, P, S)
+        down, across = crops[0].shape[1] // patch, crops[0].shape[2] // patch
+        if cosines.shape[1] != down * across:
+            raise UsageError(
+                f"the encoder gives {cosines.shape[1]} patches, not {down} x {across}, for {down * patch} x {across * patch} pixels: its "
+                f"patches are not of {patch} pixels a side; choose an encoder with a regular grid"
+            )
+        for (r, c), cosine in zip(batch, cosines, strict=True):
+            total[:, r, c] += cosine.T.unflatten(1, (down, across))
+            count[r, c] += 1
+    if not torch.isfinite(total).all():
+        raise NonFiniteError("the model gave patch embeddings that are not finite; use fp32, or another model")
+    return total / count
+
+
+@torch.inference_mode()
+def best_classes(cosines: Tensor, owner: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the class (H, W) of each pixel: the `owner` (S,) of the name whose `cosines` (S, h, w), interpolated to `size`, is highest.
+
+    uint8, or uint16 beyond 256 classes. Rows are done a few at a time: about 64 MiB are held, not S x H x W x 4 bytes (210 MB for
+    COCO-Stuff at 640 x 480).
+    """
+    height, width = size
+    names, rows, columns = cosines.shape
+    # bilinear interpolation is linear in each axis: the response to unit vectors is its matrix
+    down, across = (
+        interpolate(torch.eye(cells, device=cosines.device)[None], size=pixels, mode="linear", align_corners=False)[0]
+        for cells, pixels in ((rows, height), (columns, width))
+    )  # (h, H), (w, W)
+    step = max(1, _BYTES // (4 * names * width))
+    parts = []
+    for start in range(0, height, step):
+        strip = torch.einsum("shw,hr->srw", cosines, down[:, start : start + step]) @ across  # (S, step, W)
+        parts.append(strip.argmax(0).cpu())
+    kind = np.uint8 if int(owner.max()) < 256 else np.uint16
+    return owner.astype(kind)[torch.cat(parts).numpy()]
+
+
+def segment(
+    model: DualEncoder, image: Image.Image, weights: Tensor, owner: np.ndarray, windows: Windows | None = None, batch_size: int = 8
+) -> np.ndarray:
+    """Return the class (H, W) of each pixel of an RGB image, for names with `weights` (S, E) L2-normalised and classes `owner` (S,)."""
+    cosines = patch_cosines(model, image, weights, windows or Windows(), batch_size)
+    return best_classes(cosines, owner, (image.height, image.width))

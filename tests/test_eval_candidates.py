@@ -1,0 +1,105 @@
+"""How models are named on the command line, and SailModel seen through the protocol of dual encoders."""
+
+import pytest
+import torch
+from torch import nn
+
+import eval.candidates
+from align.errors import UsageError
+from align.modeling import SailConfig, SailModel
+from eval.candidates import SailDualEncoder, model_folder, open_models, split_name
+from eval.config import EvalConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("runs/mine", ("", "runs/mine")),
+        ("mine=runs/mine", ("mine", "runs/mine")),
+        ("mine=/runs/lr=1e-3/best", ("mine", "/runs/lr=1e-3/best")),
+        ("/runs/lr=1e-3/best", ("", "/runs/lr=1e-3/best")),
+        ("./lr=1", ("", "./lr=1")),
+        ("openclip:ViT-L-14/openai", ("", "openclip:ViT-L-14/openai")),
+        ("CLIP-L=openclip:ViT-L-14/openai", ("CLIP-L", "openclip:ViT-L-14/openai")),
+        ("openclip:ViT-B-32/a=b/model.safetensors", ("", "openclip:ViT-B-32/a=b/model.safetensors")),
+        ("hf:folders/x=y", ("", "hf:folders/x=y")),
+        ("S=hf:google/siglip", ("S", "hf:google/siglip")),
+        ("=x", ("", "=x")),
+        ("name=", ("", "name=")),
+    ],
+)
+def test_a_name_is_what_stands_before_the_first_equals_sign_of_no_path(given, expected):
+    assert split_name(given) == expected
+
+
+def test_what_exists_is_a_path_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    assert split_name("lr=1") == ("", "lr=1")
+    assert split_name("lr=2") == ("lr", "2")
+
+
+def save(folder, **changes):
+    settings = {"vision_width": 4, "text_width": 6, "width": 8, "vision_fingerprint": {"weights": "1"}, "head": "glu", "expansion": 2}
+    SailModel(SailConfig(**{**settings, **changes})).initialize(3).save_pretrained(folder)
+    return str(folder)
+
+
+class Opened(nn.Module):
+    """Stands for a baseline that was opened."""
+
+    description, width = "a CLIP", 5
+    vision_fingerprint, text_fingerprint = {"weights": "v"}, {"weights": "t"}
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    seen = []
+    monkeypatch.setattr(eval.candidates, "open_baseline", lambda *given: seen.append(given) or Opened())
+    return seen
+
+
+def test_baselines_stand_beside_models_and_have_no_untrained_twin(tmp_path, opened):
+    folder = save(tmp_path / "run" / "best")
+    models = (str(tmp_path / "run"), "openclip:ViT-L-14/openai", "S=hf:some/siglip")
+    found = open_models(EvalConfig(model=models, tasks=("t",), seed=4), "cpu")
+    assert [(one.record.name, one.record.kind) for one in found] == [
+        ("trained", "trained"),
+        ("ViT-L-14/openai", "clip"),
+        ("S", "clip"),
+        ("untrained", "untrained"),
+    ]
+    assert opened == [("openclip", "ViT-L-14/openai", "cpu"), ("hf", "some/siglip", "cpu")]
+    assert found[0].record.folder == folder and found[1].record.folder == ""
+    assert found[1].record.fingerprint == {"vision weights": "v", "text weights": "t"}
+    assert "5 dimensions" in found[1].record.description
+    assert found[0].record.fingerprint["heads"] != found[3].record.fingerprint["heads"]
+
+
+def test_only_models_of_two_kinds_need_names(tmp_path, opened):
+    a, b = save(tmp_path / "a"), save(tmp_path / "b")
+    config = EvalConfig(model=(a, f"b={b}"), tasks=("t",), baseline=False)
+    assert [one.record.name for one in open_models(config, "cpu")] == [a, "b"]
+    with pytest.raises(UsageError, match="same name"):
+        open_models(EvalConfig(model=("x=hf:one", "x=hf:two"), tasks=("t",)), "cpu")
+    assert not opened
+    with pytest.raises(UsageError, match="openclip:ARCH/TAG"):
+        model_folder(tmp_path)
+
+
+def test_folders_are_checked_before_baselines_are_opened(tmp_path, opened):
+    with pytest.raises(UsageError, match="neither a model folder"):
+        open_models(EvalConfig(model=("hf:one", str(tmp_path / "typo")), tasks=("t",)), "cpu")
+    assert not opened
+
+
+def test_a_sail_model_is_a_dual_encoder(tmp_path):
+    sail = SailModel.from_pretrained(save(tmp_path / "m", log_scale=2.5))
+    dual = SailDualEncoder(sail)
+    images, texts = torch.randn(3, 5, 4), torch.randn(7, 6)
+    assert dual.vision_fingerprint == {"weights": "1"} and dual.text_fingerprint == {}
+    assert torch.equal(dual.align_images(images), sail.align_images(images).detach()) and not dual.align_images(images).requires_grad
+    assert torch.equal(dual.align_texts(texts), sail.align_texts(texts).detach())
+    assert dual.scale == pytest.approx(2.718281828**2.5) and dual.device == torch.device("cpu")
+    with pytest.raises(UsageError, match="already encoded"):
+        _ = dual.vision_encoder
