@@ -31,6 +31,7 @@ from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
 from align.modeling import SailModel, save_model
 from align.published import heads_from, projector_from, read_weights, to_published, with_vision_head, write_weights
+from align.runs import model_folder
 from align.text_encoders import load_text_encoder
 
 
@@ -51,14 +52,6 @@ def open_encoders(config: ConvertConfig, tokenizer: Path) -> tuple[dict[str, Any
         said["text_fingerprint"], widths["text"] = text.fingerprint, text.width
         text.tokenizer.save_pretrained(tokenizer)
     return said, widths
-
-
-def model_folder(path: Path) -> Path:
-    """Return the model folder at `path`: itself, or the `best` or `last` model of a training run."""
-    found = next((place for place in (path, path / "best", path / "last") if (place / "config.json").is_file()), None)
-    if found is None:
-        raise UsageError(f"{path} is neither a model folder (config.json) nor a training run with best/ or last/")
-    return found
 
 
 def convert_heads(config: ConvertConfig, console: Console) -> None:

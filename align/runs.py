@@ -26,7 +26,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.errors import DamagedError
+from align.errors import DamagedError, UsageError
 from align.files import (
     TEMPORARY,
     atomic_bytes,
@@ -201,3 +201,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Tensor], dic
     if problems:
         raise DamagedError(f"no checkpoint in {folder} verifies: {'; '.join(problems)}. Delete the folder to start again.")
     return None, {}, {}, []
+
+
+def model_folder(path: Path) -> Path:
+    """Return the aligned model's folder at `path`: itself, or the `best` or `last` model of a run; UsageError if there is none."""
+    for place in (path, path / "best", path / "last"):
+        if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "sail":
+            return place
+    raise UsageError(f"{path} is neither an aligned model (config.json) nor a run with best/ or last/; make one with align/train.py")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from align.errors import UsageError
 from align.files import hash_bytes
 from align.modeling import SailModel
+from align.runs import model_folder
 from eval.baselines import open_baseline
 from eval.config import EvalConfig
 from eval.results import ModelRecord
@@ -171,17 +172,6 @@ def split_name(given: str) -> tuple[str, str]:
     return name, rest
 
 
-def model_folder(path: Path) -> Path:
-    """Return the model folder at `path`: itself, or the `best` or `last` model of a training run."""
-    found = next((place for place in (path, path / "best", path / "last") if (place / "config.json").is_file()), None)
-    if found is None:
-        raise UsageError(
-            f"{path} is neither a model folder (config.json) nor a training run with best/ or last/; make one with align/train.py, "
-            f"or name a model to compare with: {OPEN_CLIP}ARCH/TAG or {HUGGING_FACE}FOLDER"
-        )
-    return found
-
-
 def open_models(config: EvalConfig, device: str) -> list[Candidate]:
     """Return the models to measure in the order given, then each SailModel with untrained heads if a baseline is wanted."""
     pairs = [split_name(given) for given in config.model]
@@ -193,7 +183,7 @@ def open_models(config: EvalConfig, device: str) -> list[Candidate]:
     ]
     if len(set(names)) < len(names):
         raise UsageError(f"two models have the same name ({', '.join(names)}); name them: --model NAME=PATH NAME=PATH")
-    folders = [None if baseline else model_folder(Path(model)) for (_, model), baseline in zip(pairs, baselines, strict=True)]
+    folders = [None if baseline else _folder(model) for (_, model), baseline in zip(pairs, baselines, strict=True)]
     given, untrained = [], []
     for name, (_, model), folder in zip(names, pairs, folders, strict=True):
         if folder is None:
@@ -205,6 +195,13 @@ def open_models(config: EvalConfig, device: str) -> list[Candidate]:
             other = "untrained" if alone else f"{name} untrained"
             untrained.append(candidate(other, "untrained", sail.untrained(config.seed), "", device))
     return given + untrained
+
+
+def _folder(model: str) -> Path:
+    try:
+        return model_folder(Path(model))
+    except UsageError as error:
+        raise UsageError(f"{error}, or name a model to compare with: {OPEN_CLIP}ARCH/TAG or {HUGGING_FACE}FOLDER") from error
 
 
 def candidate(name: str, kind: str, model: SailModel, folder: str, device: str = "cpu") -> Candidate:

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from align.encoders import Transform, VisionEncoder, load_vision_encoder
-from align.errors import UsageError
-from align.files import read_json
+from align.encoders import Transform, VisionEncoder, load_vision_encoder, pixel_normalizer
 from align.heads import build_head, initialize
 from align.modeling import SailModel
+from align.runs import model_folder
 from mllm.processing import SailLlavaImageProcessor
 
 SailHead = Literal["trained", "random", "none"]
@@ -51,7 +50,7 @@ def open_eyes(
     """Return the encoder of a stage-one run with its head, the same with random weights, or an encoder with a random or no head."""
     dropout = None
     if sail is not None:
-        folder = _sail_folder(Path(sail).expanduser())
+        folder = model_folder(Path(sail).expanduser())
         stage_one = SailModel.from_pretrained(folder)
         settings = stage_one.config
         encoder = stage_one.vision_encoder
@@ -104,27 +103,8 @@ def unread_parameters(encoder: VisionEncoder, size: tuple[int, int]) -> list[str
 
 def image_processor_of(transform: Transform, size: list[int], aspect: Literal["pad", "resize"]) -> SailLlavaImageProcessor:
     """Return our processor with the mean, std, filter and scale of an encoder's own, for images of `size` [height, width]."""
-    own = transform.processor
-    if transform.is_timm:
-        mean, std, factor, resample = own.data_config["mean"], own.data_config["std"], 1 / 255, own.data_config["interpolation"]
-    else:
-        mean, std = (own.image_mean, own.image_std) if own.do_normalize else (0.0, 1.0)
-        factor = own.rescale_factor if own.do_rescale else 1.0
-        resample = own.resample if own.resample is not None else Image.Resampling.BILINEAR
-    if not isinstance(resample, int):
-        resample = Image.Resampling[getattr(resample, "name", str(resample)).upper()]
+    normalizer = pixel_normalizer(transform)
     return SailLlavaImageProcessor(
-        {"height": size[0], "width": size[1]}, _channels(mean), _channels(std), int(resample), factor, image_aspect_ratio=aspect
-    )
-
-
-def _channels(value: Any) -> list[float]:
-    return [float(value)] * 3 if isinstance(value, int | float) else [float(x) for x in value]
-
-
-def _sail_folder(path: Path) -> Path:
-    """Return the stage-one model folder at `path`: itself, or the `best` or `last` model of a run."""
-    for place in (path, path / "best", path / "last"):
-        if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "sail":
-            return place
-    raise UsageError(f"{path} is neither a stage-one model folder nor a run with best/ or last/; make one with align/train.py")
+        {"height": size[0], "width": size[1]}, list(normalizer.mean), list(normalizer.std), int(normalizer.resample), 1 / 255,
+        image_aspect_ratio=aspect,
+    )  # fmt: skip

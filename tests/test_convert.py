@@ -212,7 +212,7 @@ def test_an_image_head_of_a_tuned_mllm_goes_into_a_model(tmp_path):
     torch.save(published(expansion=2, sides=("vision",)), tmp_path / "small.bin")
     with pytest.raises(UsageError, match="expansion 2"):
         main(ConvertConfig(heads=str(tmp_path / "small.bin"), base=str(tmp_path / "base"), output=str(tmp_path / "x")))
-    with pytest.raises(UsageError, match="neither a model folder"):
+    with pytest.raises(UsageError, match="neither an aligned model"):
         main(ConvertConfig(heads=str(tmp_path / "vlhead.bin"), base=str(tmp_path / "typo"), output=str(tmp_path / "x")))
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import eval.candidates
 from align.errors import UsageError
 from align.modeling import SailConfig, SailModel
-from eval.candidates import SailDualEncoder, model_folder, open_models, split_name
+from eval.candidates import SailDualEncoder, open_models, split_name
 from eval.config import EvalConfig
 
 
@@ -84,11 +84,11 @@ def test_only_models_of_two_kinds_need_names(tmp_path, opened):
         open_models(EvalConfig(model=("x=hf:one", "x=hf:two"), tasks=("t",)), "cpu")
     assert not opened
     with pytest.raises(UsageError, match="openclip:ARCH/TAG"):
-        model_folder(tmp_path)
+        open_models(EvalConfig(model=(str(tmp_path),), tasks=("t",)), "cpu")
 
 
 def test_folders_are_checked_before_baselines_are_opened(tmp_path, opened):
-    with pytest.raises(UsageError, match="neither a model folder"):
+    with pytest.raises(UsageError, match="neither an aligned model"):
         open_models(EvalConfig(model=("hf:one", str(tmp_path / "typo")), tasks=("t",)), "cpu")
     assert not opened
 

@@ -233,7 +233,7 @@ def test_too_many_rejects_stop_the_measurement(world, loads):
 
 
 def test_wrong_models_are_refused_at_the_door(world, loads):
-    with pytest.raises(UsageError, match="neither a model folder"):
+    with pytest.raises(UsageError, match="neither an aligned model"):
         main(config(world, model=(str(world / "data"),)))
     with pytest.raises(UsageError, match="same name"):
         main(config(world, model=(f"a={world / 'run'}", f"a={world / 'run'}")))

@@ -261,7 +261,7 @@ def test_models_that_llava_cannot_hold_are_refused(parts, llava, tmp_path):
         assemble(llava=str(parts / "llama"), sail=str(parts / "run"))
     with pytest.raises(UsageError, match="llava"):
         assemble(llm=str(llava), sail=str(parts / "run"))
-    with pytest.raises(UsageError, match="neither a stage-one"):
+    with pytest.raises(UsageError, match="neither an aligned model"):
         assemble(llm=str(parts / "llama"), sail=str(parts / "vision"))
     shutil.copytree(parts / "llama", tmp_path / "other shape")
     config = json.loads((tmp_path / "other shape/config.json").read_text())

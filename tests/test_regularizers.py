@@ -52,7 +52,7 @@ def markov(points):
     points = points - points.mean(axis=0)
     count, matrix = len(points), []
     for i in range(count):
-        cosines = [float(points[i] @ points[j]) / math.sqrt(float(points[i] @ points[i]) * float(points[j] @ points[j])) for j in range(count)]
+        cosines = [float(points[i] @ points[j] / np.linalg.norm(points[i]) / np.linalg.norm(points[j])) for j in range(count)]
         weights = [0.0 if i == j else math.exp(cosines[j] / 0.05) for j in range(count)]
         matrix.append([weight / sum(weights) for weight in weights])
     return np.array(matrix)
