@@ -15,7 +15,7 @@ from align.similarity import ranked
 INK, MUTED, GRID = "#1d2430", "#667085", "#e4e7ec"
 COLORS = ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3", "#b08f45", "#a23b5e")
 MARKS = {"cls": "^", "mean": "o", "cls_mean": "s"}
-HEAT_ROWS = 48  # more cannot be read
+HEAT_ROWS = 64  # more cannot be read
 
 
 def _png(figure: Figure) -> bytes:
@@ -33,7 +33,7 @@ def _figure(width: float, height: float) -> Figure:
 def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     """Return the scores of all vision candidates with one text encoder: numbers in percent, colored by rank within the column.
 
-    Sorted by encoder, feature and layer, so that a column shows how a score runs over the layers. Of more than 48 candidates the
+    Sorted by encoder, feature and layer, so that a column shows how a score runs over the layers. Of more than 64 candidates the
     best by probing are drawn.
     """
     group = [result for result in results if result.candidate.text == text]
