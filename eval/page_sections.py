@@ -260,12 +260,14 @@ def _answer(example: Mapping[str, Any], results: Results) -> dict[str, Any] | No
 
 
 def _by_class(results: Results, task: TaskRecord, scores: Mapping[str, ClassRows], drawn: Figures, what: str) -> list[str]:
-    """Draw the first trained model's classes, best and worst, and its gains over the untrained and the CLIP models; return these' names."""
+    """Draw the first trained model's classes, best and worst, its gains over its untrained twin and CLIP; return these' names."""
     slug, models = file_name(task.id), results.models
     main = next((model for model in subjects(results) if model.name in scores), None)
     if main is None:
         return []
-    others = [model for kind in ("untrained", "clip") for model in models if model.kind == kind and model.name in scores]
+    twins = ("untrained", f"{main.name} untrained")
+    compared = [m for m in models if m.kind == "clip" or (m.kind == "untrained" and m.name in twins)]
+    others = sorted((m for m in compared if m.name in scores), key=lambda m: m.kind == "clip")
     before = scores[others[0].name] if others else {}
     ordered = sorted(scores[main.name].values(), key=lambda row: (-row[2], row[0]))
     half = MOST_CLASSES // 2
