@@ -16,8 +16,10 @@ from align.cli import parse
 from align.config import TrainConfig
 from align.errors import NonFiniteError, UsageError
 from align.files import arm_failpoint
+from align.losses import sigmoid_loss
 from align.modeling import SailConfig, SailModel
 from align.pairs import BatchOrder, PairBatch, open_pairs
+from align.regularizers import structure
 from align.runs import newest_checkpoint
 from align.train import main
 from align.training import Objective, Schedule, Stepper, build_optimizer
@@ -221,11 +223,40 @@ def test_a_regularized_run_that_is_killed_is_the_straight_one(paired_folders, fo
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fusemix": -1}, {"structure": -1}, {"structure-levels": 0}, {"feature-dropout": 1}, {"fusemix": 1, "head": "token"}]
+    "changes", [{"fusemix": -1}, {"structure": -1}, {"structure_levels": 0}, {"feature_dropout": 1}, {"fusemix": 1, "head": "token"}]
 )
-def test_regularizers_out_of_range_are_refused(changes, tmp_path):
-    with pytest.raises(UsageError, match="--" + next(iter(changes))):
-        parse(TrainConfig, "train", flags(tmp_path, tmp_path / "run", **changes))
+def test_regularizers_out_of_range_are_refused(changes):
+    with pytest.raises(UsageError, match="--" + next(iter(changes)).replace("_", "-")):
+        TrainConfig(captions=("c",), images=("i",), output="run", steps=1, **changes)
+
+
+def share_worker(folder, rank, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model, optimizer = tiny()
+    stepper = Stepper(model, optimizer, Schedule(0.01, 10, warmup=0), Objective(structure=3.0), seed=0, rank=rank, precision="fp32")
+    whole, rows = batch(), slice(12 * rank, 12 * rank + 12)
+    stepper.step(PairBatch(whole.images[rows], [c[rows] for c in whole.captions], whole.ids[rows]), 0)
+    torch.save([p.grad for p in model.parameters()], folder / f"gradients{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_with_several_processes_structure_is_the_mean_over_their_shares(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert exit_codes([fork(share_worker, tmp_path, rank, port) for rank in range(2)]) == [0, 0]
+    first, second = (torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True) for rank in range(2))
+    model, whole = tiny()[0], batch()
+    images, captions = torch.from_numpy(whole.images), [torch.from_numpy(c) for c in whole.captions]
+    x, y = model.embed_images(images), [model.embed_texts(c) for c in captions]
+    loss = sigmoid_loss(x, y, model.logit_scale, model.logit_bias)
+    for rows in (slice(0, 12), slice(12, 24)):
+        features = [images[rows], *(c[rows] for c in captions)]
+        loss = loss + 3 / 2 * structure(features, [e[rows] for e in (x, *y)], 1, seed=0, step=0)
+    loss.backward()
+    for one, other, p in zip(first, second, model.parameters(), strict=True):
+        assert torch.equal(one, other) and torch.allclose(one, p.grad, rtol=1e-4, atol=1e-7)
 
 
 def worker(folder, rank, world, port):
