@@ -262,7 +262,7 @@ def main(config: EvalConfig) -> None:
     console = Console()
     if config.list_tasks:
         for task in TASKS.values():
-            console.print(describe(task), highlight=False, soft_wrap=True)
+            console.print(describe(task), markup=False, highlight=False, soft_wrap=True)
         return
     if config.compare:
         first, second = config.compare

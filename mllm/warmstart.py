@@ -28,6 +28,7 @@ STANDARDIZE_IMAGES = 256  # first images, whose features give mean and spread
 HELD_OUT = 0.1  # share of the rows that only judge the fit
 MOST_HELD_OUT = 500
 RIDGE = 0.3  # relative to the mean variance of the hidden units
+LEAST_SPREAD = 0.3  # of the typical spread, to which a feature is standardized
 MIN_IMAGES = 50
 
 
@@ -176,7 +177,9 @@ def _first_layer(projector: Any, features: Tensor, seed: int) -> None:
     A straighter first layer fits better (docs/LOG.md); training bends it where that helps.
     """
     flat = features.double().flatten(0, 1).cpu()
-    mean, spread = flat.mean(0), flat.std(0) + 1e-6
+    mean, spread = flat.mean(0), flat.std(0)
+    # channels that hardly vary in the first images (CNNs have many) would drown all others once they do
+    spread = torch.maximum(spread, LEAST_SPREAD * spread.square().mean().sqrt()) + 1e-6
     hidden, width = projector.linear_1.weight.shape
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(hidden, width, generator=generator, dtype=torch.float64) / width**0.5 / spread

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -273,6 +274,7 @@ def test_known_evaluation_sets_are_noticed(monkeypatch, tmp_path):
     (tmp_path / "clip_benchmark" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     (listed / "en_classnames.json").write_text(json.dumps({"farm": ["cow", "Hen"], "zoo": ["lion", "cow"]}))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "clip_benchmark", raising=False)  # another test may have imported the real one
     assert evaluation_sets(["hen", "Cow", "tractor"]) == ["farm"]
     assert evaluation_sets(["hen"]) == []
 

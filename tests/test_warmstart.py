@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_mllm import tiny_model
+from torch import nn
 
 from align.errors import DataError
 from mllm.conversations import open_conversations
-from mllm.warmstart import _Solver, captions, fit_projector, rarity
+from mllm.warmstart import _first_layer, _Solver, captions, fit_projector, rarity
 
 
 def test_the_solver_is_ridge_regression():
@@ -83,3 +84,18 @@ def test_too_few_captions_are_refused(colors):
     model, processor = tiny_model()
     with pytest.raises(DataError, match="at least 50"):
         fit_projector(model, processor, conversations, 20, seed=1)
+
+
+def test_a_channel_that_was_silent_at_first_does_not_drown_the_others():
+    features = torch.randn(20, 4, 8, generator=torch.Generator().manual_seed(0))
+    features[..., 3] = 0.0
+
+    class Projector(nn.Module):
+        linear_1 = nn.Linear(8, 16)
+
+    with torch.no_grad():
+        _first_layer(Projector, features, seed=0)
+        later = features.clone()
+        later[..., 3] = 1.0  # as large as the others
+        moved = (Projector.linear_1(later) - Projector.linear_1(features)).abs().max()
+    assert moved < 10, "a channel without spread was divided by almost nothing"

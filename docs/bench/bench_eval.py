@@ -96,8 +96,7 @@ def measured(work: Callable[[], tuple[dict[str, float], np.ndarray]]) -> Measure
 
 def in_new_process(function: Callable[..., Measured], *arguments: Any) -> Measured:
     """Return what `function` finds in a process of its own, so that memory peaks and allocator settings do not mix."""
-    # a fork of a server that has imported this file: importing takes longer than many a measurement
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
