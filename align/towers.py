@@ -7,6 +7,7 @@ Pixels of another size than the model was trained with give more or fewer patche
 each library does it), rotary and sinusoidal ones are computed, CNNs have none. A tower that cannot is `fixed` to its own size.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -168,14 +169,13 @@ def _timm(model: Any) -> Tower:
 
 def _take_any_size(timm_model: Any) -> bool:
     """Make a plain timm ViT as if it were created with `dynamic_img_size=True`; return whether it is one. Its own size gives the same."""
-    from timm.layers import Format, PatchEmbed  # seconds; already there if a timm model is
-    from timm.models.vision_transformer import VisionTransformer
-
+    # timm is there if a timm model is; an import statement would make every exported model need it
+    layers, models = (importlib.import_module(name) for name in ("timm.layers", "timm.models.vision_transformer"))
     embed = timm_model.patch_embed
-    if not isinstance(timm_model, VisionTransformer) or type(embed) is not PatchEmbed:
+    if not isinstance(timm_model, models.VisionTransformer) or type(embed) is not layers.PatchEmbed:
         return False
-    timm_model.dynamic_img_size = True  # type: ignore[misc]
-    embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+    timm_model.dynamic_img_size = True
+    embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, layers.Format.NHWC
     return True
 
 
