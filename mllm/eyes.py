@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from align.encoders import Transform, VisionEncoder, load_vision_encoder, pixel_normalizer
+from align.errors import UsageError
 from align.heads import build_head, initialize
 from align.modeling import SailModel
 from align.runs import model_folder
@@ -53,6 +54,8 @@ def open_eyes(
         folder = model_folder(Path(sail).expanduser())
         stage_one = SailModel.from_pretrained(folder)
         settings = stage_one.config
+        if settings.head == "token":
+            raise UsageError(f"{sail} has token heads, which make one vector of an image; an MLLM needs one that maps each patch (glu, mlp)")
         encoder = stage_one.vision_encoder
         if image_size is not None:
             encoder = load_vision_encoder(**{**stage_one._reference("vision"), "image_size": image_size})
