@@ -55,7 +55,9 @@ def open_eyes(
         stage_one = SailModel.from_pretrained(folder)
         settings = stage_one.config
         if settings.head == "token":
-            raise UsageError(f"{sail} has token heads, which make one vector of an image; an MLLM needs one that maps each patch (glu, mlp)")
+            raise UsageError(
+                f"{sail} has token heads, which make one vector of an image; an MLLM needs one that maps each patch (glu, mlp)"
+            )
         encoder = stage_one.vision_encoder
         if image_size is not None:
             encoder = load_vision_encoder(**{**stage_one._reference("vision"), "image_size": image_size})
