@@ -2,7 +2,9 @@
 # Does curation matter? Sprite scenes whose sprites are long-tailed (Zipf): curated pairs against the same number of random ones.
 #   bash scripts/curate.sh [OUTPUT_FOLDER]
 # 3,000 candidate scenes of one or two of 60 sprites, the sprite of rank r drawn in proportion to 1/r. 600 of them are chosen by
-# align/curate.py (10 a concept) or at random; `all` trains as long on all 3,000. Embedded encoders, two kinds of heads, three seeds.
+# align/curate.py (10 a concept) or at random; `alike` is random with as many scenes of a single sprite as the curated ones have, since
+# captions that say one thing score best and the test shows one sprite a picture; `all` trains as long on all 3,000 (linear heads only).
+# Embedded encoders, two kinds of heads, three seeds.
 # Measured: zero-shot accuracy among the 60 sprites, eight new pictures each, by how frequent the sprite is among the candidates.
 # The concepts are the names of the sprites: the classes of this very test. The table is printed and kept in OUTPUT_FOLDER/table.txt;
 # what is complete is not repeated. About ten minutes on one core.
@@ -51,7 +53,7 @@ python align/curate.py --candidates "$out/features/captions-short" --concepts "$
   --top 200 --per-concept 10 --concepts-from-evaluation "the 60 sprites of scripts/curate.sh" --output "$out/curated"
 
 python - "$out" <<'PY'
-import sys
+import json, sys
 from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,22 +62,29 @@ from align.store import FeatureStore
 
 out = Path(sys.argv[1])
 keys = FeatureStore(out / "features" / "images").keys.to_pylist()
-count = pq.read_metadata(out / "curated" / "chosen.parquet").num_rows
+shown = {row["key"]: len(row["sprites"]) for row in map(json.loads, (out / "train.jsonl").read_text().splitlines())}
+curated = pq.read_table(out / "curated" / "chosen.parquet")["key"].to_pylist()
+alone = sum(shown[key] == 1 for key in curated)
+print(f"{alone} of {len(curated)} curated scenes show a single sprite, of all {sum(number == 1 for number in shown.values())}")
+groups = [key for key in keys if shown[key] == 1], [key for key in keys if shown[key] > 1]
 for seed in range(3):
-    chosen = generator(seed, 2).choice(len(keys), count, replace=False)
+    chosen = generator(seed, 2).choice(len(keys), len(curated), replace=False)
     pq.write_table(pa.table({"key": [keys[place] for place in chosen]}), out / f"random-{seed}.parquet")
+    sizes = (alone, len(curated) - alone)
+    parts = [generator(seed, 3).choice(group, size, replace=False) for group, size in zip(groups, sizes, strict=True)]
+    pq.write_table(pa.table({"key": [str(key) for part in parts for key in part]}), out / f"alike-{seed}.parquet")
 PY
 
 for head in linear glu; do
   [ $head = glu ] && wide=(--expansion 2) || wide=()
   for seed in 0 1 2; do
-    for choice in curated random all; do
+    for choice in curated random alike all; do
       [ $head-$choice = glu-all ] && continue
-      run="$out/train/$head-$choice-$seed"
+      run="$out/runs/$head-$choice-$seed"
       [ -d "$run/last" ] && continue
       case $choice in
         curated) keys=(--keys "$out/curated/chosen.parquet") ;;
-        random) keys=(--keys "$out/random-$seed.parquet") ;;
+        random | alike) keys=(--keys "$out/$choice-$seed.parquet") ;;
         all) keys=() ;;
       esac
       python align/train.py --images "$out/features/images" --captions "$out/features/captions-short" --output "$run" "${keys[@]}" \
@@ -115,10 +124,10 @@ def cell(values):
 print("| head | pairs | pictures a sprite: frequent, medium, rare | " + " | ".join(f"{group}, top-1 %" for group in groups) + " |")
 print("|---|---|---|" + "---|" * len(groups))
 for head in ("linear", "glu"):
-    for choice in ("random", "curated", *(["all"] if head == "linear" else [])):
+    for choice in ("random", "alike", "curated", *(["all"] if head == "linear" else [])):
         accuracy, pictures = {group: [] for group in groups}, {group: [] for group in groups}
         for seed in range(3):
-            model = SailModel.from_pretrained(out / "train" / f"{head}-{choice}-{seed}" / "last")
+            model = SailModel.from_pretrained(out / "runs" / f"{head}-{choice}-{seed}" / "last")
             encoder = encoder or model.text_encoder
             with torch.no_grad():
                 if embedded is None:
@@ -126,7 +135,7 @@ for head in ("linear", "glu"):
                 aligned = torch.stack([model.align_texts(embedded[template]) for template in templates]).mean(0)
                 scores = model.align_images(features) @ torch.nn.functional.normalize(aligned, dim=1).T
             right = scores.argmax(1).numpy() == truth
-            file = {"curated": "curated/chosen.parquet", "random": f"random-{seed}.parquet"}.get(choice)
+            file = {"curated": "curated/chosen.parquet", "all": None}.get(choice, f"{choice}-{seed}.parquet")
             keys = pq.read_table(out / file)["key"].to_pylist() if file else list(shown)
             seen = Counter(name for key in keys for name in shown[key])
             for group, members in groups.items():
