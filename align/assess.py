@@ -59,7 +59,7 @@ from align.files import atomic_bytes, atomic_json, hash_bytes, human_bytes, requ
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
 from align.probing import Training
-from align.progress import Meter
+from align.progress import Meter, plain_console
 from align.runs import add_launch
 from align.samples import Plan, Source
 from align.store import FeatureStore
@@ -269,8 +269,7 @@ def main(config: AssessConfig) -> None:
     """Sample the pairs, encode them with every encoder, score every candidate, report."""
     reuse_freed_memory()
     use_cores(1)
-    console = Console(soft_wrap=True, highlight=False)
-    console = console if console.is_terminal else Console(soft_wrap=True, highlight=False, width=150)
+    console = plain_console()
     Path(config.output).mkdir(parents=True, exist_ok=True)
     job = Assessment(config, console)
     rows = {part: plan.rows for part, plan in job.plans.items()}

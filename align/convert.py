@@ -30,6 +30,7 @@ from align.files import human_bytes, require_free
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
 from align.modeling import SailModel, save_model
+from align.progress import plain_console
 from align.published import heads_from, projector_from, read_weights, to_published, with_vision_head, write_weights
 from align.runs import model_folder
 from align.text_encoders import load_text_encoder
@@ -110,7 +111,7 @@ def main(config: ConvertConfig) -> None:
     reuse_freed_memory()
     use_cores(1)
     disable_progress_bar()  # of transformers
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     if config.heads:
         convert_heads(config, console)
     elif config.embeddings:

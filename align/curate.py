@@ -46,6 +46,7 @@ from align.files import atomic_bytes, atomic_path, hash_bytes, hash_file, human_
 from align.hardware import reuse_freed_memory, use_cores
 from align.lease import Lease
 from align.modeling import SailModel
+from align.progress import plain_console
 from align.runs import add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.scoring import Candidates, Projection, chunk_rows, normalize, score_shard, scored_chunks
 from align.store import FeatureStore, compare_fingerprints
@@ -229,7 +230,7 @@ def main(config: CurateConfig) -> None:
     reuse_freed_memory()
     use_cores(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     folder = Path(config.output)
     candidates, names = open_candidates(config.candidates), concept_names(config)
     refuse_other_config(config, folder, "curate", FREE_ON_RESUME)

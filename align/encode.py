@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 
 from align.cli import run
 from align.config import EncodeConfig
@@ -30,7 +29,7 @@ from align.files import human_bytes, remove_temporaries, require_free
 from align.gate import Limits
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.lease import Lease
-from align.progress import Meter
+from align.progress import Meter, plain_console
 from align.samples import Plan, Source, plan
 from align.store import FeatureStore, compare_fingerprints
 from align.text_encoders import TextEncoder, load_text_encoder
@@ -76,7 +75,7 @@ def main(config: EncodeConfig) -> None:
     reuse_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    console = Console(quiet=not state.is_main_process, soft_wrap=True, highlight=False)
+    console = plain_console(quiet=not state.is_main_process)
     source = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
     chosen = shared_plan(config, source, state)
     vision, text, loaders = load_encoders(config, state.device)

@@ -1,4 +1,4 @@
-"""A line that says how far encoding is, how fast, and where the time goes."""
+"""The console of every entry, and lines that say how far work is, how fast, and where the time goes."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,14 @@ from collections.abc import Callable
 from rich.console import Console
 
 from align.extract import Progress
+
+LOG_WIDTH = 150
+
+
+def plain_console(quiet: bool = False) -> Console:
+    """Return a console that prints text as it is: brackets in names are no markup, lines are not wrapped, tables in logs are wide."""
+    width = None if Console().is_terminal else LOG_WIDTH
+    return Console(quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False, width=width)
 
 
 class Meter:
@@ -32,7 +40,7 @@ class Meter:
             f"{progress.wait / busy:.0%}, forward {progress.forward / busy:.0%}, write {progress.write / busy:.0%} | "
             f"rejected {progress.rejected}"
         )
-        self.console.print(line, end="\r" if self.console.is_terminal and not last else "\n", highlight=False, soft_wrap=True)
+        self.console.print(line, end="\r" if self.console.is_terminal and not last else "\n")
 
 
 def counter(console: Console, what: str) -> Callable[[int, int], None]:
@@ -49,6 +57,6 @@ def counter(console: Console, what: str) -> Callable[[int, int], None]:
         last = now
         rate = (done - first) / max(1e-9, now - begin)
         line = f"{what} {done}/{total}, {rate:.1f}/s, {(total - done) / max(rate, 1e-9):.0f} s left"
-        console.print(line, end="\r" if console.is_terminal and done < total else "\n", highlight=False, soft_wrap=True)
+        console.print(line, end="\r" if console.is_terminal and done < total else "\n")
 
     return show

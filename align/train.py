@@ -36,6 +36,7 @@ from align.losses import any_rank
 from align.modeling import save_model
 from align.online import OnlinePairs
 from align.pairs import BatchOrder, block_rows_for, read_keys
+from align.progress import plain_console
 from align.runs import JsonLines, add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.training import Objective, Schedule, Stepper, build_optimizer, validate
 
@@ -110,7 +111,7 @@ def main(config: TrainConfig) -> None:
     reuse_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    console = Console(quiet=not state.is_main_process, soft_wrap=True, highlight=False)
+    console = plain_console(quiet=not state.is_main_process)
     disable_progress_bar()  # of transformers: a bar for each saved model
     if config.batch_size % state.num_processes:
         raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")

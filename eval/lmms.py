@@ -30,6 +30,7 @@ from rich.table import Table
 from align.cli import run
 from align.errors import DataError, UsageError
 from align.files import atomic_bytes
+from align.progress import plain_console
 from align.runs import generator, git_commit, versions
 from eval.config import LmmsConfig
 from eval.examples import drawn_questions, generation_examples, save_examples
@@ -135,7 +136,7 @@ def ask(config: LmmsConfig, models: Sequence[Candidate], tasks: Path, console: C
     command = [sys.executable, *spread, "-m", "lmms_eval", "--config", str(folder / "jobs.yaml")]
     log = folder / "log.txt"
     names = ", ".join(candidate.record.name for candidate in models)
-    console.print(f"lmms-eval asks {names}: {', '.join(config.tasks)} (log: {log})", highlight=False, soft_wrap=True)
+    console.print(f"lmms-eval asks {names}: {', '.join(config.tasks)} (log: {log})")
     code = _run(command, log, console)
     asked, failures = [], []
     for candidate in models:
@@ -234,12 +235,12 @@ def results_table(results: Results) -> Table:
 
 def main(config: LmmsConfig) -> None:
     """Check, ask every model, merge, report."""
-    console = Console()
+    console = plain_console()
     known = local_tasks(config.include, config.data)
     if config.list_tasks:
         for task in known.values():
             where = ", ".join(map(str, task.data)) or "lmms-eval downloads it"
-            console.print(f"{task.name}: {where}", highlight=False, soft_wrap=True)
+            console.print(f"{task.name}: {where}")
         return
     check_ready(config, known)
     output = Path(config.output)
@@ -257,8 +258,8 @@ def main(config: LmmsConfig) -> None:
     console.print(results_table(replace(measured, models=tuple(m for m in results.models if m in measured.models))))
     if config.report:
         page = write_report(output, output, [Path(folder) for folder in config.train_runs])
-        console.print(f"report: {page} (figures as PNG in {output / 'figures'})", highlight=False, soft_wrap=True)
-    console.print(f"results: {saved}", highlight=False, soft_wrap=True)
+        console.print(f"report: {page} (figures as PNG in {output / 'figures'})")
+    console.print(f"results: {saved}")
     if failures:
         raise DataError("; ".join([*failures, "the other models' results were kept"]))
 

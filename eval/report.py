@@ -8,9 +8,8 @@ Needs no model, no data and no network.
 
 from pathlib import Path
 
-from rich.console import Console
-
 from align.cli import run
+from align.progress import plain_console
 from eval.config import ReportConfig
 from eval.page import write_report
 
@@ -21,7 +20,7 @@ def main(config: ReportConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     runs = [Path(folder) for folder in config.train_runs]
     page = write_report(Path(config.results), output, runs, config.title, dark=config.theme == "both")
-    Console().print(f"report: {page}", highlight=False, soft_wrap=True)
+    plain_console().print(f"report: {page}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from align.ranking import best_ranks
+from align.ranking import ranks_and_top
 from eval.metrics import chance_recall, cluster_interval, clustered_recall_interval, median_rank, recall_at, weighted_median
 from eval.results import Entry
 
@@ -43,19 +43,9 @@ def retrieve(images: Tensor, captions: Tensor, caption_image: Tensor, chunk: int
     Memory is O(chunk max(N, M)): the (N, M) matrix is never kept.
     """
     image_ids = torch.arange(len(images))
-    i2t = best_ranks(images, captions, image_ids, caption_image, chunk)
-    t2i = best_ranks(captions, images, caption_image, image_ids, chunk)
-    i2t_top, i2t_scores = top_targets(images, captions, TOP, chunk)
-    t2i_top, t2i_scores = top_targets(captions, images, TOP, chunk)
-    return RetrievalAnswers(i2t.numpy(), i2t_top, i2t_scores, t2i.numpy(), t2i_top, t2i_scores, caption_image.numpy())
-
-
-@torch.no_grad()
-def top_targets(queries: Tensor, targets: Tensor, k: int, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers (Q, K) and cosines (Q, K) of each query's K = min(k, targets) best targets, best first."""
-    keep = min(k, len(targets))
-    best = [torch.topk(queries[start : start + chunk] @ targets.T, keep) for start in range(0, len(queries), chunk)]
-    return torch.cat([b.indices for b in best]).numpy(), torch.cat([b.values for b in best]).numpy()
+    i2t = ranks_and_top(images, captions, image_ids, caption_image, TOP, chunk)
+    t2i = ranks_and_top(captions, images, caption_image, image_ids, TOP, chunk)
+    return RetrievalAnswers(*(part.numpy() for part in (*i2t, *t2i)), caption_image.numpy())
 
 
 def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generator: np.random.Generator, confidence: float) -> list[Entry]:

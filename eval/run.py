@@ -31,7 +31,7 @@ from align.cli import run
 from align.errors import DataError
 from align.gate import Limits, Reject, gate_image
 from align.hardware import reuse_freed_memory, use_cores
-from align.progress import Meter, counter
+from align.progress import Meter, counter, plain_console
 from align.runs import generator, git_commit, versions
 from eval.candidates import Candidate, open_models
 from eval.compare import compare, comparison_table, save_comparison
@@ -259,17 +259,17 @@ def main(config: EvalConfig) -> None:
     """Read the tasks, open the models, measure, save, report."""
     reuse_freed_memory()
     use_cores(1)
-    console = Console()
+    console = plain_console()
     if config.list_tasks:
         for task in TASKS.values():
-            console.print(describe(task), markup=False, highlight=False, soft_wrap=True)
+            console.print(describe(task))
         return
     if config.compare:
         first, second = config.compare
         comparison = compare(first, second, generator(config.seed, 13), config.seed, config.confidence)
         saved = save_comparison(Path(config.output), comparison)
         console.print(comparison_table(comparison))
-        console.print(f"report: {write_comparison(comparison, saved.parent)}", highlight=False, soft_wrap=True)
+        console.print(f"report: {write_comparison(comparison, saved.parent)}")
         return
     disable_progress_bar()  # of transformers, for every checkpoint it opens
     tasks = [find_task(name) for name in config.tasks]
@@ -289,8 +289,8 @@ def main(config: EvalConfig) -> None:
         began = time.monotonic()
         page = write_report(output, output, [Path(folder) for folder in config.train_runs])
         save_results(output, replace(results, seconds={**results.seconds, "report": round(time.monotonic() - began, 2)}))
-        console.print(f"report: {page} (figures as PNG in {output / 'figures'})", highlight=False, soft_wrap=True)
-    console.print(f"results: {saved}", highlight=False, soft_wrap=True)
+        console.print(f"report: {page} (figures as PNG in {output / 'figures'})")
+    console.print(f"results: {saved}")
 
 
 if __name__ == "__main__":

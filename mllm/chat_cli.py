@@ -23,6 +23,7 @@ from align.cli import run
 from align.errors import DataError, KitError, UsageError
 from align.gate import Limits, Reject, gate_image
 from align.hardware import resolve_precision, use_cores
+from align.progress import plain_console
 from mllm.answering import Answerer, Conversation, Decoding
 from mllm.chat import Message
 from mllm.config import ChatConfig
@@ -85,16 +86,16 @@ def converse(talk: Talk, console: Console, lines: Iterator[str], streamer: Any) 
             if command == "/image":
                 talk.image = read_image(rest.strip())
                 talk.restart()
-                console.print(f"looking at {rest.strip()}", highlight=False)
+                console.print(f"looking at {rest.strip()}")
             elif command == "/new":
                 talk.restart()
-                console.print("a new conversation", highlight=False)
+                console.print("a new conversation")
             elif command.startswith("/"):
                 raise UsageError(f"unknown command {command}; there are {COMMANDS}")
             else:
                 talk.ask(line, streamer)
         except KitError as error:
-            console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"error: {error}")
 
 
 def main(config: ChatConfig) -> None:
@@ -112,9 +113,9 @@ def main(config: ChatConfig) -> None:
     if config.prompt is not None:
         talk.ask(config.prompt, streamer)
         return
-    console = Console()
+    console = plain_console()
     if sys.stdin.isatty():
-        console.print(f"{COMMANDS}; everything else is a question", highlight=False, markup=False)
+        console.print(f"{COMMANDS}; everything else is a question")
     converse(talk, console, questions(console), streamer)
 
 

@@ -20,7 +20,6 @@ import xxhash
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,6 +27,7 @@ from align.cli import run
 from align.errors import DataError
 from align.files import atomic_json, atomic_path
 from align.gate import REJECT_CODES, Limits, Reject, gate_image
+from align.progress import plain_console
 from align.runs import generator
 from mllm.chat import Chat, RowError
 from mllm.config import CheckConfig
@@ -159,7 +159,7 @@ def facts_of(index: RowIndex, images: int) -> dict[str, Any]:
 
 def main(config: CheckConfig) -> None:
     """Read, tokenize, decode; then show and write what was found."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     require_mllm(Path(config.model))
@@ -192,7 +192,7 @@ def main(config: CheckConfig) -> None:
     for code, count in codes.most_common():
         examples = [problem for problem in problems if problem.code == code][:EXAMPLES]
         rows = "\n".join(f"{problem.source} (id {problem.id})" for problem in examples)
-        table.add_row(code, str(count), escape(rows), escape(f"{(ROW_CODES | REJECT_CODES)[code]}\n{examples[0].detail}".strip()))
+        table.add_row(code, str(count), rows, f"{(ROW_CODES | REJECT_CODES)[code]}\n{examples[0].detail}".strip())
     console.print(table)
     raise DataError(
         f"{len(problems)} problems, each in {folder / 'problems.jsonl'}; training skips such rows and learns nothing from such images"

@@ -31,6 +31,7 @@ from align.cli import load_yaml, refuse_other_config, run, to_recipe
 from align.errors import Preempted, UsageError
 from align.files import atomic_bytes, human_bytes
 from align.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.progress import plain_console
 from align.runs import JsonLines, add_launch
 from mllm.chat import Chat
 from mllm.config import FinetuneConfig
@@ -199,7 +200,7 @@ def main(config: FinetuneConfig) -> None:
     settings = arguments(config, config.steps or 1, precision)  # before the model: it starts the process group
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     rank, world = settings.process_index, settings.world_size
-    console = Console(quiet=rank != 0, soft_wrap=True, highlight=False)
+    console = plain_console(quiet=rank != 0)
     folder = Path(config.output)
     refuse_other_config(config, folder, config.stage, FREE_ON_RESUME)
     half = precision == "bf16"

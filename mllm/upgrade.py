@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from align.cli import run, to_recipe
 from align.files import atomic_bytes
 from align.hardware import reuse_freed_memory, use_cores
+from align.progress import plain_console
 from align.runs import add_launch
 from mllm.assembly import Part, assemble, load_projector
 from mllm.config import UpgradeConfig
@@ -66,7 +67,7 @@ def main(config: UpgradeConfig) -> None:
     reuse_freed_memory()
     use_cores(1)
     disable_progress_bar()  # of transformers, for every file it reads and writes
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     folder = Path(config.output)
     require_free_place(folder)
     model, processor, parts = assemble(

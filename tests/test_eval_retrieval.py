@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from eval.examples import retrieval_examples, shown_images
-from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve, top_targets
+from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
 
 
 def test_both_directions_equal_a_plain_loop_whatever_the_chunk():
@@ -77,9 +77,19 @@ def test_chance_counts_all_captions_of_an_image():
     assert found["t2i_r@10"].value == 1.0
 
 
-def test_top_targets_are_as_many_as_there_are():
-    numbers, scores = top_targets(torch.eye(3), torch.eye(3)[:2], 10)
-    assert numbers.shape == scores.shape == (3, 2)
+def test_as_many_answers_are_kept_as_there_are_and_they_are_the_best_in_any_chunks():
+    answers = retrieve(torch.eye(3), torch.eye(3)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 2]))
+    assert answers.i2t_top.shape == answers.i2t_scores.shape == (3, 4) and answers.t2i_top.shape == (4, 3)
+    generator = torch.Generator().manual_seed(0)
+    images, captions = (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (37, 74))
+    answers = retrieve(images, captions, torch.arange(37).repeat_interleave(2), chunk=5)
+    cosines = (images @ captions.T).numpy()
+    for row, (numbers, scores) in enumerate(zip(answers.i2t_top, answers.i2t_scores, strict=True)):
+        best = sorted(range(74), key=lambda j: -cosines[row, j])[:10]
+        assert numbers.tolist() == best and np.allclose(scores, cosines[row, best], atol=1e-6)
+    for column, (numbers, scores) in enumerate(zip(answers.t2i_top, answers.t2i_scores, strict=True)):
+        best = sorted(range(37), key=lambda i: -cosines[i, column])[:10]
+        assert numbers.tolist() == best and np.allclose(scores, cosines[best, column], atol=1e-6)
 
 
 def test_the_table_holds_one_row_a_query():
