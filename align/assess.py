@@ -64,6 +64,7 @@ from align.runs import add_launch
 from align.samples import Plan, Source
 from align.store import FeatureStore
 from align.text_encoders import load_text_encoder
+from align.trust import may_run_code, split_revision
 
 TABLE_ROWS = 20
 
@@ -108,7 +109,7 @@ class Assessment:
         """Encode what is missing, one encoder in memory at a time, and return the vision encoders with their layers."""
         found = []
         for name, random in self.encoders():
-            encoder = load_vision_encoder(name, precision=self.precision, device=self.device)
+            encoder = load_vision_encoder(**self._reference(name))
             layers = chosen_layers(("last",) if random else self.config.layers, encoder)
             features = chosen_features(("auto",) if random else self.config.features, encoder.has_cls)
             found.append(Vision(folder_name(name), layers, features, encoder.has_cls, random))
@@ -121,12 +122,20 @@ class Assessment:
                 folder = self.folder / part / folder_name(name)
                 self._fill(LayerExtraction(source, self.plans[part], folder, outputs, name, patches, **options), self.plans[part])
         for name in self.config.text:
-            text = load_text_encoder(name, precision=self.precision, device=self.device)
-            loader = {"text": {"name": name, "revision": None, "prompt": "", "max_length": None, "feature": "pooled"}}
+            text = load_text_encoder(**self._reference(name))
+            identity, revision = split_revision(name)
+            loader = {"text": {"name": identity, "revision": revision, "prompt": "", "max_length": None, "feature": "pooled"}}
             options = {"text": text, "columns": self.config.captions, "loaders": loader, "text_batch_size": self.config.text_batch_size}
             folder = self.folder / "pairs" / folder_name(name)
             self._fill(Extraction(self.pairs, self.plans["pairs"], folder, workers=0, **options), self.plans["pairs"])
         return found
+
+    def _reference(self, name: str) -> dict[str, Any]:
+        """Return the arguments that load one encoder."""
+        name, revision = split_revision(name)
+        trusted = may_run_code(name, revision, self.config.trust_remote_code)
+        where: dict[str, Any] = {"precision": self.precision, "device": self.device}
+        return {"name": name, "revision": revision, "trust_remote_code": trusted, **where}
 
     def _fill(self, job: Extraction, plan: Plan) -> None:
         """Encode the shards that are missing in one folder, and say what was rejected."""

@@ -22,7 +22,7 @@ class AssessConfig:
     output: str
     """Folder for features, scores, tables and figures. The same command goes on where it was killed; more candidates add to it."""
     vision: tuple[str, ...]
-    """Vision encoders: hub ids, local folders or `embedded:` ids."""
+    """Vision encoders: hub ids, `id@COMMIT`, local folders or `embedded:` ids."""
     text: tuple[str, ...]
     """Text encoders, likewise."""
     captions: tuple[str, ...]
@@ -85,6 +85,8 @@ class AssessConfig:
     """Processes that read and decode images beside the forward pass."""
     seed: int = 0
     """Seed of the sample, splits, probes, resamples and random weights."""
+    trust_remote_code: bool = False
+    """Run code that ships with an encoder: of those given as `id@COMMIT`, and of local folders."""
     dry_run: bool = False
     """List the candidates and the space they need, encode nothing."""
 

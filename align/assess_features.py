@@ -34,6 +34,7 @@ from align.opening import VISION_FILES, opening, recorded_id, resolve_encoder
 from align.runs import generator
 from align.samples import Plan, Source, open_unit, plan
 from align.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter, compare_fingerprints
+from align.trust import split_revision
 
 SHARD_ROWS = 64  # neighbors in the source that are drawn together
 PATCH_SIDE = 7  # patches are averaged to at most 7 x 7 before their neighborhoods are compared
@@ -61,7 +62,7 @@ def sampled_plan(source: Source, rows: int, seed: int, columns: Sequence[str], f
 
 def folder_name(encoder: str, random: bool = False) -> str:
     """Return the name that stands for an encoder in folders and tables: its id, or its folder's name, in plain letters."""
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", recorded_id(encoder).removeprefix("embedded:")).strip("-.")
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", recorded_id(split_revision(encoder)[0]).removeprefix("embedded:")).strip("-.")
     return f"{name}-random" if random else name
 
 
@@ -75,13 +76,14 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
     temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    source = resolve_encoder(name, None, trust_remote_code=False)
+    name, revision = split_revision(name)
+    source = resolve_encoder(name, revision, trust_remote_code=False)
     with opening(name, VISION_FILES), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModel.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+        model = AutoModel.from_config(AutoConfig.from_pretrained(source, revision=revision), dtype=torch.float32)
         normalizers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if normalizers:  # their statistics are not drawn but measured; without, activations die out over the layers
-            size = load_transform(name)(Image.new("RGB", (64, 64))).shape
+            size = load_transform(name, revision=revision)(Image.new("RGB", (64, 64))).shape
             for module in normalizers:
                 module.momentum = 1.0
             with torch.no_grad():
@@ -217,7 +219,8 @@ class LayerExtraction(Extraction):
                 fingerprint = {**encoder.fingerprint, "feature": feature, "layer": layer}
                 if kind == "patches":
                     fingerprint |= {"feature": f"patches {features.shapes[layer].kept}", "images": count}
-                loader = {"name": name, "revision": None, "feature": feature, "layer": layer, "image_size": None}
+                identity, revision = split_revision(name)
+                loader = {"name": identity, "revision": revision, "feature": feature, "layer": layer, "image_size": None}
                 header = StoreHeader("image", fingerprint, loader, width, plan.digest, len(plan.shards), count)
                 writers.append(StoreWriter(output / f"{kind}-{layer:02d}", header))
                 limits.append(count)

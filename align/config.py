@@ -5,11 +5,17 @@ from typing import Literal
 
 from align.errors import UsageError
 from align.hardware import Precision
+from align.trust import may_run_code
 
 
 def _check(condition: bool, given: str, allowed: str) -> None:
     if not condition:
         raise UsageError(f"{given}: {allowed}")
+
+
+def _check_trust(trusted: bool, *encoders: tuple[str | None, str | None]) -> None:
+    may = any(name and may_run_code(name, revision, trusted) for name, revision in encoders)
+    _check(may or not trusted, "--trust-remote-code", "needs --vision-revision or --text-revision pinned, or an encoder in a local folder")
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ class EncodeConfig:
     dry_run: bool = False
     """Check the data, predict size and disk, encode nothing."""
     trust_remote_code: bool = False
-    """Run code that ships with a hub model, of those encoders whose revision is pinned."""
+    """Run code that ships with an encoder: of those on the hub whose revision is pinned, and of local folders."""
     vision_revision: str | None = None
     """Commit of the vision encoder on the hub."""
     text_revision: str | None = None
@@ -143,8 +149,7 @@ class EncodeConfig:
         _check(min(self.batch_size, self.text_batch_size, self.shard_rows) >= 1, "batch and shard sizes", "must be at least 1")
         _check(self.workers >= 0, f"--workers {self.workers}", "must be 0 or more")
         _check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
-        pinned = self.vision_revision or self.text_revision
-        _check(not self.trust_remote_code or bool(pinned), "--trust-remote-code", "needs --vision-revision or --text-revision pinned")
+        _check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ class CurateConfig:
     text_batch_size: int = 64
     """Concept prompts a forward pass."""
     trust_remote_code: bool = False
-    """Run code that ships with the candidates' text encoder, if its revision was pinned when it encoded them."""
+    """Run code that ships with the candidates' text encoder, if it is a local folder or was pinned to a revision when it encoded them."""
     dry_run: bool = False
     """Check stores and concepts, state memory and work, score nothing."""
 
@@ -396,7 +401,7 @@ class ConvertConfig:
     text_revision: str | None = None
     """Commit of the text encoder on the hub."""
     trust_remote_code: bool = False
-    """Run code that ships with a hub model, of those encoders whose revision is pinned."""
+    """Run code that ships with an encoder: of those on the hub whose revision is pinned, and of local folders."""
     feature: Literal["auto", "cls_mean", "cls", "mean"] = "auto"
     """What the vision encoder pools; SAIL's heads take cls_mean."""
     layer: int = -1
@@ -433,5 +438,4 @@ class ConvertConfig:
         _check(not self.embeddings or bool(self.kind and self.encoder_name), "--embeddings", "needs --kind and --encoder-name")
         _check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
         _check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
-        pinned = self.vision_revision or self.text_revision
-        _check(not self.trust_remote_code or bool(pinned), "--trust-remote-code", "needs --vision-revision or --text-revision pinned")
+        _check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))

@@ -34,6 +34,7 @@ from align.progress import plain_console
 from align.published import heads_from, projector_from, read_weights, to_published, with_vision_head, write_weights
 from align.runs import model_folder
 from align.text_encoders import load_text_encoder
+from align.trust import may_run_code
 
 
 def open_encoders(config: ConvertConfig, tokenizer: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -43,12 +44,12 @@ def open_encoders(config: ConvertConfig, tokenizer: Path) -> tuple[dict[str, Any
     widths = {}
     if config.vision:
         said["vision"] = {"name": config.vision, "revision": config.vision_revision, "feature": config.feature, "layer": config.layer}
-        trusted = config.trust_remote_code and bool(config.vision_revision)
+        trusted = may_run_code(config.vision, config.vision_revision, config.trust_remote_code)
         vision = load_vision_encoder(**said["vision"], precision=precision, trust_remote_code=trusted)
         said["vision_fingerprint"], widths["vision"] = vision.fingerprint, vision.feature_width
     if config.text:
         said["text"] = {"name": config.text, "revision": config.text_revision, "prompt": "", "max_length": config.max_length}
-        trusted = config.trust_remote_code and bool(config.text_revision)
+        trusted = may_run_code(config.text, config.text_revision, config.trust_remote_code)
         text = load_text_encoder(**said["text"], precision=precision, trust_remote_code=trusted)
         said["text_fingerprint"], widths["text"] = text.fingerprint, text.width
         text.tokenizer.save_pretrained(tokenizer)

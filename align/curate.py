@@ -51,6 +51,7 @@ from align.runs import add_launch, clean_checkpoints, newest_checkpoint, save_ch
 from align.scoring import Candidates, Projection, chunk_rows, normalize, score_shard, scored_chunks
 from align.store import FeatureStore, compare_fingerprints
 from align.text_encoders import load_text_encoder
+from align.trust import may_run_code
 
 FREE_ON_RESUME = {
     *("per_concept", "duplicates", "duplicate_cosine", "images", "exclude", "exclude_cosine", "part", "save_every", "text_batch_size"),
@@ -91,7 +92,7 @@ class Space:
         if self.model is not None:
             return self.model.align_texts(self.model.text_encoder.encode(texts, self.config.text_batch_size).to(self.device))
         header = self.candidates.stores[0].header
-        trusted = self.config.trust_remote_code and bool(header.loader.get("revision"))
+        trusted = may_run_code(header.loader["name"], header.loader.get("revision"), self.config.trust_remote_code)
         precision = header.fingerprint.get("precision", "fp32")
         encoder = load_text_encoder(**header.loader, precision=precision, device=self.device, trust_remote_code=trusted)
         place = str(self.candidates.stores[0].folder)

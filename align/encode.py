@@ -33,6 +33,7 @@ from align.progress import Meter, plain_console
 from align.samples import Plan, Source, plan
 from align.store import FeatureStore, compare_fingerprints
 from align.text_encoders import TextEncoder, load_text_encoder
+from align.trust import may_run_code
 
 Loaders = dict[str, dict[str, Any]]
 MAX_SHARD_BYTES = 2 << 30  # of a shard of tokens while it is gathered
@@ -46,12 +47,12 @@ def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEnc
     if config.vision:
         loaders["vision"] = {"name": config.vision, "revision": config.vision_revision, "feature": config.feature, "layer": config.layer}
         loaders["vision"]["image_size"] = config.image_size
-        trusted = config.trust_remote_code and bool(config.vision_revision)
+        trusted = may_run_code(config.vision, config.vision_revision, config.trust_remote_code)
         vision = load_vision_encoder(**loaders["vision"], precision=precision, device=device, trust_remote_code=trusted)
     if config.text:
         loaders["text"] = {"name": config.text, "revision": config.text_revision, "prompt": config.prompt, "max_length": config.max_length}
         loaders["text"]["feature"] = "tokens" if config.feature == "tokens" else "pooled"
-        trusted = config.trust_remote_code and bool(config.text_revision)
+        trusted = may_run_code(config.text, config.text_revision, config.trust_remote_code)
         text = load_text_encoder(**loaders["text"], precision=precision, device=device, trust_remote_code=trusted)
     return vision, text, loaders
 

@@ -39,6 +39,7 @@ from align.heads import ImageTokenHead, TextTokenHead, build_head, initialize
 from align.opening import copy_encoder, hash_weights
 from align.store import compare_fingerprints
 from align.text_encoders import TextEncoder, load_text_encoder
+from align.trust import may_run_code
 
 FORMAT_VERSION = 1
 VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded copies of the encoders lie
@@ -108,6 +109,7 @@ class SailModel(PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.log_scale)))
         self.logit_bias = None if config.bias is None else nn.Parameter(torch.tensor(float(config.bias)))
         self._encoders: dict[str, Any] = {}  # not submodules: their weights are no part of this model's state
+        self.trust_remote_code = False  # of the encoders
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -128,12 +130,16 @@ class SailModel(PreTrainedModel):
         """Return a model with the same encoders and architecture whose heads are freshly initialized from `seed`."""
         other = SailModel(self.config).initialize(seed)
         other.config.name_or_path = self.config.name_or_path
-        other._encoders = self._encoders
+        other._encoders, other.trust_remote_code = self._encoders, self.trust_remote_code
         return other.eval()
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape."""
+        """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape.
+
+        `trust_remote_code=True` lets code run that ships with its encoders, of local folders and of pinned commits.
+        """
+        trusted = bool(kwargs.pop("trust_remote_code", False))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all reported in `info`, and refused below
         loaded: Any = super().from_pretrained(folder, *args, **kwargs)
@@ -142,22 +148,24 @@ class SailModel(PreTrainedModel):
         if wrong:
             raise DamagedError(f"{folder} does not hold the weights its config describes: {wrong}; restore it or train again")
         model.eval()
+        model.trust_remote_code = trusted
         return (model, info) if wants_info else model
 
-    def _reference(self, side: str) -> dict[str, Any]:
+    def encoder_arguments(self, side: str) -> dict[str, Any]:
         """Return the arguments that load one encoder; a copy inside the model folder is found relative to it."""
         arguments = dict(getattr(self.config, side))
         if not arguments:
             raise UsageError(f"this model names no {side} encoder; it can only align features that are already encoded")
         if arguments["name"] in (VISION_FOLDER, TEXT_FOLDER):
             arguments["name"] = str(Path(str(self.config.name_or_path)) / arguments["name"])
-        return arguments
+        trusted = may_run_code(arguments["name"], arguments.get("revision"), self.trust_remote_code)
+        return {**arguments, "trust_remote_code": trusted}
 
     @property
     def frozen_vision(self) -> VisionEncoder:
         """The frozen vision encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "vision" not in self._encoders:
-            encoder = load_vision_encoder(**self._reference("vision"), precision=self.config.precision)
+            encoder = load_vision_encoder(**self.encoder_arguments("vision"), precision=self.config.precision)
             _check_encoder(encoder.fingerprint, self.config.vision_fingerprint, str(self.config.name_or_path))
             self._encoders["vision"] = encoder
         return self._encoders["vision"].to(self.device)
@@ -166,7 +174,7 @@ class SailModel(PreTrainedModel):
     def frozen_text(self) -> TextEncoder:
         """The frozen text encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "text" not in self._encoders:
-            encoder = load_text_encoder(**self._reference("text"), precision=self.config.precision)
+            encoder = load_text_encoder(**self.encoder_arguments("text"), precision=self.config.precision)
             _check_encoder(encoder.fingerprint, self.config.text_fingerprint, str(self.config.name_or_path))
             self._encoders["text"] = encoder
         return self._encoders["text"].to(self.device)

@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from align.errors import DamagedError, KitError, OfflineError, UsageError
 from align.hardware import Arithmetic
+from align.trust import COMMIT_ID
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 VISION_FILES = "needed are config.json, preprocessor_config.json (timm: only config.json) and model.safetensors"
 TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors and, for its own pooling, modules.json"
 
@@ -59,6 +59,11 @@ def opening(name: str, needed: str) -> Iterator[None]:
         if any(sign in str(error) for sign in ("couldn't connect", "offline mode", "Cannot reach", "ConnectError")):
             raise OfflineError(
                 f"{name} is not a local folder, and the hub is out of reach ({first_line(error)}); give a downloaded folder"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{name} comes with code of its own, which runs only if you ask for it: read that code, then give --trust-remote-code "
+                "(in Python trust_remote_code=True); on the hub its commit must be pinned (--text-revision, --vision-revision)"
             ) from error
         raise UsageError(f"{name} cannot be opened ({first_line(error)}); {needed}") from error
     finally:

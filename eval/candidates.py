@@ -189,7 +189,7 @@ def open_models(config: EvalConfig, device: str) -> list[Candidate]:
         if folder is None:
             given.append(_baseline(name, model, device))
             continue
-        sail = SailModel.from_pretrained(folder)
+        sail = SailModel.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         given.append(candidate(name, "trained", sail, str(folder), device))
         if config.baseline:
             other = "untrained" if alone else f"{name} untrained"

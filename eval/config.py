@@ -35,6 +35,8 @@ class EvalConfig:
     """Where the encoders run: auto (a GPU if there is one), cpu, cuda, cuda:1."""
     max_reject_fraction: float = 0.05
     """Stop when a larger share of a task's samples is rejected."""
+    trust_remote_code: bool = False
+    """Run code that ships with the aligned models' encoders: of those on the hub whose revision was pinned, and of local folders."""
     seed: int = 0
     """Seed of the untrained heads, the bootstrap and the choice of examples."""
     confidence: float = 0.95

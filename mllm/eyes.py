@@ -60,7 +60,7 @@ def open_eyes(
             )
         encoder = stage_one.vision_encoder
         if image_size is not None:
-            encoder = load_vision_encoder(**{**stage_one._reference("vision"), "image_size": image_size})
+            encoder = load_vision_encoder(**{**stage_one.encoder_arguments("vision"), "image_size": image_size})
         head, expansion, dropout, width = settings.head, settings.expansion, settings.dropout, settings.width
         if head == "sharelock":  # its options are those of the text side
             head, expansion, dropout = "identity", None, None

@@ -1,0 +1,17 @@
+"""Which encoders may run code of their own; imports nothing, so that configs are read fast."""
+
+import re
+from pathlib import Path
+
+COMMIT_ID = re.compile(r"[0-9a-f]{40}")
+
+
+def may_run_code(name: str, revision: str | None, trust_remote_code: bool) -> bool:
+    """Return whether code that ships with the encoder `name` may run: only if asked for, from a local folder or a pinned commit."""
+    return trust_remote_code and (bool(revision) or Path(name).expanduser().is_dir())
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return (id, commit) of `owner/name@COMMIT`, and (name, None) of anything else."""
+    bare, _, revision = name.rpartition("@")
+    return (bare, revision) if COMMIT_ID.fullmatch(revision) and not Path(name).expanduser().exists() else (name, None)

@@ -1,0 +1,111 @@
+"""A text encoder that brings its own code, as GTE-large of SAIL-L does: refused until asked for, then the whole line works."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_encoders import save, save_bert
+from transformers import pipeline
+
+from align.assess_features import folder_name
+from align.config import ConvertConfig, EncodeConfig
+from align.encoders import load_vision_encoder
+from align.errors import UsageError
+from align.modeling import SailConfig, SailModel, save_model
+from align.text_encoders import load_text_encoder
+from align.trust import may_run_code, split_revision
+from eval.candidates import open_models
+from eval.config import EvalConfig
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CODE = """
+from transformers import BertConfig, BertModel
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A plain Hugging Face folder of a tiny BERT whose classes ship with it."""
+    folder = Path(save_bert(tmp_path_factory.mktemp("own"))[1])
+    (folder / "code.py").write_text(CODE)
+    settings = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "code.OwnConfig", "AutoModel": "code.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "own", "auto_map": auto}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def aligned(own, tmp_path_factory):
+    """A model folder aligned with that encoder."""
+    folder = tmp_path_factory.mktemp("aligned")
+    image = load_vision_encoder(vision := str(save(folder / "vision", "dinov2")))
+    text = load_text_encoder(own, trust_remote_code=True)
+    settings = SailConfig(
+        vision={"name": vision}, text={"name": own, "revision": None}, width=8, head="linear", vision_fingerprint=image.fingerprint,
+        text_fingerprint=text.fingerprint, vision_width=image.feature_width, text_width=text.width,
+    )  # fmt: skip
+    text.tokenizer.save_pretrained(folder / "tokenizer")
+    save_model(SailModel(settings).initialize(0), folder / "model", folder / "tokenizer")
+    return folder / "model"
+
+
+def test_its_code_runs_only_when_asked_for(own):
+    with pytest.raises(UsageError, match="code of its own.*--trust-remote-code"):
+        load_text_encoder(own)
+    encoder = load_text_encoder(own, trust_remote_code=True)
+    assert type(encoder.model[0].auto_model).__name__ == "OwnModel"
+    assert encoder.encode(["a dog"], 1).shape == (1, encoder.width)
+
+
+def test_a_model_aligned_with_it_is_measured_when_asked_for(aligned):
+    config = {"model": (str(aligned),), "tasks": ("t",)}
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        _ = open_models(EvalConfig(**config), "cpu")[0].model.text_encoder
+    trained, untrained = open_models(EvalConfig(**config, trust_remote_code=True), "cpu")
+    assert trained.model.text_encoder is untrained.model.text_encoder
+    assert torch.isfinite(trained.model.align_texts(trained.model.text_encoder.encode(["a dog"], 1))).all()
+
+
+def test_the_pipeline_passes_the_wish_on(aligned):
+    classify = pipeline("zero-shot-image-classification", model=str(aligned), trust_remote_code=True)
+    assert classify.model.trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "asked", "may"),
+    [
+        ("owner/model", None, True, False),
+        ("owner/model", COMMIT, True, True),
+        ("owner/model", COMMIT, False, False),
+        ("{folder}", None, True, True),
+        ("{folder}", None, False, False),
+    ],
+)
+def test_code_runs_from_a_pinned_commit_or_a_local_folder(tmp_path, name, revision, asked, may):
+    assert may_run_code(name.format(folder=tmp_path), revision, asked) is may
+
+
+def test_a_commit_may_stand_behind_an_id(tmp_path):
+    assert split_revision(f"owner/model@{COMMIT}") == ("owner/model", COMMIT)
+    assert split_revision("owner/model@main") == ("owner/model@main", None)
+    assert folder_name(f"owner/model@{COMMIT}") == folder_name("owner/model")
+    folder = tmp_path / f"odd@{COMMIT}"
+    folder.mkdir()
+    assert split_revision(str(folder)) == (str(folder), None)
+
+
+@pytest.mark.parametrize("config", [EncodeConfig, ConvertConfig])
+def test_asking_for_code_of_an_unpinned_encoder_is_refused(config, own):
+    settings = {"output": "o", "text": "owner/model", "trust_remote_code": True}
+    settings |= {"data": "d", "captions": ("txt",)} if config is EncodeConfig else {"heads": "h.pt"}
+    with pytest.raises(UsageError, match="pinned, or an encoder in a local folder"):
+        config(**settings)
+    assert config(**{**settings, "text": own}).trust_remote_code
+    assert config(**settings, text_revision=COMMIT).trust_remote_code
