@@ -243,9 +243,17 @@ class SailModel(PreTrainedModel):
 
         Of a token head: `TP_local(p_i) + TP_cls(cls)`, whose mean before normalisation is the image's.
         """
+        return self.align_patches(self.patch_features(pixel_values))
+
+    def patch_features(self, pixel_values: Tensor) -> Tensor:
+        """Return what `align_patches` takes, which the frozen encoder alone decides: (B, P, F), of a token head token rows (B, T F)."""
+        return self.frozen_vision(pixel_values) if self.takes_tokens else self.frozen_vision.dense(pixel_values)
+
+    def align_patches(self, features: Tensor) -> Tensor:
+        """Return (B, P, E) L2-normalised dense embeddings of `patch_features`."""
         if isinstance(self.vision_head, ImageTokenHead):
-            return functional.normalize(self.vision_head.dense(self.frozen_vision(pixel_values)).float(), dim=-1)
-        return self.embed_images(self.frozen_vision.dense(pixel_values))
+            return functional.normalize(self.vision_head.dense(features.to(self.logit_scale.dtype)).float(), dim=-1)
+        return self.embed_images(features)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
         """Return an output whose `pooler_output` (T, E) are L2-normalised text embeddings; token ids come from the processor."""

@@ -105,10 +105,19 @@ class Baseline(nn.Module, ABC):
         """Return the features (..., E) divided by their L2 norm, float32."""
         return functional.normalize(features.float(), dim=-1)
 
+    @property
+    def patch_fingerprint(self) -> dict[str, Any]:
+        """What decides `patch_features`."""
+        return self.vision_fingerprint
+
     @torch.inference_mode()
-    def dense(self, pixels: Tensor) -> Tensor:
-        """Return (B, P, E) L2-normalised patch embeddings; H and W may be any multiples of the patch size."""
-        return functional.normalize(self.patches(pixels.to(self.device)).float(), dim=-1)
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Return the projected patches (B, P, E); H and W may be any multiples of the patch size."""
+        return self.patches(pixels.to(self.device))
+
+    def align_patches(self, features: Tensor) -> Tensor:
+        """Return the features (B, P, E) divided by their L2 norm, float32."""
+        return functional.normalize(features.float(), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,11 @@ class DualEncoder(Protocol):
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of a patch of `dense`."""
+        """Pixels a side of a patch of `patch_features`."""
+
+    @property
+    def patch_fingerprint(self) -> dict[str, Any]:
+        """What decides `patch_features`: models that agree in it share one forward pass."""
 
     def align_images(self, features: Tensor) -> Tensor:
         """Return (..., E) L2-normalised float32 embeddings of image features (..., F)."""
@@ -92,8 +96,11 @@ class DualEncoder(Protocol):
     def align_texts(self, features: Tensor) -> Tensor:
         """Return (..., E) L2-normalised float32 embeddings of text features (..., D)."""
 
-    def dense(self, pixels: Tensor) -> Tensor:
-        """Return (B, P, E) L2-normalised patch embeddings of pixels (B, 3, H, W), row by row over the grid of patches."""
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Return what `align_patches` takes, for pixels (B, 3, H, W)."""
+
+    def align_patches(self, features: Tensor) -> Tensor:
+        """Return (B, P, E) L2-normalised float32 patch embeddings, row by row over the grid of patches."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +154,20 @@ class SailDualEncoder:
         """Return (..., E) embeddings of text features (..., D)."""
         return self.sail.align_texts(features)
 
+    @property
+    def patch_fingerprint(self) -> dict[str, Any]:
+        """The frozen encoder's fingerprint, whatever the head."""
+        return self.sail.config.vision_fingerprint
+
     @torch.no_grad()
-    def dense(self, pixels: Tensor) -> Tensor:
-        """Return (B, P, E) embeddings: each patch as [cls ; patch], or as the patch alone, through the image head."""
-        return self.sail.get_patch_features(pixels)
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Return each patch as [cls ; patch], or as the patch alone (of token heads: token rows), as the frozen encoder gives it."""
+        return self.sail.patch_features(pixels)
+
+    @torch.no_grad()
+    def align_patches(self, features: Tensor) -> Tensor:
+        """Return (B, P, E) embeddings of `patch_features` through the image head."""
+        return self.sail.align_patches(features)
 
 
 @dataclass(frozen=True)

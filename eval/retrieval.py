@@ -43,9 +43,9 @@ def retrieve(images: Tensor, captions: Tensor, caption_image: Tensor, chunk: int
     Memory is O(chunk max(N, M)): the (N, M) matrix is never kept.
     """
     image_ids = torch.arange(len(images))
-    i2t = ranks_and_top(images, captions, image_ids, caption_image, TOP, chunk)
-    t2i = ranks_and_top(captions, images, caption_image, image_ids, TOP, chunk)
-    return RetrievalAnswers(*(part.numpy() for part in (*i2t, *t2i)), caption_image.numpy())
+    i2t, i2t_top, i2t_scores = (part.numpy() for part in ranks_and_top(images, captions, image_ids, caption_image, TOP, chunk))
+    t2i, t2i_top, t2i_scores = (part.numpy() for part in ranks_and_top(captions, images, caption_image, image_ids, TOP, chunk))
+    return RetrievalAnswers(i2t, i2t_top, i2t_scores, t2i, t2i_top, t2i_scores, caption_image.numpy())
 
 
 def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generator: np.random.Generator, confidence: float) -> list[Entry]:

@@ -51,7 +51,7 @@ from eval.page import SHOWN_METRICS, shown_value, write_comparison, write_report
 from eval.prompts import prompt_set
 from eval.results import Entry, ModelRecord, Results, TaskRecord, generated_half, merge_results, save_answers, save_results
 from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
-from eval.segmentation import label_maps, majority_answers, segmentation_answers, segmentation_entries, segmentation_table
+from eval.segmentation import Prompted, label_maps, majority_answers, segmentation_answers, segmentation_entries, segmentation_table
 from eval.tasks import TASKS, Task, TaskData, describe, find_task, load_task, protocol_note, read_images
 from eval.zeroshot import (
     class_weights,
@@ -171,14 +171,13 @@ class Measurement:
         task, seed = data.task.id, self.config.seed
         prompts = prompt_set(self.config.templates or data.task.templates, data.names, data.folder)
         sentences = [sentence for of_name in prompts.sentences for sentence in of_name]
-        maps = {}
+        prompted = []
         for one in self.candidates:
             embedded = aligned(one.model.align_texts, self.cache.texts(sentences, one.model), one.model.device)
             weights = class_weights(embedded, [len(of_name) for of_name in prompts.sentences])  # of each name
-            maps[one.record.name] = label_maps(
-                data, one.model, one.record.fingerprint, weights, prompts.sentences, cache_folder(self.config),
-                report=counter(self.console, f"{task}: images segmented by {one.record.name}"),
-            )  # fmt: skip
+            prompted.append(Prompted(one.model, one.record.fingerprint, weights, prompts.sentences))
+        found = label_maps(data, prompted, cache_folder(self.config), report=counter(self.console, f"{task}: images segmented"))
+        maps = {one.record.name: of_model for one, of_model in zip(self.candidates, found, strict=True)}
         began = self._clock("features", began)
         answers = {}
         for name, predicted in maps.items():

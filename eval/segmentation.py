@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,40 +58,67 @@ class LabelMaps:
         return maps
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """A model that was told the names of a task: what makes label maps.
+
+    `fingerprint` is of encoders and heads; `weights` (S, E) are L2-normalised, one for each of the data's names, and made from its
+    `sentences`.
+    """
+
+    model: DualEncoder
+    fingerprint: Mapping[str, Any]
+    weights: Tensor
+    sentences: Sequence[Sequence[str]]
+
+
 def label_maps(
     data: SegmentationData,
-    model: DualEncoder,
-    fingerprint: Mapping[str, Any],
-    weights: Tensor,
-    sentences: Sequence[Sequence[str]],
+    prompted: Sequence[Prompted],
     cache: Path,
     *,
     windows: Windows | None = None,
     batch_size: int = 8,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> LabelMaps:
-    """Return the label maps of all images by `model`, computing those that are not in `cache` yet.
+) -> list[LabelMaps]:
+    """Return each model's label maps of all images, computing those that are not in `cache` yet.
 
-    `weights` (S, E) are L2-normalised, one for each of `data.names`, and made from its `sentences`. `fingerprint` is of the model:
-    encoders and heads. `batch_size` windows go through the encoder at a time. `report(done, total)` is called after each image.
+    An image is read once, and goes once through an encoder that several models share (a trained model and its untrained twin).
+    `batch_size` windows go through it at a time. `report(done, total)` is called after each image.
     """
     windows = windows or Windows()
-    folder = cache / "segmentation" / maps_digest(data, fingerprint, sentences, windows)
+    folders = [cache / "segmentation" / maps_digest(data, one.fingerprint, one.sentences, windows) for one in prompted]
     total = len(data.keys)
-    missing = [start for start in range(0, total, SHARD_IMAGES) if _read_shard(folder, start) is None]
-    done = total - sum(min(SHARD_IMAGES, total - start) for start in missing)
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        with Lease(folder, f"eval-{os.getpid()}"):
+    starts = range(0, total, SHARD_IMAGES)
+    missing = {start: [n for n, folder in enumerate(folders) if _read_shard(folder, start) is None] for start in starts}
+    done = sum(min(SHARD_IMAGES, total - start) for start in starts if not missing[start])
+    with ExitStack() as leases:
+        for folder in sorted({folders[n] for lacking in missing.values() for n in lacking}):
+            folder.mkdir(parents=True, exist_ok=True)
+            leases.enter_context(Lease(folder, f"eval-{os.getpid()}"))
             remove_temporaries(folder)
-            for start in missing:
-                made = []
-                for number in range(start, min(start + SHARD_IMAGES, total)):
-                    made.append(_encoded(segment(model, data.image(number), weights, data.owner, windows, batch_size)))
-                    done += 1
-                    report(done, total)
-                _write_shard(folder, start, made)
-    return LabelMaps(folder, total)
+        for start, lacking in missing.items():
+            made: dict[Path, list[bytes]] = {folders[n]: [] for n in lacking}
+            for number in range(start, min(start + SHARD_IMAGES, total)) if lacking else ():
+                image = data.image(number)
+                for alike in _sharing([(folders[n], prompted[n]) for n in lacking]):
+                    models, weights = [one.model for _, one in alike], [one.weights for _, one in alike]
+                    for (folder, _), classes in zip(alike, segment(models, image, weights, data.owner, windows, batch_size), strict=True):
+                        made[folder].append(_encoded(classes))
+                done += 1
+                report(done, total)
+            for folder, maps in made.items():
+                _write_shard(folder, start, maps)
+    return [LabelMaps(folder, total) for folder in folders]
+
+
+def _sharing(prompted: Sequence[tuple[Path, Prompted]]) -> list[list[tuple[Path, Prompted]]]:
+    """Return the models, each once, in groups that share a frozen encoder on one device."""
+    groups: dict[str, dict[Path, Prompted]] = {}
+    for folder, one in prompted:
+        encoder = json.dumps([one.model.patch_fingerprint, str(one.model.device)], sort_keys=True, default=str)
+        groups.setdefault(encoder, {})[folder] = one
+    return [list(group.items()) for group in groups.values()]
 
 
 def maps_digest(data: SegmentationData, fingerprint: Mapping[str, Any], sentences: Sequence[Sequence[str]], windows: Windows) -> str:

@@ -7,7 +7,7 @@ gets the class of its best name. (Softmax would not change which is best; severa
 Shapes: `B` windows, `P` patches, `E` aligned width, `S` names, `h` and `w` patches of the whole image, `H` and `W` its pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,33 +54,41 @@ class Windows:
 
 
 @torch.inference_mode()
-def patch_cosines(model: DualEncoder, image: Image.Image, weights: Tensor, windows: Windows, batch_size: int = 8) -> Tensor:
-    """Return the mean cosines (S, h, w) over all windows of an RGB image, on the model's device, for `weights` (S, E).
+def patch_cosines(
+    models: Sequence[DualEncoder], image: Image.Image, weights: Sequence[Tensor], windows: Windows, batch_size: int = 8
+) -> list[Tensor]:
+    """Return each model's mean cosines (S, h, w) over all windows of an RGB image, on its device, for its `weights` (S, E).
 
-    `batch_size` is how many windows go through the encoder at a time. UsageError if the model's patches are not where they should be.
+    The models share one frozen encoder (`patch_fingerprint`), which runs once. `batch_size` is how many windows go through it at a
+    time. UsageError if its patches are not where they should be, NonFiniteError if a model's embeddings are not finite.
     """
-    patch = model.patch_size
+    first = models[0]
+    patch, device = first.patch_size, first.device
     rows, columns = grid = windows.grid((image.height, image.width), patch)
-    pixels = pixel_normalizer(model.vision_encoder.transform)(image, (rows * patch, columns * patch)).to(model.device)
-    weights = weights.to(model.device)
-    total, count = torch.zeros(len(weights), rows, columns, device=model.device), torch.zeros(rows, columns, device=model.device)
+    pixels = pixel_normalizer(first.vision_encoder.transform)(image, (rows * patch, columns * patch)).to(device)
+    weights = [of_model.to(device) for of_model in weights]
+    totals = [torch.zeros(len(of_model), rows, columns, device=device) for of_model in weights]
+    count = torch.zeros(rows, columns, device=device)
     places = list(windows.places(grid, patch))
     for start in range(0, len(places), batch_size):
         batch = places[start : start + batch_size]
-        crops = [pixels[:, r.start * patch : r.stop * patch, c.start * patch : c.stop * patch] for r, c in batch]
-        cosines = model.dense(torch.stack(crops)).float() @ weights.T  # (B, P, S)
-        down, across = crops[0].shape[1] // patch, crops[0].shape[2] // patch
-        if cosines.shape[1] != down * across:
-            raise UsageError(
-                f"the encoder gives {cosines.shape[1]} patches, not {down} x {across}, for {down * patch} x {across * patch} pixels: its "
-                f"patches are not of {patch} pixels a side; choose an encoder with a regular grid"
-            )
-        for (r, c), cosine in zip(batch, cosines, strict=True):
-            total[:, r, c] += cosine.T.unflatten(1, (down, across))
+        crops = torch.stack([pixels[:, r.start * patch : r.stop * patch, c.start * patch : c.stop * patch] for r, c in batch])
+        down, across = crops.shape[2] // patch, crops.shape[3] // patch
+        features = first.patch_features(crops)
+        for model, of_model, total in zip(models, weights, totals, strict=True):
+            cosines = model.align_patches(features).float() @ of_model.T  # (B, P, S)
+            if cosines.shape[1] != down * across:
+                raise UsageError(
+                    f"the encoder gives {cosines.shape[1]} patches, not {down} x {across}, for {down * patch} x {across * patch} pixels: "
+                    f"its patches are not of {patch} pixels a side; choose an encoder with a regular grid"
+                )
+            for (r, c), cosine in zip(batch, cosines, strict=True):
+                total[:, r, c] += cosine.T.unflatten(1, (down, across))
+        for r, c in batch:
             count[r, c] += 1
-    if not torch.isfinite(total).all():
+    if not all(torch.isfinite(total).all() for total in totals):
         raise NonFiniteError("the model gave patch embeddings that are not finite; use fp32, or another model")
-    return total / count
+    return [total / count for total in totals]
 
 
 @torch.inference_mode()
@@ -107,8 +115,16 @@ def best_classes(cosines: Tensor, owner: np.ndarray, size: tuple[int, int]) -> n
 
 
 def segment(
-    model: DualEncoder, image: Image.Image, weights: Tensor, owner: np.ndarray, windows: Windows | None = None, batch_size: int = 8
-) -> np.ndarray:
-    """Return the class (H, W) of each pixel of an RGB image, for names with `weights` (S, E) L2-normalised and classes `owner` (S,)."""
-    cosines = patch_cosines(model, image, weights, windows or Windows(), batch_size)
-    return best_classes(cosines, owner, (image.height, image.width))
+    models: Sequence[DualEncoder],
+    image: Image.Image,
+    weights: Sequence[Tensor],
+    owner: np.ndarray,
+    windows: Windows | None = None,
+    batch_size: int = 8,
+) -> list[np.ndarray]:
+    """Return, by each model, the class (H, W) of each pixel of an RGB image.
+
+    Names have L2-normalised `weights` (S, E) of each model and classes `owner` (S,); models and `batch_size` as of `patch_cosines`.
+    """
+    found = patch_cosines(models, image, weights, windows or Windows(), batch_size)
+    return [best_classes(cosines, owner, (image.height, image.width)) for cosines in found]

@@ -141,7 +141,7 @@ def test_dense_embeddings_are_each_patch_through_the_projection(hugging_face, si
         norm = model.vision_model.post_layernorm
         tokens = layer_norm(tokens[:, 1:], (tokens.shape[-1],), norm.weight, norm.bias, norm.eps)
         expected = tokens @ model.visual_projection.weight.T
-    dense = baseline.dense(pixels)
+    dense = baseline.align_patches(baseline.patch_features(pixels))
     assert dense.shape == (2, size[0] // 8 * size[1] // 8, baseline.width) and baseline.patch_size == 8
     close(dense, normalize(expected, dim=-1))
 
@@ -237,8 +237,8 @@ def test_dense_open_clip_embeddings_at_its_own_and_at_another_size(clip_files):
         pixels = torch.randn(2, 3, size, size)
         given = model.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
         expected = normalize(given["image_intermediates"][-1] @ model.visual.proj, dim=-1)
-        close(baseline.dense(pixels), expected)
-    assert baseline.dense(torch.randn(1, 3, 16, 40)).shape == (1, 10, 20) and baseline.patch_size == 8
+        close(baseline.align_patches(baseline.patch_features(pixels)), expected)
+    assert baseline.patch_features(torch.randn(1, 3, 16, 40)).shape == (1, 10, 20) and baseline.patch_size == 8
     pixels = torch.randn(2, 3, 32, 32)
     close(baseline.vision_encoder(pixels), stock(clip_files).encode_image(pixels))  # its own positions are as they were
 

@@ -18,6 +18,7 @@ from eval import segmentation, windows
 from eval.masks import IGNORED, load_segmentation
 from eval.overlays import SIDE, overlay, palette, segmentation_examples
 from eval.segmentation import (
+    Prompted,
     SegmentationAnswers,
     class_iou,
     confusion_matrix,
@@ -49,9 +50,15 @@ class ColorModel:
 
     transform = transforms.Compose([transforms.Resize(8, interpolation=transforms.InterpolationMode.NEAREST), transforms.ToTensor()])
 
-    def dense(self, pixels):
+    @property
+    def patch_fingerprint(self):
+        return {"encoder": "colors", "patch": self.patch_size}
+
+    def patch_features(self, pixels):
         self.seen.append(tuple(pixels.shape))
-        patches = torch.nn.functional.avg_pool2d(pixels, self.patch_size).flatten(2).transpose(1, 2)
+        return torch.nn.functional.avg_pool2d(pixels, self.patch_size).flatten(2).transpose(1, 2)
+
+    def align_patches(self, patches):
         return normalize(patches + self.leak * patches.mean(1, keepdim=True) + 1e-3, dim=-1)
 
 
@@ -105,13 +112,13 @@ def test_cosines_are_averaged_where_windows_overlap(batch_size):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 36, 3), dtype=np.uint8))
     protocol, weights = Windows(16, 12, 8), normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     model = ColorModel(leak=2.0)
-    cosines = patch_cosines(model, photo, weights, protocol, batch_size)
+    [cosines] = patch_cosines([model], photo, [weights], protocol, batch_size)
     assert sum(shape[0] for shape in model.seen) == 8 and max(shape[0] for shape in model.seen) == min(8, batch_size)
     pixels = transforms.ToTensor()(photo)
     total, count = torch.zeros(5, 4, 9), torch.zeros(4, 9)
     for top in (0, 4):  # windows of 12 pixels every 8; the last one ends with the image
         for left in (0, 8, 16, 24):
-            embedded = model.dense(pixels[None, :, top : top + 12, left : left + 12])[0]  # 9 patches
+            embedded = model.align_patches(model.patch_features(pixels[None, :, top : top + 12, left : left + 12]))[0]  # 9 patches
             for n in range(9):
                 row, column = top // 4 + n // 3, left // 4 + n % 3
                 count[row, column] += 1
@@ -136,30 +143,30 @@ def test_pixels_get_the_class_of_the_best_name(names, size, monkeypatch):
 
 
 def test_a_picture_of_colors_is_segmented():
-    found = segment(ColorModel(), stripes(), COLORS, np.arange(3), Windows(16, 16, 8))
+    [found] = segment([ColorModel()], stripes(), [COLORS], np.arange(3), Windows(16, 16, 8))
     assert found.shape == (16, 24)
     assert [found[8, column] for column in (2, 12, 22)] == [0, 1, 2]
     truth = np.repeat(np.arange(3), 8)[None].repeat(16, 0)
     assert (found == truth).all()
-    named = segment(ColorModel(), stripes(), COLORS[[2, 0, 1]], np.array([0, 0, 1]), Windows(16, 16, 8))  # class 0: blue or red
+    [named] = segment([ColorModel()], stripes(), [COLORS[[2, 0, 1]]], np.array([0, 0, 1]), Windows(16, 16, 8))  # class 0: blue or red
     assert (named == np.array([0, 1, 0])[truth]).all()
 
 
 def test_small_and_narrow_images_become_one_window():
     model = ColorModel()
-    assert segment(model, stripes(6, 3), COLORS, np.arange(3), Windows(16, 32, 32)).shape == (3, 6)
+    assert segment([model], stripes(6, 3), [COLORS], np.arange(3), Windows(16, 32, 32))[0].shape == (3, 6)
     assert model.seen == [(1, 3, 16, 32)]
 
 
 def test_models_with_other_patches_or_without_numbers_are_refused():
     model = ColorModel()
     model.patch_size = 8
-    model.dense = lambda pixels: ColorModel(4).dense(pixels)
+    model.patch_features = ColorModel(4).patch_features
     with pytest.raises(UsageError, match="16 patches, not 2 x 2"):
-        segment(model, stripes(16, 16, (0,)), COLORS, np.arange(3), Windows(16, 16, 16))
-    model.dense = lambda pixels: torch.full((len(pixels), 4, 3), torch.nan)
+        segment([model], stripes(16, 16, (0,)), [COLORS], np.arange(3), Windows(16, 16, 16))
+    model.patch_features = lambda pixels: torch.full((len(pixels), 4, 3), torch.nan)
     with pytest.raises(NonFiniteError, match="not finite"):
-        segment(model, stripes(16, 16, (0,)), COLORS, np.arange(3), Windows(16, 16, 16))
+        segment([model], stripes(16, 16, (0,)), [COLORS], np.arange(3), Windows(16, 16, 16))
 
 
 # counts and metrics
@@ -264,8 +271,8 @@ def data(tmp_path, monkeypatch):
 
 
 def make(data, cache, model=None, fingerprint=None, sentences=SENTENCES, protocol=PROTOCOL, weights=COLORS, **more):
-    model = model or ColorModel()
-    return label_maps(data, model, fingerprint or {"heads": "1"}, weights, sentences, cache, windows=protocol, **more)
+    one = Prompted(model or ColorModel(), fingerprint or {"heads": "1"}, weights, sentences)
+    return label_maps(data, [one], cache, windows=protocol, **more)[0]
 
 
 def test_a_task_is_measured_and_a_second_run_touches_no_encoder(data, tmp_path):
@@ -294,6 +301,21 @@ def test_answers_are_those_of_a_plain_loop(data, tmp_path):
             assert answers.fn[number, n] == ((truth == n) & (predicted != n)).sum()
     values = segmentation_metrics(answers.tp.sum(0), answers.fp.sum(0), answers.fn.sum(0))
     assert values["miou"] == pytest.approx(1 / 3)
+
+
+def test_models_with_one_encoder_share_its_forward_pass(data, tmp_path):
+    trained, twin, other = ColorModel(), ColorModel(leak=2.0), ColorModel(patch_size=8)
+    apart = [make(data, tmp_path / f"{n}", model, {"heads": str(n)}) for n, model in enumerate((ColorModel(), ColorModel(leak=2.0)))]
+    make(data, tmp_path, trained, {"heads": "0"})
+    trained.seen.clear()
+    (next((tmp_path / "segmentation").glob("*")) / sorted(os.listdir(apart[0].folder))[1]).unlink()  # two of its images are gone
+    named = [Prompted(model, {"heads": str(n)}, COLORS, SENTENCES) for n, model in enumerate((trained, twin, other))]
+    seen = []
+    maps = label_maps(data, named, tmp_path, windows=PROTOCOL, report=lambda done, total: seen.append((done, total)))
+    assert seen == [(n, 7) for n in range(1, 8)]
+    assert len(trained.seen) == 2 and len(twin.seen) == 5 and len(other.seen) == 7  # the twin's own pass only where it was alone
+    for mine, alone in zip(maps, apart, strict=False):
+        assert all((a == b).all() for a, b in zip(mine, alone, strict=True))
 
 
 @pytest.mark.parametrize(
