@@ -25,6 +25,7 @@ from align.errors import DataError, UsageError
 from align.files import hash_bytes
 from align.gate import Limits, Reject, gate_image
 from align.units import MAX_FILE_BYTES, read_below
+from eval.official_tasks import SEGMENTATION_FILES
 from eval.prompts import read_lines
 from eval.tasks import Task
 
@@ -117,7 +118,7 @@ def load_segmentation(
     if task.protocol not in ("", "background"):
         raise UsageError(f"task {task.id!r}: protocol {task.protocol!r} is unknown; allowed: background, or none")
     if not folder.is_dir():
-        raise DataError(f"task {task.id!r} has no data: put {_EXPECTED[task.layout]} in {folder}, or give another --data-root")
+        raise DataError(f"task {task.id!r} has no data: put {SEGMENTATION_FILES[task.layout]} in {folder}, or give another --data-root")
     found = LAYOUTS[task.layout](task, folder)
     classes_of = np.full(1 << 16, _UNKNOWN, dtype=np.int16)
     classes_of[list(found.values)] = list(found.values.values())
@@ -139,7 +140,7 @@ def load_segmentation(
         shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common()) or "there is none"
         raise DataError(
             f"task {task.id!r}: {len(good)} of {len(found.files)} images in {found.images} are usable ({shown}); expected "
-            f"{_EXPECTED[task.layout]}. Mend the data, or raise --max-reject-fraction"
+            f"{SEGMENTATION_FILES[task.layout]}. Mend the data, or raise --max-reject-fraction"
         )
     content.update(pixels.digest())
     return SegmentationData(
@@ -231,7 +232,7 @@ def _listed(folder: Path, pattern: str = "**/*") -> list[str]:
 
 def _required(task: Task, path: Path) -> Path:
     if not path.exists():
-        raise DataError(f"task {task.id!r} lacks {path}; expected {_EXPECTED[task.layout]}")
+        raise DataError(f"task {task.id!r} lacks {path}; expected {SEGMENTATION_FILES[task.layout]}")
     return path
 
 
@@ -294,9 +295,3 @@ def _counted(task: Task, names: tuple[tuple[str, ...], ...], classes: int) -> tu
 
 
 LAYOUTS: dict[str, Callable[[Task, Path], _Layout]] = {"folder": _folder, "ade20k": _ade20k, "coco_stuff": _coco_stuff, "voc": _voc}
-_EXPECTED = {
-    "folder": "a folder of images, one of label PNGs named like them, and a file of class names, one class a line",
-    "ade20k": "ADEChallengeData2016: images/validation, annotations/validation and objectInfo150.txt",
-    "coco_stuff": "images/val2017, annotations/val2017 (the PNGs of stuffthingmaps) and labels.txt",
-    "voc": "VOC2012: JPEGImages, SegmentationClass and ImageSets/Segmentation/val.txt",
-}

@@ -173,8 +173,18 @@ def find_task(name: str) -> Task:
     return Task(**content)
 
 
+# what a segmentation layout holds; the other layouts say it where they are read
+SEGMENTATION_FILES = {
+    "folder": "a folder of images, one of label PNGs named like them, and a file of class names, one class a line",
+    "ade20k": "ADEChallengeData2016: images/validation, annotations/validation and objectInfo150.txt",
+    "coco_stuff": "images/val2017, annotations/val2017 (the PNGs of stuffthingmaps) and labels.txt",
+    "voc": "VOC2012: JPEGImages, SegmentationClass and ImageSets/Segmentation/val.txt",
+}
+
+
 def describe(task: Task) -> str:
     """Return one line on a task: id, kind, where its data belongs and in which form, and the images of the published protocol."""
     place = Path("DATA_ROOT", task.path, task.data)
-    count = f"; {task.published:,} images" if task.published else ""
-    return f"{task.id}: {task.kind}, {place}, {READERS[task.layout].what if task.layout in READERS else task.layout}{count}"
+    readers = {layout: reader.what for layout, reader in READERS.items()}
+    what = (SEGMENTATION_FILES if task.kind == "segmentation" else readers).get(task.layout, task.layout)
+    return f"{task.id}: {task.kind}, {place}, {what}" + (f"; {task.published:,} images" if task.published else "")

@@ -20,6 +20,7 @@ from eval.candidates import SailDualEncoder
 from eval.config import EvalConfig
 from eval.features import FeatureCache
 from eval.masks import load_segmentation
+from eval.official_tasks import SEGMENTATION_FILES
 from eval.results import load_answers, load_results
 from eval.run import main
 from eval.segmentation import segmentation_answers, segmentation_entries
@@ -205,3 +206,4 @@ def test_the_list_names_every_task_once_and_says_where_its_data_belongs(capsys, 
         assert line == describe(task), "nothing is taken for markup"
         assert f"{task.kind}, DATA_ROOT/{task.path}" in line
         assert not task.published or f"{task.published:,} images" in line
+        assert task.kind != "segmentation" or SEGMENTATION_FILES[task.layout] in line
