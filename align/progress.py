@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from align.extract import Progress
+if TYPE_CHECKING:
+    from align.extract import Progress
 
 LOG_WIDTH = 150
 
@@ -26,7 +28,7 @@ class Meter:
         self.console, self.what, self.rows, self.workers = console, what, rows, workers
         self.begin = self.last = time.monotonic()
 
-    def __call__(self, progress: Progress, last: bool = False) -> None:
+    def __call__(self, progress: "Progress", last: bool = False) -> None:
         """Print a line if it is time to, or if it is the last one."""
         now = time.monotonic()
         if not last and now - self.last < (0.5 if self.console.is_terminal else 10):
