@@ -36,6 +36,7 @@ from align.assess_features import (
     read_labels,
     rows_of,
     sampled_plan,
+    text_name,
     unique_keys,
 )
 from align.assess_figures import heat_map, scatter
@@ -105,12 +106,12 @@ class Assessment:
             for name in self.config.random_weights or self.config.vision:
                 yield random_copy(name, self.folder / "random" / folder_name(name, True), self.config.seed), True
 
-    def encode(self) -> list[Vision]:
-        """Encode what is missing, one encoder in memory at a time, and return the vision encoders with their layers."""
+    def encode(self) -> tuple[list[Vision], list[str]]:
+        """Encode what is missing, one encoder in memory at a time; return the vision encoders with their layers, and the texts' names."""
         found = []
         for name, random in self.encoders():
             encoder = load_vision_encoder(**self._reference(name))
-            layers = chosen_layers(("last",) if random else self.config.layers, encoder)
+            layers = chosen_layers(("last",) if random else self.config.layers, name, encoder.tower.first, encoder.layers)
             features = chosen_features(("auto",) if random else self.config.features, encoder.has_cls)
             found.append(Vision(folder_name(name), layers, features, encoder.has_cls, random))
             for part, source in (("pairs", self.pairs), ("labelled", self.labelled)):
@@ -121,14 +122,20 @@ class Assessment:
                 options: dict[str, Any] = {"batch_size": self.config.batch_size, "workers": self.config.workers}
                 folder = self.folder / part / folder_name(name)
                 self._fill(LayerExtraction(source, self.plans[part], folder, outputs, name, patches, **options), self.plans[part])
+        texts = []
         for name in self.config.text:
-            text = load_text_encoder(**self._reference(name))
-            identity, revision = split_revision(name)
-            loader = {"text": {"name": identity, "revision": revision, "prompt": "", "max_length": None, "feature": "pooled"}}
-            options = {"text": text, "columns": self.config.captions, "loaders": loader, "text_batch_size": self.config.text_batch_size}
-            folder = self.folder / "pairs" / folder_name(name)
-            self._fill(Extraction(self.pairs, self.plans["pairs"], folder, workers=0, **options), self.plans["pairs"])
-        return found
+            whole = load_text_encoder(**self._reference(name))
+            last = whole.layers or 1  # blocks that are no list: only the last layer can be had
+            for layer in chosen_layers(self.config.text_layers, name, 1 if whole.layers else last, last):
+                inner: dict[str, Any] = {"layer": -1 if layer == last else layer}
+                text = whole if layer == last else load_text_encoder(**self._reference(name), **inner)
+                identity, revision = split_revision(name)
+                loader = {"text": {"name": identity, "revision": revision, "prompt": "", "max_length": None, "feature": "pooled", **inner}}
+                options = {"text": text, "columns": self.config.captions, "loaders": loader, "text_batch_size": self.config.text_batch_size}
+                texts.append(text_name(name, layer, last))
+                folder = self.folder / "pairs" / texts[-1]
+                self._fill(Extraction(self.pairs, self.plans["pairs"], folder, workers=0, **options), self.plans["pairs"])
+        return found, texts
 
     def _reference(self, name: str) -> dict[str, Any]:
         """Return the arguments that load one encoder."""
@@ -155,12 +162,10 @@ class Assessment:
         if len(rejects):
             self.console.print(f"{job.output}: {len(rejects)} rejected (each in rejects.parquet)")
 
-    def score(self, visions: list[Vision]) -> tuple[list[Assessed], Scorer]:
-        """Return every candidate's scores, over the images that all stores have in common."""
+    def score(self, visions: list[Vision], names: list[str]) -> tuple[list[Assessed], Scorer]:
+        """Return the scores of every candidate, with each of the texts `names`, over the images that all stores have in common."""
         config, pairs = self.config, self.folder / "pairs"
-        texts = {
-            folder_name(name): [FeatureStore(pairs / folder_name(name) / f"captions-{c}") for c in config.captions] for name in config.text
-        }
+        texts = {name: [FeatureStore(pairs / name / f"captions-{c}") for c in config.captions] for name in names}
         stores = {(v.name, k): FeatureStore(pairs / v.name / f"layer-{k:02d}") for v in visions for k in v.layers}
         order = next(iter(stores.values())).keys.to_pylist()
         common = set.intersection(*(unique_keys(store) for store in (*stores.values(), *(s for listed in texts.values() for s in listed))))
@@ -241,7 +246,7 @@ class Assessment:
         return cache.get(own, lambda: scorer.with_labels(feature_columns(rows_of(store, keys), feature, vision.has_cls), numbers))
 
 
-def report(config: AssessConfig, results: list[Assessed], scorer: Scorer, console: Console) -> None:
+def report(config: AssessConfig, names: list[str], results: list[Assessed], scorer: Scorer, console: Console) -> None:
     """Write table, JSON and figures; print the best candidates, the correlations and the recommendation."""
     folder = Path(config.output)
     results = trained_scores(config.trained, results)
@@ -250,7 +255,6 @@ def report(config: AssessConfig, results: list[Assessed], scorer: Scorer, consol
     answers, said = follows(results, config.seed), recommend(results, scorer.resamples(len(scorer.rows[2])))
     said += [] if config.labelled else [NO_LABELS]
     said += [] if config.patch_images else [NO_PATCHES]
-    names = [folder_name(name) for name in config.text]
     atomic_bytes(folder / "table.csv", table_csv(results).encode())
     listed = [{**asdict(r.candidate), "scores": {name: asdict(score) for name, score in r.scores.items()}} for r in results]
     ranks = {text: rank_matrix(results, text) for text in names}
@@ -283,15 +287,15 @@ def main(config: AssessConfig) -> None:
     job = Assessment(config, console)
     rows = {part: plan.rows for part, plan in job.plans.items()}
     console.print(", ".join(f"{count} {part}" for part, count in rows.items()) + f" to be seen by {len(config.vision)} vision encoder(s)")
-    visions = job.encode()
-    todo = sum(len(v.layers) * len(v.features) * len(config.text) for v in visions)
+    visions, texts = job.encode()
+    todo = sum(len(v.layers) * len(v.features) * len(texts) for v in visions)
     console.print("\n".join(f"{v.name}: layers {' '.join(map(str, v.layers))}; {' '.join(v.features)}" for v in visions))
-    console.print(f"{todo} candidates")
+    console.print(f"texts: {' '.join(texts)}; {todo} candidates")
     if config.dry_run:
         return
     add_launch(Path(config.output), {"config": asdict(config), "data": {part: plan.digest for part, plan in job.plans.items()}})
-    results, scorer = job.score(visions)
-    report(config, results, scorer, console)
+    results, scorer = job.score(visions, texts)
+    report(config, texts, results, scorer, console)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class AssessConfig:
     """Caption columns; a column may hold a list. All captions of an image count."""
     layers: tuple[str, ...] = ("last",)
     """Layers of each vision encoder: numbers (-1 is the last), `last` or `all`. One that an encoder does not have is left out for it."""
+    text_layers: tuple[str, ...] = ("last",)
+    """Layers of each text encoder, likewise; each is encoded by itself."""
     features: tuple[Literal["auto", "cls", "mean", "cls_mean"], ...] = ("auto",)
     """What is pooled, as in align/encode.py; auto is cls_mean. Encoders without a CLS token have the mean only."""
     random_weights: tuple[str, ...] | None = None
@@ -91,11 +93,12 @@ class AssessConfig:
     """List the candidates and the space they need, encode nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("vision", "text", "captions", "layers", "features"):
+        for name in ("vision", "text", "captions", "layers", "text_layers", "features"):
             values = getattr(self, name)
             _check(bool(values) and len(set(values)) == len(values), f"--{name} {' '.join(values)}", "give at least one, each once")
-        for layer in self.layers:
-            _check(bool(re.fullmatch(r"-?\d+|last|all", layer)), f"--layers {layer}", "is neither a number nor `last` nor `all`")
+        for flag, layers in (("--layers", self.layers), ("--text-layers", self.text_layers)):
+            for layer in layers:
+                _check(bool(re.fullmatch(r"-?\d+|last|all", layer)), f"{flag} {layer}", "is neither a number nor `last` nor `all`")
         strange = [name for name in self.random_weights or () if name not in self.vision]
         _check(not strange, f"--random-weights {' '.join(strange)}", "must be among --vision")
         for name in ("rows", "labelled_rows", "test_rows", "similarity_rows"):

@@ -66,6 +66,11 @@ def folder_name(encoder: str, random: bool = False) -> str:
     return f"{name}-random" if random else name
 
 
+def text_name(encoder: str, layer: int, last: int) -> str:
+    """Return the name of a text encoder's layer in folders and tables; its last layer has the encoder's own."""
+    return folder_name(encoder) + ("" if layer == last else f"-layer-{layer:02d}")
+
+
 def random_copy(name: str, folder: Path, seed: int) -> str:
     """Return a folder with the encoder `name` whose weights are its architecture's initial ones, drawn by `seed`: the floor.
 
@@ -95,9 +100,8 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def chosen_layers(wanted: Sequence[str], encoder: VisionEncoder) -> list[int]:
+def chosen_layers(wanted: Sequence[str], encoder: str, first: int, last: int) -> list[int]:
     """Return the layer numbers that `wanted` (numbers, `last`, `all`) means for an encoder; those it does not have are left out."""
-    first, last = encoder.tower.first, encoder.layers
     found: set[int] = set()
     for word in wanted:
         if word == "all":
@@ -107,7 +111,7 @@ def chosen_layers(wanted: Sequence[str], encoder: VisionEncoder) -> list[int]:
             number = number if number >= 0 else last + 1 + number
             found |= {number} if first <= number <= last else set()
     if not found:
-        raise UsageError(f"{encoder.id} has layers {first} to {last}, none of {', '.join(wanted)}; add `last` to --layers")
+        raise UsageError(f"{encoder} has layers {first} to {last}, none of {', '.join(wanted)}; add `last`")
     return sorted(found)
 
 

@@ -109,6 +109,8 @@ class EncodeConfig:
     """Layer to take features from; -1 is the last, k the output of block k (final norm applied)."""
     image_size: int | None = None
     """Input side in pixels, if not the encoder's own."""
+    text_layer: int = -1
+    """Layer of the text encoder, likewise."""
     prompt: str = ""
     """Text put before every caption."""
     max_length: int | None = None

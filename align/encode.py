@@ -51,7 +51,7 @@ def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEnc
         vision = load_vision_encoder(**loaders["vision"], precision=precision, device=device, trust_remote_code=trusted)
     if config.text:
         loaders["text"] = {"name": config.text, "revision": config.text_revision, "prompt": config.prompt, "max_length": config.max_length}
-        loaders["text"]["feature"] = "tokens" if config.feature == "tokens" else "pooled"
+        loaders["text"] |= {"feature": "tokens" if config.feature == "tokens" else "pooled", "layer": config.text_layer}
         trusted = may_run_code(config.text, config.text_revision, config.trust_remote_code)
         text = load_text_encoder(**loaders["text"], precision=precision, device=device, trust_remote_code=trusted)
     return vision, text, loaders

@@ -24,7 +24,8 @@ TEXT_UNUSED = ("pooler.",)  # BERT's pooler is not part of any sentence-transfor
 class TextEncoder(nn.Module):
     """A frozen text encoder: its own pooling, no normalization, always in eval mode, parameters without gradient.
 
-    `prompt` is put before each text by `encode` and `encode_tokens`; `max_length` is in tokens, special tokens included.
+    `prompt` is put before each text by `encode` and `encode_tokens`; `max_length` is in tokens, special tokens included; `layers`
+    counts its blocks, 0 if they are not one list.
     With `feature` "tokens" nothing is pooled: an embedding is a row of all tokens (B, T D), zeros where there is none, for token heads.
     """
 
@@ -39,6 +40,7 @@ class TextEncoder(nn.Module):
         self.id = ""
         self.fingerprint: dict[str, Any] = {}
         self.max_length: int = self.model.max_seq_length
+        self.layers = len(_blocks(model[0].auto_model) or ())
         self.tokenizer = model.tokenizer
         self.requires_grad_(False).eval()
         blank = model.preprocess(["a"], prompt=prompt)
@@ -108,6 +110,7 @@ def load_text_encoder(
     prompt: str = "",
     max_length: int | None = None,
     feature: TextFeature = "pooled",
+    layer: int = -1,
     precision: Arithmetic = "fp32",
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -117,7 +120,8 @@ def load_text_encoder(
 
     A sentence-transformers folder is read with its own modules, without a closing `Normalize`; a plain Hugging Face folder gets
     sentence-transformers' default, the masked mean (decoders: the last token). A default prompt of the model is not applied.
-    Raises UsageError (unknown id, missing files or weights, max_length), OfflineError, DamagedError.
+    `layer` k stops after block k (from 1; a closing norm is applied), -1 is the last.
+    Raises UsageError (unknown id, missing files or weights, max_length, layer), OfflineError, DamagedError.
     """
     # imported here as it takes seconds, which vision users need not wait for
     from sentence_transformers import SentenceTransformer
@@ -142,6 +146,7 @@ def load_text_encoder(
             **remote,
         )
     require_complete(name, report["missing_keys"], TEXT_UNUSED)
+    _stop_after(name, language_model, layer)
     if isinstance(model[-1], Normalize):
         del model[-1]
     _limit_length(name, model, max_length)
@@ -160,7 +165,29 @@ def load_text_encoder(
     }
     if feature == "tokens":
         encoder.fingerprint["pooling"] = "tokens"
+    if layer != -1:
+        encoder.fingerprint["layer"] = layer
     return encoder
+
+
+def _blocks(language_model: Any) -> nn.ModuleList | None:
+    """Return the list of the model's blocks; None if it is not clear which one that is."""
+    count = getattr(language_model.config, "num_hidden_layers", None)
+    found = [module for module in language_model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return found[0] if len(found) == 1 else None
+
+
+def _stop_after(name: str, language_model: Any, layer: int) -> None:
+    """Drop the blocks after number `layer`."""
+    if layer == -1:
+        return
+    blocks = _blocks(language_model)
+    if blocks is None:
+        raise UsageError(f"{name}: its blocks are not one list, so its inner layers cannot be read; use layer -1")
+    if not 1 <= layer <= len(blocks):
+        raise UsageError(f"layer={layer}: {name} has blocks 1 to {len(blocks)}, and -1 for the last")
+    del blocks[layer:]
+    language_model.config.num_hidden_layers = layer
 
 
 def _limit_length(name: str, model: "SentenceTransformer", max_length: int | None) -> None:

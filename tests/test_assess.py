@@ -37,6 +37,7 @@ from align.probing import Training
 from align.samples import Source
 from align.similarity import bootstrap_weights
 from align.store import FeatureStore
+from align.text_encoders import load_text_encoder
 from align.train import main as train
 
 IMAGES = 120
@@ -169,6 +170,16 @@ def test_more_layers_add_to_what_is_there(world, tmp_path):
     assert len(FeatureStore(tmp_path / "out/pairs/vit/layer-01")) == IMAGES - 1
 
 
+def test_layers_of_text_encoders_are_candidates_too(world, tmp_path):
+    run(world, tmp_path / "out", **{"text-layers": ["1", "last"]})
+    content = json.loads((tmp_path / "out/assessment.json").read_text())
+    assert {row["candidate"]["text"] if "candidate" in row else row["text"] for row in content["candidates"]} == {"st", "st-layer-01"}
+    inner = FeatureStore(tmp_path / "out/pairs/st-layer-01/captions-short")
+    again = load_text_encoder(**inner.header.loader)
+    assert again.fingerprint == inner.fingerprint and inner.header.loader["layer"] == 1
+    assert FeatureStore(tmp_path / "out/pairs/st/captions-short").fingerprint != inner.fingerprint
+
+
 def test_other_data_in_the_same_folder_is_refused(world, assessed):
     with pytest.raises(FingerprintError, match="--rows or --seed"):
         run(world, assessed[0], seed=1)
@@ -263,18 +274,19 @@ def test_plans_are_random_samples(world, tmp_path):
 
 def test_layers_and_features_are_those_the_encoder_has(world):
     vit, cnn = load_vision_encoder(str(world / "vit")), load_vision_encoder(str(world / "cnn"))
-    assert chosen_layers(["all"], vit) == [1, 2, 3]
-    assert chosen_layers(["last", "0", "-2", "9"], vit) == [0, 2, 3]
-    assert chosen_layers(["0", "last"], cnn) == [cnn.layers]
-    with pytest.raises(UsageError, match="layers 0 to 3, none of 7"):
-        chosen_layers(["7"], vit)
+    assert (vit.tower.first, vit.layers, cnn.tower.first) == (0, 3, 1)
+    assert chosen_layers(["all"], "vit", 0, 3) == [1, 2, 3]
+    assert chosen_layers(["last", "0", "-2", "9"], "vit", 0, 3) == [0, 2, 3]
+    assert chosen_layers(["0", "last"], "cnn", 1, cnn.layers) == [cnn.layers]
+    with pytest.raises(UsageError, match="vit has layers 0 to 3, none of 7"):
+        chosen_layers(["7"], "vit", 0, 3)
     assert chosen_features(["auto", "cls", "cls_mean"], True) == ["cls_mean", "cls"]
     assert chosen_features(["cls"], False) == ["mean"]
 
 
 def test_layers_of_a_cnn_have_their_own_widths(world):
     cnn = load_vision_encoder(str(world / "cnn"))
-    layers = chosen_layers(["all"], cnn)
+    layers = chosen_layers(["all"], "cnn", 1, cnn.layers)
     outputs = LayerFeatures(cnn, layers, with_patches=True)
     pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
     features, at = outputs(pixels).float(), 0

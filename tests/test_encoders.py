@@ -606,6 +606,36 @@ def test_text_tokens_average_to_the_embedding(bert):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 2])
+def test_an_inner_layer_of_a_text_encoder_is_that_hidden_state(bert, layer):
+    encoder = load_text_encoder(bert[0], layer=layer)
+    tokenizer, stock = transformers.AutoTokenizer.from_pretrained(bert[1]), transformers.BertModel.from_pretrained(bert[1]).eval()
+    for text, found in zip(CAPTIONS, encoder.encode(CAPTIONS, 8), strict=True):
+        batch = tokenizer(text, truncation=True, max_length=16, return_tensors="pt")
+        close(found, stock(**batch, output_hidden_states=True).hidden_states[layer][0].mean(0))  # [0] are the embeddings
+    assert encoder.fingerprint["layer"] == layer and "layer" not in load_text_encoder(bert[0]).fingerprint
+
+
+@torch.no_grad()
+def test_an_inner_layer_of_a_decoder_goes_through_its_closing_norm(tmp_path):
+    from tiny_mllm import tiny_llm
+
+    folder = tiny_llm(tmp_path / "llm")
+    encoder = load_text_encoder(str(folder), layer=1, max_length=16)
+    model, tokenizer = transformers.AutoModel.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer("a dog", return_tensors="pt")
+    hidden = model(**batch, output_hidden_states=True).hidden_states[1]
+    close(encoder.encode(["a dog"], 1)[0], model.norm(hidden)[0, -1])  # sentence-transformers pools a decoder's last token
+    assert encoder.layers == model.config.num_hidden_layers > 1
+
+
+@pytest.mark.parametrize("layer", [0, 3, -2])
+def test_text_layers_that_are_not_there_are_refused(bert, layer):
+    with pytest.raises(UsageError, match="has blocks 1 to 2"):
+        load_text_encoder(bert[0], layer=layer)
+
+
+@torch.no_grad()
 def test_text_is_truncated_at_max_length_on_the_recorded_side(bert, tmp_path):
     long = "a dog and a cat and a car and a tree"
     short = load_text_encoder(bert[0], max_length=5)
