@@ -115,7 +115,7 @@ def write_report(
     comparison = load_comparison(results_folder)
     context = {
         "title": title,
-        "notes": list(dict.fromkeys(task.note for task in results.tasks if task.note)),
+        "notes": _notes(results),
         "models": results.models,
         "lead": "; ".join(model.description for model in subjects(results)),
         "tasks": results.tasks,
@@ -255,6 +255,15 @@ def _table(results: Results, task: TaskRecord, drawn: Figures) -> dict[str, Any]
         "task": task, "slug": slug, "models": models, "rows": _rows(results, task, models, anchors), "bars": names, "detail": detail,
         "anchors": [column for column in columns if not column["more"]], "more": [column for column in columns if column["more"]],
     }  # fmt: skip
+
+
+def _notes(results: Results) -> list[str]:
+    """Return what the tasks have to say of themselves, each note once, with their ids unless it is of all."""
+    of_note: dict[str, list[str]] = {}
+    for task in results.tasks:
+        if task.note:
+            of_note.setdefault(task.note, []).append(task.id)
+    return [note if len(ids) == len(results.tasks) else f"{', '.join(ids)}: {note}" for note, ids in of_note.items()]
 
 
 def _column(anchor: Anchor, note: str) -> dict[str, Any]:

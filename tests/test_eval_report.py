@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +17,7 @@ from align.errors import DamagedError, UsageError
 from eval.anchors import published
 from eval.calibration import calibration
 from eval.figures import DARK, LIGHT, class_bars, class_gains, curves, forest, model_color, plain
-from eval.page import found_runs, shown_value, write_report
+from eval.page import _notes, found_runs, shown_value, write_report
 from eval.page_sections import Figures, segmentation
 from eval.results import load_answers, load_results
 
@@ -31,6 +32,14 @@ def report(tmp_path_factory):
     metrics.write_text(metrics.read_text()[:-20])  # a run that is being written: its last row is cut
     path = write_report(folder / "eval", folder / "out", title="Tom & <Jerry>")
     return path, path.read_text(), results
+
+
+def test_a_note_stands_once_and_names_its_tasks_unless_it_is_of_all(report):
+    results = report[2]
+    first, *others = results.tasks
+    some = replace(results, tasks=(replace(first, note="a"), *(replace(task, note="") for task in others)))
+    assert _notes(some) == [f"{first.id}: a"]
+    assert _notes(replace(results, tasks=tuple(replace(task, note="a") for task in results.tasks))) == ["a"]
 
 
 class Tables(HTMLParser):
