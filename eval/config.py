@@ -33,6 +33,8 @@ class EvalConfig:
     """Processes that read and decode images beside the forward pass."""
     device: str = "auto"
     """Where the encoders run: auto (a GPU if there is one), cpu, cuda, cuda:1."""
+    windows: tuple[int, int, int] = (448, 448, 224)
+    """Segmentation: the image's shorter side after resizing, a window's side and the stride, in pixels."""
     max_reject_fraction: float = 0.05
     """Stop when a larger share of a task's samples is rejected."""
     trust_remote_code: bool = False
@@ -60,6 +62,8 @@ class EvalConfig:
             raise UsageError("nothing to measure: give --model FOLDER and --tasks ID (--list-tasks shows the known ids)")
         if min(self.batch_size, self.text_batch_size) < 1 or self.workers < 0 or self.examples < 0:
             raise UsageError("--batch-size and --text-batch-size must be at least 1, --workers and --examples 0 or more")
+        if min(self.windows) < 1 or self.windows[2] > self.windows[1]:
+            raise UsageError("--windows SIDE WINDOW STRIDE must be at least 1 pixel, and the stride at most a window")
         if not 0 < self.confidence < 1 or not 0 <= self.max_reject_fraction <= 1:
             raise UsageError("--confidence must lie between 0 and 1, --max-reject-fraction in 0..1")
 

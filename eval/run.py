@@ -53,6 +53,7 @@ from eval.results import Entry, ModelRecord, Results, TaskRecord, generated_half
 from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
 from eval.segmentation import Prompted, label_maps, majority_answers, segmentation_answers, segmentation_entries, segmentation_table
 from eval.tasks import TASKS, Task, TaskData, describe, find_task, load_task, protocol_note, read_images
+from eval.windows import Windows
 from eval.zeroshot import (
     class_weights,
     classification_chance,
@@ -176,7 +177,9 @@ class Measurement:
             embedded = aligned(one.model.align_texts, self.cache.texts(sentences, one.model), one.model.device)
             weights = class_weights(embedded, [len(of_name) for of_name in prompts.sentences])  # of each name
             prompted.append(Prompted(one.model, one.record.fingerprint, weights, prompts.sentences))
-        found = label_maps(data, prompted, cache_folder(self.config), report=counter(self.console, f"{task}: images segmented"))
+        windows = Windows(*self.config.windows)
+        report = counter(self.console, f"{task}: images segmented")
+        found = label_maps(data, prompted, cache_folder(self.config), windows=windows, report=report)
         maps = {one.record.name: of_model for one, of_model in zip(self.candidates, found, strict=True)}
         began = self._clock("features", began)
         answers = {}
@@ -190,7 +193,10 @@ class Measurement:
             self.entries += segmentation_entries(most, task, "majority", generator(seed, 11), self.config.confidence)
         chosen = segmentation_examples(self.output, data, maps, self.config.examples, generator(seed, 12))
         save_examples(self.output, task, chosen, ((number, data.image(number)) for number in shown_images(chosen)))
-        self._record(replace(data, task=protocol_note(data.task, len(data.keys))), len(data.class_names), prompts.id)
+        noted = protocol_note(data.task, len(data.keys))
+        if windows != Windows():
+            noted = replace(noted, note=f"{windows}, not the default. {noted.note}".strip())
+        self._record(replace(data, task=noted), len(data.class_names), prompts.id)
         self._clock("scores", began)
 
     def _embeddings(self, data: TaskData, features: dict[str, np.ndarray]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -38,6 +38,10 @@ class Windows:
         if not 0 < self.stride <= self.window or self.side < 1:
             raise UsageError(f"{self}: expected a side of at least 1 and 0 < stride <= window, in pixels")
 
+    def __str__(self) -> str:
+        """Return what a report says."""
+        return f"shorter side {self.side}, windows of {self.window}, stride {self.stride} pixels"
+
     def grid(self, size: tuple[int, int], patch: int) -> tuple[int, int]:
         """Return the patches (h, w) of an image of `size` (H, W) in pixels after it was resized."""
         scale = self.side / min(size) / patch

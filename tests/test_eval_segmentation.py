@@ -9,14 +9,22 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
+from test_encoders import save, save_bert
 from torch.nn.functional import interpolate, normalize
 from torchvision import transforms
 
+from align.cli import parse
+from align.encoders import VisionEncoder, load_vision_encoder
 from align.errors import DamagedError, DataError, NonFiniteError, UsageError
 from align.files import arm_failpoint
+from align.modeling import SailConfig, SailModel, save_model
+from align.text_encoders import load_text_encoder
 from eval import segmentation, windows
+from eval.config import EvalConfig
 from eval.masks import IGNORED, load_segmentation
 from eval.overlays import SIDE, overlay, palette, segmentation_examples
+from eval.results import load_results
+from eval.run import main
 from eval.segmentation import (
     Prompted,
     SegmentationAnswers,
@@ -287,6 +295,38 @@ def test_a_task_is_measured_and_a_second_run_touches_no_encoder(data, tmp_path):
     second = make(data, tmp_path, again)
     assert again.seen == [] and all((a == b).all() for a, b in zip(maps, second, strict=True))
     assert [second[n].tolist() for n in range(7)] == [one.tolist() for one in maps]
+
+
+def test_a_model_folder_is_measured_from_the_command_line(data, tmp_path, monkeypatch, capsys):
+    vision = load_vision_encoder(place := str(save(tmp_path / "vision", "dinov2")))
+    text = load_text_encoder(words := save_bert(tmp_path / "text")[0])
+    settings = SailConfig(
+        vision={"name": place}, text={"name": words}, width=8, head="glu", vision_fingerprint=vision.fingerprint,
+        text_fingerprint=text.fingerprint, vision_width=vision.feature_width, text_width=text.width,
+    )  # fmt: skip
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    save_model(SailModel(settings).initialize(1), tmp_path / "model", tmp_path / "tokenizer")
+    (tmp_path / "task.yaml").write_text(
+        "id: mine\nkind: segmentation\nlayout: folder\npath: colors\nclasses: classes.txt\ntemplates: simple\nnote: drawn."
+    )
+    passes = []
+    whole = VisionEncoder.dense
+    monkeypatch.setattr(VisionEncoder, "dense", lambda self, pixels: passes.append(tuple(pixels.shape)) or whole(self, pixels))
+
+    def measure(*windows):
+        flags = ["--model", tmp_path / "model", "--tasks", tmp_path / "task.yaml", "--data-root", tmp_path, "--no-report"]
+        main(parse(EvalConfig, "eval", [*map(str, [*flags, "--output", tmp_path / "out"]), *windows]))
+        return load_results(tmp_path / "out")
+
+    results = measure("--windows", "56", "56", "28")
+    side = 56 // vision.patch_size * vision.patch_size
+    assert {shape[2:] for shape in passes} == {(side, side)} and len(passes) == 7  # the untrained twin needs no pass of its own
+    assert {entry.model for entry in results.entries} == {"trained", "untrained", "majority"}
+    assert results.tasks[0].note == "shorter side 56, windows of 56, stride 28 pixels, not the default. drawn."
+    again = measure("--windows", "56", "56", "28")
+    assert len(passes) == 7 and again.entries == results.entries
+    with pytest.raises(UsageError, match="SIDE WINDOW STRIDE"):
+        EvalConfig(model=("m",), tasks=("t",), windows=(56, 28, 56))
 
 
 def test_answers_are_those_of_a_plain_loop(data, tmp_path):
