@@ -122,17 +122,23 @@ class Assessment:
                 options: dict[str, Any] = {"batch_size": self.config.batch_size, "workers": self.config.workers}
                 folder = self.folder / part / folder_name(name)
                 self._fill(LayerExtraction(source, self.plans[part], folder, outputs, name, patches, **options), self.plans[part])
-        texts = []
+        texts: list[str] = []
         for name in self.config.text:
-            whole = load_text_encoder(**self._reference(name))
-            last = whole.layers or 1  # blocks that are no list: only the last layer can be had
-            for layer in chosen_layers(self.config.text_layers, name, 1 if whole.layers else last, last):
+            text: Any = load_text_encoder(**self._reference(name))
+            last: int = text.layers
+            if not last and set(self.config.text_layers) - {"last", "all", "-1"}:
+                raise UsageError(f"{name}: its blocks are not one list, so its inner layers cannot be read; give --text-layers last")
+            for layer in reversed(chosen_layers(self.config.text_layers, name, 1, last) if last else [last]):
                 inner: dict[str, Any] = {"layer": -1 if layer == last else layer}
-                text = whole if layer == last else load_text_encoder(**self._reference(name), **inner)
+                if layer != last:
+                    text = None  # one in memory at a time
+                    text = load_text_encoder(**self._reference(name), **inner)
                 identity, revision = split_revision(name)
                 loader = {"text": {"name": identity, "revision": revision, "prompt": "", "max_length": None, "feature": "pooled", **inner}}
                 options = {"text": text, "columns": self.config.captions, "loaders": loader, "text_batch_size": self.config.text_batch_size}
                 texts.append(text_name(name, layer, last))
+                if len({*texts, *(v.name for v in found)}) < len(texts) + len(found):
+                    raise UsageError(f"two candidates would share the name {texts[-1]}; rename one folder")
                 folder = self.folder / "pairs" / texts[-1]
                 self._fill(Extraction(self.pairs, self.plans["pairs"], folder, workers=0, **options), self.plans["pairs"])
         return found, texts

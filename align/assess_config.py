@@ -4,8 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from align.config import check_trust
 from align.errors import UsageError
 from align.hardware import Precision
+from align.trust import split_revision
 
 
 def _check(condition: bool, given: str, allowed: str) -> None:
@@ -108,4 +110,5 @@ class AssessConfig:
         for name, value in least.items():
             _check(getattr(self, name) >= value, f"--{name.replace('_', '-')} {getattr(self, name)}", f"must be at least {value}")
         _check(self.patch_images == 0 or self.patch_images >= 100, f"--patch-images {self.patch_images}", "is 0 (none) or at least 100")
+        check_trust(self.trust_remote_code, *map(split_revision, (*self.vision, *self.text)))
         _check(self.probe_lr > 0, f"--probe-lr {self.probe_lr}", "must be above 0")

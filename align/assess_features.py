@@ -86,16 +86,17 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
     with opening(name, VISION_FILES), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, revision=revision), dtype=torch.float32)
+        transform = load_transform(name, revision=revision)
         normalizers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if normalizers:  # their statistics are not drawn but measured; without, activations die out over the layers
-            size = load_transform(name, revision=revision)(Image.new("RGB", (64, 64))).shape
+            size = transform(Image.new("RGB", (64, 64))).shape
             for module in normalizers:
                 module.momentum = 1.0
             with torch.no_grad():
                 model.train()(torch.randn(8, *size))
         model.save_pretrained(temporary)
-        if (Path(source) / "preprocessor_config.json").exists():
-            shutil.copyfile(Path(source) / "preprocessor_config.json", temporary / "preprocessor_config.json")
+        if not transform.is_timm:  # timm's is in the config
+            transform.processor.save_pretrained(temporary)
     put_in_place(temporary, folder, "random")
     return str(folder)
 

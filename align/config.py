@@ -13,9 +13,9 @@ def _check(condition: bool, given: str, allowed: str) -> None:
         raise UsageError(f"{given}: {allowed}")
 
 
-def _check_trust(trusted: bool, *encoders: tuple[str | None, str | None]) -> None:
+def check_trust(trusted: bool, *encoders: tuple[str | None, str | None]) -> None:
     may = any(name and may_run_code(name, revision, trusted) for name, revision in encoders)
-    _check(may or not trusted, "--trust-remote-code", "needs --vision-revision or --text-revision pinned, or an encoder in a local folder")
+    _check(may or not trusted, "--trust-remote-code", "needs an encoder pinned to a commit (40 hex digits), or one in a local folder")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class EncodeConfig:
         _check(min(self.batch_size, self.text_batch_size, self.shard_rows) >= 1, "batch and shard sizes", "must be at least 1")
         _check(self.workers >= 0, f"--workers {self.workers}", "must be 0 or more")
         _check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
-        _check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
+        check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class CurateConfig:
     text_batch_size: int = 64
     """Concept prompts a forward pass."""
     trust_remote_code: bool = False
-    """Run code that ships with the candidates' text encoder, if it is a local folder or was pinned to a revision when it encoded them."""
+    """Run code that ships with the text encoder of the candidates or of --model: a local folder, or pinned to a commit when it encoded."""
     dry_run: bool = False
     """Check stores and concepts, state memory and work, score nothing."""
 
@@ -440,4 +440,4 @@ class ConvertConfig:
         _check(not self.embeddings or bool(self.kind and self.encoder_name), "--embeddings", "needs --kind and --encoder-name")
         _check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
         _check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
-        _check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
+        check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))

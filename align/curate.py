@@ -64,13 +64,17 @@ def open_candidates(folders: tuple[str, ...]) -> Candidates:
     return Candidates([FeatureStore(folder) for folder in folders])
 
 
+def _model(config: CurateConfig, device: torch.device) -> SailModel:
+    return SailModel.from_pretrained(config.model, trust_remote_code=config.trust_remote_code).to(device)
+
+
 class Space:
     """Where candidates and concepts meet: the candidates' own features, or the shared space of an aligned model."""
 
     def __init__(self, config: CurateConfig, candidates: Candidates, device: torch.device) -> None:
         """Load the model if one is given; UsageError if text concepts are to score images without one."""
         self.config, self.candidates, self.device = config, candidates, device
-        self.model: Any = SailModel.from_pretrained(config.model).to(device) if config.model else None
+        self.model: Any = _model(config, device) if config.model else None
         if self.model is None and config.concepts and candidates.kind == "image":
             raise UsageError(
                 "text concepts can score images only in the space of an aligned model; give --model, or captions to choose from"
@@ -92,6 +96,10 @@ class Space:
         if self.model is not None:
             return self.model.align_texts(self.model.text_encoder.encode(texts, self.config.text_batch_size).to(self.device))
         header = self.candidates.stores[0].header
+        if not header.loader:
+            raise UsageError(
+                f"{self.candidates.stores[0].folder} names no encoder (it was imported); give --model, or concepts as a --concept-store"
+            )
         trusted = may_run_code(header.loader["name"], header.loader.get("revision"), self.config.trust_remote_code)
         precision = header.fingerprint.get("precision", "fp32")
         encoder = load_text_encoder(**header.loader, precision=precision, device=self.device, trust_remote_code=trusted)

@@ -33,6 +33,7 @@ from align.opening import (
     opening,
     recorded_id,
     require_complete,
+    require_own_code,
     require_precision,
     resolve_encoder,
 )
@@ -236,6 +237,8 @@ def load_vision_encoder(
     remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     known = f"known model types: {', '.join(sorted(VISION_ADAPTERS))}"
     with opening(name, f"{VISION_FILES}; {known}"):
+        if trust_remote_code:
+            require_own_code(name, source, revision)
         config = AutoConfig.from_pretrained(source, **remote)
         if config.model_type not in VISION_ADAPTERS:
             raise UsageError(f"{name}: model_type {config.model_type!r} has no vision adapter; {known}")

@@ -1,25 +1,30 @@
 """Opening encoder folders safely, and what identifies their weights: shared by vision and text encoders.
 
-No remote code unless asked for with a pinned commit; weights from safetensors only; a checkpoint that lacks weights is refused.
+No code of an encoder runs unless asked for, then from a local folder or a pinned commit, and only its own; weights from safetensors
+only; a checkpoint that lacks weights is refused.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from align.errors import DamagedError, KitError, OfflineError, UsageError
 from align.hardware import Arithmetic
 from align.trust import COMMIT_ID
 
+CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "modules.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 VISION_FILES = "needed are config.json, preprocessor_config.json (timm: only config.json) and model.safetensors"
 TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors and, for its own pooling, modules.json"
@@ -63,13 +68,34 @@ def opening(name: str, needed: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"{name} comes with code of its own, which runs only if you ask for it: read that code, then give --trust-remote-code "
-                "(in Python trust_remote_code=True); on the hub its commit must be pinned (--text-revision, --vision-revision)"
+                "(in Python trust_remote_code=True) and, of a hub id, the 40 hex digits of its commit (--text-revision; assess: id@COMMIT)"
             ) from error
         raise UsageError(f"{name} cannot be opened ({first_line(error)}); {needed}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def require_own_code(name: str, source: str, revision: str | None) -> None:
+    """Refuse an encoder whose code lies in another repository: the commit that is pinned, or the folder that was read, does not hold it."""
+    for file in CODE_NAMED_IN:
+        path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        elsewhere = sorted(_elsewhere(json.loads(Path(path).read_text(encoding="utf-8")))) if path else []
+        if elsewhere:
+            repository, _, module = elsewhere[0].partition("--")
+            raise UsageError(
+                f"{name}: its {file} runs code of another repository ({', '.join(elsewhere)}), which no commit of this one pins; download "
+                f"both to one folder, read the code ({module.split('.')[0]}.py), take '{repository}--' out of {file}, and give that folder"
+            )
+
+
+def _elsewhere(value: Any, names_code: bool = False) -> set[str]:
+    """Return what a JSON value names as OWNER/REPOSITORY--FILE.CLASS."""
+    if isinstance(value, str):
+        return {value} if names_code and "--" in value else set()
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return set().union(*(_elsewhere(part, names_code or key in ("auto_map", "type")) for key, part in parts))
 
 
 def first_line(error: Exception) -> str:
@@ -113,13 +139,16 @@ def autocast(device: torch.device, precision: Arithmetic) -> torch.autocast:
 
 
 def copy_encoder(name: str, folder: Path, revision: str | None = None) -> None:
-    """Copy the files that load the encoder `name` (json, txt, model, safetensors; no code, no other weights) to `folder`."""
+    """Copy the files that load the encoder `name` (json, txt, model, safetensors, its own py; no other weights) to `folder`.
+
+    The copy's code runs as the encoder's: only with `trust_remote_code`.
+    """
     source = Path(resolve_encoder(name, revision, trust_remote_code=False))
     if not source.is_dir():
         with opening(name, "a downloaded snapshot"):
             source = Path(snapshot_download(name, revision=revision, local_files_only=True))
     for file in source.rglob("*"):
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors"):
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors", ".py"):
             target = folder / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from align.errors import UsageError
 from align.hardware import Arithmetic
-from align.opening import TEXT_FILES, autocast, hash_weights, opening, recorded_id, require_complete, require_precision, resolve_encoder
+from align.opening import (
+    TEXT_FILES,
+    autocast,
+    hash_weights,
+    opening,
+    recorded_id,
+    require_complete,
+    require_own_code,
+    require_precision,
+    resolve_encoder,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -25,7 +35,7 @@ class TextEncoder(nn.Module):
     """A frozen text encoder: its own pooling, no normalization, always in eval mode, parameters without gradient.
 
     `prompt` is put before each text by `encode` and `encode_tokens`; `max_length` is in tokens, special tokens included; `layers`
-    counts its blocks, 0 if they are not one list.
+    counts the blocks that run, 0 if they are not one list.
     With `feature` "tokens" nothing is pooled: an embedding is a row of all tokens (B, T D), zeros where there is none, for token heads.
     """
 
@@ -131,6 +141,8 @@ def load_text_encoder(
     source = resolve_encoder(name, revision, trust_remote_code)
     remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with opening(name, TEXT_FILES):
+        if trust_remote_code:
+            require_own_code(name, source, revision)
         kwargs = {"dtype": torch.float32, "use_safetensors": True}
         model: Any = SentenceTransformer(source, device="cpu", model_kwargs=kwargs, **remote)
         if not isinstance(model[0], Transformer):
@@ -146,6 +158,7 @@ def load_text_encoder(
             **remote,
         )
     require_complete(name, report["missing_keys"], TEXT_UNUSED)
+    blocks = len(_blocks(language_model) or ())
     _stop_after(name, language_model, layer)
     if isinstance(model[-1], Normalize):
         del model[-1]
@@ -165,7 +178,7 @@ def load_text_encoder(
     }
     if feature == "tokens":
         encoder.fingerprint["pooling"] = "tokens"
-    if layer != -1:
+    if len(_blocks(language_model) or ()) < blocks:
         encoder.fingerprint["layer"] = layer
     return encoder
 

@@ -8,7 +8,7 @@ COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 
 def may_run_code(name: str, revision: str | None, trust_remote_code: bool) -> bool:
     """Return whether code that ships with the encoder `name` may run: only if asked for, from a local folder or a pinned commit."""
-    return trust_remote_code and (bool(revision) or Path(name).expanduser().is_dir())
+    return trust_remote_code and (bool(COMMIT_ID.fullmatch(revision or "")) or Path(name).expanduser().is_dir())
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -1,6 +1,7 @@
 """A text encoder that brings its own code, as GTE-large of SAIL-L does: refused until asked for, then the whole line works."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 from test_encoders import save, save_bert
 from transformers import pipeline
 
+from align.assess_config import AssessConfig
 from align.assess_features import folder_name
-from align.config import ConvertConfig, EncodeConfig
+from align.config import ConvertConfig, CurateConfig, EncodeConfig
+from align.curate import Space, open_candidates
 from align.encoders import load_vision_encoder
 from align.errors import UsageError
 from align.modeling import SailConfig, SailModel, save_model
+from align.store import StoreHeader, StoreWriter
 from align.text_encoders import load_text_encoder
 from align.trust import may_run_code, split_revision
 from eval.candidates import open_models
@@ -83,6 +87,7 @@ def test_the_pipeline_passes_the_wish_on(aligned):
     [
         ("owner/model", None, True, False),
         ("owner/model", COMMIT, True, True),
+        ("owner/model", "main", True, False),
         ("owner/model", COMMIT, False, False),
         ("{folder}", None, True, True),
         ("{folder}", None, False, False),
@@ -101,11 +106,60 @@ def test_a_commit_may_stand_behind_an_id(tmp_path):
     assert split_revision(str(folder)) == (str(folder), None)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"auto_map": {"AutoModel": "some-owner/new-impl--modeling.NewModel"}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "some-owner/new-impl--modeling.NewModel"]}}),
+        ("modules.json", [{"type": "some-owner/new-impl--modeling.NewModel", "path": ""}]),
+    ],
+)
+def test_code_of_another_repository_is_refused(own, tmp_path, file, content):
+    folder = Path(shutil.copytree(own, tmp_path / "encoder"))
+    before = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(content if isinstance(content, list) else {**before, **content}))
+    with pytest.raises(UsageError, match="code of another repository.*take 'some-owner/new-impl--' out of"):
+        load_text_encoder(str(folder), trust_remote_code=True)
+
+
+def test_copies_of_the_encoders_hold_their_code(aligned, tmp_path):
+    model = SailModel.from_pretrained(aligned, trust_remote_code=True)
+    save_model(model, tmp_path / "whole", embed_encoders=True)
+    moved = (tmp_path / "whole").rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        _ = SailModel.from_pretrained(moved).text_encoder
+    text = SailModel.from_pretrained(moved, trust_remote_code=True).text_encoder
+    torch.testing.assert_close(text.encode(["a dog"], 1), model.text_encoder.encode(["a dog"], 1))
+
+
+def test_curation_in_the_space_of_a_model_passes_the_wish_on(aligned, tmp_path):
+    header = StoreHeader("image", SailModel.from_pretrained(aligned).config.vision_fingerprint, {}, 64, "plan", 1, 2)
+    writer = StoreWriter(tmp_path / "images", header)
+    writer.write(0, torch.ones(2, 64).numpy(), ["a", "b"], [0, 0], [])
+    writer.finish()
+    settings = {"candidates": (str(tmp_path / "images"),), "concepts": "c.txt", "output": "o", "model": str(aligned)}
+    for trusted in (False, True):
+        space = Space(CurateConfig(**settings, trust_remote_code=trusted), open_candidates(settings["candidates"]), torch.device("cpu"))
+        if trusted:
+            assert space.encode_texts(["a dog"]).shape == (1, 8)
+        else:
+            with pytest.raises(UsageError, match="--trust-remote-code"):
+                space.encode_texts(["a dog"])
+
+
+def test_assessing_refuses_an_unpinned_encoder_before_anything_is_encoded(own):
+    settings = {"data": "d", "output": "o", "vision": ("v",), "captions": ("c",), "trust_remote_code": True}
+    with pytest.raises(UsageError, match="pinned to a commit"):
+        AssessConfig(**settings, text=("owner/model",))
+    for name in (f"owner/model@{COMMIT}", own):
+        assert AssessConfig(**settings, text=(name,)).trust_remote_code
+
+
 @pytest.mark.parametrize("config", [EncodeConfig, ConvertConfig])
 def test_asking_for_code_of_an_unpinned_encoder_is_refused(config, own):
     settings = {"output": "o", "text": "owner/model", "trust_remote_code": True}
     settings |= {"data": "d", "captions": ("txt",)} if config is EncodeConfig else {"heads": "h.pt"}
-    with pytest.raises(UsageError, match="pinned, or an encoder in a local folder"):
+    with pytest.raises(UsageError, match="pinned to a commit .*, or one in a local folder"):
         config(**settings)
     assert config(**{**settings, "text": own}).trust_remote_code
     assert config(**settings, text_revision=COMMIT).trust_remote_code
