@@ -80,6 +80,8 @@ class Vision:
     has_cls: bool
     random: bool
 
+FEW_OF_CLASS = 8  # labelled images of a class: below, a neighborhood of 20 is mostly of others
+
 
 class Assessment:
     """One run: the sample, its stores, and the scores of every candidate."""
@@ -235,7 +237,14 @@ class Assessment:
     def _labels(self) -> dict[str, int]:
         if self.labelled is None:
             return {}
-        return read_labels(self.labelled, self.plans["labelled"], self.config.label_column)
+        labels = read_labels(self.labelled, self.plans["labelled"], self.config.label_column)
+        classes = len(set(labels.values()))
+        if len(labels) < FEW_OF_CLASS * classes:
+            self.console.print(
+                f"{len(labels)} labelled images of {classes} classes: below {FEW_OF_CLASS} a class, k-NN and the linear probe say little; "
+                "raise --labelled-rows or give --labelled more images"
+            )
+        return labels
 
     def _class_scores(
         self, vision: Vision, layer: int, feature: str, image: dict[str, Any], labels: dict[str, int], scorer: Scorer, cache: Cache

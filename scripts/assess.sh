@@ -3,8 +3,9 @@
 # more than the linear probe (SAIL), and does a cheap score predict the ranking after full training?
 #   bash scripts/assess.sh PHOTOS LABELLED [OUTPUT]
 # PHOTOS: folder with train.jsonl (key, image, captions) and its images; LABELLED: photos in one folder a class (CIFAR-10).
-# Sprite scenes come from `make quickstart` (SPRITES, runs/quickstart/data). LIMIT: pairs of each experiment; CLASSES: labelled
-# images; STEPS: of a full training. Features and scores are kept: killed, it goes on where it was.
+# Sprite scenes come from `make quickstart` (SPRITES, runs/quickstart/data), their labelled pictures are rendered, ten of each of 150
+# sprites. LIMIT: pairs of each experiment; CLASSES: labelled photos; STEPS: of a full training. About 40 minutes on one core. Features
+# and scores are kept: killed, it goes on where it was.
 # OUTPUT/{photos,sprites}/ get table.csv, assessment.json, heat-*.png and scatter-*.png; docs/assess/ holds those of docs/LOG.md.
 set -euo pipefail
 photos=$(cd "${1:?give the folder with train.jsonl}" && pwd)
@@ -12,7 +13,7 @@ classes=$(cd "${2:?give a folder of labelled photos, one folder a class}" && pwd
 cd "$(dirname "$0")/.."
 out=${3:-runs/assess}
 sprites=${SPRITES:-runs/quickstart/data}
-limit=${LIMIT:-500}
+limit=${LIMIT:-1500}
 mkdir -p "$out"
 
 # two captions a photo, so that the slower text encoder takes minutes
@@ -25,8 +26,7 @@ PY
 
 assess() { # name, then flags
   local name=$1; shift
-  python align/assess.py --config align/recipes/assess.yaml --output "$out/$name" --rows "$limit" --labelled-rows "${CLASSES:-200}" \
-    --workers "${WORKERS:-1}" "$@"
+  python align/assess.py --config align/recipes/assess.yaml --output "$out/$name" --rows "$limit" --workers "${WORKERS:-1}" "$@"
 }
 
 train() { # name, caption columns: glu heads of a spread of candidates, as in scripts/flickr8k.sh
@@ -41,8 +41,9 @@ train() { # name, caption columns: glu heads of a spread of candidates, as in sc
   done
 }
 
-on_photos=(photos --data "$out/photos.jsonl" --image-root "$photos" --captions captions --labelled "$classes" --label-column label)
-on_sprites=(sprites --data "$sprites/train/*.tar" --labelled "$sprites/tasks/sprites-seen/test/*.tar")
+on_photos=(photos --data "$out/photos.jsonl" --image-root "$photos" --captions captions --labelled "$classes" --label-column label --labelled-rows "${CLASSES:-500}")
+[ -d "$out/labelled" ] || python align/prepare.py --output "$out/labelled" --train 1 --val 1 --retrieval 1 --per-class 10 --swapped 0 --segmentation 0
+on_sprites=(sprites --data "$sprites/train/*.tar" --labelled "$out/labelled/tasks/sprites-seen/test/*.tar" --label-column cls --labelled-rows 1500)
 assess "${on_photos[@]}"
 train photos captions
 assess "${on_photos[@]}" --trained "$out"/photos/trained/* | tee "$out/photos/report.txt"

@@ -222,6 +222,15 @@ def test_scores_are_kept(world, assessed, monkeypatch, capsys):
     assert "Take " in capsys.readouterr().out
 
 
+def test_few_labelled_images_a_class_are_told(world, assessed, monkeypatch, capsys):
+    output, changes = assessed
+    run(world, output, **changes)
+    assert "labelled images of" not in capsys.readouterr().out
+    monkeypatch.setattr(assess, "FEW_OF_CLASS", 100)
+    run(world, output, **changes)
+    assert "labelled images of 3 classes: below 100 a class" in capsys.readouterr().out
+
+
 def test_without_labels_the_columns_are_absent_and_it_says_so(world, tmp_path, capsys):
     run(world, tmp_path / "out", **{"patch-images": 0})
     head = (tmp_path / "out/table.csv").read_text().splitlines()[0]
