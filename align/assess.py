@@ -80,6 +80,7 @@ class Vision:
     has_cls: bool
     random: bool
 
+
 FEW_OF_CLASS = 8  # labelled images of a class: below, a neighborhood of 20 is mostly of others
 
 
