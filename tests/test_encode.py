@@ -16,13 +16,15 @@ from PIL import Image
 from test_encoders import save, save_bert
 
 from align.cli import parse
-from align.config import EncodeConfig
+from align.config import EncodeConfig, TrainConfig
 from align.encode import main
 from align.encoders import load_vision_encoder
 from align.errors import DataError, FingerprintError, LeaseError
 from align.files import arm_failpoint
 from align.lease import Lease
+from align.modeling import SailModel
 from align.store import FeatureStore
+from align.train import main as train
 
 SHARDS = 3
 
@@ -119,6 +121,20 @@ def test_images_and_captions_can_be_encoded_separately(world, straight, tmp_path
 
 
 @pytest.mark.slow
+def test_a_model_trained_on_inner_layers_reads_them_again(world, tmp_path):
+    encode(world, tmp_path / "inner", **{"layer": 2, "text-layer": 1})
+    places = {"images": tmp_path / "inner/images", "captions": tmp_path / "inner/captions-short", "output": tmp_path / "run"}
+    settings = {"val-rows": 8, "batch-size": 8, "steps": 2, "width": 8, "head": "linear", **places}
+    train(parse(TrainConfig, "train", [part for name, value in settings.items() for part in (f"--{name}", str(value))]))
+    model = SailModel.from_pretrained(tmp_path / "run/last")
+    assert (model.config.vision["layer"], model.config.text["layer"]) == (2, 1)
+    store = FeatureStore(tmp_path / "inner/captions-short")
+    assert model.text_encoder.fingerprint == store.fingerprint and model.text_encoder.layers == 1
+    expected = model.text_encoder.encode(["dog 3"], 1)[0].numpy()
+    row = store.keys.to_pylist().index("k3")
+    np.testing.assert_allclose(store.features(np.array([row]))[0], expected, rtol=3e-3, atol=3e-3)
+
+
 def test_two_processes_under_accelerate_give_the_store_of_one(world, straight, tmp_path):
     script = str(Path(main.__code__.co_filename))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]

@@ -99,6 +99,15 @@ def test_patch_features_are_the_formula_on_the_stock_encoder():
     torch.testing.assert_close(torch.stack(list(found)), visual, rtol=1e-4, atol=1e-5)
 
 
+def test_token_heads_are_refused_by_name(tmp_path, monkeypatch):
+    folder = tiny_sail(tmp_path / "sail", tiny_vision(tmp_path / "vision"))
+    stage_one = SailModel.from_pretrained(folder)
+    stage_one.config.head = "token"
+    monkeypatch.setattr(SailModel, "from_pretrained", lambda folder: stage_one)
+    with pytest.raises(UsageError, match="has token heads, which make one vector of an image"):
+        open_eyes(str(folder), None, "trained", "glu", None, 1, -1, None, 0)
+
+
 @torch.no_grad()
 def test_without_a_head_the_projector_gets_the_features_themselves(tmp_path):
     vision = tiny_vision(tmp_path / "vision", "dinov2_with_registers")
