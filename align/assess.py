@@ -68,6 +68,7 @@ from align.text_encoders import load_text_encoder
 from align.trust import may_run_code, split_revision
 
 TABLE_ROWS = 20
+FEW_OF_CLASS = 8  # labelled images of a class: below, a neighborhood of 20 is mostly of others
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,6 @@ class Vision:
     features: list[str]
     has_cls: bool
     random: bool
-
-
-FEW_OF_CLASS = 8  # labelled images of a class: below, a neighborhood of 20 is mostly of others
 
 
 class Assessment:

@@ -4,15 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from align.config import check_trust
-from align.errors import UsageError
+from align.config import check, check_trust
 from align.hardware import Precision
 from align.trust import split_revision
-
-
-def _check(condition: bool, given: str, allowed: str) -> None:
-    if not condition:
-        raise UsageError(f"{given}: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -97,18 +91,18 @@ class AssessConfig:
     def __post_init__(self) -> None:
         for name in ("vision", "text", "captions", "layers", "text_layers", "features"):
             values = getattr(self, name)
-            _check(bool(values) and len(set(values)) == len(values), f"--{name} {' '.join(values)}", "give at least one, each once")
+            check(bool(values) and len(set(values)) == len(values), f"--{name} {' '.join(values)}", "give at least one, each once")
         for flag, layers in (("--layers", self.layers), ("--text-layers", self.text_layers)):
             for layer in layers:
-                _check(bool(re.fullmatch(r"-?\d+|last|all", layer)), f"{flag} {layer}", "is neither a number nor `last` nor `all`")
+                check(bool(re.fullmatch(r"-?\d+|last|all", layer)), f"{flag} {layer}", "is neither a number nor `last` nor `all`")
         strange = [name for name in self.random_weights or () if name not in self.vision]
-        _check(not strange, f"--random-weights {' '.join(strange)}", "must be among --vision")
+        check(not strange, f"--random-weights {' '.join(strange)}", "must be among --vision")
         for name in ("rows", "labelled_rows", "test_rows", "similarity_rows"):
-            _check(getattr(self, name) >= 100, f"--{name.replace('_', '-')} {getattr(self, name)}", "must be at least 100")
+            check(getattr(self, name) >= 100, f"--{name.replace('_', '-')} {getattr(self, name)}", "must be at least 100")
         least = {"neighbors": 1, "class_neighbors": 1, "probe_width": 1, "probe_batch": 2, "probe_steps": 1, "probe_every": 1}
         least |= {"probe_patience": 1, "resamples": 100, "batch_size": 1, "text_batch_size": 1, "workers": 0, "seed": 0}
         for name, value in least.items():
-            _check(getattr(self, name) >= value, f"--{name.replace('_', '-')} {getattr(self, name)}", f"must be at least {value}")
-        _check(self.patch_images == 0 or self.patch_images >= 100, f"--patch-images {self.patch_images}", "is 0 (none) or at least 100")
+            check(getattr(self, name) >= value, f"--{name.replace('_', '-')} {getattr(self, name)}", f"must be at least {value}")
+        check(self.patch_images == 0 or self.patch_images >= 100, f"--patch-images {self.patch_images}", "is 0 (none) or at least 100")
         check_trust(self.trust_remote_code, *map(split_revision, (*self.vision, *self.text)))
-        _check(self.probe_lr > 0, f"--probe-lr {self.probe_lr}", "must be above 0")
+        check(self.probe_lr > 0, f"--probe-lr {self.probe_lr}", "must be above 0")

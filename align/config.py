@@ -8,14 +8,14 @@ from align.hardware import Precision
 from align.trust import may_run_code
 
 
-def _check(condition: bool, given: str, allowed: str) -> None:
+def check(condition: bool, given: str, allowed: str) -> None:
     if not condition:
         raise UsageError(f"{given}: {allowed}")
 
 
 def check_trust(trusted: bool, *encoders: tuple[str | None, str | None]) -> None:
     may = any(name and may_run_code(name, revision, trusted) for name, revision in encoders)
-    _check(may or not trusted, "--trust-remote-code", "needs an encoder pinned to a commit (40 hex digits), or one in a local folder")
+    check(may or not trusted, "--trust-remote-code", "needs an encoder pinned to a commit (40 hex digits), or one in a local folder")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class PrepareConfig:
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         few = "is 0 (all) or at least 16: scenes need sprites whose names share no word"
-        _check(self.mllm_sprites == 0 or self.mllm_sprites >= 16, f"--mllm-sprites {self.mllm_sprites}", few)
+        check(self.mllm_sprites == 0 or self.mllm_sprites >= 16, f"--mllm-sprites {self.mllm_sprites}", few)
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,12 @@ class EncodeConfig:
     """Commit of the text encoder on the hub."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.vision or self.text), "neither --vision nor --text", "name at least one encoder")
-        _check(bool(self.text) == bool(self.captions), f"--text {self.text} with --captions {self.captions}", "give both or neither")
-        _check(len(set(self.captions)) == len(self.captions), f"--captions {self.captions}", "name each column once")
-        _check(min(self.batch_size, self.text_batch_size, self.shard_rows) >= 1, "batch and shard sizes", "must be at least 1")
-        _check(self.workers >= 0, f"--workers {self.workers}", "must be 0 or more")
-        _check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
+        check(bool(self.vision or self.text), "neither --vision nor --text", "name at least one encoder")
+        check(bool(self.text) == bool(self.captions), f"--text {self.text} with --captions {self.captions}", "give both or neither")
+        check(len(set(self.captions)) == len(self.captions), f"--captions {self.captions}", "name each column once")
+        check(min(self.batch_size, self.text_batch_size, self.shard_rows) >= 1, "batch and shard sizes", "must be at least 1")
+        check(self.workers >= 0, f"--workers {self.workers}", "must be 0 or more")
+        check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
         check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
 
 
@@ -202,17 +202,17 @@ class CurateConfig:
     """Check stores and concepts, state memory and work, score nothing."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.candidates), "no --candidates", "name at least one feature store")
-        _check((self.concepts is None) != (self.concept_store is None), "--concepts and --concept-store", "give exactly one of them")
-        _check((self.concept_store is None) == (self.concept_labels is None), "--concept-store, --concept-labels", "give both or neither")
+        check(bool(self.candidates), "no --candidates", "name at least one feature store")
+        check((self.concepts is None) != (self.concept_store is None), "--concepts and --concept-store", "give exactly one of them")
+        check((self.concept_store is None) == (self.concept_labels is None), "--concept-store, --concept-labels", "give both or neither")
         wrong = [template for template in self.templates if "{c}" not in template]
-        _check(bool(self.templates) and not wrong, f"--templates {wrong or 'without a text'}", "each must hold {c}")
-        _check(1 <= self.per_concept <= self.top, f"--per-concept {self.per_concept} --top {self.top}", "need 1 <= per-concept <= top")
-        _check(min(self.save_every, self.text_batch_size, self.parts) >= 1, "--save-every, --text-batch-size, --parts", "must be 1 or more")
-        _check(self.part is None or 0 <= self.part < self.parts, f"--part {self.part} --parts {self.parts}", "parts count from 0")
+        check(bool(self.templates) and not wrong, f"--templates {wrong or 'without a text'}", "each must hold {c}")
+        check(1 <= self.per_concept <= self.top, f"--per-concept {self.per_concept} --top {self.top}", "need 1 <= per-concept <= top")
+        check(min(self.save_every, self.text_batch_size, self.parts) >= 1, "--save-every, --text-batch-size, --parts", "must be 1 or more")
+        check(self.part is None or 0 <= self.part < self.parts, f"--part {self.part} --parts {self.parts}", "parts count from 0")
         for name, value in (("duplicate", self.duplicate_cosine), ("exclude", self.exclude_cosine)):
-            _check(0 < value <= 1, f"--{name}-cosine {value}", "must lie in (0, 1]")
-        _check(len(self.images) in (0, len(self.candidates)), f"{len(self.images)} --images", f"give none or {len(self.candidates)}")
+            check(0 < value <= 1, f"--{name}-cosine {value}", "must lie in (0, 1]")
+        check(len(self.images) in (0, len(self.candidates)), f"{len(self.images)} --images", f"give none or {len(self.candidates)}")
 
 
 @dataclass(frozen=True)
@@ -341,39 +341,39 @@ class TrainConfig:
     """Check data, sizes and settings, estimate memory, train nothing."""
 
     def __post_init__(self) -> None:
-        _check((self.epochs is None) != (self.steps is None), f"--epochs {self.epochs} --steps {self.steps}", "give exactly one")
-        _check((self.epochs or self.steps or 0) > 0, f"--epochs {self.epochs} --steps {self.steps}", "must be above 0")
-        _check(bool(self.captions), "no --captions", "name caption stores, or caption columns of --data")
-        _check(bool(self.images) != bool(self.data), f"--images {self.images} --data {self.data}", "give stores or data, exactly one")
+        check((self.epochs is None) != (self.steps is None), f"--epochs {self.epochs} --steps {self.steps}", "give exactly one")
+        check((self.epochs or self.steps or 0) > 0, f"--epochs {self.epochs} --steps {self.steps}", "must be above 0")
+        check(bool(self.captions), "no --captions", "name caption stores, or caption columns of --data")
+        check(bool(self.images) != bool(self.data), f"--images {self.images} --data {self.data}", "give stores or data, exactly one")
         self._check_online()
-        _check(min(self.fusemix, self.structure) >= 0, f"--fusemix {self.fusemix} --structure {self.structure}", "must be at least 0")
-        _check(self.structure_levels >= 1, f"--structure-levels {self.structure_levels}", "must be at least 1")
-        _check(0 <= self.feature_dropout < 1, f"--feature-dropout {self.feature_dropout}", "must lie in [0, 1)")
+        check(min(self.fusemix, self.structure) >= 0, f"--fusemix {self.fusemix} --structure {self.structure}", "must be at least 0")
+        check(self.structure_levels >= 1, f"--structure-levels {self.structure_levels}", "must be at least 1")
+        check(0 <= self.feature_dropout < 1, f"--feature-dropout {self.feature_dropout}", "must lie in [0, 1)")
         pooled = self.head != "token" or not (self.fusemix or self.structure)
-        _check(pooled, "--fusemix or --structure with --head token", "both compare pooled features: leave them out")
-        _check(self.batch_size >= 2, f"--batch-size {self.batch_size}", "a contrastive loss needs at least 2 pairs")
-        _check(self.accumulate >= 1 and self.tile >= 1, f"--accumulate {self.accumulate} --tile {self.tile}", "must be at least 1")
-        _check(0 <= self.warmup < 1, f"--warmup {self.warmup}", "is a share of the steps in [0, 1)")
+        check(pooled, "--fusemix or --structure with --head token", "both compare pooled features: leave them out")
+        check(self.batch_size >= 2, f"--batch-size {self.batch_size}", "a contrastive loss needs at least 2 pairs")
+        check(self.accumulate >= 1 and self.tile >= 1, f"--accumulate {self.accumulate} --tile {self.tile}", "must be at least 1")
+        check(0 <= self.warmup < 1, f"--warmup {self.warmup}", "is a share of the steps in [0, 1)")
         low, high = self.log_scale_range
-        _check(low <= self.log_scale <= high, f"--log-scale {self.log_scale}", f"must lie in --log-scale-range {low} {high}")
-        _check(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"--lr {self.lr} --min-lr {self.min_lr}", "need 0 <= min-lr <= lr, lr > 0")
-        _check(bool(self.val_images) == bool(self.val_captions), "--val-images and --val-captions", "give both or neither")
-        _check(self.val_rows >= 0, f"--val-rows {self.val_rows}", "must be at least 0")
+        check(low <= self.log_scale <= high, f"--log-scale {self.log_scale}", f"must lie in --log-scale-range {low} {high}")
+        check(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"--lr {self.lr} --min-lr {self.min_lr}", "need 0 <= min-lr <= lr, lr > 0")
+        check(bool(self.val_images) == bool(self.val_captions), "--val-images and --val-captions", "give both or neither")
+        check(self.val_rows >= 0, f"--val-rows {self.val_rows}", "must be at least 0")
         given = [bool(self.val_rows), bool(self.val_images), bool(self.val_data)]
-        _check(sum(given) <= 1, "--val-rows, --val-images and --val-data", "give at most one of them")
-        _check(self.keep >= 1, f"--keep {self.keep}", "must be at least 1: the run must be able to resume")
-        _check(min(self.log_every, self.val_every, self.save_every) >= 1, "--log-every, --val-every, --save-every", "must be at least 1")
+        check(sum(given) <= 1, "--val-rows, --val-images and --val-data", "give at most one of them")
+        check(self.keep >= 1, f"--keep {self.keep}", "must be at least 1: the run must be able to resume")
+        check(min(self.log_every, self.val_every, self.save_every) >= 1, "--log-every, --val-every, --save-every", "must be at least 1")
 
     def _check_online(self) -> None:
         """Check what belongs to --data: it needs both encoders; stores have theirs, and no images to augment."""
         if self.data:
-            _check(bool(self.vision and self.text), f"--data with --vision {self.vision} --text {self.text}", "name both encoders")
-            _check(not self.val_images, "--data with --val-images", "validate on --val-rows or --val-data")
-            _check(min(self.encoder_batch_size, self.workers + 1) >= 1, "--encoder-batch-size, --workers", "must be at least 1 and 0")
-            _check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
+            check(bool(self.vision and self.text), f"--data with --vision {self.vision} --text {self.text}", "name both encoders")
+            check(not self.val_images, "--data with --val-images", "validate on --val-rows or --val-data")
+            check(min(self.encoder_batch_size, self.workers + 1) >= 1, "--encoder-batch-size, --workers", "must be at least 1 and 0")
+            check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
             return
         foreign = [f"--{name.replace('_', '-')}" for name in ("vision", "text", "augment", "val_data") if getattr(self, name)]
-        _check(not foreign, f"{', '.join(foreign)} without --data", "stores hold features of encoders that ran before: leave it out")
+        check(not foreign, f"{', '.join(foreign)} without --data", "stores hold features of encoders that ran before: leave it out")
 
 
 @dataclass(frozen=True)
@@ -430,14 +430,14 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         given = [name for name in ("heads", "projector", "to_published", "embeddings") if getattr(self, name)]
         wanted = "give exactly one of --heads, --projector, --to-published and --embeddings"
-        _check(len(given) == 1, " and ".join(given) or "nothing to convert", wanted)
-        _check(bool(self.output) != bool(self.to_published), f"--output {self.output}", "is needed, but not with --to-published FILE")
-        _check(bool(self.model) == bool(self.to_published), "--model and --to-published", "give both or neither")
-        _check(not self.base or bool(self.heads), "--base", "goes with --heads")
+        check(len(given) == 1, " and ".join(given) or "nothing to convert", wanted)
+        check(bool(self.output) != bool(self.to_published), f"--output {self.output}", "is needed, but not with --to-published FILE")
+        check(bool(self.model) == bool(self.to_published), "--model and --to-published", "give both or neither")
+        check(not self.base or bool(self.heads), "--base", "goes with --heads")
         own = not (self.vision or self.text or self.embed_encoders)
-        _check(not self.base or own, "--base with --vision, --text or --embed-encoders", "the base has its own encoders; leave them out")
-        _check(not (self.vision or self.text) or bool(self.heads), "--vision and --text", "go with --heads")
-        _check(not self.embeddings or bool(self.kind and self.encoder_name), "--embeddings", "needs --kind and --encoder-name")
-        _check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
-        _check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
+        check(not self.base or own, "--base with --vision, --text or --embed-encoders", "the base has its own encoders; leave them out")
+        check(not (self.vision or self.text) or bool(self.heads), "--vision and --text", "go with --heads")
+        check(not self.embeddings or bool(self.kind and self.encoder_name), "--embeddings", "needs --kind and --encoder-name")
+        check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
+        check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
         check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))

@@ -38,7 +38,8 @@ def ranks_and_top(
         numbers.append(top.indices)
         cosines.append(top.values)
     if not ranks:
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, keep, dtype=torch.int64), torch.zeros(0, keep)
+        none = torch.zeros(0, min(keep, len(targets)))
+        return torch.zeros(0, dtype=torch.int64), none.long(), none
     return torch.cat(ranks), torch.cat(numbers), torch.cat(cosines)
 
 

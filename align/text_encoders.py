@@ -178,7 +178,7 @@ def load_text_encoder(
     }
     if feature == "tokens":
         encoder.fingerprint["pooling"] = "tokens"
-    if len(_blocks(language_model) or ()) < blocks:
+    if encoder.layers < blocks:
         encoder.fingerprint["layer"] = layer
     return encoder
 
