@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-$(shell (cat pyproject.toml constraints.txt; pwd) | 
 # Installed once for these pins; an environment that is already there is left alone.
 $(STAMP):
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mllm,lmms,clip,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mllm,lmms,clip,demo,docs,dev]'
 	@touch $@
 
 install: $(STAMP)

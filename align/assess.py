@@ -23,8 +23,33 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from align.assess_config import AssessConfig
-from align.assess_features import (
+from align.assessment.config import AssessConfig
+from align.assessment.figures import heat_map, scatter
+from align.assessment.probing import Training
+from align.assessment.scores import NO_LABELS, NO_PATCHES, Cache, Candidate, Score, Scorer, Settings, TextSide
+from align.assessment.tables import (
+    Assessed,
+    correlations,
+    follows,
+    rank_matrix,
+    recommend,
+    shown,
+    shown_correlations,
+    table_csv,
+    trained_scores,
+)
+from align.common.commandline import run
+from align.common.console import Meter, plain_console
+from align.common.errors import DataError, UsageError
+from align.common.files import atomic_bytes, atomic_json, hash_bytes, human_bytes, require_free
+from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.locks import Lease
+from align.common.runs import add_launch
+from align.encoders.text import load_text_encoder
+from align.encoders.trust import may_run_code, split_revision
+from align.encoders.vision import load_vision_encoder
+from align.features.extract import Extraction
+from align.features.layers import (
     LayerExtraction,
     LayerFeatures,
     captions_of,
@@ -39,33 +64,8 @@ from align.assess_features import (
     text_name,
     unique_keys,
 )
-from align.assess_figures import heat_map, scatter
-from align.assess_report import (
-    Assessed,
-    correlations,
-    follows,
-    rank_matrix,
-    recommend,
-    shown,
-    shown_correlations,
-    table_csv,
-    trained_scores,
-)
-from align.assess_scores import NO_LABELS, NO_PATCHES, Cache, Candidate, Score, Scorer, Settings, TextSide
-from align.cli import run
-from align.encoders import load_vision_encoder
-from align.errors import DataError, UsageError
-from align.extract import Extraction
-from align.files import atomic_bytes, atomic_json, hash_bytes, human_bytes, require_free
-from align.hardware import resolve_precision, reuse_freed_memory, use_cores
-from align.lease import Lease
-from align.probing import Training
-from align.progress import Meter, plain_console
-from align.runs import add_launch
-from align.samples import Plan, Source
-from align.store import FeatureStore
-from align.text_encoders import load_text_encoder
-from align.trust import may_run_code, split_revision
+from align.features.store import FeatureStore
+from align.sources.plan import Plan, Source
 
 TABLE_ROWS = 20
 FEW_OF_CLASS = 8  # labelled images of a class: below, a neighborhood of 20 is mostly of others

@@ -21,20 +21,20 @@ import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from align.cli import run
-from align.config import ConvertConfig
-from align.embeddings_import import Embeddings, find_files, import_embeddings
-from align.encoders import load_vision_encoder
-from align.errors import UsageError
-from align.files import human_bytes, require_free
-from align.hardware import resolve_precision, reuse_freed_memory, use_cores
-from align.lease import Lease
-from align.modeling import SailModel, save_model
-from align.progress import plain_console
-from align.published import heads_from, projector_from, read_weights, to_published, with_vision_head, write_weights
-from align.runs import model_folder
-from align.text_encoders import load_text_encoder
-from align.trust import may_run_code
+from align.common.commandline import run
+from align.common.console import plain_console
+from align.common.errors import UsageError
+from align.common.files import human_bytes, require_free
+from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.locks import Lease
+from align.common.runs import model_folder
+from align.encoders.text import load_text_encoder
+from align.encoders.trust import may_run_code
+from align.encoders.vision import load_vision_encoder
+from align.features.imported import Embeddings, find_files, import_embeddings
+from align.model.config import ConvertConfig
+from align.model.dual_encoder import SailModel, save_model
+from align.model.published_heads import heads_from, projector_from, read_weights, to_published, with_vision_head, write_weights
 
 
 def open_encoders(config: ConvertConfig, tokenizer: Path) -> tuple[dict[str, Any], dict[str, int]]:

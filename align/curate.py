@@ -35,23 +35,23 @@ from rich.console import Console
 from rich.panel import Panel
 from torch import Tensor
 
-from align.cli import refuse_other_config, run, to_recipe
-from align.concepts import evaluation_note, evaluation_sets, read_labels, read_names, shot_prototypes, text_prototypes
-from align.config import CurateConfig
-from align.coverage_report import coverage_table, write_coverage
-from align.curation import Assignment, Picker, TopLists, assign, first_ones
-from align.duplicates import Distinct
-from align.errors import Preempted, UsageError
-from align.files import atomic_bytes, atomic_path, hash_bytes, hash_file, human_bytes, remove_temporaries
-from align.hardware import reuse_freed_memory, use_cores
-from align.lease import Lease
-from align.modeling import SailModel
-from align.progress import plain_console
-from align.runs import add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
-from align.scoring import Candidates, Projection, chunk_rows, normalize, score_shard, scored_chunks
-from align.store import FeatureStore, compare_fingerprints
-from align.text_encoders import load_text_encoder
-from align.trust import may_run_code
+from align.common.commandline import refuse_other_config, run, to_recipe
+from align.common.console import plain_console
+from align.common.errors import Preempted, UsageError
+from align.common.files import atomic_bytes, atomic_path, hash_bytes, hash_file, human_bytes, remove_temporaries
+from align.common.hardware import reuse_freed_memory, use_cores
+from align.common.locks import Lease
+from align.common.runs import add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.curation.concepts import evaluation_note, evaluation_sets, read_labels, read_names, shot_prototypes, text_prototypes
+from align.curation.config import CurateConfig
+from align.curation.coverage import coverage_table, write_coverage
+from align.curation.duplicates import Distinct
+from align.curation.scoring import Candidates, Projection, chunk_rows, normalize, score_shard, scored_chunks
+from align.curation.toplists import Assignment, Picker, TopLists, assign, first_ones
+from align.encoders.text import load_text_encoder
+from align.encoders.trust import may_run_code
+from align.features.store import FeatureStore, compare_fingerprints
+from align.model.dual_encoder import SailModel
 
 FREE_ON_RESUME = {
     *("per_concept", "duplicates", "duplicate_cosine", "images", "exclude", "exclude_cosine", "part", "save_every", "text_batch_size"),

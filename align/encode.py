@@ -20,20 +20,20 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from align.cli import run
-from align.config import EncodeConfig
-from align.encoders import VisionEncoder, load_vision_encoder
-from align.errors import UsageError
-from align.extract import Extraction, Stopping
-from align.files import human_bytes, remove_temporaries, require_free
-from align.gate import Limits
-from align.hardware import resolve_precision, reuse_freed_memory, use_cores
-from align.lease import Lease
-from align.progress import Meter, plain_console
-from align.samples import Plan, Source, plan
-from align.store import FeatureStore, compare_fingerprints
-from align.text_encoders import TextEncoder, load_text_encoder
-from align.trust import may_run_code
+from align.common.commandline import run
+from align.common.console import Meter, plain_console
+from align.common.errors import UsageError
+from align.common.files import human_bytes, remove_temporaries, require_free
+from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.locks import Lease
+from align.encoders.text import TextEncoder, load_text_encoder
+from align.encoders.trust import may_run_code
+from align.encoders.vision import VisionEncoder, load_vision_encoder
+from align.features.config import EncodeConfig
+from align.features.extract import Extraction, Stopping
+from align.features.store import FeatureStore, compare_fingerprints
+from align.sources.gate import Limits
+from align.sources.plan import Plan, Source, plan
 
 Loaders = dict[str, dict[str, Any]]
 MAX_SHARD_BYTES = 2 << 30  # of a shard of tokens while it is gathered

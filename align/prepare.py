@@ -40,14 +40,12 @@ import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align import cli
-from align.assets import COMMIT, check, commit, fetch
-from align.config import PrepareConfig
-from align.errors import DataError, LeaseError, UsageError
-from align.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
-from align.llava_format import conversation_row, question_row, write_conversations, write_questions
-from align.questions import Question, Shown, conversations, single_questions
-from align.rendering import (
+from align.common import commandline as cli
+from align.common.errors import DataError, LeaseError, UsageError
+from align.common.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
+from align.demo.config import PrepareConfig
+from align.demo.questions import Question, Shown, conversations, single_questions
+from align.demo.rendering import (
     NO_OBJECT,
     OPTIONAL,
     Rendered,
@@ -60,7 +58,9 @@ from align.rendering import (
     render_segmented,
     render_swapped,
 )
-from align.scenes import read_sprites, split_sprites
+from align.demo.scenes import read_sprites, split_sprites
+from align.demo.writing import conversation_row, question_row, write_conversations, write_questions
+from align.embedded.assets import COMMIT, check, commit, fetch
 
 FORMAT = 1
 SCENES_PER_TAR = 1000

@@ -26,19 +26,19 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers.utils.logging import disable_progress_bar
 
-from align.cli import refuse_other_config, run, to_recipe
-from align.config import TrainConfig
-from align.errors import NonFiniteError, Preempted, UsageError
-from align.feeding import Features, from_data, from_stores, model_for
-from align.files import atomic_bytes, atomic_json, hash_file, human_bytes
-from align.hardware import resolve_precision, reuse_freed_memory, use_cores
-from align.losses import any_rank
-from align.modeling import save_model
-from align.online import OnlinePairs
-from align.pairs import BatchOrder, block_rows_for, read_keys
-from align.progress import plain_console
-from align.runs import JsonLines, add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
-from align.training import Objective, Schedule, Stepper, build_optimizer, validate
+from align.common.commandline import refuse_other_config, run, to_recipe
+from align.common.console import plain_console
+from align.common.errors import NonFiniteError, Preempted, UsageError
+from align.common.files import atomic_bytes, atomic_json, hash_file, human_bytes
+from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.runs import JsonLines, add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.model.dual_encoder import save_model
+from align.model.losses import any_rank
+from align.training.config import TrainConfig
+from align.training.inputs import Features, from_data, from_stores, model_for
+from align.training.online import OnlinePairs
+from align.training.pairs import BatchOrder, block_rows_for, read_keys
+from align.training.step import Objective, Schedule, Stepper, build_optimizer, validate
 
 FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "tile", "output", "embed_encoders", "workers"}
 

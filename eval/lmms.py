@@ -27,17 +27,17 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from align.cli import run
-from align.errors import DataError, UsageError
-from align.files import atomic_bytes
-from align.progress import plain_console
-from align.runs import generator, git_commit, versions
-from eval.config import LmmsConfig
-from eval.examples import drawn_questions, generation_examples, save_examples
-from eval.lmms_local import LocalTask, local_tasks, write_wrappers
-from eval.lmms_results import TaskRun, answers_table, majority_entry, model_record, read_run, run_entries, task_record
-from eval.page import shown_metrics, shown_value, write_report
-from eval.results import (
+from align.common.commandline import run
+from align.common.console import plain_console
+from align.common.errors import DataError, UsageError
+from align.common.files import atomic_bytes
+from align.common.runs import generator, git_commit, versions
+from eval.harness.config import LmmsConfig
+from eval.harness.local import LocalTask, local_tasks, write_wrappers
+from eval.harness.output import TaskRun, answers_table, majority_entry, model_record, read_run, run_entries, task_record
+from eval.page.examples import drawn_questions, generation_examples, save_examples
+from eval.page.page import shown_metrics, shown_value, write_report
+from eval.results.records import (
     RESULTS,
     Entry,
     ModelRecord,

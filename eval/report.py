@@ -8,10 +8,10 @@ Needs no model, no data and no network.
 
 from pathlib import Path
 
-from align.cli import run
-from align.progress import plain_console
-from eval.config import ReportConfig
-from eval.page import write_report
+from align.common.commandline import run
+from align.common.console import plain_console
+from eval.page.config import ReportConfig
+from eval.page.page import write_report
 
 
 def main(config: ReportConfig) -> None:

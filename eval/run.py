@@ -27,34 +27,31 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from align.cli import run
-from align.errors import DataError
-from align.gate import Limits, Reject, gate_image
-from align.hardware import reuse_freed_memory, use_cores
-from align.progress import Meter, counter, plain_console
-from align.runs import generator, git_commit, versions
-from eval.candidates import Candidate, open_models
-from eval.compare import compare, comparison_table, save_comparison
-from eval.compositional import (
+from align.common.commandline import run
+from align.common.console import Meter, counter, plain_console
+from align.common.errors import DataError
+from align.common.hardware import reuse_freed_memory, use_cores
+from align.common.runs import generator, git_commit, versions
+from align.sources.gate import Limits, Reject, gate_image
+from eval.measures.compositional import (
     compositional,
     compositional_chance,
     compositional_entries,
     compositional_examples,
     compositional_table,
 )
-from eval.config import EvalConfig
-from eval.examples import classification_examples, retrieval_examples, save_examples, shown_images
-from eval.features import FeatureCache, aligned
-from eval.masks import SegmentationData, load_segmentation
-from eval.overlays import segmentation_examples
-from eval.page import SHOWN_METRICS, shown_value, write_comparison, write_report
-from eval.prompts import prompt_set
-from eval.results import Entry, ModelRecord, Results, TaskRecord, generated_half, merge_results, save_answers, save_results
-from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
-from eval.segmentation import Prompted, label_maps, majority_answers, segmentation_answers, segmentation_entries, segmentation_table
-from eval.tasks import TASKS, Task, TaskData, describe, find_task, load_task, protocol_note, read_images
-from eval.windows import Windows
-from eval.zeroshot import (
+from eval.measures.config import EvalConfig
+from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
+from eval.measures.segmentation import (
+    Prompted,
+    label_maps,
+    majority_answers,
+    segmentation_answers,
+    segmentation_entries,
+    segmentation_table,
+)
+from eval.measures.windows import Windows
+from eval.measures.zeroshot import (
     class_weights,
     classification_chance,
     classification_entries,
@@ -62,6 +59,16 @@ from eval.zeroshot import (
     majority_entries,
     zero_shot_classification,
 )
+from eval.models.candidates import Candidate, open_models
+from eval.models.features import FeatureCache, aligned
+from eval.page.examples import classification_examples, retrieval_examples, save_examples, shown_images
+from eval.page.overlays import segmentation_examples
+from eval.page.page import SHOWN_METRICS, shown_value, write_comparison, write_report
+from eval.results.compare import compare, comparison_table, save_comparison
+from eval.results.records import Entry, ModelRecord, Results, TaskRecord, generated_half, merge_results, save_answers, save_results
+from eval.tasks.data import TASKS, Task, TaskData, describe, find_task, load_task, protocol_note, read_images
+from eval.tasks.masks import SegmentationData, load_segmentation
+from eval.tasks.prompts import prompt_set
 
 TaskLike = TaskData | SegmentationData
 

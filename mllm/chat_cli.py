@@ -19,15 +19,15 @@ from rich.console import Console
 from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from align.cli import run
-from align.errors import DataError, KitError, UsageError
-from align.gate import Limits, Reject, gate_image
-from align.hardware import resolve_precision, use_cores
-from align.progress import plain_console
-from mllm.answering import Answerer, Conversation, Decoding
-from mllm.chat import Message
-from mllm.config import ChatConfig
-from mllm.saving import load_mllm
+from align.common.commandline import run
+from align.common.console import plain_console
+from align.common.errors import DataError, KitError, UsageError
+from align.common.hardware import resolve_precision, use_cores
+from align.sources.gate import Limits, Reject, gate_image
+from mllm.conversations.tokens import Message
+from mllm.model.answering import Answerer, Conversation, Decoding
+from mllm.model.config import ChatConfig
+from mllm.model.saving import load_mllm
 
 COMMANDS = "/image PATH, /new, /quit"
 

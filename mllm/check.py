@@ -23,19 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from align.cli import run
-from align.errors import DataError
-from align.files import atomic_json, atomic_path
-from align.gate import REJECT_CODES, Limits, Reject, gate_image
-from align.progress import plain_console
-from align.runs import generator
-from mllm.chat import Chat, RowError
-from mllm.config import CheckConfig
-from mllm.conversations import Conversations, RejectedRow, open_conversations
-from mllm.data import RowIndex, build_index, fill_rate, pack
-from mllm.processing import SailLlavaProcessor
-from mllm.rows import ROW_CODES
-from mllm.saving import require_mllm
+from align.common.commandline import run
+from align.common.console import plain_console
+from align.common.errors import DataError
+from align.common.files import atomic_json, atomic_path
+from align.common.runs import generator
+from align.sources.gate import REJECT_CODES, Limits, Reject, gate_image
+from mllm.conversations.config import CheckConfig
+from mllm.conversations.index import RowIndex, build_index, fill_rate, pack
+from mllm.conversations.messages import ROW_CODES
+from mllm.conversations.table import Conversations, RejectedRow, open_conversations
+from mllm.conversations.tokens import Chat, RowError
+from mllm.model.processing import SailLlavaProcessor
+from mllm.model.saving import require_mllm
 
 CHUNK = 64  # images a task
 BAR = 50  # characters of the longest bar

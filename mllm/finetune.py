@@ -27,22 +27,22 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from align.cli import load_yaml, refuse_other_config, run, to_recipe
-from align.errors import Preempted, UsageError
-from align.files import atomic_bytes, human_bytes
-from align.hardware import resolve_precision, reuse_freed_memory, use_cores
-from align.progress import plain_console
-from align.runs import JsonLines, add_launch
-from mllm.chat import Chat
-from mllm.config import FinetuneConfig
-from mllm.conversations import open_conversations
-from mllm.data import ConversationDataset, EpochPlan, build_index
-from mllm.export import export
-from mllm.flops import StepCost, image_flops, peak_tflops, predicted_bytes, step_cost
-from mllm.modeling import SailLlavaConfig
-from mllm.parts import Lora, part_table, prepare_parts, trained_tensors
-from mllm.saving import load_mllm, require_mllm
-from mllm.trainer import MicroBatches, SailTrainer, Watch, newest_committed, remove_uncommitted
+from align.common.commandline import load_yaml, refuse_other_config, run, to_recipe
+from align.common.console import plain_console
+from align.common.errors import Preempted, UsageError
+from align.common.files import atomic_bytes, human_bytes
+from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.runs import JsonLines, add_launch
+from mllm.conversations.index import ConversationDataset, EpochPlan, build_index
+from mllm.conversations.table import open_conversations
+from mllm.conversations.tokens import Chat
+from mllm.loop.config import FinetuneConfig
+from mllm.loop.trainer import MicroBatches, SailTrainer, Watch, newest_committed, remove_uncommitted
+from mllm.model.export import export
+from mllm.model.flops import StepCost, image_flops, peak_tflops, predicted_bytes, step_cost
+from mllm.model.modeling import SailLlavaConfig
+from mllm.model.parts import Lora, part_table, prepare_parts, trained_tensors
+from mllm.model.saving import load_mllm, require_mllm
 
 STAGES = ("pretrain", "instruct")
 FREE_ON_RESUME = {
@@ -55,7 +55,7 @@ def deepspeed_settings(name: str | None) -> str | None:
     """Return the path of a DeepSpeed JSON: one that is shipped (zero2, zero3, zero3_offload) or a file of the user's."""
     if name is None:
         return None
-    shipped = Path(str(files("mllm"))) / "deepspeed" / f"{name}.json"
+    shipped = Path(str(files("mllm"))) / "zero" / f"{name}.json"
     if shipped.is_file():
         path = shipped
     elif Path(name).is_file():

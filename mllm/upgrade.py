@@ -19,18 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from align.cli import run, to_recipe
-from align.files import atomic_bytes
-from align.hardware import reuse_freed_memory, use_cores
-from align.progress import plain_console
-from align.runs import add_launch
-from mllm.assembly import Part, assemble, load_projector
-from mllm.config import UpgradeConfig
-from mllm.conversations import open_conversations
-from mllm.modeling import SailLlavaForConditionalGeneration
-from mllm.processing import SailLlavaProcessor
-from mllm.saving import require_free_place, save_mllm
-from mllm.warmstart import fit_projector
+from align.common.commandline import run, to_recipe
+from align.common.console import plain_console
+from align.common.files import atomic_bytes
+from align.common.hardware import reuse_freed_memory, use_cores
+from align.common.runs import add_launch
+from mllm.assembly.config import UpgradeConfig
+from mllm.assembly.join import Part, assemble, load_projector
+from mllm.assembly.warmstart import fit_projector
+from mllm.conversations.table import open_conversations
+from mllm.model.modeling import SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaProcessor
+from mllm.model.saving import require_free_place, save_mllm
 
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 

@@ -17,9 +17,9 @@ export TOKENIZERS_PARALLELISM=false
 [ -f "$out/test.jsonl" ] || python - "$out" <<'PY'
 import json, sys
 from pathlib import Path
-from align.assets import fetch
-from align.runs import generator
-from align.scenes import SpriteScenes, read_sprites
+from align.embedded.assets import fetch
+from align.common.runs import generator
+from align.demo.scenes import SpriteScenes, read_sprites
 
 out, folder = Path(sys.argv[1]), fetch("embedded:twemoji")
 sprites, taken = [], set()
@@ -57,8 +57,8 @@ import json, sys
 from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
-from align.runs import generator
-from align.store import FeatureStore
+from align.common.runs import generator
+from align.features.store import FeatureStore
 
 out = Path(sys.argv[1])
 keys = FeatureStore(out / "features" / "images").keys.to_pylist()
@@ -101,8 +101,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from align.modeling import SailModel
-from align.store import FeatureStore
+from align.model.dual_encoder import SailModel
+from align.features.store import FeatureStore
 
 out = Path(sys.argv[1])
 names = (out / "concepts.txt").read_text().splitlines()

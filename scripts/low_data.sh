@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from align.cli import parse
-from align.config import TrainConfig
-from align.feeding import from_stores, model_for
-from align.pairs import BatchOrder
-from align.runs import JsonLines, generator
-from align.training import Objective, Schedule, Stepper, batches, build_optimizer, validate
+from align.common.commandline import parse
+from align.training.config import TrainConfig
+from align.training.inputs import from_stores, model_for
+from align.training.pairs import BatchOrder
+from align.common.runs import JsonLines, generator
+from align.training.step import Objective, Schedule, Stepper, batches, build_optimizer, validate
 
 VARIANTS = {
     "baseline": [],

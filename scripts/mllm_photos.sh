@@ -21,7 +21,7 @@ import json, random, re, sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from align.llava_format import conversation_row, question_row, write_conversations, write_questions
+from align.demo.writing import conversation_row, question_row, write_conversations, write_questions
 
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 out.mkdir(parents=True, exist_ok=True)

@@ -3,22 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from forking import exit_codes, fork
 
-from align.store import FeatureStore, StoreHeader, StoreWriter
+from tests.support.forking import exit_codes, fork
+from tests.support.stores import build_store
 
 torch.set_num_threads(1)
-
-
-def build_store(folder, shards, kind="image", width=8, fingerprint=None, data="plan-1", rejects=None):
-    """Write a store; `shards` is a list of lists of (key, item, vector) and return it opened."""
-    header = StoreHeader(kind, fingerprint or {"encoder": "tiny", "layer": -1}, {}, width, data, len(shards), sum(map(len, shards)))
-    writer = StoreWriter(folder, header)
-    for number, rows in enumerate(shards):
-        vectors = np.array([row[2] for row in rows], dtype=np.float32).reshape(len(rows), width)
-        writer.write(number, vectors, [row[0] for row in rows], [row[1] for row in rows], (rejects or {}).get(number, []))
-    writer.finish()
-    return FeatureStore(folder)
 
 
 @pytest.fixture

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from align import cli
-from align.config import EncodeConfig, PrepareConfig, TrainConfig
-from eval.config import EvalConfig, LmmsConfig
-from eval.tasks import find_task
-from mllm.config import ChatConfig, CheckConfig, FinetuneConfig, UpgradeConfig
+from align.common import commandline as cli
+from align.demo.config import PrepareConfig
+from align.features.config import EncodeConfig
+from align.training.config import TrainConfig
+from eval.harness.config import LmmsConfig
+from eval.measures.config import EvalConfig
+from eval.tasks.data import find_task
+from mllm.assembly.config import UpgradeConfig
+from mllm.conversations.config import CheckConfig
 from mllm.finetune import section
+from mllm.loop.config import FinetuneConfig
+from mllm.model.config import ChatConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CONFIGS = {
     "align/prepare.py": ("prepare", PrepareConfig),

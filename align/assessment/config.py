@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from align.config import check, check_trust
-from align.hardware import Precision
-from align.trust import split_revision
+from align.common.checks import check
+from align.common.hardware import Precision
+from align.encoders.trust import check_trust, split_revision
 
 
 @dataclass(frozen=True)

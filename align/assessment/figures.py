@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from align.assess_report import NAMES, Assessed
-from align.similarity import ranked
+from align.assessment.similarity import ranked
+from align.assessment.tables import NAMES, Assessed
 
 INK, MUTED, GRID = "#1d2430", "#667085", "#e4e7ec"
 COLORS = ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3", "#b08f45", "#a23b5e")

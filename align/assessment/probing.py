@@ -1,7 +1,7 @@
 """Probes: small heads trained on frozen features to see what the features hold.
 
 Alignment probing (SAIL, section 3): linear heads on both sides, sigmoid loss; the score is the mean of image-to-text and
-text-to-image R@10 on held-out pairs. It uses the steps of `align.training`, at a constant rate, until a validation split says stop.
+text-to-image R@10 on held-out pairs. It uses the steps of `align.training.step`, at a constant rate, until a validation split says stop.
 A linear probe (multinomial logistic regression) tells how linearly separable labelled classes are.
 
 Shapes: `N` images, `F` image feature width, `T` captions, `D` caption feature width, `n` held-out images, `C` classes.
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.errors import DataError
-from align.modeling import SailConfig, SailModel
-from align.pairs import BatchOrder, PairBatch
-from align.ranking import best_ranks
-from align.runs import generator
-from align.training import Objective, Schedule, Stepper, build_optimizer
+from align.common.errors import DataError
+from align.common.runs import generator
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.ranking import best_ranks
+from align.training.pairs import BatchOrder, PairBatch
+from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
 RECALL_AT = 10
 

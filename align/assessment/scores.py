@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.errors import DataError
-from align.files import atomic_json, hash_bytes, read_json
-from align.probing import CaptionedFeatures, Training, linear_probe_correct, probe_alignment, split_rows
-from align.runs import generator
-from align.similarity import (
+from align.assessment.probing import CaptionedFeatures, Training, linear_probe_correct, probe_alignment, split_rows
+from align.assessment.similarity import (
     bootstrap_weights,
     cka_interval,
     cosines,
@@ -31,6 +28,9 @@ from align.similarity import (
     patch_overlap,
     rbf_gram,
 )
+from align.common.errors import DataError
+from align.common.files import atomic_json, hash_bytes, read_json
+from align.common.runs import generator
 
 SCORES = {
     "probing": "alignment probing, mean R@10",

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from align.assess_scores import SCORES, Candidate, Score
-from align.cli import load_yaml
-from align.errors import UsageError
-from align.files import read_json
-from align.runs import JsonLines, generator
-from align.similarity import correlation_interval, pearson, spearman
+from align.assessment.scores import SCORES, Candidate, Score
+from align.assessment.similarity import correlation_interval, pearson, spearman
+from align.common.commandline import load_yaml
+from align.common.errors import UsageError
+from align.common.files import read_json
+from align.common.runs import JsonLines, generator
 
 NAMES = {**SCORES, "trained": "R@10 after full training"}
 CHEAP = tuple(name for name in SCORES if name != "probing")

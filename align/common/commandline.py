@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from align.errors import KitError, UsageError
-from align.files import arm_failpoint
+from align.common.errors import KitError, UsageError
+from align.common.files import arm_failpoint
 
 Config = TypeVar("Config")
 SECTIONS = ("prepare", "encode", "assess", "curate", "train", "convert", "eval", "upgrade", "check", "pretrain", "instruct", "lmms", "chat")

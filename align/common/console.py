@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from align.extract import Progress
+    from align.features.extract import Progress
 
 LOG_WIDTH = 150
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from align.errors import DamagedError, DiskFullError, UsageError
+from align.common.errors import DamagedError, DiskFullError, UsageError
 
 TEMPORARY = ".partial"  # suffix of files that are being written; removed by `remove_temporaries`
 _armed: dict[str, int] = {}

@@ -3,19 +3,22 @@
 import ctypes
 import os
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
 Arithmetic = Literal["fp32", "bf16"]
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Arithmetic:
+def resolve_precision(precision: Precision, device: "torch.device") -> Arithmetic:
     """Return `precision`, with `auto` resolved to bf16 where the device computes it in hardware, else fp32.
 
     A CPU without AMX or AVX512-BF16 emulates bf16: 78 times slower than fp32 in matrix products on AVX2 (docs/decisions.md).
     """
+    import torch  # here, as configs read this file for their choices and must answer at once
+
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -29,6 +32,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Arithmetic:
 
 def use_cores(local_processes: int) -> int:
     """Let torch use this process's share of the CPU cores and return how many; launchers would set one thread a process."""
+    import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // max(1, local_processes))
     torch.set_num_threads(share)

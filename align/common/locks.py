@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from align.errors import LeaseError
+from align.common.errors import LeaseError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0

@@ -26,8 +26,8 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.errors import DamagedError, UsageError
-from align.files import (
+from align.common.errors import DamagedError, UsageError
+from align.common.files import (
     TEMPORARY,
     atomic_bytes,
     atomic_json,
@@ -67,7 +67,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Return the commit of the source tree (with `+changes` if it was edited), or None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     try:
         shown = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"], capture_output=True, text=True, timeout=10

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.errors import DataError, UsageError
-from align.files import read_json
-from align.scoring import Candidates, Projection, chunk_rows
+from align.common.errors import DataError, UsageError
+from align.common.files import read_json
+from align.curation.scoring import Candidates, Projection, chunk_rows
 
 LABELS_SCHEMA = pa.schema([("key", pa.string()), ("label", pa.string())])
 

@@ -13,8 +13,8 @@ import pyarrow.csv
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from align.curation import Assignment, effective_number
-from align.files import atomic_bytes, atomic_json
+from align.common.files import atomic_bytes, atomic_json
+from align.curation.toplists import Assignment, effective_number
 
 BEFORE, AFTER, CHOSEN = "#98a2b3", "#2460a7", "#c4652d"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
-from align.curation import Refusals
+from align.curation.toplists import Refusals
 
 BLOCK = 1024  # rows compared at once: a matrix of at most BLOCK x BLOCK cosines
 

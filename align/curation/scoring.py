@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.curation import TopLists
-from align.errors import DamagedError, UsageError
-from align.store import KEYS_SCHEMA, FeatureStore, compare_fingerprints
+from align.common.errors import DamagedError, UsageError
+from align.curation.toplists import TopLists
+from align.features.store import KEYS_SCHEMA, FeatureStore, compare_fingerprints
 
 CHUNK_SCORES = 1 << 22  # scores held at once (16 MiB): a chunk has about this many over C rows
 
@@ -78,7 +78,7 @@ class Candidates:
         """
         span = self.rows_of(shard)
         begins = np.arange(len(span))
-        if self.kind == "caption" and len(span):  # captions of one sample: one key, rising item numbers, as align.pairs joins them
+        if self.kind == "caption" and len(span):  # captions of one sample: one key, rising item numbers, as align.training.pairs joins them
             table = self.shard_keys(shard)
             keys = pc.dictionary_encode(table["key"].combine_chunks()).indices.to_numpy()
             items = table["item"].to_numpy()

@@ -15,8 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from align.scenes import Scene, Sprite, name_words
-from align.wording import Box, article, relation, where
+from align.demo.scenes import Scene, Sprite, name_words
+from align.demo.wording import Box, article, relation, where
 
 # Which kinds of sprites can be said to be absent from a picture that shows a kind; what a person may wear, hold or ride is not
 # among them, nor what may stand in a view. Shapes are in too many pictures to be absent from any.

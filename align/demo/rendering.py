@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-from align.errors import UsageError
-from align.questions import Shown
-from align.scenes import Sprite, SpriteScenes, read_sprites, split_sprites
-from align.wording import relation
+from align.common.errors import UsageError
+from align.demo.questions import Shown
+from align.demo.scenes import Sprite, SpriteScenes, read_sprites, split_sprites
+from align.demo.wording import relation
 
 SCENES_PER_JOB = 50
 JPEG_QUALITY = 90

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from align.errors import DataError, UsageError
-from align.files import hash_bytes, read_json
-from align.wording import Box, Thing, article, background_sentence, long_caption, relation, short_caption
+from align.common.errors import DataError, UsageError
+from align.common.files import hash_bytes, read_json
+from align.demo.wording import Box, Thing, article, background_sentence, long_caption, relation, short_caption
 
 COLORS = {
     "white": (242, 242, 242),
@@ -101,7 +101,7 @@ def read_sprites(folder: Path) -> list[Sprite]:
     """Return the sprites listed in `sprites.json` of a folder; DataError if the list is missing or empty."""
     path = Path(folder) / "sprites.json"
     if not path.is_file():
-        raise DataError(f"no {path}; fetch the graphics first (align.assets.fetch('embedded:twemoji')) or write one by hand")
+        raise DataError(f"no {path}; fetch the graphics first (align.embedded.assets.fetch('embedded:twemoji')) or write one by hand")
     sprites = [Sprite(**row) for row in read_json(path)]
     if not sprites:
         raise DataError(f"{path} lists no sprites")

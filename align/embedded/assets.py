@@ -18,7 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from align.conversions import (
+from align.common.errors import DamagedError, OfflineError, UsageError
+from align.common.files import TEMPORARY, atomic_json, disk_full_named, hash_file, read_json, require_free, sync_folder
+from align.embedded.conversions import (
     SPRITE_TABLE,
     efficientnet_lite,
     focus_backbone,
@@ -27,8 +29,6 @@ from align.conversions import (
     smollm2,
     sprites,
 )
-from align.errors import DamagedError, OfflineError, UsageError
-from align.files import TEMPORARY, atomic_json, disk_full_named, hash_file, read_json, require_free, sync_folder
 
 COMMIT = "COMMIT.json"
 FORMAT = 1  # raise when a conversion changes: older caches are then rebuilt

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from align.errors import DamagedError
+from align.common.errors import DamagedError
 
 SPRITE_TABLE = Path(__file__).with_name("sprites.tsv")  # codepoint, group, name; the names are all different
 SENTENCE_TRANSFORMER_FILES = (

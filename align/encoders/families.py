@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 
 class BlockTower(nn.Module):

@@ -20,9 +20,9 @@ from torch import nn
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from align.errors import DamagedError, KitError, OfflineError, UsageError
-from align.hardware import Arithmetic
-from align.trust import COMMIT_ID
+from align.common.errors import DamagedError, KitError, OfflineError, UsageError
+from align.common.hardware import Arithmetic
+from align.encoders.trust import COMMIT_ID
 
 CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "modules.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -33,7 +33,7 @@ TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors a
 def resolve_encoder(name: str, revision: str | None, trust_remote_code: bool) -> str:
     """Return the local folder or hub id to open."""
     if name.startswith("embedded:"):
-        from align.assets import resolve
+        from align.embedded.assets import resolve
 
         return resolve(name)
     folder = Path(name).expanduser()

@@ -10,9 +10,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from align.errors import UsageError
-from align.hardware import Arithmetic
-from align.opening import (
+from align.common.errors import UsageError
+from align.common.hardware import Arithmetic
+from align.encoders.loading import (
     TEXT_FILES,
     autocast,
     hash_weights,

@@ -1,7 +1,7 @@
 """Frozen vision encoders behind one contract, by hub id, local folder or `embedded:` id; their text partners are in `text_encoders`.
 
 Legend: `B` batch, `P` patches (row by row over the grid), `D` encoder width, `F` width of the pooled image feature.
-How each family of models is read is in `align.towers`.
+How each family of models is read is in `align.encoders.families`.
 
 Fingerprints are flat dicts of what decides a feature. `weights` hashes names, types, shapes and values of the loaded float32
 tensors: it depends neither on file format or sharding nor on which layer is read. `encoder` is the hub or `embedded:` id, or the
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.image_utils import SizeDict
 
-from align.errors import KitError, UsageError
-from align.hardware import Arithmetic
-from align.opening import (
+from align.common.errors import KitError, UsageError
+from align.common.hardware import Arithmetic
+from align.encoders.families import DUAL_ENCODERS, VISION_ADAPTERS, Tower
+from align.encoders.loading import (
     VISION_FILES,
     autocast,
     first_line,
@@ -37,7 +38,6 @@ from align.opening import (
     require_precision,
     resolve_encoder,
 )
-from align.towers import DUAL_ENCODERS, VISION_ADAPTERS, Tower
 
 _MEASURED = 256  # pixels: a multiple of any CNN's stride
 Feature = Literal["auto", "cls_mean", "cls", "mean", "tokens"]

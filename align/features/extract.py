@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from align.encoders import VisionEncoder
-from align.errors import DataError
-from align.gate import Limits, Reject, gate_captions, gate_image
-from align.lease import Lease
-from align.samples import Plan, Source, open_unit
-from align.store import RejectedRow, StoreHeader, StoreWriter
-from align.text_encoders import TextEncoder
+from align.common.errors import DataError
+from align.common.locks import Lease
+from align.encoders.text import TextEncoder
+from align.encoders.vision import VisionEncoder
+from align.features.store import RejectedRow, StoreHeader, StoreWriter
+from align.sources.gate import Limits, Reject, gate_captions, gate_image
+from align.sources.plan import Plan, Source, open_unit
 
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a job in its middle
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from align.errors import DamagedError, DataError
-from align.files import hash_bytes, hash_file
-from align.published import read_checkpoint
-from align.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
+from align.common.errors import DamagedError, DataError
+from align.common.files import hash_bytes, hash_file
+from align.features.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
+from align.model.published_heads import read_checkpoint
 
 Kind = Literal["image", "caption"]
 _PREFIX = {"image": "img_emb", "caption": "text_emb"}

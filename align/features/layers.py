@@ -26,15 +26,15 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel
 
-from align.encoders import VisionEncoder, load_transform
-from align.errors import DataError, UsageError
-from align.extract import Extraction
-from align.files import TEMPORARY, put_in_place
-from align.opening import VISION_FILES, opening, recorded_id, resolve_encoder
-from align.runs import generator
-from align.samples import Plan, Source, open_unit, plan
-from align.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter, compare_fingerprints
-from align.trust import split_revision
+from align.common.errors import DataError, UsageError
+from align.common.files import TEMPORARY, put_in_place
+from align.common.runs import generator
+from align.encoders.loading import VISION_FILES, opening, recorded_id, resolve_encoder
+from align.encoders.trust import split_revision
+from align.encoders.vision import VisionEncoder, load_transform
+from align.features.extract import Extraction
+from align.features.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter, compare_fingerprints
+from align.sources.plan import Plan, Source, open_unit, plan
 
 SHARD_ROWS = 64  # neighbors in the source that are drawn together
 PATCH_SIDE = 7  # patches are averaged to at most 7 x 7 before their neighborhoods are compared

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save as safetensors_bytes
 
-from align.errors import DamagedError, DataError, FingerprintError, UsageError
-from align.files import (
+from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
+from align.common.files import (
     atomic_bytes,
     atomic_json,
     atomic_path,

@@ -1,7 +1,7 @@
 """The dual encoder as a Hugging Face model: frozen encoders by reference, heads, scale and bias by value.
 
     model = SailModel.from_pretrained("runs/quickstart/best")
-    pipeline("zero-shot-image-classification", model="runs/quickstart/best")      # after `import align.modeling`
+    pipeline("zero-shot-image-classification", model="runs/quickstart/best")      # after `import align.model.dual_encoder`
 
 Shapes: `B` images, `T` texts, `P` patches, `F` image feature width, `D` caption feature width, `E` aligned width.
 """
@@ -30,16 +30,16 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from align.encoders import VisionEncoder, load_transform, load_vision_encoder
-from align.errors import DamagedError, UsageError
-from align.files import TEMPORARY, disk_full_named, put_in_place, sync_file
-from align.hardware import Arithmetic
-from align.headed import HeadedText, HeadedVision
-from align.heads import ImageTokenHead, TextTokenHead, build_head, initialize
-from align.opening import copy_encoder, hash_weights
-from align.store import compare_fingerprints
-from align.text_encoders import TextEncoder, load_text_encoder
-from align.trust import may_run_code
+from align.common.errors import DamagedError, UsageError
+from align.common.files import TEMPORARY, disk_full_named, put_in_place, sync_file
+from align.common.hardware import Arithmetic
+from align.encoders.loading import copy_encoder, hash_weights
+from align.encoders.text import TextEncoder, load_text_encoder
+from align.encoders.trust import may_run_code
+from align.encoders.vision import VisionEncoder, load_transform, load_vision_encoder
+from align.features.store import compare_fingerprints
+from align.model.heads import ImageTokenHead, TextTokenHead, build_head, initialize
+from align.model.token_heads import HeadedText, HeadedVision
 
 FORMAT_VERSION = 1
 VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded copies of the encoders lie

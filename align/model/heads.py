@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 HeadKind = Literal["linear", "mlp", "glu", "sharelock", "identity", "token"]
 GLU_BOUND = 1e3  # keeps the product of the two branches finite in fp16

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 Positives = Literal["diagonal", "same_key"]
 Reduction = Literal["mean", "sum_over_batch"]

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.errors import DamagedError, UsageError
-from align.files import atomic_path
-from align.modeling import SailConfig, SailModel
+from align.common.errors import DamagedError, UsageError
+from align.common.files import atomic_path
+from align.model.dual_encoder import SailConfig, SailModel
 
 SIDES = ("vision", "text")
 LAYERS = {"layer_norm": "norm", "mapping_network.f1": "gate", "mapping_network.f2": "value", "mapping_network.g": "out"}

@@ -6,7 +6,7 @@ Shapes: `Q` queries, `T` targets, `E` aligned width, `K` targets kept.
 import torch
 from torch import Tensor
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 
 def best_ranks(queries: Tensor, targets: Tensor, query_ids: Tensor, target_ids: Tensor, chunk: int = 1024) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.encoders import VisionEncoder
-from align.heads import ImageTokenHead, TextTokenHead
-from align.text_encoders import TextEncoder
+from align.encoders.text import TextEncoder
+from align.encoders.vision import VisionEncoder
+from align.model.heads import ImageTokenHead, TextTokenHead
 
 
 class HeadedVision:

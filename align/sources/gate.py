@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 REJECT_CODES: dict[str, str] = {
     # images

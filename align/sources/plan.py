@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from align.errors import DamagedError, DataError, UsageError
-from align.files import atomic_path
-from align.tabular import CsvUnit, JsonlUnit, ParquetUnit, csv_delimiter, csv_header, csv_records, newline_blocks, text_start
-from align.tars import tar_samples
-from align.units import IMAGE_SUFFIXES, FolderUnit, Row, TarUnit, Unit, require_columns
+from align.common.errors import DamagedError, DataError, UsageError
+from align.common.files import atomic_path
+from align.sources.row import IMAGE_SUFFIXES, FolderUnit, Row, TarUnit, Unit, require_columns
+from align.sources.tables import CsvUnit, JsonlUnit, ParquetUnit, csv_delimiter, csv_header, csv_records, newline_blocks, text_start
+from align.sources.tar import tar_samples
 
 __all__ = ["Plan", "Row", "Source", "Unit", "open_unit", "plan"]
 

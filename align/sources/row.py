@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from align.errors import DataError
-from align.gate import Reject, gate_key
-from align.tars import Member, TarSample, tar_samples
+from align.common.errors import DataError
+from align.sources.gate import Reject, gate_key
+from align.sources.tar import Member, TarSample, tar_samples
 
 MAX_FILE_BYTES = 256 << 20  # of one image, as a file, archive member or cell
 MAX_ROW_BYTES = 64 << 20  # of one line of JSONL or CSV, or of a sample's text or JSON file

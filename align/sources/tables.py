@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.errors import DataError
-from align.gate import Reject, gate_key
-from align.units import HEAD_ROWS, MAX_ROW_BYTES, UTF8_MARK, Row, Unit, parse_json, require_columns
+from align.common.errors import DataError
+from align.sources.gate import Reject, gate_key
+from align.sources.row import HEAD_ROWS, MAX_ROW_BYTES, UTF8_MARK, Row, Unit, parse_json, require_columns
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 

@@ -10,17 +10,17 @@ from typing import Any
 
 from accelerate import PartialState
 
-from align.config import TrainConfig
-from align.encoders import load_vision_encoder
-from align.errors import UsageError
-from align.hardware import resolve_precision
-from align.modeling import SailConfig, SailModel
-from align.online import SHARD_ROWS, OnlinePairs, keep_plan
-from align.pairs import BatchOrder, PairBatch, PairedFeatures, open_pairs
-from align.samples import Plan, Source, plan
-from align.store import FeatureStore
-from align.text_encoders import load_text_encoder
-from align.training import batches
+from align.common.errors import UsageError
+from align.common.hardware import resolve_precision
+from align.encoders.text import load_text_encoder
+from align.encoders.vision import load_vision_encoder
+from align.features.store import FeatureStore
+from align.model.dual_encoder import SailConfig, SailModel
+from align.sources.plan import Plan, Source, plan
+from align.training.config import TrainConfig
+from align.training.online import SHARD_ROWS, OnlinePairs, keep_plan
+from align.training.pairs import BatchOrder, PairBatch, PairedFeatures, open_pairs
+from align.training.step import batches
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Pairs whose features are computed when a batch asks for them: frozen encoders in the loop, images augmented anew in each epoch.
 
-An `OnlinePairs` stands where `align.pairs.PairedFeatures` stands, without stores: token heads read hundreds of kilobytes an image, and
+An `OnlinePairs` stands in for `PairedFeatures`, without stores: token heads read hundreds of kilobytes an image, and
 a random crop is never seen twice. Which samples, crops and captions make a batch is a pure function of (seed, step, sample), so a
 killed run goes on exactly. A sample that the gate rejects is left out of its batch, counted, and listed in a file.
 Features are rounded to float16, as in stores: with the same pairs and without augmentation both train to the same weights.
@@ -23,21 +23,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from align.encoders import PixelNormalizer, Transform, VisionEncoder, pixel_normalizer
-from align.errors import DataError, UsageError
-from align.gate import Limits, Reject, gate_captions, gate_image
-from align.pairs import BatchOrder, PairBatch
-from align.runs import JsonLines, generator
-from align.samples import Plan, Source, Unit, open_unit
-from align.store import compare_fingerprints
-from align.text_encoders import TextEncoder
+from align.common.errors import DataError, UsageError
+from align.common.runs import JsonLines, generator
+from align.encoders.text import TextEncoder
+from align.encoders.vision import PixelNormalizer, Transform, VisionEncoder, pixel_normalizer
+from align.features.store import compare_fingerprints
+from align.sources.gate import Limits, Reject, gate_captions, gate_image
+from align.sources.plan import Plan, Source, Unit, open_unit
+from align.training.pairs import BatchOrder, PairBatch
 
 SHARD_ROWS = 1024  # samples a unit: opening one reads where its samples are
 KEPT_UNITS = 64  # open units a worker keeps
 BLOCK_ROWS = 64  # neighbours read together when there are more units than that, or rows that cannot be reached singly
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a run
 IN_A_ROW = 100  # rejects one after the other that stop it
-_SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # streams of random numbers, beside those of align.pairs and align.training
+_SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # streams of random numbers, beside those of align.training.pairs and align.training.step
 
 Item = TypeVar("Item")
 

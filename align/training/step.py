@@ -16,13 +16,13 @@ from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.nn import functional
 
-from align.errors import DamagedError
-from align.losses import LossStats, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
-from align.modeling import SailModel
-from align.pairs import BatchOrder, PairBatch, PairedFeatures
-from align.ranking import best_ranks, recalls
-from align.regularizers import fusemix, structure
-from align.runs import generator
+from align.common.errors import DamagedError
+from align.common.runs import generator
+from align.model.dual_encoder import SailModel
+from align.model.losses import LossStats, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
+from align.model.ranking import best_ranks, recalls
+from align.training.pairs import BatchOrder, PairBatch, PairedFeatures
+from align.training.regularizers import fusemix, structure
 
 MAX_LOG_SCALE = math.log(100)
 CHUNK_VALUES = 1 << 24  # feature values embedded at once in validation
@@ -30,7 +30,7 @@ CHUNK_VALUES = 1 << 24  # feature values embedded at once in validation
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss and how it is computed (see `align.losses`), and what regularizes it (see `align.regularizers`; 0 is off)."""
+    """The loss and how it is computed (see `align.model.losses`), and what regularizes it (see `align.training.regularizers`; 0 is off)."""
 
     loss: str = "sigmoid"
     reduction: str = "mean"

@@ -19,9 +19,9 @@ import torch
 import tyro
 from bench_loss import machine
 
-from align.assess_scores import SCORES, Score, Scorer, Settings, TextSide
-from align.hardware import reuse_freed_memory, use_cores
-from align.probing import Training
+from align.assessment.probing import Training
+from align.assessment.scores import SCORES, Score, Scorer, Settings, TextSide
+from align.common.hardware import reuse_freed_memory, use_cores
 
 
 @dataclass(frozen=True)

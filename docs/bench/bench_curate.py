@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import tyro
 
-from align.curation import TopLists, assign
-from align.hardware import reuse_freed_memory
-from align.scoring import Candidates, chunk_rows, normalize, score_shard
-from align.store import FeatureStore, StoreHeader, StoreWriter
+from align.common.hardware import reuse_freed_memory
+from align.curation.scoring import Candidates, chunk_rows, normalize, score_shard
+from align.curation.toplists import TopLists, assign
+from align.features.store import FeatureStore, StoreHeader, StoreWriter
 
 NOTABLE_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 CANDIDATES, CONCEPTS, PLACES, PER_CONCEPT = 100_000_000, 3000, 50_000, 2000  # what is extrapolated to

@@ -19,8 +19,8 @@ import tyro
 from bench_loss import machine
 from PIL import Image
 
-from align.encoders import load_vision_encoder
-from align.hardware import Precision, resolve_precision, reuse_freed_memory, use_cores
+from align.common.hardware import Precision, resolve_precision, reuse_freed_memory, use_cores
+from align.encoders.vision import load_vision_encoder
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main() -> None:
         lines.append(f"| {batch} | {rates[0]:.1f} | {rates[1]:.1f} | {rates[1] / rates[0]:.2f} |")
         print(lines[-1])
     command = shlex.join(["python", "docs/bench/bench_encode.py", *sys.argv[1:]])
-    title = f"# Forward pass of {config.encoder}: `align.hardware.reuse_freed_memory`"
+    title = f"# Forward pass of {config.encoder}: `align.common.hardware.reuse_freed_memory`"
     config.output.write_text("\n".join([title, "", f"`{command}` on {machine()}", "", *lines, ""]))
 
 

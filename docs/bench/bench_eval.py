@@ -38,13 +38,13 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from align.hardware import reuse_freed_memory
-from align.runs import generator
-from eval.config import EvalConfig
-from eval.prompts import TEMPLATES, package_classes
-from eval.results import load_answers, load_results
-from eval.retrieval import KS, retrieval_entries, retrieve
+from align.common.hardware import reuse_freed_memory
+from align.common.runs import generator
+from eval.measures.config import EvalConfig
+from eval.measures.retrieval import KS, retrieval_entries, retrieve
+from eval.results.records import load_answers, load_results
 from eval.run import main as run_eval
+from eval.tasks.prompts import TEMPLATES, package_classes
 
 ARCHITECTURE = "bench-small"
 MODEL = {

@@ -26,7 +26,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional
 
-from align.losses import info_nce_loss, sigmoid_loss
+from align.model.losses import info_nce_loss, sigmoid_loss
 
 NOTABLE_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 PRODUCTS = {"sigmoid": 3, "InfoNCE": 4}  # B x B x E matrix products: logits (twice for InfoNCE), gradients of images and captions

@@ -19,9 +19,9 @@ import tyro
 from bench_loss import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.hardware import reuse_freed_memory
-from mllm.data import collate
-from mllm.packing import fill_rate, length_grouped, pack
+from align.common.hardware import reuse_freed_memory
+from mllm.conversations.index import collate
+from mllm.conversations.packing import fill_rate, length_grouped, pack
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from align.errors import UsageError
-from align.hardware import resolve_precision
-from eval.examples import drawn_questions, save_thumbnail
-from mllm.answering import Answerer, Conversation, Decoding
-from mllm.chat import Chat
-from mllm.saving import load_mllm
+from align.common.errors import UsageError
+from align.common.hardware import resolve_precision
+from eval.page.examples import drawn_questions, save_thumbnail
+from mllm.conversations.tokens import Chat
+from mllm.model.answering import Answerer, Conversation, Decoding
+from mllm.model.saving import load_mllm
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NOT_OURS = (

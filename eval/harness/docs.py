@@ -1,6 +1,6 @@
 """What the YAML tasks in `lmms_tasks/` call: rows in, images, questions and scores out.
 
-A row ("doc") is a dict. What `score_*` returns is logged by lmms-eval for each answer, and read again by `eval.lmms_results`.
+A row ("doc") is a dict. What `score_*` returns is logged by lmms-eval for each answer, and read again by `eval.harness.output`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +11,9 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from align.errors import DataError
-from align.gate import Limits, Reject, gate_image
-from eval.generation import cider, matches, pope_yes_or_no, rouge_l, yes_no_scores, yes_or_no
+from align.common.errors import DataError
+from align.sources.gate import Limits, Reject, gate_image
+from eval.measures.generation import cider, matches, pope_yes_or_no, rouge_l, yes_no_scores, yes_or_no
 
 Doc = Mapping[str, Any]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from align.errors import UsageError
-from align.files import atomic_bytes, remove_temporaries
+from align.common.errors import UsageError
+from align.common.files import atomic_bytes, remove_temporaries
 
-FOLDER = Path(__file__).resolve().parent / "lmms_tasks"
+FOLDER = Path(__file__).resolve().parent / "tasks"
 
 
 class _TaskLoader(yaml.SafeLoader):

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from align.errors import DataError
-from align.files import hash_bytes, hash_file, read_json
-from eval.generation import YES_NO, estimate, normalized
-from eval.metrics import wilson_interval
-from eval.results import Entry, ModelRecord, TaskRecord
+from align.common.errors import DataError
+from align.common.files import hash_bytes, hash_file, read_json
+from eval.measures.generation import YES_NO, estimate, normalized
+from eval.results.metrics import wilson_interval
+from eval.results.records import Entry, ModelRecord, TaskRecord
 
 KINDS = {"trained": "mllm", "random": "mllm_random", "none": "mllm_none"}  # sail_head -> kind of the column
 POINTS = " (points)"  # ends the name of a metric that is no fraction

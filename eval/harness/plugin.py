@@ -5,4 +5,4 @@ Nothing else may be imported here: lmms-eval swallows an error of this module an
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
-manifest = ModelManifest(model_id="sail_llava", simple_class_path="eval.lmms_model.SailLlava")
+manifest = ModelManifest(model_id="sail_llava", simple_class_path="eval.harness.adapter.SailLlava")

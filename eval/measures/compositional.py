@@ -21,9 +21,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from align.errors import UsageError
-from eval.metrics import wilson_interval
-from eval.results import Entry
+from align.common.errors import UsageError
+from eval.results.metrics import wilson_interval
+from eval.results.records import Entry
 
 METRICS = {
     "winoground": {"text_score": "text", "image_score": "image", "group_score": "group"},

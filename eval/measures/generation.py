@@ -1,7 +1,7 @@
 """Metrics of generated answers: text in, fractions out, with intervals. Pure; nothing here knows lmms-eval.
 
 `N` answers. A yes-no answer is reduced to "yes", "no" or "" (neither); everything else is compared after normalization. The
-values of a metric are what `eval.lmms_docs` logs for each answer: a number, [said, true] or [said, true, group].
+values of a metric are what `eval.harness.docs` logs for each answer: a number, [said, true] or [said, true, group].
 """
 
 import re
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from align.errors import DataError, UsageError
-from eval.metrics import bootstrap_interval, wilson_interval
+from align.common.errors import DataError, UsageError
+from eval.results.metrics import bootstrap_interval, wilson_interval
 
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {

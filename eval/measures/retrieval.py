@@ -12,9 +12,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from align.ranking import ranks_and_top
-from eval.metrics import chance_recall, cluster_interval, clustered_recall_interval, median_rank, recall_at, weighted_median
-from eval.results import Entry
+from align.model.ranking import ranks_and_top
+from eval.results.metrics import chance_recall, cluster_interval, clustered_recall_interval, median_rank, recall_at, weighted_median
+from eval.results.records import Entry
 
 KS = (1, 5, 10)
 TOP = 10  # answers kept for each query
@@ -52,7 +52,7 @@ def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generato
     """Return R@1/5/10 and the median rank of both directions, with intervals.
 
     The captions of one image are not independent queries: text-to-image intervals resample images with all their captions
-    (`eval.metrics.cluster_interval`). An image-to-text query is an image, so its recalls have Wilson intervals.
+    (`eval.results.metrics.cluster_interval`). An image-to-text query is an image, so its recalls have Wilson intervals.
     """
     entries = []
     images = np.arange(len(answers.i2t_ranks))

@@ -3,7 +3,7 @@
     <cache>/segmentation/<digest>/<first image>-<hash>.parquet    the label maps of 32 images as PNGs, whose numbers are classes
 
 The digest is of images, model, prompts and protocol: a second run touches no encoder, one that was killed goes on at the shard
-where it was, and a shard that does not have the hash in its name is made again. `eval.windows` makes a label map, `eval.masks` reads
+where it was, and a shard that does not have the hash in its name is made again. `windows` makes a label map, `masks` reads
 the true ones. Shapes: `N` images, `C` classes, `S` names, `E` aligned width, `R` resamples, `H` and `W` pixels of an image.
 """
 
@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from align.errors import DamagedError, DataError
-from align.files import atomic_bytes, hash_bytes, remove_temporaries
-from align.lease import Lease
-from eval.candidates import DualEncoder
-from eval.masks import IGNORED, SegmentationData
-from eval.results import Entry
-from eval.windows import Windows, segment
+from align.common.errors import DamagedError, DataError
+from align.common.files import atomic_bytes, hash_bytes, remove_temporaries
+from align.common.locks import Lease
+from eval.measures.windows import Windows, segment
+from eval.models.candidates import DualEncoder
+from eval.results.records import Entry
+from eval.tasks.masks import IGNORED, SegmentationData
 
 SHARD_IMAGES = 32  # label maps between two commits
 METRICS = ("miou", "pixel_accuracy", "mean_class_accuracy")

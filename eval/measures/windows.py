@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from align.encoders import pixel_normalizer
-from align.errors import NonFiniteError, UsageError
-from eval.candidates import DualEncoder
+from align.common.errors import NonFiniteError, UsageError
+from align.encoders.vision import pixel_normalizer
+from eval.models.candidates import DualEncoder
 
 _BYTES = 64 << 20  # of interpolated cosines held at a time, whatever the numbers of names and pixels
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from align.errors import UsageError
-from eval.metrics import (
+from align.common.errors import UsageError
+from eval.results.metrics import (
     accuracy_at,
     label_ranks,
     majority_rates,
@@ -20,7 +20,7 @@ from eval.metrics import (
     mean_per_class_interval,
     wilson_interval,
 )
-from eval.results import Entry
+from eval.results.records import Entry
 
 TOP = 5  # classes kept for each image
 

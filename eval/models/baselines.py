@@ -30,19 +30,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from align.cli import nearest
-from align.encoders import Transform
-from align.errors import OfflineError, UsageError
-from align.files import hash_bytes
-from align.opening import first_line, hash_weights, opening, recorded_id, require_complete, resolve_encoder
-from align.text_encoders import _hash_tokenizer
+from align.common.commandline import nearest
+from align.common.errors import OfflineError, UsageError
+from align.common.files import hash_bytes
+from align.encoders.loading import first_line, hash_weights, opening, recorded_id, require_complete, resolve_encoder
+from align.encoders.text import _hash_tokenizer
+from align.encoders.vision import Transform
 
 FOLDER_FILES = "needed are config.json, preprocessor_config.json, the tokenizer's files and model.safetensors"
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
 class Baseline(nn.Module, ABC):
-    """An image-text model as `eval.candidates.DualEncoder`: always in eval mode, parameters without gradient, float32.
+    """An image-text model as `eval.models.candidates.DualEncoder`: always in eval mode, parameters without gradient, float32.
 
     `transform` makes pixels (3, H, W) of an RGB image; `width` is E.
     """
@@ -122,7 +122,7 @@ class Baseline(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Images:
-    """The image side of a baseline, as `align.extract.Extraction` takes it."""
+    """The image side of a baseline, as `align.features.extract.Extraction` takes it."""
 
     model: Baseline
 

@@ -11,19 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from align.errors import UsageError
-from align.files import hash_bytes
-from align.modeling import SailModel
-from align.runs import model_folder
-from eval.baselines import open_baseline
-from eval.config import EvalConfig
-from eval.results import ModelRecord
+from align.common.errors import UsageError
+from align.common.files import hash_bytes
+from align.common.runs import model_folder
+from align.model.dual_encoder import SailModel
+from eval.measures.config import EvalConfig
+from eval.models.baselines import open_baseline
+from eval.results.records import ModelRecord
 
 HUGGING_FACE, OPEN_CLIP = "hf:", "openclip:"
 
 
 class ImageEncoder(Protocol):
-    """What `align.extract.Extraction` asks of the encoder of images; pixels (B, 3, H, W) of `transform` give features (B, F)."""
+    """What `align.features.extract.Extraction` asks of the encoder of images; pixels (B, 3, H, W) of `transform` give features (B, F)."""
 
     @property
     def transform(self) -> Callable[..., Tensor]:

@@ -26,14 +26,14 @@ from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 from torch import Tensor
 
-from align.encoders import VisionEncoder
-from align.errors import DataError, NonFiniteError
-from align.extract import Extraction, Progress, Stopping
-from align.files import atomic_bytes, hash_bytes, require_free
-from align.lease import Lease
-from align.store import FeatureStore, compare_fingerprints
-from eval.candidates import DualEncoder
-from eval.tasks import TaskData
+from align.common.errors import DataError, NonFiniteError
+from align.common.files import atomic_bytes, hash_bytes, require_free
+from align.common.locks import Lease
+from align.encoders.vision import VisionEncoder
+from align.features.extract import Extraction, Progress, Stopping
+from align.features.store import FeatureStore, compare_fingerprints
+from eval.models.candidates import DualEncoder
+from eval.tasks.data import TaskData
 
 Report = Callable[[Progress], None]
 

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from align.files import atomic_bytes, atomic_json, hash_bytes
-from eval.results import file_name
-from eval.retrieval import RetrievalAnswers
-from eval.zeroshot import ClassificationAnswers
+from align.common.files import atomic_bytes, atomic_json, hash_bytes
+from eval.measures.retrieval import RetrievalAnswers
+from eval.measures.zeroshot import ClassificationAnswers
+from eval.results.records import file_name
 
 THUMB_SIDE = 168  # pixels: twice the size shown, for sharp screens
 MATRIX_SIDE = 8  # images and captions of the similarity matrix
@@ -117,7 +117,7 @@ def generation_examples(
 ) -> dict[str, Any]:
     """Return the questions `numbers` with what each model answered and the score of the answer (None if it has no score of its own).
 
-    `answers` maps model names to number -> row of `eval.lmms_results.answers_table`; `pictured` are the numbers with a picture.
+    `answers` maps model names to number -> row of `eval.harness.output.answers_table`; `pictured` are the numbers with a picture.
     """
     known = set(pictured)
     items = []

@@ -21,8 +21,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from eval.calibration import Calibration
-from eval.results import SUBJECTS, Entry, ModelRecord
+from eval.results.calibration import Calibration
+from eval.results.records import SUBJECTS, Entry, ModelRecord
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from align.files import atomic_bytes
-from eval.masks import IGNORED, SegmentationData
-from eval.results import file_name
-from eval.segmentation import LabelMaps, confusion_matrix
+from align.common.files import atomic_bytes
+from eval.measures.segmentation import LabelMaps, confusion_matrix
+from eval.results.records import file_name
+from eval.tasks.masks import IGNORED, SegmentationData
 
 SIDE = 320  # pixels of the longer side
 _OPACITY = 0.6

@@ -13,11 +13,9 @@ from typing import Any
 
 import jinja2
 
-from align.files import atomic_bytes, read_json
-from eval.anchors import Anchor, anchors_of, prompts_note, shown_anchor
-from eval.compare import Comparison, load_comparison, verdict
-from eval.figures import bars, forest
-from eval.page_sections import (
+from align.common.files import atomic_bytes, read_json
+from eval.page.figures import bars, forest
+from eval.page.sections import (
     Figures,
     classification,
     compositional,
@@ -28,7 +26,9 @@ from eval.page_sections import (
     subjects,
     training,
 )
-from eval.results import SUBJECTS, TASK_KINDS, Entry, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_results
+from eval.results.anchors import Anchor, anchors_of, prompts_note, shown_anchor
+from eval.results.compare import Comparison, load_comparison, verdict
+from eval.results.records import SUBJECTS, TASK_KINDS, Entry, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_results
 
 SHOWN_METRICS = {
     "classification": {"acc@1": "top-1 accuracy", "acc@5": "top-5 accuracy", "mean_per_class": "mean per class"},
@@ -163,7 +163,7 @@ def write_comparison(comparison: Comparison, output: Path, dark: bool = True) ->
 
 def _rendered(template: str, context: dict[str, Any]) -> bytes:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template(template).render(context).encode("utf-8", "replace")
 

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from align.errors import DamagedError
-from align.files import atomic_bytes
-from eval.calibration import calibration
-from eval.compare import class_counts
-from eval.figures import (
+from align.common.errors import DamagedError
+from align.common.files import atomic_bytes
+from eval.page.figures import (
     DARK,
     LIGHT,
     Theme,
@@ -32,8 +30,10 @@ from eval.figures import (
     similarity,
     sorted_classes,
 )
-from eval.metrics import wilson_interval
-from eval.results import SUBJECTS, Entry, ModelRecord, Results, TaskRecord, file_name, load_answers
+from eval.results.calibration import calibration
+from eval.results.compare import class_counts
+from eval.results.metrics import wilson_interval
+from eval.results.records import SUBJECTS, Entry, ModelRecord, Results, TaskRecord, file_name, load_answers
 
 CURVES = (
     ("loss", {"loss": "loss"}),

@@ -1,6 +1,6 @@
 """Numbers that others published, for columns of their own in the report. They are not ours: never entries of results.json, never tested.
 
-`eval/published.yaml` holds them by exact task id and metric; a task of another name, such as one of your own, gets none.
+`eval/results/published_numbers.yaml` holds them by exact task id and metric; a task of another name, such as one of your own, gets none.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from align.cli import load_yaml, nearest
-from align.errors import DamagedError
-from eval.results import TaskRecord
+from align.common.commandline import load_yaml, nearest
+from align.common.errors import DamagedError
+from eval.results.records import TaskRecord
 
 Prompts = Literal["templates", "sentences", "none"]
-PUBLISHED = Path(__file__).with_name("published.yaml")
+PUBLISHED = Path(__file__).with_name("published_numbers.yaml")
 
 
 @dataclass(frozen=True)

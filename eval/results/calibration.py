@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 BINS = 15
 

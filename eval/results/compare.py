@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
-from align.errors import DamagedError, UsageError
-from align.files import atomic_bytes, atomic_json, read_json
-from eval.generation import GRADED
-from eval.paired import (
+from align.common.errors import DamagedError, UsageError
+from align.common.files import atomic_bytes, atomic_json, read_json
+from eval.measures.generation import GRADED
+from eval.results.paired import (
     Statistic,
     bootstrap_p,
     holm,
@@ -32,7 +32,7 @@ from eval.paired import (
     ratio_of,
     sign_flip_p,
 )
-from eval.results import SUBJECTS, Results, TaskRecord, answers_path, load_answers, load_results
+from eval.results.records import SUBJECTS, Results, TaskRecord, answers_path, load_answers, load_results
 
 FORMAT_VERSION = 1
 FILE = "comparison.json"

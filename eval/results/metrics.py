@@ -1,6 +1,6 @@
 """Pure metrics: arrays in, floats out. Fractions, never percents.
 
-Shapes: `N` samples, `C` classes, `R` resamples. Ranks count from 1. Ties are settled against the model, as in `align.ranking`:
+Shapes: `N` samples, `C` classes, `R` resamples. Ranks count from 1. Ties are settled against the model, as in `align.model.ranking`:
 a model whose scores are all equal gets the last rank, not the first.
 """
 
@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

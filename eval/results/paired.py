@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from align.errors import UsageError
+from align.common.errors import UsageError
 
 RESAMPLES = 10_000
 ROUNDING = 1e-12  # what sums of fractions may be off by: a smaller difference is none

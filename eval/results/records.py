@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.errors import DamagedError, UsageError
-from align.files import atomic_json, atomic_path, read_json
+from align.common.errors import DamagedError, UsageError
+from align.common.files import atomic_json, atomic_path, read_json
 
 FORMAT_VERSION = 1
 RESULTS = "results.json"
@@ -216,7 +216,7 @@ def answers_path(folder: Path, task: str, model: str) -> Path:
 
 
 def save_answers(folder: Path, task: str, model: str, answers: pa.Table) -> Path:
-    """Write per-sample answers (columns as `eval.zeroshot`, `eval.retrieval` and `eval.lmms_results` say) and return their path."""
+    """Write per-sample answers (columns as the kind of task says) and return their path."""
     path = answers_path(folder, task, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

@@ -1,8 +1,8 @@
 """How the data of a task is read: keys, labels or captions, and a digest of exactly what was measured.
 
-A task's data lies below the data root, in a data set's official layout (eval/official.py) or in one that `align.samples` reads.
+A task's data lies below the data root, in a data set's official layout (`official/`) or in one that `align.sources.plan` reads.
 Classification needs a label a sample (a class number or name), retrieval one or more captions, compositional matching pairs of
-images and captions; segmentation is read by eval/masks.py. CLIP_benchmark's webdataset layout works as it is, also for the data
+images and captions; segmentation is read by eval/tasks/masks.py. CLIP_benchmark's webdataset layout works as it is, also for the data
 sets below, in `wds_<id>`: `test/*.tar` with .jpg and .cls or .txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
 """
 
@@ -15,14 +15,14 @@ from typing import Any, cast
 import numpy as np
 import xxhash
 
-from align.cli import nearest
-from align.errors import DataError
-from align.gate import Limits, Reject, gate_captions
-from align.samples import Plan, Source, open_unit, plan
-from eval.official import READERS, read_official
-from eval.official_base import OWN_NAMES
-from eval.official_tasks import DEMONSTRATION, OWN_TEMPLATES, TASKS, PlainLayout, Task, describe, find_task
-from eval.prompts import TEMPLATES, read_lines, read_templates
+from align.common.commandline import nearest
+from align.common.errors import DataError
+from align.sources.gate import Limits, Reject, gate_captions
+from align.sources.plan import Plan, Source, open_unit, plan
+from eval.tasks.official.layout import OWN_NAMES
+from eval.tasks.official.manifest import READERS, read_official
+from eval.tasks.prompts import TEMPLATES, read_lines, read_templates
+from eval.tasks.registry import DEMONSTRATION, OWN_TEMPLATES, TASKS, PlainLayout, Task, describe, find_task
 
 __all__ = ["TASKS", "Task", "TaskData", "describe", "find_task", "load_task", "protocol_note", "read_images"]
 
@@ -102,7 +102,7 @@ def load_task(task: Task, data_root: Path, limits: Limits | None = None, cache: 
     counted by reject code. A label that is no known class is an error: it would falsify the result. Data in an official layout
     becomes a manifest in `cache`/manifests, by default in a hidden folder of the data root.
     """
-    assert task.kind != "segmentation", "eval.masks reads those"
+    assert task.kind != "segmentation", "eval.tasks.masks reads those"
     task = _found(task, data_root)
     folder = data_root / task.path
     place = folder / task.data

@@ -21,13 +21,13 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from align.errors import DataError, UsageError
-from align.files import hash_bytes
-from align.gate import Limits, Reject, gate_image
-from align.units import MAX_FILE_BYTES, read_below
-from eval.official_tasks import SEGMENTATION_FILES
-from eval.prompts import read_lines
-from eval.tasks import Task
+from align.common.errors import DataError, UsageError
+from align.common.files import hash_bytes
+from align.sources.gate import Limits, Reject, gate_image
+from align.sources.row import MAX_FILE_BYTES, read_below
+from eval.tasks.data import Task
+from eval.tasks.prompts import read_lines
+from eval.tasks.registry import SEGMENTATION_FILES
 
 IGNORED = -1  # class of pixels that do not count
 _UNKNOWN = -2

@@ -1,7 +1,7 @@
 """Tasks by exact id: what is measured, where its data belongs, in which layout, and by which protocol.
 
 The ids are the usual ones of each data set. A task of one's own is a YAML file with the fields of Task; its data may lie in an
-official layout too, or in one that `align.samples` or `eval.masks` reads.
+official layout too, or in one that `align.sources.plan` or `eval.tasks.masks` reads.
 """
 
 import re
@@ -9,14 +9,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from align.cli import load_yaml, nearest
-from align.errors import UsageError
-from eval.official import READERS
-from eval.official_base import OWN_NAMES
+from align.common.commandline import load_yaml, nearest
+from align.common.errors import UsageError
+from eval.tasks.official.layout import OWN_NAMES
+from eval.tasks.official.manifest import READERS
 
 PlainLayout = Literal["webdataset", "folder", "jsonl", "csv", "parquet"]
 Kind = Literal["classification", "retrieval", "compositional", "segmentation"]
-MASKS = ("folder", "ade20k", "coco_stuff", "voc")  # the layouts of eval.masks
+MASKS = ("folder", "ade20k", "coco_stuff", "voc")  # the layouts of eval.tasks.masks
 OWN_TEMPLATES = "zeroshot_classification_templates.txt"  # in a data set's folder: templates that win over its published ones
 _LABEL = {"webdataset": "cls"}  # where the label or the captions are unless the task says so
 _CAPTIONS = {"webdataset": "txt", "folder": "txt"}
@@ -31,7 +31,7 @@ class Task:
     kind: Kind
     """classification, retrieval, compositional or segmentation."""
     layout: str
-    """How the data lies on disk: a PlainLayout, an official one (eval.official.READERS), or one of MASKS."""
+    """How the data lies on disk: a PlainLayout, an official one (eval.tasks.official.manifest.READERS), or one of MASKS."""
     path: str
     """The task's folder, below the data root."""
     data: str = "."
@@ -49,7 +49,7 @@ class Task:
     key: str = "key"
     """Column of the sample key."""
     protocol: str = ""
-    """How a compositional task is scored: winoground or mmvp. Segmentation: whether there is a background class (see eval.masks)."""
+    """How a compositional task is scored: winoground or mmvp. Segmentation: whether there is a background class (see eval.tasks.masks)."""
     prefix: str = ""
     """Put before every caption, for example MMVP's `a photo of `."""
     labels: str = "labels"

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from align.errors import DamagedError, UsageError
-from mllm.chat import Chat
-from mllm.eyes import Eyes, SailHead, image_processor_of, open_eyes
-from mllm.language import Language, open_llava, open_llm, prepare_tokenizer
-from mllm.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration, SailProjector
-from mllm.processing import SailLlavaProcessor
+from align.common.errors import DamagedError, UsageError
+from mllm.assembly.language import Language, open_llava, open_llm, prepare_tokenizer
+from mllm.assembly.vision import Eyes, SailHead, image_processor_of, open_eyes
+from mllm.conversations.tokens import Chat
+from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration, SailProjector
+from mllm.model.processing import SailLlavaProcessor
 
 
 @dataclass(frozen=True)

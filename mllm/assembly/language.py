@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from align.errors import DamagedError, UsageError
-from align.opening import opening, recorded_id, require_complete, resolve_encoder
-from mllm.rows import RowError
-from mllm.templates import apply_template, resolve_template
+from align.common.errors import DamagedError, UsageError
+from align.encoders.loading import opening, recorded_id, require_complete, resolve_encoder
+from mllm.conversations.messages import RowError
+from mllm.conversations.templates import apply_template, resolve_template
 
 IMAGE_TOKEN = "<image>"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from align.encoders import Transform, VisionEncoder, load_vision_encoder, pixel_normalizer
-from align.errors import UsageError
-from align.heads import build_head, initialize
-from align.modeling import SailModel
-from align.runs import model_folder
-from mllm.processing import SailLlavaImageProcessor
+from align.common.errors import UsageError
+from align.common.runs import model_folder
+from align.encoders.vision import Transform, VisionEncoder, load_vision_encoder, pixel_normalizer
+from align.model.dual_encoder import SailModel
+from align.model.heads import build_head, initialize
+from mllm.model.processing import SailLlavaImageProcessor
 
 SailHead = Literal["trained", "random", "none"]
 

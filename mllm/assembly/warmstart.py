@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.errors import DataError, UsageError
-from align.gate import Limits, Reject, gate_image
-from mllm.conversations import Conversations
-from mllm.modeling import SailLlavaForConditionalGeneration
-from mllm.processing import SailLlavaProcessor
+from align.common.errors import DataError, UsageError
+from align.sources.gate import Limits, Reject, gate_image
+from mllm.conversations.table import Conversations
+from mllm.model.modeling import SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaProcessor
 
 BATCH = 32  # images a forward pass
 STANDARDIZE_IMAGES = 256  # first images, whose features give mean and spread

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.errors import DataError, UsageError
-from align.gate import Reject
-from align.tabular import text_start
-from align.units import MAX_ROW_BYTES, parse_json
+from align.common.errors import DataError, UsageError
+from align.sources.gate import Reject
+from align.sources.row import MAX_ROW_BYTES, parse_json
+from align.sources.tables import text_start
 
 COLUMNS = ("id", "conversations", "messages", "image", "images")
 _SPACE = " \t\r\n"

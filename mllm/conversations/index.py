@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from align.errors import DamagedError, DataError
-from align.files import atomic_bytes, atomic_json, disk_full_named, hash_bytes, read_json
-from align.gate import Limits, Reject, gate_image
-from mllm.chat import IGNORED, Chat, RowError
-from mllm.conversations import Conversations
-from mllm.packing import STATUS, EpochPlan, RowIndex, fill_rate, length_grouped, pack
+from align.common.errors import DamagedError, DataError
+from align.common.files import atomic_bytes, atomic_json, disk_full_named, hash_bytes, read_json
+from align.sources.gate import Limits, Reject, gate_image
+from mllm.conversations.packing import STATUS, EpochPlan, RowIndex, fill_rate, length_grouped, pack
+from mllm.conversations.table import Conversations
+from mllm.conversations.tokens import IGNORED, Chat, RowError
 
 __all__ = ["ConversationDataset", "EpochPlan", "RowIndex", "build_index", "collate", "fill_rate", "length_grouped", "pack"]
 

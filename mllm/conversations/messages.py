@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.errors import DataError
-from align.gate import Reject, text_problem
-from align.units import MAX_FILE_BYTES
+from align.common.errors import DataError
+from align.sources.gate import Reject, text_problem
+from align.sources.row import MAX_FILE_BYTES
 
 Message = dict[str, Any]
 IMAGE = "<image>"  # how LLaVA's files mark the place of an image

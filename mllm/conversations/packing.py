@@ -10,9 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
-from align.errors import UsageError
-from align.runs import generator
-from mllm.rows import ROW_CODES
+from align.common.errors import UsageError
+from align.common.runs import generator
+from mllm.conversations.messages import ROW_CODES
 
 Item = int | list[int]  # a row, or a pack of rows
 STATUS = ("good", *ROW_CODES)  # what a row's status number means

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from align.assets import cache_root
-from align.errors import DamagedError, DataError, UsageError
-from align.files import atomic_json, atomic_path, hash_bytes, hash_file, read_json, require_free
-from align.gate import Reject, gate_key
-from align.runs import generator
-from align.units import MAX_FILE_BYTES, read_below
-from mllm.records import READERS, read_records
-from mllm.rows import Message, RawImage, RowError, normalize
+from align.common.errors import DamagedError, DataError, UsageError
+from align.common.files import atomic_json, atomic_path, hash_bytes, hash_file, read_json, require_free
+from align.common.runs import generator
+from align.embedded.assets import cache_root
+from align.sources.gate import Reject, gate_key
+from align.sources.row import MAX_FILE_BYTES, read_below
+from mllm.conversations.files import READERS, read_records
+from mllm.conversations.messages import Message, RawImage, RowError, normalize
 
 FORMAT = 1  # raise when rows come out differently: older caches are then read anew
 SCHEMA = pa.schema(

@@ -13,8 +13,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from align.errors import UsageError
-from mllm.rows import Message, RowError
+from align.common.errors import UsageError
+from mllm.conversations.messages import Message, RowError
 
 # An image is followed by a line break unless white space follows anyhow: "<image>\nWhat is this?", as LLaVA has it.
 _CONTENT = """

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.errors import UsageError
-from align.files import hash_bytes
-from mllm.rows import Message, RowError, change_texts, check_messages, count_images, texts_of
-from mllm.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
+from align.common.errors import UsageError
+from align.common.files import hash_bytes
+from mllm.conversations.messages import Message, RowError, change_texts, check_messages, count_images, texts_of
+from mllm.conversations.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
 
 __all__ = ["IGNORED", "TEMPLATES", "Chat", "Encoded", "Message", "RowError", "resolve_template"]
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
-from align.errors import DamagedError, NonFiniteError
-from align.files import atomic_json, failpoint, hash_file, read_json, sync_file, sync_folder
-from align.losses import any_rank
-from mllm.parts import load_trained, optimizer_groups, trained_tensors
+from align.common.errors import DamagedError, NonFiniteError
+from align.common.files import atomic_json, failpoint, hash_file, read_json, sync_file, sync_folder
+from align.model.losses import any_rank
+from mllm.model.parts import load_trained, optimizer_groups, trained_tensors
 
 COMMIT = "COMMIT"
 TRAINED = "trained.safetensors"

@@ -1,6 +1,6 @@
 """Answers from a SailLlava: conversations in, text or log-probabilities out, in batches.
 
-Prompts are encoded by `mllm.chat`, exactly as in training, and padded on the left. Decoding is what `Decoding` says, not the LLM's
+Prompts are encoded by `Chat`, exactly as in training, and padded on the left. Decoding is what `Decoding` says, not the LLM's
 own generation config. Legend: `B` conversations, `T` tokens of the longest, `V` vocabulary.
 """
 
@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
-from align.errors import DataError, UsageError
-from mllm.chat import IGNORED, Chat, Message
-from mllm.modeling import SailLlavaForConditionalGeneration
-from mllm.processing import SailLlavaProcessor
+from align.common.errors import DataError, UsageError
+from mllm.conversations.tokens import IGNORED, Chat, Message
+from mllm.model.modeling import SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaProcessor
 
 
 @dataclass(frozen=True)

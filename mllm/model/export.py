@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from align.files import TEMPORARY, disk_full_named, put_in_place, sync_file
-from mllm.parts import Lora, load_trained, merged, prepare_parts
-from mllm.saving import load_mllm, save_mllm
+from align.common.files import TEMPORARY, disk_full_named, put_in_place, sync_file
+from mllm.model.parts import Lora, load_trained, merged, prepare_parts
+from mllm.model.saving import load_mllm, save_mllm
 
 
 def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float], lora: Lora | None, folder: Path) -> Path:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.modeling import SailLlavaConfig, SailLlavaModel
-from mllm.parts import bare, part_table
+from mllm.model.modeling import SailLlavaConfig, SailLlavaModel
+from mllm.model.parts import bare, part_table
 
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0, "RTX 4090": 165.0, "V100": 125.0}  # dense, 16 bit
 

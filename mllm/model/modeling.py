@@ -25,9 +25,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from align.errors import DamagedError, UsageError
-from align.heads import build_head
-from align.towers import VISION_ADAPTERS, Tower
+from align.common.errors import DamagedError, UsageError
+from align.encoders.families import VISION_ADAPTERS, Tower
+from align.model.heads import build_head
 
 HEAD_STATES = ("none", "random", "trained")
 FEATURES = ("cls_patch", "patch")
@@ -36,7 +36,7 @@ FEATURES = ("cls_patch", "patch")
 class SailLlavaConfig(LlavaConfig):
     """What a SailLlava is made of: `vision_config` and `text_config` are the plain encoder's and LLM's, `sail_*` what is between.
 
-    `sail_layer` counts as `align.encoders` does (0 = embeddings); blocks after it are not built. `sail_unread` names the vision
+    `sail_layer` counts as `align.encoders.vision` does (0 = embeddings); blocks after it are not built. `sail_unread` names the vision
     parameters that are never trained: no feature depends on them (DINOv2's mask token), or their own class keeps them fixed.
     """
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.errors import DamagedError, UsageError
-from mllm.modeling import SailLlavaForConditionalGeneration
+from align.common.errors import DamagedError, UsageError
+from mllm.model.modeling import SailLlavaForConditionalGeneration
 
 PARTS = ("projector", "head", "llm", "vision")
 

@@ -16,8 +16,8 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
-from align.errors import UsageError
-from mllm.modeling import SailLlavaConfig
+from align.common.errors import UsageError
+from mllm.model.modeling import SailLlavaConfig
 
 ASPECT_RATIOS = ("pad", "resize")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -83,7 +83,7 @@ class SailLlavaImageProcessor(BaseImageProcessor):
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return the image as 8-bit RGB: EXIF orientation applied, transparency composited on white, as `align.gate` does."""
+    """Return the image as 8-bit RGB: EXIF orientation applied, transparency composited on white, as `align.sources.gate` does."""
     image = ImageOps.exif_transpose(image)
     if image.mode in _ALPHA or "transparency" in image.info:
         if image.mode in ("RGBa", "La"):  # premultiplied: only to its own plain mode

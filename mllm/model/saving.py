@@ -14,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align import errors, heads, towers
-from align.errors import UsageError
-from align.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
-from align.opening import opening
-from mllm import modeling, processing
-from mllm.modeling import SailLlavaForConditionalGeneration
-from mllm.processing import SailLlavaProcessor
+from align.common import errors
+from align.common.errors import UsageError
+from align.common.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
+from align.encoders import families
+from align.encoders.loading import opening
+from align.model import heads
+from mllm.model import modeling, processing
+from mllm.model.modeling import SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaProcessor
 
 SHARD_SIZE = "5GB"
 CODE: dict[str, ModuleType] = {
     "modeling_sail_llava.py": modeling,
     "processing_sail_llava.py": processing,
     "heads.py": heads,
-    "towers.py": towers,
+    "families.py": families,
     "errors.py": errors,
 }
 MODEL_MAP = {
@@ -111,7 +113,7 @@ def portable_source(module: ModuleType) -> str:
     assert module.__file__ is not None
     text = Path(module.__file__).read_text(encoding="utf-8")
     text = re.sub(r"^(from mllm\.|Auto\w+\.register\().*\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^from align\.(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
+    text = re.sub(r"^from align\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
     return f"# Copied from sail-upgrade-kit ({module.__name__}). Apache License 2.0.\n{text}"
 
 

@@ -11,11 +11,21 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from PIL import Image
-from test_encoders import TIMM_CASES, save, save_bert, save_timm
 
-from align import assess, assess_scores
-from align.assess_config import AssessConfig
-from align.assess_features import (
+from align import assess
+from align.assessment import scores as assess_scores
+from align.assessment.config import AssessConfig
+from align.assessment.figures import heat_map, scatter
+from align.assessment.probing import Training
+from align.assessment.scores import Cache, Candidate, Score, Scorer, Settings, TextSide
+from align.assessment.similarity import bootstrap_weights
+from align.assessment.tables import Assessed, correlations, follows, recommend, shown, table_csv
+from align.common.commandline import parse
+from align.common.errors import DataError, FingerprintError, UsageError
+from align.common.files import arm_failpoint
+from align.encoders.text import load_text_encoder
+from align.encoders.vision import load_vision_encoder
+from align.features.layers import (
     LayerFeatures,
     chosen_features,
     chosen_layers,
@@ -25,20 +35,11 @@ from align.assess_features import (
     read_labels,
     sampled_plan,
 )
-from align.assess_figures import heat_map, scatter
-from align.assess_report import Assessed, correlations, follows, recommend, shown, table_csv
-from align.assess_scores import Cache, Candidate, Score, Scorer, Settings, TextSide
-from align.cli import parse
-from align.config import TrainConfig
-from align.encoders import load_vision_encoder
-from align.errors import DataError, FingerprintError, UsageError
-from align.files import arm_failpoint
-from align.probing import Training
-from align.samples import Source
-from align.similarity import bootstrap_weights
-from align.store import FeatureStore
-from align.text_encoders import load_text_encoder
+from align.features.store import FeatureStore
+from align.sources.plan import Source
 from align.train import main as train
+from align.training.config import TrainConfig
+from tests.support.tiny_encoders import TIMM_CASES, save, save_bert, save_timm
 
 IMAGES = 120
 QUICK = {"probe-width": 16, "probe-batch": 32, "probe-steps": 20, "probe-every": 10, "resamples": 100, "workers": 0, "patch-images": 100}
@@ -137,7 +138,7 @@ def test_patches_are_kept_of_the_first_images(world, assessed):
 
 def test_large_patch_grids_are_averaged(world, monkeypatch):
     encoder = load_vision_encoder(str(world / "vit"))
-    monkeypatch.setattr("align.assess_features.PATCH_SIDE", 1)
+    monkeypatch.setattr("align.features.layers.PATCH_SIDE", 1)
     outputs = LayerFeatures(encoder, [3], with_patches=True)
     pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
     features = outputs(pixels)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 import align.convert
-from align.config import ConvertConfig
+from align.common.errors import DamagedError, DataError, UsageError
 from align.convert import main
-from align.embeddings_import import Embeddings, find_files, import_embeddings
-from align.errors import DamagedError, DataError, UsageError
-from align.modeling import SailConfig, SailModel
-from align.published import heads_from, read_weights, to_published
-from align.store import FeatureStore
+from align.features.imported import Embeddings, find_files, import_embeddings
+from align.features.store import FeatureStore
+from align.model.config import ConvertConfig
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.published_heads import heads_from, read_weights, to_published
 
 F, D, E, W = 6, 4, 5, 3  # image features, caption features, aligned width, expansion
 
@@ -280,7 +280,7 @@ def test_a_killed_import_goes_on(tmp_path, monkeypatch):
     settings = {"kind": "image", "fingerprint": {"encoder": "e"}, "shard_rows": 2}
     import_embeddings(embeddings, tmp_path / "whole", **settings)
     wrote = []
-    real = align.embeddings_import.StoreWriter.write
+    real = align.features.imported.StoreWriter.write
 
     def dies(self, shard, *rest):
         wrote.append(shard)
@@ -288,7 +288,7 @@ def test_a_killed_import_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(self, shard, *rest)
 
-    monkeypatch.setattr(align.embeddings_import.StoreWriter, "write", dies)
+    monkeypatch.setattr(align.features.imported.StoreWriter, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         import_embeddings(embeddings, tmp_path / "out", **settings)
     store = import_embeddings(embeddings, tmp_path / "out", **settings)
@@ -380,7 +380,7 @@ def test_flags_that_do_not_go_together_are_refused(given, message):
 
 def test_imported_stores_train_a_model_without_encoders(tmp_path):
     """Images and captions imported from one folder pair up by key, and what is trained on them aligns such features."""
-    from align.pairs import open_pairs
+    from align.training.pairs import open_pairs
 
     keys, _, _ = clip_retrieval(tmp_path / "emb", sizes=(5, 4))
     for kind in ("image", "caption"):

@@ -11,19 +11,20 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import build_store
-from test_encoders import save_bert
 
-from align.cli import parse
-from align.concepts import evaluation_sets, read_names
-from align.config import CurateConfig, TrainConfig
+from align.common.commandline import parse
+from align.common.errors import DataError, FingerprintError, UsageError
+from align.common.files import arm_failpoint, hash_file
 from align.curate import main
-from align.errors import DataError, FingerprintError, UsageError
-from align.files import arm_failpoint, hash_file
-from align.modeling import SailConfig, SailModel, save_model
-from align.store import FeatureStore, StoreHeader, StoreWriter
-from align.text_encoders import load_text_encoder
+from align.curation.concepts import evaluation_sets, read_names
+from align.curation.config import CurateConfig
+from align.encoders.text import load_text_encoder
+from align.features.store import FeatureStore, StoreHeader, StoreWriter
+from align.model.dual_encoder import SailConfig, SailModel, save_model
 from align.train import main as train
+from align.training.config import TrainConfig
+from tests.support.stores import build_store
+from tests.support.tiny_encoders import save_bert
 
 SHARDS, SHARD_ROWS = 6, 20
 

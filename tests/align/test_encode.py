@@ -11,20 +11,21 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from forking import fork
 from PIL import Image
-from test_encoders import save, save_bert
 
-from align.cli import parse
-from align.config import EncodeConfig, TrainConfig
+from align.common.commandline import parse
+from align.common.errors import DataError, FingerprintError, LeaseError
+from align.common.files import arm_failpoint
+from align.common.locks import Lease
 from align.encode import main
-from align.encoders import load_vision_encoder
-from align.errors import DataError, FingerprintError, LeaseError
-from align.files import arm_failpoint
-from align.lease import Lease
-from align.modeling import SailModel
-from align.store import FeatureStore
+from align.encoders.vision import load_vision_encoder
+from align.features.config import EncodeConfig
+from align.features.store import FeatureStore
+from align.model.dual_encoder import SailModel
 from align.train import main as train
+from align.training.config import TrainConfig
+from tests.support.forking import fork
+from tests.support.tiny_encoders import save, save_bert
 
 SHARDS = 3
 

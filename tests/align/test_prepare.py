@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_sprites import make_sprites
 
-from align import files, prepare, rendering
-from align.errors import DamagedError, DataError, LeaseError, UsageError
+from align import prepare
+from align.common import files
+from align.common.errors import DamagedError, DataError, LeaseError, UsageError
+from align.demo import rendering
+from align.demo.scenes import SpriteScenes, read_sprites, split_sprites
 from align.prepare import BYTES_PER_SCENE, PrepareConfig, is_done, main, only_writer, write_tars
-from align.scenes import SpriteScenes, read_sprites, split_sprites
+from tests.support.synthetic_sprites import make_sprites
 
 SIZES = {"train": 60, "val": 5, "retrieval": 9, "held_out": 6, "per_class": 2, "image_size": 96, "swapped": 7, "segmentation": 8}
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forking import exit_codes, fork
 
-from align.cli import parse
-from align.config import TrainConfig
-from align.errors import NonFiniteError, UsageError
-from align.files import arm_failpoint
-from align.losses import sigmoid_loss
-from align.modeling import SailConfig, SailModel
-from align.pairs import BatchOrder, PairBatch, open_pairs
-from align.regularizers import structure
-from align.runs import newest_checkpoint
+from align.common.commandline import parse
+from align.common.errors import NonFiniteError, UsageError
+from align.common.files import arm_failpoint
+from align.common.runs import newest_checkpoint
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.losses import sigmoid_loss
 from align.train import main
-from align.training import Objective, Schedule, Stepper, build_optimizer
+from align.training.config import TrainConfig
+from align.training.pairs import BatchOrder, PairBatch, open_pairs
+from align.training.regularizers import structure
+from align.training.step import Objective, Schedule, Stepper, build_optimizer
+from tests.support.forking import exit_codes, fork
 
 
 def flags(folder, output, **changes):

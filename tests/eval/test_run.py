@@ -8,51 +8,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-import align.modeling
-from align.errors import DataError, FingerprintError, UsageError
-from align.modeling import SailConfig, SailModel
-from eval.candidates import SailDualEncoder
-from eval.config import EvalConfig
-from eval.features import FeatureCache
-from eval.results import load_answers, load_results
+import align.model.dual_encoder
+from align.common.errors import DataError, FingerprintError, UsageError
+from align.model.dual_encoder import SailModel
+from eval.measures.config import EvalConfig
+from eval.models.candidates import SailDualEncoder
+from eval.models.features import FeatureCache
+from eval.results.records import load_answers, load_results
 from eval.run import main
-from eval.tasks import find_task, load_task
-
-RGB = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "yellow": (250, 250, 0), "pink": (255, 0, 255), "black": (0, 0, 0)}
-NAMES = list(RGB)
-VISION_FINGERPRINT = {"encoder": "eye", "weights": "11", "feature": "mean", "precision": "fp32"}
-TEXT_FINGERPRINT = {"encoder": "ear", "weights": "22", "prompt": "", "precision": "fp32"}
-
-
-def to_vector(rgb):
-    return torch.tensor([*(value / 255 for value in rgb), 0.4])
-
-
-def see(image):
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float()
-
-
-class Eye(nn.Module):
-    """Sees the mean color of a picture."""
-
-    feature_width = 4
-    transform = staticmethod(see)
-    fingerprint = VISION_FINGERPRINT
-
-    def forward(self, pixels):
-        return torch.stack([to_vector(color) for color in pixels.mean(dim=(2, 3))])
-
-
-class Ear(nn.Module):
-    """Hears the name of a color."""
-
-    width = 4
-    fingerprint = TEXT_FINGERPRINT
-
-    def encode(self, texts, batch_size):
-        return torch.stack([to_vector(RGB[next(name for name in NAMES if name in text)]) for text in texts])
+from eval.tasks.data import find_task, load_task
+from tests.support.color_world import (
+    NAMES,
+    RGB,
+    VISION_FINGERPRINT,
+    Ear,
+    Eye,
+    picture,
+    save_model,
+    to_vector,
+    values,
+)
 
 
 @pytest.fixture
@@ -67,31 +43,9 @@ def loads(monkeypatch):
 
         return load
 
-    monkeypatch.setattr(align.modeling, "load_vision_encoder", loader("vision", Eye))
-    monkeypatch.setattr(align.modeling, "load_text_encoder", loader("text", Ear))
+    monkeypatch.setattr(align.model.dual_encoder, "load_vision_encoder", loader("vision", Eye))
+    monkeypatch.setattr(align.model.dual_encoder, "load_text_encoder", loader("text", Ear))
     return counts
-
-
-def save_model(folder, **changes):
-    settings = {
-        "vision": {"name": "eye"}, "text": {"name": "ear"}, "vision_fingerprint": VISION_FINGERPRINT, "text_fingerprint": TEXT_FINGERPRINT,
-        "vision_width": 4, "text_width": 4, "width": 4, "head": "linear",
-    }  # fmt: skip
-    model = SailModel(SailConfig(**{**settings, **changes})).initialize(3)
-    with torch.no_grad():
-        for head in (model.vision_head, model.text_head):
-            for module in head.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight.copy_(torch.eye(4))
-    model.save_pretrained(folder)
-    return folder
-
-
-def picture(color, number):
-    pixels = np.full((16, 16, 3), RGB[color], dtype=np.int16) + np.random.default_rng(number).integers(-12, 12, size=(16, 16, 3))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -127,10 +81,6 @@ def config(world, **changes):
         "output": str(world / "out"), "workers": 0, "batch_size": 5, "device": "cpu", "report": False, "examples": 3,
     }  # fmt: skip
     return EvalConfig(**{**settings, **changes})
-
-
-def values(results):
-    return {(e.task, e.metric, e.model): e for e in results.entries}
 
 
 def test_an_aligned_model_is_right_and_a_second_run_loads_no_encoder(world, loads):

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
-from tiny_mllm import tiny_model
 from transformers import TextStreamer
 
-from align.errors import DataError, UsageError
-from mllm.answering import Answerer, Conversation, Decoding
+from align.common.errors import DataError, UsageError
 from mllm.chat_cli import Talk, converse, main, questions, read_image
-from mllm.config import ChatConfig
-from mllm.saving import load_mllm, save_mllm
-from mllm.templates import resolve_template
+from mllm.conversations.templates import resolve_template
+from mllm.model.answering import Answerer, Conversation, Decoding
+from mllm.model.config import ChatConfig
+from mllm.model.saving import load_mllm, save_mllm
+from tests.support.tiny_mllm import tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_mllm import tiny_tokenizer
 
-from align.cli import run
-from align.errors import DataError, UsageError
-from align.gate import gate_image
+from align.common.commandline import run
+from align.common.errors import DataError, UsageError
+from align.sources.gate import gate_image
 from mllm import check
-from mllm.chat import IGNORED, Chat, resolve_template
-from mllm.config import CheckConfig
-from mllm.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from mllm.conversations.config import CheckConfig
+from mllm.conversations.tokens import IGNORED, Chat, resolve_template
+from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from tests.support.tiny_mllm import tiny_tokenizer
 
 
 def row(number, image=None, words="A dog.", question="What is it?"):

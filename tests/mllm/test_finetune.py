@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_mllm import tiny_model
 
-from align.cli import parse
-from align.errors import NonFiniteError, UsageError
-from align.files import arm_failpoint
-from mllm.config import FinetuneConfig
+from align.common.commandline import parse
+from align.common.errors import NonFiniteError, UsageError
+from align.common.files import arm_failpoint
+from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import main, section
-from mllm.parts import Lora, load_trained, merged, parameters_of, prepare_parts, trained_tensors
-from mllm.saving import load_mllm, save_mllm
-from mllm.templates import TEMPLATES
-from mllm.trainer import committed_checkpoints, newest_committed
+from mllm.loop.config import FinetuneConfig
+from mllm.loop.trainer import committed_checkpoints, newest_committed
+from mllm.model.parts import Lora, load_trained, merged, parameters_of, prepare_parts, trained_tensors
+from mllm.model.saving import load_mllm, save_mllm
+from tests.support.tiny_mllm import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def same(one, other, rtol=0.0, atol=0.0):
 
 @pytest.fixture(scope="module")
 def straight(world):
-    from forking import exit_codes, fork
+    from tests.support.forking import exit_codes, fork
 
     assert exit_codes([fork(train, world, world / "straight")]) == [0]
     return result(world / "straight")
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, straight, forked, tmp_path):
 
 
 def stopped(world, output):
-    from mllm.trainer import SailTrainer
+    from mllm.loop.trainer import SailTrainer
 
     original = SailTrainer.training_step
 
@@ -141,7 +141,7 @@ def stopped(world, output):
         return original(self, *arguments, **named)
 
     SailTrainer.training_step = step
-    from align.errors import KitError
+    from align.common.errors import KitError
 
     try:
         train(world, output)
@@ -213,7 +213,7 @@ def test_every_parameter_belongs_to_one_part():
 
 
 def poisoned(world, output, persistent):
-    from mllm.trainer import SailTrainer
+    from mllm.loop.trainer import SailTrainer
 
     original = SailTrainer.training_step
 

@@ -17,18 +17,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_mllm import tiny_llm, tiny_sail, tiny_vision
 
-from align.cli import parse
-from align.llava_format import question_row, write_questions
-from eval.results import load_answers, load_results
+from align.common.commandline import parse
+from align.demo.writing import question_row, write_questions
+from eval.results.records import load_answers, load_results
 from mllm import finetune, upgrade
-from mllm.answering import Answerer, Conversation, Decoding
-from mllm.config import FinetuneConfig, UpgradeConfig
-from mllm.saving import load_mllm
-from mllm.trainer import newest_committed
+from mllm.assembly.config import UpgradeConfig
+from mllm.loop.config import FinetuneConfig
+from mllm.loop.trainer import newest_committed
+from mllm.model.answering import Answerer, Conversation, Decoding
+from mllm.model.saving import load_mllm
+from tests.support.tiny_mllm import tiny_llm, tiny_sail, tiny_vision
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COLORS = {"red": (220, 40, 30), "green": (40, 200, 60), "blue": (30, 60, 220)}
 QUESTION = "what is on the image?"
 
@@ -141,7 +142,7 @@ def weights_differ_by(folder, reference):
 @pytest.fixture(scope="module")
 def plain(world):
     """Six steps by python alone."""
-    from forking import exit_codes, fork
+    from tests.support.forking import exit_codes, fork
 
     assert exit_codes([fork(lambda: train(world, "instruct", world / "plain", **SMALL))]) == [0]
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "init", world / "plain/model"))

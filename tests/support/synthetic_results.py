@@ -8,25 +8,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from align.files import atomic_bytes
-from eval.compositional import (
+from align.common.files import atomic_bytes
+from eval.measures.compositional import (
     compositional,
     compositional_chance,
     compositional_entries,
     compositional_examples,
     compositional_table,
 )
-from eval.examples import classification_examples, retrieval_examples, save_examples, shown_images
-from eval.results import Entry, ModelRecord, Results, TaskRecord, save_answers, save_results
-from eval.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
-from eval.segmentation import SegmentationAnswers, confusion_matrix, segmentation_entries, segmentation_table
-from eval.zeroshot import (
+from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
+from eval.measures.segmentation import SegmentationAnswers, confusion_matrix, segmentation_entries, segmentation_table
+from eval.measures.zeroshot import (
     classification_chance,
     classification_entries,
     classification_table,
     majority_entries,
     zero_shot_classification,
 )
+from eval.page.examples import classification_examples, retrieval_examples, save_examples, shown_images
+from eval.results.records import Entry, ModelRecord, Results, TaskRecord, save_answers, save_results
 
 MODELS = {"trained": 0.25, "CLIP": 0.5, "untrained": 9.0}  # noise: how far from the truth each one is
 PARTS = ("sky", "grass & leaf", "<b>road</b>", "sea")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from test_encoders import CASES, save, save_timm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from align.encoders import load_vision_encoder
-from align.modeling import SailConfig, SailModel, save_model
-from mllm.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
-from mllm.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from align.encoders.vision import load_vision_encoder
+from align.model.dual_encoder import SailConfig, SailModel, save_model
+from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from tests.support.tiny_encoders import CASES, save, save_timm
 
 SIZE = 42  # pixels of a side; patches of 14 pixels make a grid of 3 x 3
 WORDS = [

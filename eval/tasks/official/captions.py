@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.errors import DataError
-from eval.official_base import Official, OfficialLayout, Row
+from align.common.errors import DataError
+from eval.tasks.official.layout import Official, OfficialLayout, Row
 
 VAL2017 = (
     "COCO val2017 is not the Karpathy test split: it has 5,000 images too, but others; dataset_coco.json names the right ones, of val2014"

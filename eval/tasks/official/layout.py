@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from align.cli import nearest
-from align.errors import DataError, UsageError
-from align.units import IMAGE_SUFFIXES
-from eval.prompts import read_lines
+from align.common.commandline import nearest
+from align.common.errors import DataError, UsageError
+from align.sources.row import IMAGE_SUFFIXES
+from eval.tasks.prompts import read_lines
 
 Row = dict[str, Any]
 _MAT_SECONDS = 300

@@ -1,7 +1,7 @@
 """Official data-set layouts by exact id, and the manifest that a set read in one becomes.
 
 A reader lists the test split; its rows are written to a manifest (JSONL with image paths; parquet with image bytes if the data
-set has no image files), which `align.samples` then reads like anyone's data: same limits, same rejects, same digests.
+set has no image files), which `align.sources.plan` then reads like anyone's data: same limits, same rejects, same digests.
 """
 
 import errno
@@ -13,13 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.errors import DataError
-from align.files import atomic_path
-from align.samples import Source
-from eval.official_base import Official, OfficialLayout, Row
-from eval.official_captions import CAPTIONS
-from eval.official_pairs import PAIRS
-from eval.official_photos import PHOTOS
+from align.common.errors import DataError
+from align.common.files import atomic_path
+from align.sources.plan import Source
+from eval.tasks.official.captions import CAPTIONS
+from eval.tasks.official.layout import Official, OfficialLayout, Row
+from eval.tasks.official.pairs import PAIRS
+from eval.tasks.official.photos import PHOTOS
 
 GROUP_ROWS = 1024  # of a parquet manifest: what is in memory at once
 

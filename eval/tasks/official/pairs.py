@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.errors import DataError
-from align.gate import Reject
-from align.units import parse_json
-from eval.official_base import Official, OfficialLayout, Row
+from align.common.errors import DataError
+from align.sources.gate import Reject
+from align.sources.row import parse_json
+from eval.tasks.official.layout import Official, OfficialLayout, Row
 
 MMVP_IMAGES = "MLLM_VLM Images"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from align.errors import DataError
-from eval.official_base import (
+from align.common.errors import DataError
+from eval.tasks.official.layout import (
     Official,
     OfficialLayout,
     Row,
@@ -27,7 +27,7 @@ from eval.official_base import (
     numbered,
     own_names,
 )
-from eval.prompts import package_classes, read_lines
+from eval.tasks.prompts import package_classes, read_lines
 
 CIFAR_SIDE = 32  # pixels
 _EUROSAT = (

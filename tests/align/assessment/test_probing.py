@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.errors import DataError
-from align.modeling import SailConfig, SailModel
-from align.probing import (
+from align.assessment.probing import (
     CaptionedFeatures,
     Training,
     _recalled,
@@ -16,6 +14,8 @@ from align.probing import (
     probe_alignment,
     split_rows,
 )
+from align.common.errors import DataError
+from align.model.dual_encoder import SailConfig, SailModel
 
 CPU = torch.device("cpu")
 QUICK = Training(width=32, batch_size=64, lr=3e-3, steps=200, every=10, patience=3)

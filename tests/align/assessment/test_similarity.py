@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.similarity import (
+from align.assessment.similarity import (
     bootstrap_weights,
     chamfer,
     cka,

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from align import cli
-from align.config import EncodeConfig, TrainConfig
-from align.errors import DataError, OfflineError, UsageError
+from align.common import commandline as cli
+from align.common.errors import DataError, OfflineError, UsageError
+from align.features.config import EncodeConfig
+from align.training.config import TrainConfig
 
 TRAIN = """train:
   images: [a/images]
@@ -118,6 +120,6 @@ def test_errors_become_one_line_and_an_exit_code(tmp_path, capsys, monkeypatch, 
 
 
 def test_an_entry_run_as_a_script_from_elsewhere_says_what_is_wrong(tmp_path):
-    script = cli.__file__.replace("cli.py", "train.py")
+    script = Path(__file__).resolve().parents[3] / "align" / "train.py"
     ran = subprocess.run([sys.executable, script, "--config", "nothing.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr == "error: no such file: nothing.yaml\n"

@@ -2,7 +2,7 @@ import io
 
 from rich.table import Table
 
-from align.progress import plain_console
+from align.common.console import plain_console
 
 
 def test_what_is_printed_stands_as_it_is_whatever_brackets_and_colons_it_holds(monkeypatch):

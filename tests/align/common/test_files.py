@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from align.errors import DamagedError, DiskFullError, UsageError
-from align.files import (
+from align.common.errors import DamagedError, DiskFullError, UsageError
+from align.common.files import (
     arm_failpoint,
     atomic_bytes,
     atomic_json,

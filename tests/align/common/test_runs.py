@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from align.errors import DamagedError
-from align.files import arm_failpoint
-from align.runs import JsonLines, add_launch, generator, load_checkpoint, newest_checkpoint, save_checkpoint
+from align.common.errors import DamagedError
+from align.common.files import arm_failpoint
+from align.common.runs import JsonLines, add_launch, generator, load_checkpoint, newest_checkpoint, save_checkpoint
 
 
 def tensors(step):

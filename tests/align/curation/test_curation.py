@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from align.curation import TopLists, assign, best, effective_number
-from align.duplicates import Distinct, unit
-from align.errors import DataError, FingerprintError, UsageError
-from align.scoring import Candidates, normalize, score_shard, scored_chunks
+from align.common.errors import DataError, FingerprintError, UsageError
+from align.curation.duplicates import Distinct, unit
+from align.curation.scoring import Candidates, normalize, score_shard, scored_chunks
+from align.curation.toplists import TopLists, assign, best, effective_number
 
 
 def filled(scores, places, chunk, slack=None):
@@ -200,7 +200,7 @@ def test_excluded_features_are_kept_away_from():
 
 
 def test_near_duplicates_over_blocks_equal_a_plain_loop(monkeypatch):
-    monkeypatch.setattr("align.duplicates.BLOCK", 16)
+    monkeypatch.setattr("align.curation.duplicates.BLOCK", 16)
     vectors = np.random.default_rng(0).normal(size=(150, 4)).astype(np.float16)
     order = np.random.default_rng(1).permutation(150)
     chosen, _ = Distinct(lambda rows: vectors[rows], identical=False, cosine=0.9)(order, 1000)
@@ -220,7 +220,7 @@ def sign_store(make_store, folder, rows, shard_rows=25, **more):
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_scores_of_stores_equal_a_full_matrix_over_shards_stores_and_chunks(tmp_path, make_store, monkeypatch, size):
-    monkeypatch.setattr("align.scoring.chunk_rows", lambda concepts: size)
+    monkeypatch.setattr("align.curation.scoring.chunk_rows", lambda concepts: size)
     stores = [
         sign_store(make_store, tmp_path / name, [(f"k{n}", 0, SIGNS[n]) for n in span], data=name)
         for name, span in (("a", range(60)), ("b", range(60, 90)))
@@ -240,7 +240,7 @@ def test_scores_of_stores_equal_a_full_matrix_over_shards_stores_and_chunks(tmp_
 
 @pytest.mark.parametrize("size", [2, 4, 1000])
 def test_a_sample_with_several_captions_counts_once_with_its_best(tmp_path, make_store, monkeypatch, size):
-    monkeypatch.setattr("align.scoring.chunk_rows", lambda concepts: size)
+    monkeypatch.setattr("align.curation.scoring.chunk_rows", lambda concepts: size)
     owners = [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4]
     items = [0, 1, 2, 0, 0, 1, 0, 1, 2, 3, 0]
     rows = [(f"k{owner}", item, SIGNS[n]) for n, (owner, item) in enumerate(zip(owners, items, strict=True))]
@@ -284,7 +284,7 @@ def test_stores_of_other_encoders_or_kinds_are_refused(tmp_path, make_store):
 def test_shots_become_the_mean_of_their_normalised_rows(tmp_path, make_store):
     import pyarrow as pa
 
-    from align.concepts import shot_prototypes
+    from align.curation.concepts import shot_prototypes
 
     rows = [("a", 0, [2.0, 0.0]), ("b", 0, [0.0, 8.0]), ("c", 0, [-1.0, 0.0]), ("d", 0, [5.0, 5.0])]
     shots = Candidates([make_store(tmp_path / "s", [rows[:2], rows[2:]], width=2)])

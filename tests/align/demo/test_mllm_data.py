@@ -10,13 +10,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from synthetic_sprites import make_sprites
 
-from align import files, prepare, rendering
-from align.errors import UsageError
-from align.llava_format import conversation_row, question_row, write_conversations, write_questions
+from align import prepare
+from align.common import files
+from align.common.errors import UsageError
+from align.demo import rendering
+from align.demo.scenes import read_sprites, split_sprites
+from align.demo.writing import conversation_row, question_row, write_conversations, write_questions
 from align.prepare import BYTES_PER_SCENE, PrepareConfig, main
-from align.scenes import read_sprites, split_sprites
+from tests.support.synthetic_sprites import make_sprites
 
 SIZES = {"train": 3, "val": 2, "retrieval": 2, "held_out": 6, "per_class": 1, "image_size": 96, "swapped": 0, "segmentation": 0}
 STAGE_TWO = {"mllm_pretrain": 7, "mllm_instruct": 60, "mllm_test": 40}

@@ -5,10 +5,10 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
-from synthetic_sprites import make_sprites
 
-from align.questions import DESCRIBE, Shown, conversations, is_one_thing, single_questions, surely_absent
-from align.scenes import Sprite, SpriteScenes
+from align.demo.questions import DESCRIBE, Shown, conversations, is_one_thing, single_questions, surely_absent
+from align.demo.scenes import Sprite, SpriteScenes
+from tests.support.synthetic_sprites import make_sprites
 
 AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_sprites import make_sprites
 
-from align.errors import DataError, UsageError
-from align.scenes import COLORS, Placed, Scene, Sprite, SpriteScenes, read_sprites, split_sprites
-from align.wording import article, background_sentence, relation, size_word, where
+from align.common.errors import DataError, UsageError
+from align.demo.scenes import COLORS, Placed, Scene, Sprite, SpriteScenes, read_sprites, split_sprites
+from align.demo.wording import article, background_sentence, relation, size_word, where
+from tests.support.synthetic_sprites import make_sprites
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 SAID = {"left of": 0, "right of": 0, "above": 1, "over": 1, "below": 1, "under": 1}
 
 
@@ -71,8 +71,7 @@ def test_a_scene_depends_on_seed_and_index_only(folder, scenes):
 
 def test_another_process_draws_the_same_scenes(folder, scenes):
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from pathlib import Path; from test_scenes import digest; from align.scenes import SpriteScenes\n"
+        "from pathlib import Path; from tests.align.demo.test_scenes import digest; from align.demo.scenes import SpriteScenes\n"
         f"s = SpriteScenes(Path({str(folder)!r}), seed=3)\n"
         "print(*[digest(s.scene(i)) for i in (4, 1 << 35)], *[digest(x) for x in s.swapped(3)])"
     )
@@ -334,7 +333,7 @@ def test_an_invisible_sprite_is_refused_by_name(tmp_path):
 
 @pytest.mark.assets
 def test_real_sprites_make_scenes():
-    from align.assets import fetch
+    from align.embedded.assets import fetch
 
     scenes = SpriteScenes(fetch("embedded:twemoji"), seed=0)
     assert len(scenes.sprites) > 1000

@@ -15,13 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from forking import exit_codes, fork
 
-from align import assets, conversions
-from align.assets import EMBEDDED, Asset, Wheel, cache_root, check, fetch, known, resolve
-from align.errors import DamagedError, DiskFullError, OfflineError, UsageError
+from align.common.errors import DamagedError, DiskFullError, OfflineError, UsageError
+from align.embedded import assets, conversions
+from align.embedded.assets import EMBEDDED, Asset, Wheel, cache_root, check, fetch, known, resolve
+from tests.support.forking import exit_codes, fork
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 TOY = "embedded:toy"
 
 
@@ -313,7 +313,7 @@ def test_the_sprite_table_is_consistent():
 def test_a_cached_asset_needs_no_heavy_library_and_no_time():
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "from align.assets import EMBEDDED, fetch\n"
+        "from align.embedded.assets import EMBEDDED, fetch\n"
         "for name in ('embedded:efficientnet-lite0', 'embedded:minilm', 'embedded:twemoji'): fetch(name)\n"
         "heavy = {'torch', 'timm', 'onnx', 'transformers', 'numpy'} & set(sys.modules)\n"
         "print(sorted(heavy), time.perf_counter() - start < 2)"

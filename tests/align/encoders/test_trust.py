@@ -6,21 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_encoders import save, save_bert
 from transformers import pipeline
 
-from align.assess_config import AssessConfig
-from align.assess_features import folder_name
-from align.config import ConvertConfig, CurateConfig, EncodeConfig
+from align.assessment.config import AssessConfig
+from align.common.errors import UsageError
 from align.curate import Space, open_candidates
-from align.encoders import load_vision_encoder
-from align.errors import UsageError
-from align.modeling import SailConfig, SailModel, save_model
-from align.store import StoreHeader, StoreWriter
-from align.text_encoders import load_text_encoder
-from align.trust import may_run_code, split_revision
-from eval.candidates import open_models
-from eval.config import EvalConfig
+from align.curation.config import CurateConfig
+from align.encoders.text import load_text_encoder
+from align.encoders.trust import may_run_code, split_revision
+from align.encoders.vision import load_vision_encoder
+from align.features.config import EncodeConfig
+from align.features.layers import folder_name
+from align.features.store import StoreHeader, StoreWriter
+from align.model.config import ConvertConfig
+from align.model.dual_encoder import SailConfig, SailModel, save_model
+from eval.measures.config import EvalConfig
+from eval.models.candidates import open_models
+from tests.support.tiny_encoders import save, save_bert
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CODE = """

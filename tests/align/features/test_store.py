@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from align.errors import DamagedError, DataError, FingerprintError, UsageError
-from align.files import arm_failpoint
-from align.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
+from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
+from align.common.files import arm_failpoint
+from align.features.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
 
 
 def rows(count, start=0, width=8):

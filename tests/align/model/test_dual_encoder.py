@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_encoders import save, save_bert
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from align.encoders import load_vision_encoder
-from align.errors import DamagedError, FingerprintError, UsageError
-from align.modeling import SailConfig, SailModel, save_model
-from align.text_encoders import load_text_encoder
-from eval.candidates import SailDualEncoder
-from eval.features import FeatureCache
-from eval.tasks import Task, load_task
+from align.common.errors import DamagedError, FingerprintError, UsageError
+from align.encoders.text import load_text_encoder
+from align.encoders.vision import load_vision_encoder
+from align.model.dual_encoder import SailConfig, SailModel, save_model
+from eval.models.candidates import SailDualEncoder
+from eval.models.features import FeatureCache
+from eval.tasks.data import Task, load_task
+from tests.support.tiny_encoders import save, save_bert
 
 LABELS = ["a red dog", "the cat runs", "blue"]
 
@@ -93,7 +93,7 @@ def test_features_are_encoder_then_head_then_norm(encoders, saved, photo):
 
 PIPELINE = """
 import json, sys
-import align.modeling
+import align.model.dual_encoder
 from transformers import pipeline
 from PIL import Image
 answer = pipeline("zero-shot-image-classification", model=sys.argv[1])(Image.open(sys.argv[2]), candidate_labels=json.loads(sys.argv[3]))

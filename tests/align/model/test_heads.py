@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from align.errors import UsageError
-from align.heads import HEADS, ImageTokenHead, TextTokenHead, build_head, initialize
+from align.common.errors import UsageError
+from align.model.heads import HEADS, ImageTokenHead, TextTokenHead, build_head, initialize
 
 SMALL = {  # kind: options that keep it small
     "linear": {},

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from align.errors import UsageError
-from align.losses import any_rank, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
+from align.common.errors import UsageError
+from align.model.losses import any_rank, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
 
 IDS = torch.tensor([5, 3, 5, 1, 9, 3, 5, 8, 2, 7, 1, 6, 4])  # repeats, not sorted
 

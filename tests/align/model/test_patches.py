@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from test_encoders import CASES, PATCH, SIZE, TIMM_CASES, VITS, close, save, save_timm
 from torchvision import transforms
 from transformers import AutoModel, BitImageProcessor
 
-from align.encoders import Transform, load_vision_encoder, pixel_normalizer
-from align.errors import UsageError
-from align.towers import VISION_ADAPTERS
+from align.common.errors import UsageError
+from align.encoders.families import VISION_ADAPTERS
+from align.encoders.vision import Transform, load_vision_encoder, pixel_normalizer
+from tests.support.tiny_encoders import CASES, PATCH, SIZE, TIMM_CASES, VITS, close, save, save_timm
 
 ASKED = ("vit", "vit_mae", "ijepa", "clip", "clip_vision_model", "siglip", "siglip_vision_model")  # interpolate only if told to
 FIXED = ("aimv2_vision_model",)  # learned positions that transformers does not interpolate

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from align.errors import UsageError
-from align.gate import REJECT_CODES, Limits, Reject, gate_captions, gate_image, gate_key, split_captions
+from align.common.errors import UsageError
+from align.sources.gate import REJECT_CODES, Limits, Reject, gate_captions, gate_image, gate_key, split_captions
 
 LIMITS = Limits()
 
@@ -391,11 +391,10 @@ def test_bad_keys_are_rejected(value, code):
 
 def test_every_code_is_used_in_the_code_and_tested():
     """A code in the table that nobody raises, or that no test asks for, is a promise without proof."""
-    root = Path(__file__).resolve().parent.parent
-    library = "".join((root / "align" / f"{name}.py").read_text() for name in ("gate", "units", "tabular", "tars")).split("FORMATS = ", 1)[
-        1
-    ]
-    tests = "".join((root / "tests" / f"{name}.py").read_text() for name in ("test_gate", "test_samples"))
+    root = Path(__file__).resolve().parents[3]
+    names = ("gate", "row", "tables", "tar")
+    library = "".join((root / "align" / "sources" / f"{name}.py").read_text() for name in names).split("FORMATS = ", 1)[1]
+    tests = "".join((root / "tests" / "align" / "sources" / f"{name}.py").read_text() for name in ("test_gate", "test_sources"))
     assert [code for code in REJECT_CODES if f'"{code}"' not in library] == []
     assert [code for code in REJECT_CODES if f'"{code}"' not in tests] == []
 

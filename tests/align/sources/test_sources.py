@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from align import tabular, units
-from align.errors import DamagedError, DataError, UsageError
-from align.gate import Limits, Reject, gate_image
-from align.samples import Plan, Source, open_unit, plan
-from align.units import read_below
+from align.common.errors import DamagedError, DataError, UsageError
+from align.sources import row as units
+from align.sources import tables as tabular
+from align.sources.gate import Limits, Reject, gate_image
+from align.sources.plan import Plan, Source, open_unit, plan
+from align.sources.row import read_below
 
 
 def picture(number):
@@ -339,7 +340,7 @@ def test_missing_data_and_wrong_numbers_are_refused(tmp_path):
 
 def test_large_parquet_row_group_is_refused(tmp_path, monkeypatch):
     write_parquet(tmp_path, "bytes")
-    monkeypatch.setattr("align.samples.MAX_GROUP_BYTES", 100)
+    monkeypatch.setattr("align.sources.plan.MAX_GROUP_BYTES", 100)
     with pytest.raises(DataError, match="row_group_size"):
         plan(Source(str(tmp_path)), 10)
 

@@ -12,26 +12,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from forking import exit_codes, fork
 from PIL import Image
-from test_encoders import save, save_bert
 from torchvision import transforms
 
-from align.cli import parse
-from align.config import EncodeConfig, TrainConfig
+from align.common.commandline import parse
+from align.common.errors import DataError, FingerprintError, Preempted, UsageError
+from align.common.files import arm_failpoint
+from align.common.runs import JsonLines, newest_checkpoint
 from align.encode import main as encode_main
-from align.encoders import load_vision_encoder, pixel_normalizer
-from align.errors import DataError, FingerprintError, Preempted, UsageError
-from align.files import arm_failpoint
-from align.modeling import SailModel
-from align.online import Augmentation, OnlinePairs
-from align.pairs import BatchOrder
-from align.runs import JsonLines, newest_checkpoint
-from align.samples import Source, plan
-from align.store import FeatureStore
-from align.text_encoders import load_text_encoder
+from align.encoders.text import load_text_encoder
+from align.encoders.vision import load_vision_encoder, pixel_normalizer
+from align.features.config import EncodeConfig
+from align.features.store import FeatureStore
+from align.model.dual_encoder import SailModel
+from align.sources.plan import Source, plan
 from align.train import main
-from align.training import Stepper
+from align.training.config import TrainConfig
+from align.training.online import Augmentation, OnlinePairs
+from align.training.pairs import BatchOrder
+from align.training.step import Stepper
+from tests.support.forking import exit_codes, fork
+from tests.support.tiny_encoders import save, save_bert
 
 ROWS = 28
 
@@ -267,11 +268,11 @@ def test_bad_samples_are_left_out_and_listed_once(spoiled, encoders, tmp_path):
 
 
 def test_too_many_rejects_stop_the_run(spoiled, encoders, monkeypatch):
-    monkeypatch.setattr("align.online.MIN_ROWS_FOR_SHARE", 20)
+    monkeypatch.setattr("align.training.online.MIN_ROWS_FOR_SHARE", 20)
     pairs = opened(spoiled, encoders, file="spoiled.jsonl", max_reject_fraction=0.05)
     with pytest.raises(DataError, match="3 of .* samples were rejected, for example .*--max-reject-fraction"):
         list(pairs.batches(BatchOrder(ROWS, 28, seed=0), range(1), slice(None)))
-    monkeypatch.setattr("align.online.IN_A_ROW", 1)
+    monkeypatch.setattr("align.training.online.IN_A_ROW", 1)
     with pytest.raises(DataError, match="1 samples in a row"):
         opened(spoiled, encoders, file="spoiled.jsonl").everything()
 

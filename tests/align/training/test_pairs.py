@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.errors import DataError, FingerprintError, UsageError
-from align.pairs import BatchOrder, PairedFeatures, open_pairs, read_keys
-from align.store import FeatureStore
+from align.common.errors import DataError, FingerprintError, UsageError
+from align.features.store import FeatureStore
+from align.training.pairs import BatchOrder, PairedFeatures, open_pairs, read_keys
 
 
 def number(key):

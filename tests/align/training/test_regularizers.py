@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from align.regularizers import MAX_ROWS, fusemix, neighbourhood_distance, structure
-from align.runs import generator
+from align.common.runs import generator
+from align.training.regularizers import MAX_ROWS, fusemix, neighbourhood_distance, structure
 
 
 def rows(count, width, seed=0):

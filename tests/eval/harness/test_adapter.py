@@ -10,15 +10,15 @@ import torch
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.models import get_model, get_model_manifest
 from PIL import Image
-from tiny_mllm import tiny_model
 
-from align.errors import DataError, UsageError
-from eval.lmms_model import SailLlava, conversation, decoding
-from mllm.answering import Answerer, Conversation, Decoding
-from mllm.saving import save_mllm
-from mllm.templates import resolve_template
+from align.common.errors import DataError, UsageError
+from eval.harness.adapter import SailLlava, conversation, decoding
+from mllm.conversations.templates import resolve_template
+from mllm.model.answering import Answerer, Conversation, Decoding
+from mllm.model.saving import save_mllm
+from tests.support.tiny_mllm import tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 COLORS = ("red", "green", "blue", "white", "black", "orange")
 QUESTIONS = (
     "what is left of the dog",
@@ -213,8 +213,8 @@ class Docs:
 
 def test_the_name_resolves_through_lmms_evals_registry():
     assert get_model("sail_llava") is SailLlava
-    assert get_model_manifest("sail_llava").simple_class_path == "eval.lmms_model.SailLlava"
-    code = "import sys, eval.lmms_plugin; assert not [m for m in sys.modules if m.startswith(('mllm', 'align', 'eval.lmms_model'))]"
+    assert get_model_manifest("sail_llava").simple_class_path == "eval.harness.adapter.SailLlava"
+    code = "import sys, eval.harness.plugin; assert not [m for m in sys.modules if m.startswith(('mllm', 'align', 'eval.harness.adapter'))]"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -12,20 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from synthetic_results import make_results
-from tiny_mllm import tiny_model
 
-from align.errors import DataError, UsageError
-from align.llava_format import question_row, write_questions
+from align.common.errors import DataError, UsageError
+from align.demo.writing import question_row, write_questions
 from eval import lmms
-from eval.config import LmmsConfig
-from eval.examples import drawn_questions, save_thumbnail
-from eval.lmms_results import answers_table, majority_entry, model_record, read_run, run_entries, task_record
-from eval.metrics import wilson_interval
-from eval.page import write_report
-from eval.results import Entry, Results, generated_half, load_answers, load_results, merge_results, save_results
-from mllm.saving import save_mllm
-from mllm.templates import resolve_template
+from eval.harness.config import LmmsConfig
+from eval.harness.output import answers_table, majority_entry, model_record, read_run, run_entries, task_record
+from eval.page.examples import drawn_questions, save_thumbnail
+from eval.page.page import write_report
+from eval.results.metrics import wilson_interval
+from eval.results.records import Entry, Results, generated_half, load_answers, load_results, merge_results, save_results
+from mllm.conversations.templates import resolve_template
+from mllm.model.saving import save_mllm
+from tests.support.synthetic_results import make_results
+from tests.support.tiny_mllm import tiny_model
 
 ANSWERS = ("yes", "no", "yes, there is", "maybe", "<script>alert(1)</script> & $x$")
 PROMPT = "\nAnswer briefly."
@@ -444,7 +444,7 @@ def test_the_report_of_generated_answers_alone(models, data, fake_run):
 @pytest.mark.slow
 def test_lmms_eval_itself_from_another_folder(models, data, tmp_path, monkeypatch, capsys):
     """A run of two models, one of them damaged; the other's answers equal those of the adapter in this process."""
-    from eval.lmms_model import SailLlava
+    from eval.harness.adapter import SailLlava
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -468,8 +468,8 @@ def test_lmms_eval_itself_from_another_folder(models, data, tmp_path, monkeypatc
     assert "damaged" in str(failure.value)
     answers = load_answers(data / "eval", "sprites_yesno", "MLLM good").to_pylist()
     lm = SailLlava(str(models / "one"), device="cpu", batch_size=1)
-    from eval.lmms_model import conversation
-    from mllm.answering import Decoding
+    from eval.harness.adapter import conversation
+    from mllm.model.answering import Decoding
 
     talks = [conversation(row["question"], [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB")]) for row in rows]
     assert [row["answer"] for row in answers] == [lm.answerer.generate([talk], Decoding(16, until=("\n",)))[0] for talk in talks]

@@ -12,12 +12,13 @@ from lmms_eval import evaluator
 from lmms_eval.api import task as lmms_task
 from lmms_eval.tasks import TaskManager
 from PIL import Image as Pillow
-from tiny_mllm import tiny_model
 
-from align.errors import DataError, UsageError
-from align.llava_format import question_row, write_questions
-from eval import lmms_docs
-from eval.generation import (
+from align.common.errors import DataError, UsageError
+from align.demo.writing import question_row, write_questions
+from eval.harness import docs as lmms_docs
+from eval.harness.adapter import SailLlava, conversation
+from eval.harness.local import FOLDER, local_tasks, write_wrappers
+from eval.measures.generation import (
     cider,
     estimate,
     matches,
@@ -29,11 +30,10 @@ from eval.generation import (
     yes_no_scores,
     yes_or_no,
 )
-from eval.lmms_local import FOLDER, local_tasks, write_wrappers
-from eval.lmms_model import SailLlava, conversation
-from eval.metrics import wilson_interval
-from mllm.saving import save_mllm
-from mllm.templates import resolve_template
+from eval.results.metrics import wilson_interval
+from mllm.conversations.templates import resolve_template
+from mllm.model.saving import save_mllm
+from tests.support.tiny_mllm import tiny_model
 
 SPRITES = ("sprites_yesno", "sprites_what", "sprites_where", "sprites_count", "sprites_caption")
 PARITY = tuple(f"sail_parity_{name}" for name in ("gqa", "mmbench", "pope", "seed", "textvqa", "vizwiz", "vqav2"))
@@ -318,7 +318,7 @@ def test_the_sprites_tasks_run_and_their_scores_are_right(data, evaluate, tmp_pa
     known = local_tasks(data=str(data))
     wrappers = write_wrappers(tmp_path / "wrappers", [known[name] for name in SPRITES])
     said = iter(["yes", "No", "a dog", "the upper left", "two", "a dog 0"] * 9)
-    monkeypatch.setattr("mllm.answering.Answerer.generate", lambda self, batch, given: [next(said) for _ in batch])
+    monkeypatch.setattr("mllm.model.answering.Answerer.generate", lambda self, batch, given: [next(said) for _ in batch])
     monkeypatch.setattr(SailLlava, "_batches", lambda self, texts, settings: [[n] for n in range(len(texts))])
     content = evaluate(list(SPRITES), wrappers)
     assert {task: size["original"] for task, size in content["n-samples"].items()} == {
@@ -378,7 +378,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}
 test_split: test
 doc_to_text: question
-doc_to_visual: !function test_lmms_tasks.red_picture
+doc_to_visual: !function tests.eval.harness.test_tasks.red_picture
 task: {task}
 """
 
@@ -393,8 +393,8 @@ def test_multiple_choice_takes_the_likeliest_answer(evaluate, lm, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     choice = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold\n"
     choice += "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    likely = "output_type: loglikelihood\ndoc_to_target: !function test_lmms_tasks.first_choice\n"
-    likely += "process_results: !function test_lmms_tasks.first_pair\n"  # lmms-eval's own cannot unpack the pair
+    likely = "output_type: loglikelihood\ndoc_to_target: !function tests.eval.harness.test_tasks.first_choice\n"
+    likely += "process_results: !function tests.eval.harness.test_tasks.first_pair\n"  # lmms-eval's own cannot unpack the pair
     likely += "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]\n"
     (tmp_path / "choice.yaml").write_text(CHOICES.format(task="choice") + choice)
     (tmp_path / "likely.yaml").write_text(CHOICES.format(task="likely") + likely)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from align.errors import UsageError
-from eval.compositional import (
+from align.common.errors import UsageError
+from eval.measures.compositional import (
     CompositionalAnswers,
     by_category,
     compositional,

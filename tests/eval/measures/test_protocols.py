@@ -9,29 +9,29 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_eval_baselines import save_hugging_face
-from test_eval_run import NAMES, Ear, Eye, picture, save_model, values
 
-import align.modeling
-from align.encoders import load_vision_encoder
-from align.modeling import SailConfig, SailModel
-from eval.baselines import open_baseline
-from eval.candidates import SailDualEncoder
-from eval.config import EvalConfig
-from eval.features import FeatureCache
-from eval.masks import load_segmentation
-from eval.official_tasks import SEGMENTATION_FILES
-from eval.results import load_answers, load_results
+import align.model.dual_encoder
+from align.encoders.vision import load_vision_encoder
+from align.model.dual_encoder import SailConfig, SailModel
+from eval.measures.config import EvalConfig
+from eval.measures.segmentation import segmentation_answers, segmentation_entries
+from eval.models.baselines import open_baseline
+from eval.models.candidates import SailDualEncoder
+from eval.models.features import FeatureCache
+from eval.results.records import load_answers, load_results
 from eval.run import main
-from eval.segmentation import segmentation_answers, segmentation_entries
-from eval.tasks import TASKS, Task, describe, load_task
+from eval.tasks.data import TASKS, Task, describe, load_task
+from eval.tasks.masks import load_segmentation
+from eval.tasks.registry import SEGMENTATION_FILES
+from tests.support.color_world import NAMES, Ear, Eye, picture, save_model, values
+from tests.support.tiny_clip import save_hugging_face
 
 
 @pytest.fixture
 def encoders(monkeypatch):
     """Encoders that see and hear colors."""
-    monkeypatch.setattr(align.modeling, "load_vision_encoder", lambda **_: Eye())
-    monkeypatch.setattr(align.modeling, "load_text_encoder", lambda **_: Ear())
+    monkeypatch.setattr(align.model.dual_encoder, "load_vision_encoder", lambda **_: Eye())
+    monkeypatch.setattr(align.model.dual_encoder, "load_text_encoder", lambda **_: Ear())
 
 
 def measure(folder, *tasks):

@@ -9,23 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
-from test_encoders import save, save_bert
 from torch.nn.functional import interpolate, normalize
 from torchvision import transforms
 
-from align.cli import parse
-from align.encoders import VisionEncoder, load_vision_encoder
-from align.errors import DamagedError, DataError, NonFiniteError, UsageError
-from align.files import arm_failpoint
-from align.modeling import SailConfig, SailModel, save_model
-from align.text_encoders import load_text_encoder
-from eval import segmentation, windows
-from eval.config import EvalConfig
-from eval.masks import IGNORED, load_segmentation
-from eval.overlays import SIDE, overlay, palette, segmentation_examples
-from eval.results import load_results
-from eval.run import main
-from eval.segmentation import (
+from align.common.commandline import parse
+from align.common.errors import DamagedError, DataError, NonFiniteError, UsageError
+from align.common.files import arm_failpoint
+from align.encoders.text import load_text_encoder
+from align.encoders.vision import VisionEncoder, load_vision_encoder
+from align.model.dual_encoder import SailConfig, SailModel, save_model
+from eval.measures import segmentation, windows
+from eval.measures.config import EvalConfig
+from eval.measures.segmentation import (
     Prompted,
     SegmentationAnswers,
     class_iou,
@@ -37,8 +32,13 @@ from eval.segmentation import (
     segmentation_metrics,
     segmentation_table,
 )
-from eval.tasks import Task
-from eval.windows import Windows, best_classes, patch_cosines, segment
+from eval.measures.windows import Windows, best_classes, patch_cosines, segment
+from eval.page.overlays import SIDE, overlay, palette, segmentation_examples
+from eval.results.records import load_results
+from eval.run import main
+from eval.tasks.data import Task
+from eval.tasks.masks import IGNORED, load_segmentation
+from tests.support.tiny_encoders import save, save_bert
 
 COLORS = torch.eye(3)  # names: red, green, blue
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from align.errors import UsageError
-from eval.zeroshot import (
+from align.common.errors import UsageError
+from eval.measures.zeroshot import (
     class_weights,
     classification_chance,
     classification_entries,

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-import eval.candidates
-from align.errors import UsageError
-from align.modeling import SailConfig, SailModel
-from eval.candidates import SailDualEncoder, open_models, split_name
-from eval.config import EvalConfig
+import eval.models.candidates
+from align.common.errors import UsageError
+from align.model.dual_encoder import SailConfig, SailModel
+from eval.measures.config import EvalConfig
+from eval.models.candidates import SailDualEncoder, open_models, split_name
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ class Opened(nn.Module):
 @pytest.fixture
 def opened(monkeypatch):
     seen = []
-    monkeypatch.setattr(eval.candidates, "open_baseline", lambda *given: seen.append(given) or Opened())
+    monkeypatch.setattr(eval.models.candidates, "open_baseline", lambda *given: seen.append(given) or Opened())
     return seen
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from align.errors import DamagedError
-from eval.anchors import anchors_of, prompts_note, published, shown_anchor
-from eval.results import TaskRecord
-from eval.tasks import TASKS
+from align.common.errors import DamagedError
+from eval.results.anchors import anchors_of, prompts_note, published, shown_anchor
+from eval.results.records import TaskRecord
+from eval.tasks.data import TASKS
 
 
 def record(task, kind="classification", prompts="imagenet80"):

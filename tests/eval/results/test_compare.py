@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import binomtest
-from synthetic_results import make_results
 
-from align.errors import DamagedError, UsageError
-from eval.compare import BOOTSTRAP, FLIPS, MCNEMAR, Difference, compare, comparison_table, load_comparison, save_comparison, verdict
-from eval.config import EvalConfig
-from eval.metrics import mean_per_class
-from eval.page import write_comparison, write_report
-from eval.paired import (
+from align.common.errors import DamagedError, UsageError
+from eval.measures.config import EvalConfig
+from eval.measures.segmentation import segmentation_metrics
+from eval.page.page import write_comparison, write_report
+from eval.results.compare import BOOTSTRAP, FLIPS, MCNEMAR, Difference, compare, comparison_table, load_comparison, save_comparison, verdict
+from eval.results.metrics import mean_per_class
+from eval.results.paired import (
     bootstrap_p,
     holm,
     mean_of,
@@ -27,8 +27,8 @@ from eval.paired import (
     ratio_of,
     sign_flip_p,
 )
-from eval.results import Entry, TaskRecord, load_answers, load_results, save_answers, save_results
-from eval.segmentation import segmentation_metrics
+from eval.results.records import Entry, TaskRecord, load_answers, load_results, save_answers, save_results
+from tests.support.synthetic_results import make_results
 
 
 @pytest.mark.parametrize(("better", "worse", "same"), [(8, 2, 5), (5, 0, 0), (3, 3, 9), (0, 0, 4), (1, 0, 2), (120, 80, 0)])

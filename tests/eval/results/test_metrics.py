@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from align.errors import UsageError
-from eval.metrics import (
+from align.common.errors import UsageError
+from eval.results.metrics import (
     accuracy_at,
     bootstrap_interval,
     chance_recall,

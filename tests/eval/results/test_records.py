@@ -5,10 +5,9 @@ import math
 
 import pyarrow as pa
 import pytest
-from synthetic_results import make_results
 
-from align.errors import DamagedError, UsageError
-from eval.results import (
+from align.common.errors import DamagedError, UsageError
+from eval.results.records import (
     Entry,
     answers_path,
     csv_rows,
@@ -19,6 +18,7 @@ from eval.results import (
     save_answers,
     save_results,
 )
+from tests.support.synthetic_results import make_results
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_crash_while_saving_leaves_the_old_results(saved, tmp_path, monkeypatc
     def crash(*_):
         raise OSError("pulled plug")
 
-    monkeypatch.setattr("align.files.os.replace", crash)
+    monkeypatch.setattr("align.common.files.os.replace", crash)
     with pytest.raises(OSError, match="pulled plug"):
         save_results(tmp_path, results)
     monkeypatch.undo()

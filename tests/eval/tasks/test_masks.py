@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align.errors import DataError, UsageError
-from align.gate import Limits, Reject
-from eval.masks import IGNORED, gate_labels, load_segmentation, split_names
-from eval.tasks import TASKS, Task
+from align.common.errors import DataError, UsageError
+from align.sources.gate import Limits, Reject
+from eval.tasks.data import TASKS, Task
+from eval.tasks.masks import IGNORED, gate_labels, load_segmentation, split_names
 
 OWN = {"kind": "segmentation", "layout": "folder", "path": "own", "data": "images", "classes": "classes.txt"}
 

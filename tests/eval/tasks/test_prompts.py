@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from align.errors import DataError, UsageError
-from eval.prompts import TEMPLATES, fill, package_templates, prompt_set, read_lines
+from align.common.errors import DataError, UsageError
+from eval.tasks.prompts import TEMPLATES, fill, package_templates, prompt_set, read_lines
 
 
 def test_imagenet80_is_the_published_set():
@@ -97,7 +97,7 @@ def test_packaged_templates_are_read_without_importing_the_package(tmp_path):
     assert re.fullmatch(r"clip:food101@[0-9a-f]{8}", prompts.id)
     assert len(prompt_set("clip:imagenet1k", ("dog",), tmp_path).sentences[0]) == 80
     assert set(package_templates("imagenet1k")) == set(TEMPLATES["imagenet80"]), "ours are the package's"
-    code = "import sys; from eval.prompts import package_classes; package_classes('pets'); sys.exit('clip_benchmark' in sys.modules)"
+    code = "import sys; from eval.tasks.prompts import package_classes; package_classes('pets'); sys.exit('clip_benchmark' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

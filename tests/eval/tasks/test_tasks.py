@@ -1,30 +1,13 @@
 """Tasks: exact ids, YAML of a user's own, the layouts on disk, and what is refused."""
 
-import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from align.errors import DataError, UsageError
-from eval.tasks import TASKS, Task, find_task, load_task, read_images
-
-
-def jpeg(number, side=24):
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), (number * 40 % 256, 90, 200)).save(buffer, format="JPEG")
-    return buffer.getvalue()
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+from align.common.errors import DataError, UsageError
+from eval.tasks.data import TASKS, Task, find_task, load_task, read_images
+from tests.support.archives import jpeg, write_tar
 
 
 def clip_benchmark(folder, labels=(0, 1, 2, 1), classes=("dog", "hot dog", "cat")):

@@ -7,8 +7,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from test_encoders import TIMM_CASES, VIT, save_timm, shake
-from tiny_mllm import SIZE, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
@@ -19,13 +17,15 @@ from transformers import (
     LlavaProcessor,
 )
 
-from align.errors import DamagedError, FingerprintError, UsageError
-from align.modeling import SailModel
+from align.common.errors import DamagedError, FingerprintError, UsageError
+from align.model.dual_encoder import SailModel
 from mllm import upgrade
-from mllm.assembly import assemble, load_projector
-from mllm.chat import Chat
-from mllm.config import UpgradeConfig
-from mllm.saving import load_mllm, save_mllm
+from mllm.assembly.config import UpgradeConfig
+from mllm.assembly.join import assemble, load_projector
+from mllm.conversations.tokens import Chat
+from mllm.model.saving import load_mllm, save_mllm
+from tests.support.tiny_encoders import TIMM_CASES, VIT, save_timm, shake
+from tests.support.tiny_mllm import SIZE, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
 
 OWN = (
     "{% for message in messages %}<s>[{{ message['role'] }}] {{ message['content'] }}</s>{% endfor %}"

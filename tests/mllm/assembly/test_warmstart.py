@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_mllm import tiny_model
 from torch import nn
 
-from align.errors import DataError
-from mllm.conversations import open_conversations
-from mllm.warmstart import _first_layer, _Solver, captions, fit_projector, rarity
+from align.common.errors import DataError
+from mllm.assembly.warmstart import _first_layer, _Solver, captions, fit_projector, rarity
+from mllm.conversations.table import open_conversations
+from tests.support.tiny_mllm import tiny_model
 
 
 def test_the_solver_is_ridge_regression():

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_mllm import tiny_tokenizer
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from align.errors import DataError, UsageError
-from mllm import data as module
-from mllm.chat import IGNORED, Chat
-from mllm.conversations import Conversations, open_conversations
-from mllm.data import ConversationDataset, EpochPlan, build_index, collate, fill_rate, length_grouped, pack
-from mllm.processing import SailLlavaImageProcessor
+from align.common.errors import DataError, UsageError
+from mllm.conversations import index as module
+from mllm.conversations.index import ConversationDataset, EpochPlan, build_index, collate, fill_rate, length_grouped, pack
+from mllm.conversations.table import Conversations, open_conversations
+from mllm.conversations.tokens import IGNORED, Chat
+from mllm.model.processing import SailLlavaImageProcessor
+from tests.support.tiny_mllm import tiny_tokenizer
 
 PROCESSOR = SailLlavaImageProcessor({"height": 8, "width": 8}, image_mean=(0.5, 0.25, 0.75), image_std=(0.5, 0.5, 0.5))
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from align.errors import DataError, UsageError
-from align.gate import REJECT_CODES, Reject
-from mllm import conversations as module
-from mllm.conversations import open_conversations
-from mllm.records import _ArrayReader, read_records
-from mllm.rows import ROW_CODES, RowError, normalize
+from align.common.errors import DataError, UsageError
+from align.sources.gate import REJECT_CODES, Reject
+from mllm.conversations import table as module
+from mllm.conversations.files import _ArrayReader, read_records
+from mllm.conversations.messages import ROW_CODES, RowError, normalize
+from mllm.conversations.table import open_conversations
 
 IMAGE = {"type": "image"}
 

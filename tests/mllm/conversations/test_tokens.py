@@ -6,13 +6,13 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_mllm import TEXTS, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from align.errors import UsageError
-from mllm.chat import IGNORED, TEMPLATES, Chat, RowError, resolve_template
-from mllm.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from align.common.errors import UsageError
+from mllm.conversations.tokens import IGNORED, TEMPLATES, Chat, RowError, resolve_template
+from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from tests.support.tiny_mllm import TEXTS, tiny_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_mllm import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.flops import image_flops, step_cost
-from mllm.parts import Lora, prepare_parts
+from mllm.model.flops import image_flops, step_cost
+from mllm.model.parts import Lora, prepare_parts
+from tests.support.tiny_mllm import tiny_model
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "resnet"])

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tiny_mllm import SIZE, tiny_model, tiny_sail, tiny_vision
 from torch.nn import functional
 from transformers import Dinov2Model, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from align.errors import UsageError
-from align.modeling import SailModel
-from mllm.eyes import image_processor_of, open_eyes
-from mllm.modeling import SailLlavaConfig, SailLlavaModel
-from mllm.processing import SailLlavaImageProcessor
+from align.common.errors import UsageError
+from align.model.dual_encoder import SailModel
+from mllm.assembly.vision import image_processor_of, open_eyes
+from mllm.model.modeling import SailLlavaConfig, SailLlavaModel
+from mllm.model.processing import SailLlavaImageProcessor
+from tests.support.tiny_mllm import SIZE, tiny_model, tiny_sail, tiny_vision
 
 CASES = {"cls": ("dinov2", {}), "registers": ("dinov2_with_registers", {}), "resnet": ("resnet", {}), "timm": ("timm_cnn", {}),
          "inner layer": ("dinov2", {"layer": 2}), "embeddings": ("dinov2", {"layer": 0}), "inner stage": ("timm_cnn", {"layer": 3}),

@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_mllm import tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from align.errors import DamagedError, UsageError
-from align.files import arm_failpoint
-from mllm import saving
-from mllm.modeling import SailLlavaForConditionalGeneration
-from mllm.processing import SailLlavaProcessor
-from mllm.saving import CODE, load_mllm, portable_source, save_mllm
-from mllm.templates import TEMPLATES
+from align.common.errors import DamagedError, UsageError
+from align.common.files import arm_failpoint
+from mllm.conversations.templates import TEMPLATES
+from mllm.model import saving
+from mllm.model.modeling import SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaProcessor
+from mllm.model.saving import CODE, load_mllm, portable_source, save_mllm
+from tests.support.tiny_mllm import tiny_model
 
 QUESTION = "USER: <image>\nWhat is left of the dog? ASSISTANT:"
 MESSAGES = [{"role": "user", "content": [{"type": "image", "image": "photo.png"}, {"type": "text", "text": "What is left of the dog?"}]}]

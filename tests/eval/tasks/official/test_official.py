@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from scipy.io import savemat
-from test_eval_tasks import jpeg, write_tar
 from torchvision.datasets import Flowers102
 
-from align.errors import DataError, UsageError
-from eval.masks import LAYOUTS
-from eval.official import READERS, write_manifest
-from eval.official_tasks import MASKS
-from eval.prompts import TEMPLATES, package_classes, prompt_set
-from eval.tasks import TASKS, Task, describe, find_task, load_task, read_images
+from align.common.errors import DataError, UsageError
+from eval.tasks.data import TASKS, Task, describe, find_task, load_task, read_images
+from eval.tasks.masks import LAYOUTS
+from eval.tasks.official.manifest import READERS, write_manifest
+from eval.tasks.prompts import TEMPLATES, package_classes, prompt_set
+from eval.tasks.registry import MASKS
+from tests.support.archives import jpeg, write_tar
 
 CALTECH_CATEGORIES = (
     "accordion airplanes anchor ant barrel bass beaver binocular bonsai brain brontosaurus buddha butterfly camera cannon car_side "

@@ -1,0 +1,68 @@
+"""What align/prepare.py can be told. Every field is a flag; checked when it is made."""
+
+from dataclasses import dataclass
+
+from align.common.checks import check
+from align.common.errors import UsageError
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Fetch the embedded default and write the sprite-scene data sets."""
+
+    output: str = "runs/quickstart/data"
+    """Folder to create; a finished one is verified and kept."""
+    train: int = 6000
+    """Training scenes."""
+    val: int = 500
+    """Validation scenes (same sprites, other scenes)."""
+    retrieval: int = 300
+    """Scenes of the retrieval task; no two show the same objects."""
+    held_out: int = 150
+    """Sprites kept out of training altogether: the classes of sprites-unseen. Sprites-seen gets as many classes."""
+    per_class: int = 4
+    """Pictures a class in sprites-seen and sprites-unseen."""
+    swapped: int = 150
+    """Pairs of scenes whose two objects have changed places: the task sprites-swapped. 0: none."""
+    segmentation: int = 40
+    """Scenes with the class of every pixel, of at most 24 sprites: the task sprites-segmentation. 0: none."""
+    mllm_pretrain: int = 0
+    """Scenes with a caption each, to train an MLLM's projector on. 0: none."""
+    mllm_instruct: int = 0
+    """Scenes with questions, answers and a caption each, to tune an MLLM on. 0: none."""
+    mllm_test: int = 0
+    """Scenes whose questions test an MLLM. 0: none."""
+    mllm_sprites: int = 0
+    """How many of the training sprites the MLLM's scenes show, drawn by the seed (more include fewer). 0: all."""
+    image_size: int = 224
+    """Side of the square pictures, in pixels."""
+    seed: int = 0
+    """Another seed gives other scenes and other held-out sprites."""
+    workers: int = 0
+    """Processes that render; 0 means one a core. Does not change the result."""
+    assets: tuple[str, ...] = ("embedded:efficientnet-lite0", "embedded:minilm")
+    """Encoders to fetch as well, so that later commands need no network."""
+    assets_only: bool = False
+    """Fetch and verify everything the tests need, render nothing."""
+    cache: str | None = None
+    """Folder of fetched assets; by default the user's cache."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("train", 1),
+            ("val", 1),
+            ("retrieval", 1),
+            ("held_out", 1),
+            ("per_class", 1),
+            ("swapped", 0),
+            ("segmentation", 0),
+            ("mllm_pretrain", 0),
+            ("mllm_instruct", 0),
+            ("mllm_test", 0),
+            ("workers", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        few = "is 0 (all) or at least 16: scenes need sprites whose names share no word"
+        check(self.mllm_sprites == 0 or self.mllm_sprites >= 16, f"--mllm-sprites {self.mllm_sprites}", few)

@@ -1,0 +1,75 @@
+"""What align/convert.py can be told. Every field is a flag; checked when it is made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from align.common.checks import check
+from align.common.hardware import Precision
+from align.encoders.trust import check_trust
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn published SAIL weights or embeddings into this kit's formats, or heads back into the published layout."""
+
+    heads: str | None = None
+    """Published heads (.pt, .bin, .safetensors), into a model folder."""
+    base: str | None = None
+    """Model folder that gives what a file with the image head only (vlhead.bin) does not have."""
+    projector: str | None = None
+    """LLaVA's mm_projector.bin, into a .safetensors file."""
+    model: str | None = None
+    """Model folder whose heads are written with --to-published."""
+    to_published: str | None = None
+    """File for the heads of --model in the published layout: .pt or .safetensors."""
+    embeddings: str | None = None
+    """Folder of published embeddings (0.pt, 1.pt, ... or clip-retrieval's), into a feature store."""
+    output: str | None = None
+    """Model folder, file or feature store to write."""
+    vision: str | None = None
+    """Vision encoder of the heads: hub id, local folder or `embedded:` id. None: the model takes encoded features only."""
+    text: str | None = None
+    """Text encoder of the heads, likewise."""
+    vision_revision: str | None = None
+    """Commit of the vision encoder on the hub."""
+    text_revision: str | None = None
+    """Commit of the text encoder on the hub."""
+    trust_remote_code: bool = False
+    """Run code that ships with an encoder: of those on the hub whose revision is pinned, and of local folders."""
+    feature: Literal["auto", "cls_mean", "cls", "mean"] = "auto"
+    """What the vision encoder pools; SAIL's heads take cls_mean."""
+    layer: int = -1
+    """Layer of the vision encoder."""
+    max_length: int | None = None
+    """Longest caption in tokens. None: the text encoder's own."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoders (auto: bf16 where this machine's CPU has it)."""
+    embed_encoders: bool = False
+    """Put copies of the encoders into the model folder, so that it can be moved anywhere."""
+    kind: Literal["image", "caption"] | None = None
+    """What the embeddings are of."""
+    encoder_name: str | None = None
+    """What made the embeddings; believed, as it cannot be checked."""
+    stated: tuple[str, ...] = ()
+    """More of their fingerprint, each as FIELD=VALUE (weights=..., feature=...)."""
+    keys: str | None = None
+    """File with the keys of .pt embeddings that have none, one a line for all files in order."""
+    key_column: str = "image_path"
+    """Column of clip-retrieval's metadata that has the keys."""
+    shard_rows: int = 65536
+    """Rows a shard of the store."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("heads", "projector", "to_published", "embeddings") if getattr(self, name)]
+        wanted = "give exactly one of --heads, --projector, --to-published and --embeddings"
+        check(len(given) == 1, " and ".join(given) or "nothing to convert", wanted)
+        check(bool(self.output) != bool(self.to_published), f"--output {self.output}", "is needed, but not with --to-published FILE")
+        check(bool(self.model) == bool(self.to_published), "--model and --to-published", "give both or neither")
+        check(not self.base or bool(self.heads), "--base", "goes with --heads")
+        own = not (self.vision or self.text or self.embed_encoders)
+        check(not self.base or own, "--base with --vision, --text or --embed-encoders", "the base has its own encoders; leave them out")
+        check(not (self.vision or self.text) or bool(self.heads), "--vision and --text", "go with --heads")
+        check(not self.embeddings or bool(self.kind and self.encoder_name), "--embeddings", "needs --kind and --encoder-name")
+        check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
+        check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
+        check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))

@@ -1,0 +1,4 @@
+"""Results to one HTML page: sections, figures, examples.
+
+No torch; nothing is measured here.
+"""

@@ -1,0 +1,65 @@
+"""What mllm/upgrade.py can be told. Every field is a flag; checked when it is made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from align.common.errors import UsageError
+
+
+@dataclass(frozen=True)
+class UpgradeConfig:
+    """Put an aligned vision encoder into an LLM, or into an existing LLaVA: a model ready for mllm/finetune.py."""
+
+    llm: str | None = None
+    """Causal LLM: hub id, local folder or embedded: id. Give this or --llava."""
+    llava: str | None = None
+    """Hugging Face LLaVA checkpoint whose vision tower is replaced: hub id or local folder."""
+    sail: str | None = None
+    """Stage-one run or model folder whose vision encoder and image head are used."""
+    vision: str | None = None
+    """Vision encoder without a stage-one run (only with --sail-head random or none)."""
+    output: str = "runs/mllm-init"
+    """Folder of the assembled model."""
+    sail_head: Literal["trained", "random", "none"] = "trained"
+    """The head between encoder and projector: the run's, the same architecture with random weights, or none."""
+    head: str = "glu"
+    """Kind of a random head when there is no run to copy it from."""
+    expansion: int | None = None
+    """Expansion of a random head when there is no run."""
+    width: int = 1024
+    """Output width of a random head when there is no run."""
+    layer: int = -1
+    """Layer of --vision when there is no run."""
+    image_aspect_ratio: Literal["pad", "resize"] = "pad"
+    """Pad images to a square with the mean color (LLaVA's), or resize them without regard to their shape. Nothing is cropped."""
+    image_size: int | None = None
+    """Side of the square input in pixels. None: the encoder's own."""
+    grid: tuple[int, int] | None = None
+    """Average the patches onto this many rows and columns: fewer visual tokens. None: one token a patch."""
+    template: Literal["auto", "plain", "vicuna_v1", "chatml", "brief", "own"] = "auto"
+    """Chat template: auto keeps the tokenizer's own if it has one, else vicuna_v1; own fails if there is none. brief has no words
+    for the roles, only lines of a question and its answer: for small LLMs and short answers."""
+    captions: tuple[str, ...] = ()
+    """Conversation files of captioned images: start the projector in closed form from them instead of at random."""
+    projector: str | None = None
+    """Safetensors file with the weights of a trained projector (align/convert.py --projector makes it from LLaVA's mm_projector.bin)."""
+    image_root: str | None = None
+    """Folder that the captions' image paths start from. None: the folder of each file."""
+    caption_rows: int = 20_000
+    """How many rows of --captions are used."""
+    gguf_file: str | None = None
+    """File name of GGUF weights inside --llm, converted once to plain safetensors."""
+    revision: str | None = None
+    """Commit of the hub repository of --llm or --llava."""
+    seed: int = 0
+    """Seed of the projector's and a random head's weights."""
+
+    def __post_init__(self) -> None:
+        if (self.llm is None) == (self.llava is None):
+            raise UsageError("give exactly one of --llm (a causal LLM) and --llava (a LLaVA checkpoint)")
+        if (self.sail is None) == (self.vision is None):
+            raise UsageError("give exactly one of --sail (a stage-one run) and --vision (an encoder without a run)")
+        if self.sail is None and self.sail_head == "trained":
+            raise UsageError("--sail-head trained needs --sail RUN; with --vision use --sail-head random or none")
+        if self.projector is not None and self.captions:
+            raise UsageError("give --captions (solve the projector) or --projector (weights of a trained one), not both")

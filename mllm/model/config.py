@@ -1,0 +1,26 @@
+"""What mllm/chat_cli.py can be told. Every field is a flag; checked when it is made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Ask a model questions about an image from the terminal."""
+
+    model: str
+    """Model folder (mllm/finetune.py's output)."""
+    image: str | None = None
+    """Image file the conversation is about. None: text only."""
+    prompt: str | None = None
+    """One question; None: an interactive conversation."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 picks the likeliest token; above 0 samples."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; auto asks the hardware."""
+    seed: int = 0
+    """Seed of sampling."""
