@@ -35,12 +35,13 @@ from rich.console import Console
 from rich.panel import Panel
 from torch import Tensor
 
-from align.common.commandline import refuse_other_config, run, to_recipe
+from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import Preempted, UsageError
 from align.common.files import atomic_bytes, atomic_path, hash_bytes, hash_file, human_bytes, remove_temporaries
 from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.locks import Lease
+from align.common.recipes_yaml import refuse_other_config, to_recipe
 from align.common.runs import add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.curation.concepts import evaluation_note, evaluation_sets, read_labels, read_names, shot_prototypes, text_prototypes
 from align.curation.config import CurateConfig

@@ -40,7 +40,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.common import commandline as cli
+from align.common.commandline import run
 from align.common.errors import DataError, LeaseError, UsageError
 from align.common.files import TEMPORARY, disk_full_named, failpoint, hash_file, human_bytes, read_json, require_free, sync_folder
 from align.demo.config import PrepareConfig
@@ -312,4 +312,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, PrepareConfig, "prepare")
+    run(main, PrepareConfig, "prepare")

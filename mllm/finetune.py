@@ -27,11 +27,12 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from align.common.commandline import load_yaml, refuse_other_config, run, to_recipe
+from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import Preempted, UsageError
 from align.common.files import atomic_bytes, human_bytes
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.recipes_yaml import load_yaml, refuse_other_config, to_recipe
 from align.common.runs import JsonLines, add_launch
 from mllm.conversations.index import ConversationDataset, EpochPlan, build_index
 from mllm.conversations.table import open_conversations

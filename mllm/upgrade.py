@@ -19,10 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from align.common.commandline import run, to_recipe
+from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.files import atomic_bytes
 from align.common.hardware import reuse_freed_memory, use_cores
+from align.common.recipes_yaml import to_recipe
 from align.common.runs import add_launch
 from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.join import Part, assemble, load_projector

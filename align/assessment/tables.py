@@ -13,9 +13,9 @@ from rich.table import Table
 
 from align.assessment.scores import SCORES, Candidate, Score
 from align.assessment.similarity import correlation_interval, pearson, spearman
-from align.common.commandline import load_yaml
 from align.common.errors import UsageError
 from align.common.files import read_json
+from align.common.recipes_yaml import load_yaml
 from align.common.runs import JsonLines, generator
 
 NAMES = {**SCORES, "trained": "R@10 after full training"}

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from align.common.commandline import nearest
 from align.common.errors import OfflineError, UsageError
 from align.common.files import hash_bytes
+from align.common.recipes_yaml import nearest
 from align.encoders.loading import first_line, hash_weights, opening, recorded_id, require_complete, resolve_encoder
 from align.encoders.text import _hash_tokenizer
 from align.encoders.vision import Transform

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from align.common.commandline import load_yaml, nearest
 from align.common.errors import DamagedError
+from align.common.recipes_yaml import load_yaml, nearest
 from eval.results.records import TaskRecord
 
 Prompts = Literal["templates", "sentences", "none"]

@@ -15,8 +15,8 @@ from typing import Any, cast
 import numpy as np
 import xxhash
 
-from align.common.commandline import nearest
 from align.common.errors import DataError
+from align.common.recipes_yaml import nearest
 from align.sources.gate import Limits, Reject, gate_captions
 from align.sources.plan import Plan, Source, open_unit, plan
 from eval.tasks.official.layout import OWN_NAMES

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.common.commandline import nearest
 from align.common.errors import DataError, UsageError
 from align.common.files import hash_bytes
+from align.common.recipes_yaml import nearest
 
 _MEDIA = (
     "bad photo", "good photo", "blurry photo", "bright photo", "dark photo", "cropped photo", "close-up photo",

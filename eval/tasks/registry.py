@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from align.common.commandline import load_yaml, nearest
 from align.common.errors import UsageError
+from align.common.recipes_yaml import load_yaml, nearest
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from align.common.commandline import nearest
 from align.common.errors import DataError, UsageError
+from align.common.recipes_yaml import nearest
 from align.sources.row import IMAGE_SUFFIXES
 from eval.tasks.prompts import read_lines
 
