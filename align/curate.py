@@ -39,6 +39,7 @@ from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import Preempted, UsageError
 from align.common.files import atomic_bytes, atomic_path, hash_bytes, hash_file, human_bytes, remove_temporaries
+from align.common.fingerprints import compare_encoders, compare_fingerprints
 from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.locks import Lease
 from align.common.recipes_yaml import refuse_other_config, to_recipe
@@ -51,7 +52,7 @@ from align.curation.scoring import Candidates, Projection, chunk_rows, normalize
 from align.curation.toplists import Assignment, Picker, TopLists, assign, first_ones
 from align.encoders.text import load_text_encoder
 from align.encoders.trust import may_run_code
-from align.features.store import FeatureStore, compare_fingerprints
+from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
 
 FREE_ON_RESUME = {
@@ -88,7 +89,7 @@ class Space:
             compare_fingerprints(features.fingerprint, self.candidates.fingerprint, str(self.candidates.stores[0].folder))
             return normalize
         expected = self.model.config.vision_fingerprint if features.kind == "image" else self.model.config.text_fingerprint
-        compare_fingerprints({**expected, "encoder": ""}, {**features.fingerprint, "encoder": ""}, str(features.stores[0].folder))
+        compare_encoders(expected, features.fingerprint, str(features.stores[0].folder))
         return self.model.align_images if features.kind == "image" else self.model.align_texts
 
     @torch.no_grad()
@@ -104,8 +105,7 @@ class Space:
         trusted = may_run_code(header.loader["name"], header.loader.get("revision"), self.config.trust_remote_code)
         precision = header.fingerprint.get("precision", "fp32")
         encoder = load_text_encoder(**header.loader, precision=precision, device=self.device, trust_remote_code=trusted)
-        place = str(self.candidates.stores[0].folder)
-        compare_fingerprints({**encoder.fingerprint, "encoder": ""}, {**header.fingerprint, "encoder": ""}, place)
+        compare_encoders(encoder.fingerprint, header.fingerprint, str(self.candidates.stores[0].folder))
         return normalize(encoder.encode(texts, self.config.text_batch_size).to(self.device))
 
 

@@ -24,6 +24,7 @@ from align.common.commandline import run
 from align.common.console import Meter, plain_console
 from align.common.errors import UsageError
 from align.common.files import human_bytes, remove_temporaries, require_free
+from align.common.fingerprints import compare_fingerprints
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.locks import Lease
 from align.encoders.text import TextEncoder, load_text_encoder
@@ -31,7 +32,7 @@ from align.encoders.trust import may_run_code
 from align.encoders.vision import VisionEncoder, load_vision_encoder
 from align.features.config import EncodeConfig
 from align.features.extract import Extraction, Stopping
-from align.features.store import FeatureStore, compare_fingerprints
+from align.features.store import FeatureStore
 from align.sources.gate import Limits
 from align.sources.plan import Plan, Source, plan
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from align.common.errors import DamagedError, UsageError
+from align.common.fingerprints import compare_fingerprints
 from align.curation.toplists import TopLists
-from align.features.store import KEYS_SCHEMA, FeatureStore, compare_fingerprints
+from align.features.store import KEYS_SCHEMA, FeatureStore
 
 CHUNK_SCORES = 1 << 22  # scores held at once (16 MiB): a chunk has about this many over C rows
 

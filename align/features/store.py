@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save as safetensors_bytes
 
-from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
+from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import (
     atomic_bytes,
     atomic_json,
@@ -35,6 +35,7 @@ from align.common.files import (
     read_json,
     remove_temporaries,
 )
+from align.common.fingerprints import compare_fingerprints
 
 FORMAT_VERSION = 1
 REJECTS_SCHEMA = pa.schema(
@@ -66,14 +67,6 @@ class RejectedRow:
     column: str
     code: str
     detail: str
-
-
-def compare_fingerprints(given: dict[str, Any], stored: dict[str, Any], place: str) -> None:
-    """Raise FingerprintError, naming each field that differs, unless the two fingerprints are equal."""
-    differing = [name for name in sorted(given.keys() | stored.keys()) if given.get(name) != stored.get(name)]
-    if differing:
-        lines = "; ".join(f"{name}: {stored.get(name)!r} there, {given.get(name)!r} asked for" for name in differing)
-        raise FingerprintError(f"{place} was made differently ({lines}). Use the same settings or another folder.")
 
 
 class StoreWriter:

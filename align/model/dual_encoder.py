@@ -32,12 +32,12 @@ from transformers.utils import ModelOutput
 
 from align.common.errors import DamagedError, UsageError
 from align.common.files import TEMPORARY, disk_full_named, put_in_place, sync_file
+from align.common.fingerprints import compare_encoders
 from align.common.hardware import Arithmetic
 from align.encoders.loading import copy_encoder, hash_weights
 from align.encoders.text import TextEncoder, load_text_encoder
 from align.encoders.trust import may_run_code
 from align.encoders.vision import VisionEncoder, load_transform, load_vision_encoder
-from align.features.store import compare_fingerprints
 from align.model.heads import ImageTokenHead, TextTokenHead, build_head, initialize
 from align.model.token_heads import HeadedText, HeadedVision
 
@@ -166,7 +166,7 @@ class SailModel(PreTrainedModel):
         """The frozen vision encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "vision" not in self._encoders:
             encoder = load_vision_encoder(**self.encoder_arguments("vision"), precision=self.config.precision)
-            _check_encoder(encoder.fingerprint, self.config.vision_fingerprint, str(self.config.name_or_path))
+            compare_encoders(encoder.fingerprint, self.config.vision_fingerprint, f"the model in {self.config.name_or_path}")
             self._encoders["vision"] = encoder
         return self._encoders["vision"].to(self.device)
 
@@ -175,7 +175,7 @@ class SailModel(PreTrainedModel):
         """The frozen text encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         if "text" not in self._encoders:
             encoder = load_text_encoder(**self.encoder_arguments("text"), precision=self.config.precision)
-            _check_encoder(encoder.fingerprint, self.config.text_fingerprint, str(self.config.name_or_path))
+            compare_encoders(encoder.fingerprint, self.config.text_fingerprint, f"the model in {self.config.name_or_path}")
             self._encoders["text"] = encoder
         return self._encoders["text"].to(self.device)
 
@@ -281,11 +281,6 @@ def _heads(config: SailConfig) -> tuple[nn.Module, nn.Module]:
     widths = (config.vision_width, config.text_width)
     built = [build_head(k, w, config.width, **o) for k, w, o in zip(kinds, widths, options, strict=True)]  # type: ignore[arg-type]
     return built[0], built[1]
-
-
-def _check_encoder(found: dict[str, Any], trained: dict[str, Any], folder: str) -> None:
-    # A copied or renamed folder is the same encoder: its weights hash says so, its name does not matter.
-    compare_fingerprints({**found, "encoder": ""}, {**trained, "encoder": ""}, f"the model in {folder}")
 
 
 class SailImageProcessor(BaseImageProcessor):

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DataError, UsageError
+from align.common.fingerprints import compare_fingerprints
 from align.common.runs import JsonLines, generator
 from align.encoders.text import TextEncoder
 from align.encoders.vision import PixelNormalizer, Transform, VisionEncoder, pixel_normalizer
-from align.features.store import compare_fingerprints
 from align.sources.gate import Limits, Reject, gate_captions, gate_image
 from align.sources.plan import Plan, Source, Unit, open_unit
 from align.training.pairs import BatchOrder, PairBatch

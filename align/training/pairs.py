@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from align.common.errors import DataError, UsageError
+from align.common.fingerprints import compare_fingerprints
 from align.common.runs import generator
-from align.features.store import FeatureStore, compare_fingerprints
+from align.features.store import FeatureStore
 
 BLOCK_BYTES = 1 << 20  # what is read in one piece when features do not fit in memory
 MEMORY_SHARE = 0.5  # of the available memory that features may take before batches are read in blocks

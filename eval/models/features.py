@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +28,11 @@ from torch import Tensor
 
 from align.common.errors import DataError, NonFiniteError
 from align.common.files import atomic_bytes, hash_bytes, require_free
+from align.common.fingerprints import compare_encoders, fingerprint_digest
 from align.common.locks import Lease
 from align.encoders.vision import VisionEncoder
 from align.features.extract import Extraction, Progress, Stopping
-from align.features.store import FeatureStore, compare_fingerprints
+from align.features.store import FeatureStore
 from eval.models.candidates import DualEncoder
 from eval.tasks.data import TaskData
 
@@ -69,8 +70,7 @@ class FeatureCache:
                 job.run(lease, report)
             job.finish()
             store = FeatureStore(folder / "images")
-        wanted = {**model.vision_fingerprint, "encoder": ""}
-        compare_fingerprints(wanted, {**store.fingerprint, "encoder": ""}, str(store.folder))
+        compare_encoders(model.vision_fingerprint, store.fingerprint, str(store.folder))
         rejects = pq.read_table(store.folder / "rejects.parquet")
         return select_rows(data, store, rejects, self.max_reject_fraction)
 
@@ -92,11 +92,6 @@ class FeatureCache:
             atomic_bytes(path, tensors_to_bytes({"features": features}, metadata))
         rows = np.searchsorted(np.array(unique, dtype=object), np.array(texts, dtype=object))
         return torch.from_numpy(features[rows.astype(np.int64)])
-
-
-def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
-    """Return 16 hex digits that stand for an encoder's fingerprint; its name does not count, the hash of its weights does."""
-    return hash_bytes(json.dumps({**fingerprint, "encoder": ""}, sort_keys=True).encode())[:16]
 
 
 def select_rows(data: TaskData, store: FeatureStore, rejects: pa.Table, max_reject_fraction: float) -> tuple[TaskData, np.ndarray]:
