@@ -27,7 +27,6 @@ from align.common.errors import UsageError
 from align.common.files import human_bytes, require_free
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.locks import Lease
-from align.common.runs import model_folder
 from align.encoders.text import load_text_encoder
 from align.encoders.trust import may_run_code
 from align.encoders.vision import load_vision_encoder
@@ -35,6 +34,7 @@ from align.features.imported import Embeddings, find_files, import_embeddings
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailModel, save_model
 from align.model.published_heads import heads_from, projector_from, read_weights, to_published, with_vision_head, write_weights
+from align.model.saving import model_folder
 
 
 def open_encoders(config: ConvertConfig, tokenizer: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.panel import Panel
 from torch import Tensor
 
+from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import Preempted, UsageError
@@ -43,7 +44,7 @@ from align.common.fingerprints import compare_encoders, compare_fingerprints
 from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.locks import Lease
 from align.common.recipes_yaml import refuse_other_config, to_recipe
-from align.common.runs import add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.common.runs import add_launch
 from align.curation.concepts import evaluation_note, evaluation_sets, read_labels, read_names, shot_prototypes, text_prototypes
 from align.curation.config import CurateConfig
 from align.curation.coverage import coverage_table, write_coverage

@@ -26,13 +26,14 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers.utils.logging import disable_progress_bar
 
+from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import NonFiniteError, Preempted, UsageError
 from align.common.files import atomic_bytes, atomic_json, hash_file, human_bytes
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.recipes_yaml import refuse_other_config, to_recipe
-from align.common.runs import JsonLines, add_launch, clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.common.runs import JsonLines, add_launch
 from align.model.dual_encoder import save_model
 from align.model.losses import any_rank
 from align.training.config import TrainConfig

@@ -31,7 +31,8 @@ from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import DataError, UsageError
 from align.common.files import atomic_bytes
-from align.common.runs import generator, git_commit, versions
+from align.common.runs import git_commit, versions
+from align.common.seeds import generator
 from eval.harness.config import LmmsConfig
 from eval.harness.local import LocalTask, local_tasks, write_wrappers
 from eval.harness.output import TaskRun, answers_table, majority_entry, model_record, read_run, run_entries, task_record

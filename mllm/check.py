@@ -27,7 +27,7 @@ from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import DataError
 from align.common.files import atomic_json, atomic_path
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.sources.gate import REJECT_CODES, Limits, Reject, gate_image
 from mllm.conversations.config import CheckConfig
 from mllm.conversations.index import RowIndex, build_index, fill_rate, pack

@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM=false
 import json, sys
 from pathlib import Path
 from align.embedded.assets import fetch
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.demo.scenes import SpriteScenes, read_sprites
 
 out, folder = Path(sys.argv[1]), fetch("embedded:twemoji")
@@ -57,7 +57,7 @@ import json, sys
 from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.features.store import FeatureStore
 
 out = Path(sys.argv[1])

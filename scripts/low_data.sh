@@ -24,7 +24,8 @@ from align.common.commandline import parse
 from align.training.config import TrainConfig
 from align.training.inputs import from_stores, model_for
 from align.training.pairs import BatchOrder
-from align.common.runs import JsonLines, generator
+from align.common.runs import JsonLines
+from align.common.seeds import generator
 from align.training.step import Objective, Schedule, Stepper, batches, build_optimizer, validate
 
 VARIANTS = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from align.common.errors import DataError
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.ranking import best_ranks
 from align.training.pairs import BatchOrder, PairBatch

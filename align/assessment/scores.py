@@ -30,7 +30,7 @@ from align.assessment.similarity import (
 )
 from align.common.errors import DataError
 from align.common.files import atomic_json, hash_bytes, read_json
-from align.common.runs import generator
+from align.common.seeds import generator
 
 SCORES = {
     "probing": "alignment probing, mean R@10",

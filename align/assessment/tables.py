@@ -16,7 +16,8 @@ from align.assessment.similarity import correlation_interval, pearson, spearman
 from align.common.errors import UsageError
 from align.common.files import read_json
 from align.common.recipes_yaml import load_yaml
-from align.common.runs import JsonLines, generator
+from align.common.runs import JsonLines
+from align.common.seeds import generator
 
 NAMES = {**SCORES, "trained": "R@10 after full training"}
 CHEAP = tuple(name for name in SCORES if name != "probing")

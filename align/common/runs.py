@@ -1,46 +1,27 @@
-"""The run folder: what a training run leaves behind and how it goes on after a crash.
+"""The run folder: what a training run leaves behind.
 
 run/
   manifest.json          config, command, versions, git commit and data fingerprints of every launch
   config.yaml            the resolved recipe: `--config run/config.yaml` repeats the run
   metrics.jsonl          what was learnt, a row a log or validation step; identical whether the run was killed or not
   speed.jsonl            rates and waiting times, which are never identical
-  checkpoints/step-N/    state for resuming: tensors.safetensors, state.json and COMMIT (their hashes), written last
+  tensorboard/           both of them, as curves
+  checkpoints/step-N/    state for resuming (see `align.common.checkpoints`)
 """
 
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save_file
-from torch import Tensor
+from align.common.errors import UsageError
+from align.common.files import atomic_bytes, atomic_json, disk_full_named, read_json
 
-from align.common.errors import DamagedError, UsageError
-from align.common.files import (
-    TEMPORARY,
-    atomic_bytes,
-    atomic_json,
-    disk_full_named,
-    failpoint,
-    hash_bytes,
-    hash_file,
-    read_json,
-    sync_file,
-    sync_folder,
-)
-
-COMMIT = "COMMIT"
 PACKAGES = (
     "sail-upgrade-kit",
     "torch",
@@ -77,13 +58,10 @@ def git_commit() -> str | None:
     return shown.stdout.strip() or None if shown.returncode == 0 else None
 
 
-def generator(*seeds: int) -> np.random.Generator:
-    """Return an independent random generator that is a pure function of the given whole numbers."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([len(seeds), *(seed & 0xFFFFFFFF for seed in seeds)])))
-
-
 def add_launch(folder: Path, facts: dict[str, Any]) -> None:
     """Append one launch (command, time, versions, commit and the given facts) to the run's manifest."""
+    import torch  # here, as pages and tables of results read this file's versions without it
+
     path = folder / "manifest.json"
     manifest = read_json(path) if path.exists() else {"launches": []}
     launch = {
@@ -131,81 +109,52 @@ class JsonLines:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write and commit `folder/step-N`, then delete all but the newest `keep` checkpoints; return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f"{final.name}.{os.getpid()}{TEMPORARY}"
-    clean_checkpoints(folder)
-    with disk_full_named(final, sum(tensor.nbytes for tensor in tensors.values())):
-        temporary.mkdir()
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "tensors.safetensors")
-            failpoint("checkpoint-tensors")
-            atomic_json(temporary / "state.json", {**state, "step": step})
-            failpoint("checkpoint-state")
-            atomic_json(temporary / COMMIT, {name: hash_file(temporary / name) for name in ("tensors.safetensors", "state.json")})
-            sync_file(temporary / "tensors.safetensors")
-            failpoint("checkpoint-commit")
-            if final.exists():  # an older attempt at the same step that did not verify
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            sync_folder(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    failpoint("checkpoint-saved")
-    for old in sorted(folder.glob("step-????????"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+class RunLog:
+    """Writes what a run learnt to metrics.jsonl, its rates to speed.jsonl, and both to TensorBoard and to the trackers asked for."""
+
+    def __init__(self, folder: Path, resumed: int | None = None, trackers: Sequence[str] = (), writing: bool = True) -> None:
+        """Go on from step `resumed`, dropping later rows (None: a new log). With `writing` off, as on all processes but one, it is silent.
+
+        `trackers` are accelerate's names of them, for example trackio or wandb; UsageError if one is not installed.
+        """
+        self.metrics, self.speed = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "speed.jsonl")
+        self.writing = writing
+        if not writing:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        for lines in (self.metrics, self.speed):
+            lines.cut(-1 if resumed is None else resumed)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed or None)
+        self._trackers = [_started(name) for name in trackers]
+
+    def log(self, row: dict[str, Any], speed: dict[str, Any] | None = None) -> None:
+        """Write a row of metrics, with its `step`, and the rates that belong to it; None stands for a value that there is not."""
+        if not self.writing:
+            return
+        self.metrics.append(row)
+        if speed is not None:
+            self.speed.append({"step": row["step"], **speed})
+        shown = {name: value for name, value in {**row, **(speed or {})}.items() if name != "step" and value is not None}
+        for name, value in shown.items():
+            self._board.add_scalar(name, value, row["step"])
+        for tracker in self._trackers:
+            tracker.log(shown, step=row["step"])
+
+    def close(self) -> None:
+        """Flush and end what other processes may be waiting for."""
+        if self.writing:
+            self._board.close()
+            for tracker in self._trackers:
+                tracker.finish()
 
 
-def clean_checkpoints(folder: Path) -> None:
-    """Remove half-written checkpoints of killed processes."""
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _started(name: str) -> Any:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and state of one checkpoint; DamagedError unless every file has its committed hash."""
-    commit = read_json(path / COMMIT) if (path / COMMIT).exists() else None
-    if not isinstance(commit, dict) or set(commit) != {"tensors.safetensors", "state.json"}:
-        raise DamagedError(f"{path} has no usable COMMIT record")
-    contents = {}
-    for name, digest in commit.items():
-        try:
-            contents[name] = (path / name).read_bytes()
-        except OSError as error:
-            raise DamagedError(f"{path / name} cannot be read ({error.strerror})") from error
-        if hash_bytes(contents[name]) != digest:
-            raise DamagedError(f"{path / name} does not have its committed hash")
+    tracker: Any = LOGGER_TYPE_TO_CLASS[name]("sail-upgrade-kit")
     try:
-        return tensors_from_bytes(contents["tensors.safetensors"]), json.loads(contents["state.json"])
-    except (SafetensorError, ValueError) as error:
-        raise DamagedError(f"{path} cannot be read ({error})") from error
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Tensor], dict[str, Any], list[str]]:
-    """Return (path, tensors, state, problems) of the newest checkpoint that verifies; path is None if there is none.
-
-    `problems` says, one sentence each, which newer checkpoints were passed over and why. DamagedError if there are
-    checkpoints but none verifies.
-    """
-    problems: list[str] = []
-    for path in sorted(folder.glob("step-????????"), reverse=True):
-        try:
-            tensors, state = load_checkpoint(path)
-        except DamagedError as error:
-            problems.append(str(error))
-            continue
-        return path, tensors, state, problems
-    if problems:
-        raise DamagedError(f"no checkpoint in {folder} verifies: {'; '.join(problems)}. Delete the folder to start again.")
-    return None, {}, {}, []
-
-
-def model_folder(path: Path) -> Path:
-    """Return the aligned model's folder at `path`: itself, or the `best` or `last` model of a run; UsageError if there is none."""
-    for place in (path, path / "best", path / "last"):
-        if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "sail":
-            return place
-    raise UsageError(f"{path} is neither an aligned model (config.json) nor a run with best/ or last/; make one with align/train.py")
+        tracker.start()
+    except ImportError as error:
+        raise UsageError(f"the tracker {name} is not installed ({error}); run `pip install {name}`") from error
+    return tracker

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel
 from align.common.errors import DataError, UsageError
 from align.common.files import TEMPORARY, put_in_place
 from align.common.fingerprints import compare_fingerprints
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.encoders.loading import VISION_FILES, opening, recorded_id, resolve_encoder
 from align.encoders.trust import split_revision
 from align.encoders.vision import VisionEncoder, load_transform

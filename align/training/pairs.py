@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from align.common.errors import DataError, UsageError
 from align.common.fingerprints import compare_fingerprints
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.features.store import FeatureStore
 
 BLOCK_BYTES = 1 << 20  # what is read in one piece when features do not fit in memory

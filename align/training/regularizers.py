@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.common.runs import generator
+from align.common.seeds import generator
 
 TEMPERATURE = 0.05  # of the neighbourhoods
 MAX_ROWS = 1024  # of a neighbourhood: N^2 values are held a level and modality

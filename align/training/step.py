@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from align.common.errors import DamagedError
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.model.dual_encoder import SailModel
 from align.model.losses import LossStats, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
 from align.model.ranking import best_ranks, recalls

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from align.common.hardware import reuse_freed_memory
-from align.common.runs import generator
+from align.common.seeds import generator
 from eval.measures.config import EvalConfig
 from eval.measures.retrieval import KS, retrieval_entries, retrieve
 from eval.results.records import load_answers, load_results

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from align.common.errors import UsageError
 from align.common.files import hash_bytes
-from align.common.runs import model_folder
 from align.model.dual_encoder import SailModel
+from align.model.saving import model_folder
 from eval.measures.config import EvalConfig
 from eval.models.baselines import open_baseline
 from eval.results.records import ModelRecord

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 from align.common.errors import UsageError
-from align.common.runs import model_folder
 from align.encoders.vision import Transform, VisionEncoder, load_vision_encoder, pixel_normalizer
 from align.model.dual_encoder import SailModel
 from align.model.heads import build_head, initialize
+from align.model.saving import model_folder
 from mllm.model.processing import SailLlavaImageProcessor
 
 SailHead = Literal["trained", "random", "none"]

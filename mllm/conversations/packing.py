@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from align.common.errors import UsageError
-from align.common.runs import generator
+from align.common.seeds import generator
 from mllm.conversations.messages import ROW_CODES
 
 Item = int | list[int]  # a row, or a pack of rows

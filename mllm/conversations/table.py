@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import atomic_json, atomic_path, hash_bytes, hash_file, read_json, require_free
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.embedded.assets import cache_root
 from align.sources.gate import Reject, gate_key
 from align.sources.row import MAX_FILE_BYTES, read_below

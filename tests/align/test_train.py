@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from align.common.checkpoints import newest_checkpoint
 from align.common.commandline import parse
 from align.common.errors import NonFiniteError, UsageError
 from align.common.files import arm_failpoint
-from align.common.runs import newest_checkpoint
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.losses import sigmoid_loss
 from align.train import main

@@ -1,94 +1,15 @@
-"""A run folder never loads half a state: the newest checkpoint that verifies wins, and says what it passed over."""
+"""A run leaves evidence: every launch in its manifest, rows that a crash and a resume leave as if nothing had happened."""
 
 import json
-import random
+import sys
+from types import SimpleNamespace
 
+import accelerate.tracking  # noqa: F401 (looks for the trackers that are installed)
 import pytest
-import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from align.common.errors import DamagedError
-from align.common.files import arm_failpoint
-from align.common.runs import JsonLines, add_launch, generator, load_checkpoint, newest_checkpoint, save_checkpoint
-
-
-def tensors(step):
-    return {"w": torch.full((3, 2), float(step)), "m": torch.arange(4) + step}
-
-
-def save(folder, *steps, keep=5):
-    for step in steps:
-        save_checkpoint(folder, step, tensors(step), {"note": f"at {step}"}, keep)
-
-
-def test_what_was_saved_is_loaded_and_old_ones_are_deleted(tmp_path):
-    save(tmp_path, 10, 20, 30, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
-    path, loaded, state, problems = newest_checkpoint(tmp_path)
-    assert path.name == "step-00000030" and state == {"note": "at 30", "step": 30} and problems == []
-    assert all(torch.equal(loaded[name], value) for name, value in tensors(30).items())
-
-
-def test_no_checkpoint_is_a_fresh_start(tmp_path):
-    assert newest_checkpoint(tmp_path / "nothing")[0] is None
-
-
-def damage(path, kind):
-    content = path.read_bytes()
-    if kind == "missing":
-        path.unlink()
-    else:
-        flipped = bytearray(content)
-        flipped[len(content) // 2] ^= 4
-        tail = content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
-        path.write_bytes({"empty": b"", "cut": content[:-7], "flipped": bytes(flipped), "zero tail": tail}[kind])
-
-
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "COMMIT"])
-@pytest.mark.parametrize("kind", ["empty", "cut", "flipped", "zero tail", "missing"])
-def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, name, kind):
-    save(tmp_path, 10, 20)
-    damage(tmp_path / "step-00000020" / name, kind)
-    path, loaded, state, problems = newest_checkpoint(tmp_path)
-    assert path.name == "step-00000010" and state["step"] == 10 and "step-00000020" in problems[0]
-    damage(tmp_path / "step-00000010" / name, kind)
-    with pytest.raises(DamagedError, match="no checkpoint"):
-        newest_checkpoint(tmp_path)
-
-
-def test_random_flipped_bits_never_load(tmp_path):
-    save(tmp_path, 10)
-    folder = tmp_path / "step-00000010"
-    draw = random.Random(0)
-    for _ in range(100):
-        path = draw.choice(sorted(folder.iterdir()))
-        good = path.read_bytes()
-        bad = bytearray(good)
-        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
-        path.write_bytes(bad)
-        with pytest.raises(DamagedError):
-            load_checkpoint(folder)
-        path.write_bytes(good)
-    load_checkpoint(folder)
-
-
-def save_and_die(folder, failpoint):
-    save(folder, 10)
-    arm_failpoint(failpoint)
-    save(folder, 20)
-
-
-@pytest.mark.parametrize("failpoint", ["checkpoint-tensors", "checkpoint-state", "checkpoint-commit", "rename:1", "rename:2"])
-def test_a_kill_inside_a_checkpoint_write_leaves_the_one_before(tmp_path, forked, failpoint):
-    assert forked(save_and_die, tmp_path, failpoint) == -9
-    path, _, state, problems = newest_checkpoint(tmp_path)
-    assert state["step"] == 10 and problems == []
-    save(tmp_path, 20)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"], "no leftovers"
-
-
-def test_a_kill_after_the_commit_keeps_the_new_one(tmp_path, forked):
-    assert forked(save_and_die, tmp_path, "checkpoint-saved") == -9
-    assert newest_checkpoint(tmp_path)[2]["step"] == 20
+from align.common.errors import UsageError
+from align.common.runs import JsonLines, RunLog, add_launch
 
 
 def test_metrics_are_cut_back_to_the_checkpoint_and_to_whole_lines(tmp_path):
@@ -103,14 +24,50 @@ def test_metrics_are_cut_back_to_the_checkpoint_and_to_whole_lines(tmp_path):
         lines.append({"step": 3, "loss": float("nan")})
 
 
-def test_random_generators_are_pure_functions_of_their_seeds():
-    assert generator(1, 2, 3).random() == generator(1, 2, 3).random()
-    assert len({generator(*seeds).random() for seeds in ((1, 2), (2, 1), (1, 2, 0), (-1, 2))}) == 4
-
-
 def test_the_manifest_keeps_every_launch(tmp_path):
     add_launch(tmp_path, {"pairs": 3})
     add_launch(tmp_path, {"pairs": 4})
     launches = json.loads((tmp_path / "manifest.json").read_text())["launches"]
     assert [launch["pairs"] for launch in launches] == [3, 4]
     assert {"command", "versions", "started"} <= launches[0].keys() and "torch" in launches[0]["versions"]
+
+
+def test_a_log_writes_rows_rates_and_curves_and_goes_on_from_a_checkpoint(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (0, 1, 2):
+        log.log({"step": step, "loss": None if step == 1 else 1.5 - step}, {"rate": 10.0 * step} if step else None)
+    log.close()
+    again = RunLog(tmp_path, resumed=1)
+    again.log({"step": 2, "loss": 7.0}, {"rate": 30.0})
+    again.close()
+    assert again.metrics.rows() == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": None}, {"step": 2, "loss": 7.0}]
+    assert again.speed.rows() == [{"step": 1, "rate": 10.0}, {"step": 2, "rate": 30.0}]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in board.Scalars("loss")] == [(0, 1.5), (2, 7.0)]
+    RunLog(tmp_path, resumed=0)
+    assert [row["step"] for row in again.metrics.rows()] == [0], "a run that goes on from step 0 keeps what was measured before it"
+    RunLog(tmp_path)
+    assert again.metrics.rows() == [], "a new run begins anew"
+
+
+def test_processes_that_do_not_write_leave_no_file(tmp_path):
+    log = RunLog(tmp_path, writing=False)
+    log.log({"step": 1, "loss": 1.0}, {"rate": 1.0})
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_trackers_get_every_row(tmp_path, monkeypatch):
+    sent = []
+    run = SimpleNamespace(log=lambda values, step, **_: sent.append((step, values)), finish=lambda: sent.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda project, **_: sent.append(project) or run))
+    log = RunLog(tmp_path, trackers=["wandb"])
+    log.log({"step": 3, "loss": 0.5, "grad_norm": None}, {"rate": 2.0})
+    log.close()
+    assert sent == ["sail-upgrade-kit", (3, {"loss": 0.5, "rate": 2.0}), "finished"]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="tracker wandb is not installed"):
+        RunLog(tmp_path, trackers=["wandb"])

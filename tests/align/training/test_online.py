@@ -15,10 +15,11 @@ from accelerate import PartialState
 from PIL import Image
 from torchvision import transforms
 
+from align.common.checkpoints import newest_checkpoint
 from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, Preempted, UsageError
 from align.common.files import arm_failpoint
-from align.common.runs import JsonLines, newest_checkpoint
+from align.common.runs import JsonLines
 from align.encode import main as encode_main
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder, pixel_normalizer

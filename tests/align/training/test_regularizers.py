@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from align.common.runs import generator
+from align.common.seeds import generator
 from align.training.regularizers import MAX_ROWS, fusemix, neighbourhood_distance, structure
 
 

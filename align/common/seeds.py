@@ -1,0 +1,8 @@
+"""Randomness as a pure function of whole numbers: seed, purpose, step, rank. Nothing draws from a global generator."""
+
+import numpy as np
+
+
+def generator(*seeds: int) -> np.random.Generator:
+    """Return an independent random generator that is a pure function of the given whole numbers."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([len(seeds), *(seed & 0xFFFFFFFF for seed in seeds)])))
