@@ -4,8 +4,8 @@ import json
 import sys
 from types import SimpleNamespace
 
-import accelerate.tracking  # noqa: F401 (looks for the trackers that are installed)
 import pytest
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from align.common.errors import UsageError
@@ -58,6 +58,7 @@ def test_processes_that_do_not_write_leave_no_file(tmp_path):
 
 
 def test_trackers_get_every_row(tmp_path, monkeypatch):
+    PartialState(cpu=True)  # trackers ask it whether they are the main process; a training has one
     sent = []
     run = SimpleNamespace(log=lambda values, step, **_: sent.append((step, values)), finish=lambda: sent.append("finished"))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda project, **_: sent.append(project) or run))
