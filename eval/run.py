@@ -31,9 +31,10 @@ from align.common.commandline import run
 from align.common.console import Meter, counter, plain_console
 from align.common.errors import DataError
 from align.common.hardware import reuse_freed_memory, use_cores
+from align.common.reject_codes import Reject
 from align.common.runs import git_commit, versions
 from align.common.seeds import generator
-from align.sources.gate import Limits, Reject, gate_image
+from align.sources.gate import Limits, gate_image
 from eval.measures.compositional import (
     compositional,
     compositional_chance,

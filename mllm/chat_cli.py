@@ -23,7 +23,8 @@ from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import DataError, KitError, UsageError
 from align.common.hardware import resolve_precision, use_cores
-from align.sources.gate import Limits, Reject, gate_image
+from align.common.reject_codes import Reject
+from align.sources.gate import Limits, gate_image
 from mllm.conversations.tokens import Message
 from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.config import ChatConfig

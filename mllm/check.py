@@ -27,13 +27,13 @@ from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import DataError
 from align.common.files import atomic_json, atomic_path
+from align.common.reject_codes import REJECT_CODES, Reject, RejectedRow
 from align.common.seeds import generator
-from align.sources.gate import REJECT_CODES, Limits, Reject, gate_image
+from align.sources.gate import Limits, gate_image
 from mllm.conversations.config import CheckConfig
 from mllm.conversations.index import RowIndex, build_index, fill_rate, pack
-from mllm.conversations.messages import ROW_CODES
-from mllm.conversations.table import Conversations, RejectedRow, open_conversations
-from mllm.conversations.tokens import Chat, RowError
+from mllm.conversations.table import Conversations, open_conversations, reject_line
+from mllm.conversations.tokens import Chat
 from mllm.model.processing import SailLlavaProcessor
 from mllm.model.saving import require_mllm
 
@@ -101,7 +101,7 @@ def image_problems(conversations: Conversations, limits: Limits, workers: int, t
     for place in np.flatnonzero(np.isin(which, list(found))):
         row = conversations.row(int(pairs[place, 0]))
         code, detail = found[int(which[place])]
-        problems.append(RejectedRow(row.source, row.id, code, detail[:500]))
+        problems.append(RejectedRow.of(Reject(code, detail), int(pairs[place, 0]), row.id, "image", row.source))
     return problems, len(first)
 
 
@@ -112,8 +112,8 @@ def row_problems(conversations: Conversations, index: RowIndex, chat: Chat) -> I
         if index.status[number]:
             row = conversations.row(int(number))
             problem = chat.encode_many([row.messages], index.max_length)[0]
-            assert isinstance(problem, RowError)
-            yield RejectedRow(row.source, row.id, problem.code, problem.detail[:500])
+            assert isinstance(problem, Reject)
+            yield RejectedRow.of(problem, int(number), row.id, "conversation", row.source)
 
 
 def bins_of(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +173,7 @@ def main(config: CheckConfig) -> None:
     bad_images, images = image_problems(conversations, limits, config.workers, Ticker(console, "images decoded"))
     problems += bad_images
     with atomic_path(folder / "problems.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(vars(problem)) + "\n" for problem in problems), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(reject_line(problem)) + "\n" for problem in problems), encoding="utf-8")
     facts = facts_of(index, images)
     codes = Counter(problem.code for problem in problems)
     atomic_json(folder / "check.json", {**facts, "problems": dict(codes.most_common())})
@@ -191,8 +191,8 @@ def main(config: CheckConfig) -> None:
     table = Table("code", "count", "for example", "meaning, and the first")
     for code, count in codes.most_common():
         examples = [problem for problem in problems if problem.code == code][:EXAMPLES]
-        rows = "\n".join(f"{problem.source} (id {problem.id})" for problem in examples)
-        table.add_row(code, str(count), rows, f"{(ROW_CODES | REJECT_CODES)[code]}\n{examples[0].detail}".strip())
+        rows = "\n".join(f"{problem.source} (id {problem.key})" for problem in examples)
+        table.add_row(code, str(count), rows, f"{REJECT_CODES[code]}\n{examples[0].detail}".strip())
     console.print(table)
     raise DataError(
         f"{len(problems)} problems, each in {folder / 'problems.jsonl'}; training skips such rows and learns nothing from such images"

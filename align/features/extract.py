@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DataError
 from align.common.locks import Lease
+from align.common.reject_codes import Reject, RejectedRow
 from align.encoders.text import TextEncoder
 from align.encoders.vision import VisionEncoder
-from align.features.store import RejectedRow, StoreHeader, StoreWriter
-from align.sources.gate import Limits, Reject, gate_captions, gate_image
+from align.features.store import StoreHeader, StoreWriter
+from align.sources.gate import Limits, gate_captions, gate_image
 from align.sources.plan import Plan, Source, open_unit
 
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a job in its middle
@@ -85,7 +86,7 @@ class _Batches(Dataset):
         pixels = []
         for row in self._unit[1].rows(task.start, task.stop, images=task.images):  # type: ignore[attr-defined]
             if row.reject is not None:
-                decoded.rejects.append((True, _rejected(row.index, row.key, "row", row.reject)))
+                decoded.rejects.append((True, RejectedRow.of(row.reject, row.index, row.key, "row")))
                 continue
             if task.images:
                 try:
@@ -93,13 +94,13 @@ class _Batches(Dataset):
                     pixels.append(self.transform(gate_image(row.image, self.limits)))
                     decoded.keys.append(row.key)
                 except Reject as reject:
-                    decoded.rejects.append((True, _rejected(row.index, row.key, "image", reject)))
+                    decoded.rejects.append((True, RejectedRow.of(reject, row.index, row.key, "image")))
             for column in task.columns:
                 try:
                     texts = self._captions(row.fields, column)
                     decoded.captions[column].append((row.key, texts))
                 except Reject as reject:
-                    decoded.rejects.append((False, _rejected(row.index, row.key, column, reject)))
+                    decoded.rejects.append((False, RejectedRow.of(reject, row.index, row.key, column)))
         if pixels:
             decoded.pixels = torch.stack(pixels)
         return decoded
@@ -108,10 +109,6 @@ class _Batches(Dataset):
         if column not in fields:
             raise Reject("missing_column", f"no {column!r}; the row has {', '.join(fields) or 'nothing'}")
         return gate_captions(fields[column], self.limits)
-
-
-def _rejected(index: int, key: str, column: str, reject: Reject) -> RejectedRow:
-    return RejectedRow(index, key, column, reject.code, reject.detail[:500])
 
 
 class Extraction:

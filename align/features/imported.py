@@ -19,7 +19,8 @@ from torch import Tensor
 
 from align.common.errors import DamagedError, DataError
 from align.common.files import hash_bytes, hash_file
-from align.features.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
+from align.common.reject_codes import Reject, RejectedRow
+from align.features.store import FeatureStore, StoreHeader, StoreWriter
 from align.model.published_heads import read_checkpoint
 
 Kind = Literal["image", "caption"]
@@ -168,7 +169,7 @@ def import_embeddings(
             items.append(item)
         if not writer.done(shard):
             kept = [row for row, key in enumerate(keys) if key]
-            rejects = [RejectedRow(row, "", "key", "missing_key", "") for row, key in enumerate(keys) if not key]
+            rejects = [RejectedRow.of(Reject("key_missing"), row, "", "key") for row, key in enumerate(keys) if not key]
             writer.write(shard, embeddings.features(piece)[kept], [keys[row] for row in kept], [items[row] for row in kept], rejects)
     writer.finish()
     return FeatureStore(output)

@@ -29,12 +29,13 @@ from transformers import AutoConfig, AutoModel
 from align.common.errors import DataError, UsageError
 from align.common.files import TEMPORARY, put_in_place
 from align.common.fingerprints import compare_fingerprints
+from align.common.reject_codes import RejectedRow
 from align.common.seeds import generator
 from align.encoders.loading import VISION_FILES, opening, recorded_id, resolve_encoder
 from align.encoders.trust import split_revision
 from align.encoders.vision import VisionEncoder, load_transform
 from align.features.extract import Extraction
-from align.features.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
+from align.features.store import FeatureStore, StoreHeader, StoreWriter
 from align.sources.plan import Plan, Source, open_unit, plan
 
 SHARD_ROWS = 64  # neighbors in the source that are drawn together

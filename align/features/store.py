@@ -36,6 +36,7 @@ from align.common.files import (
     remove_temporaries,
 )
 from align.common.fingerprints import compare_fingerprints
+from align.common.reject_codes import Reject, RejectedRow
 
 FORMAT_VERSION = 1
 REJECTS_SCHEMA = pa.schema(
@@ -56,17 +57,6 @@ class StoreHeader:
     shards: int
     rows: int  # rows of the source, before rejects
     format_version: int = FORMAT_VERSION
-
-
-@dataclass(frozen=True)
-class RejectedRow:
-    """One thing that could not be used: `row` counts within the shard, `column` is "image" or a caption column."""
-
-    row: int
-    key: str
-    column: str
-    code: str
-    detail: str
 
 
 class StoreWriter:
@@ -109,7 +99,7 @@ class StoreWriter:
         good = finite & nonzero
         if not good.all():
             rejects = rejects + [
-                RejectedRow(row, keys[row], "feature", "zero_feature" if finite[row] else "nonfinite_feature", "")
+                RejectedRow.of(Reject("zero_feature" if finite[row] else "nonfinite_feature"), row, keys[row], "feature")
                 for row in np.flatnonzero(~good).tolist()
             ]
         kept = np.flatnonzero(good).tolist()

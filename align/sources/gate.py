@@ -18,50 +18,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from align.common.errors import UsageError
-
-REJECT_CODES: dict[str, str] = {
-    # images
-    "image_missing": "the row has no image: no such member, an empty cell or null",
-    "image_ambiguous": "the sample has several images and none has the suffix that was asked for",
-    "image_type": "the image cell is neither bytes, nor a path, nor a struct of bytes and path",
-    "image_empty": "the image has no bytes",
-    "image_format": "not an accepted image format, judged by content: HTML, SVG, EPS, PDF, gzip, a cut header, ...",
-    "image_pixels": "the header announces more pixels than Limits.max_pixels",
-    "image_small": "the shorter side is below Limits.min_side",
-    "image_aspect": "the longer side is more than Limits.max_aspect times the shorter",
-    "image_damaged": "the header is good but the content is cut, fails its checksum or expands beyond Pillow's limits",
-    "image_nonfinite": "a float image with NaN or infinity",
-    # image files and archive members
-    "unsafe_path": "an absolute path, a URL, or a path that leaves the image folder or archive",
-    "file_missing": "no file at that path (it may have vanished since the manifest was made)",
-    "file_denied": "no permission to read the file",
-    "file_kind": "a folder, pipe, device or link loop where a file is expected",
-    "file_large": "more bytes than a sample may have; not read",
-    "file_unreadable": "the operating system could not read the file",
-    "archive_link": "a link or device in the archive; never followed",
-    "archive_truncated": "the archive is cut or damaged here; its later samples are lost",
-    # rows and keys
-    "row_blank": "an empty line",
-    "row_large": "a line longer than a row may be; not read",
-    "row_syntax": "not valid JSON or CSV: open quotes, huge fields, too many cells, nesting too deep",
-    "row_type": "the row is valid JSON but not an object",
-    "row_duplicate_name": "a JSON object names a column twice",
-    "row_nonfinite": "NaN or Infinity, which are not JSON",
-    "row_utf8": "bytes that are not UTF-8",
-    "row_unreadable": "a parquet row group that does not decode",
-    "missing_column": "a column that other rows have is missing here",
-    "key_missing": "the key is empty or null",
-    "key_invalid": "the key is not text or a whole number, or holds NUL or a lone surrogate",
-    "key_large": "the key has more than 512 bytes",
-    "duplicate_key": "another row has this key; the first one is kept",
-    # captions
-    "caption_missing": "the caption is null, NaN, or an empty list",
-    "caption_empty": "the caption is empty or blank",
-    "caption_type": "the caption is not text",
-    "caption_large": "more characters than Limits.max_caption_chars",
-    "caption_invalid": "the caption holds NUL or a lone surrogate",
-    "caption_count": "more captions than Limits.max_captions",
-}
+from align.common.reject_codes import Reject
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow may try; nothing with scripts or outside references
 MAX_KEY_BYTES = 512
@@ -82,18 +39,6 @@ _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
     EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-
-
-class Reject(Exception):
-    """One sample cannot be used: `code` is a key of REJECT_CODES, `detail` says what was found."""
-
-    def __init__(self, code: str, detail: str = "") -> None:
-        assert code in REJECT_CODES, code
-        super().__init__(code, detail)
-        self.code, self.detail = code, detail
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.detail or REJECT_CODES[self.code]}"
 
 
 _TRUNCATED = "LOAD_TRUNCATED_IMAGES"  # the name of Pillow's process-wide switch

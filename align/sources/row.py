@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from align.common.errors import DataError
-from align.sources.gate import Reject, gate_key
+from align.common.reject_codes import Reject
+from align.sources.gate import gate_key
 from align.sources.tar import Member, TarSample, tar_samples
 
 MAX_FILE_BYTES = 256 << 20  # of one image, as a file, archive member or cell

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.common.errors import DataError
-from align.sources.gate import Reject, gate_key
+from align.common.reject_codes import Reject
+from align.sources.gate import gate_key
 from align.sources.row import HEAD_ROWS, MAX_ROW_BYTES, UTF8_MARK, Row, Unit, parse_json, require_columns
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")

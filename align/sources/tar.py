@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from align.sources.gate import Reject
+from align.common.reject_codes import Reject
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # payload of a pax or GNU long-name header

@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DataError, UsageError
 from align.common.fingerprints import compare_fingerprints
+from align.common.reject_codes import Reject
 from align.common.runs import JsonLines
 from align.common.seeds import generator
 from align.encoders.text import TextEncoder
 from align.encoders.vision import PixelNormalizer, Transform, VisionEncoder, pixel_normalizer
-from align.sources.gate import Limits, Reject, gate_captions, gate_image
+from align.sources.gate import Limits, gate_captions, gate_image
 from align.sources.plan import Plan, Source, Unit, open_unit
 from align.training.pairs import BatchOrder, PairBatch
 

@@ -12,7 +12,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from align.common.errors import DataError
-from align.sources.gate import Limits, Reject, gate_image
+from align.common.reject_codes import Reject
+from align.sources.gate import Limits, gate_image
 from eval.measures.generation import cider, matches, pope_yes_or_no, rouge_l, yes_no_scores, yes_or_no
 
 Doc = Mapping[str, Any]

@@ -17,7 +17,8 @@ import xxhash
 
 from align.common.errors import DataError
 from align.common.recipes_yaml import nearest
-from align.sources.gate import Limits, Reject, gate_captions
+from align.common.reject_codes import Reject
+from align.sources.gate import Limits, gate_captions
 from align.sources.plan import Plan, Source, open_unit, plan
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS, read_official

@@ -23,7 +23,8 @@ from PIL import Image
 
 from align.common.errors import DataError, UsageError
 from align.common.files import hash_bytes
-from align.sources.gate import Limits, Reject, gate_image
+from align.common.reject_codes import Reject
+from align.sources.gate import Limits, gate_image
 from align.sources.row import MAX_FILE_BYTES, read_below
 from eval.tasks.data import Task
 from eval.tasks.prompts import read_lines

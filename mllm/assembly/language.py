@@ -19,8 +19,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from align.common.errors import DamagedError, UsageError
+from align.common.reject_codes import Reject
 from align.encoders.loading import opening, recorded_id, require_complete, resolve_encoder
-from mllm.conversations.messages import RowError
 from mllm.conversations.templates import apply_template, resolve_template
 
 IMAGE_TOKEN = "<image>"
@@ -160,7 +160,7 @@ def _shows_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Return whether a plain text appears in what the template writes (or the template refuses it, as `plain` without image)."""
     try:
         return "a question" in apply_template(tokenizer, template, [{"role": "user", "content": "a question"}])[0]
-    except RowError:
+    except Reject:
         return True
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from align.common.errors import DataError, UsageError
-from align.sources.gate import Limits, Reject, gate_image
+from align.common.reject_codes import Reject
+from align.sources.gate import Limits, gate_image
 from mllm.conversations.table import Conversations
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor

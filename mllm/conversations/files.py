@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.common.errors import DataError, UsageError
-from align.sources.gate import Reject
+from align.common.reject_codes import Reject
 from align.sources.row import MAX_ROW_BYTES, parse_json
 from align.sources.tables import text_start
 

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DamagedError, DataError
 from align.common.files import atomic_bytes, atomic_json, disk_full_named, hash_bytes, read_json
-from align.sources.gate import Limits, Reject, gate_image
+from align.common.reject_codes import Reject, RejectedRow
+from align.sources.gate import Limits, gate_image
 from mllm.conversations.packing import STATUS, EpochPlan, RowIndex, fill_rate, length_grouped, pack
-from mllm.conversations.table import Conversations
-from mllm.conversations.tokens import IGNORED, Chat, RowError
+from mllm.conversations.table import Conversations, reject_line
+from mllm.conversations.tokens import IGNORED, Chat
 
 __all__ = ["ConversationDataset", "EpochPlan", "RowIndex", "build_index", "collate", "fill_rate", "length_grouped", "pack"]
 
@@ -84,7 +85,7 @@ class _Chunks(Dataset):
         rows = [self.conversations.row(int(row)).messages for row in self.chunks[number]]
         measured = np.zeros((len(rows), len(_ARRAYS)), dtype=np.int32)
         for line, encoded in zip(measured, self.chat.encode_many(rows, self.max_length), strict=True):
-            if isinstance(encoded, RowError):
+            if isinstance(encoded, Reject):
                 line[-1] = STATUS.index(encoded.code)
             else:
                 learnt = sum(label != IGNORED for label in encoded.labels)
@@ -126,7 +127,7 @@ def _require_good(index: RowIndex, conversations: Conversations, chat: Chat, max
         first = f"{row.source} (id {row.id!r}): {problem}"
     else:
         reject = next(conversations.rejects())
-        first = f"{reject.source} (id {reject.id!r}): {reject.code}: {reject.detail}"
+        first = f"{reject.source} (id {reject.key!r}): {reject.code}: {reject.detail}"
     raise DataError(
         f"{share:.1%} of the rows are rejected, {max_reject_fraction:.1%} are allowed ({codes}). First: {first}. Mend the data "
         "(mllm/check.py lists every row), or raise --max-reject-fraction"
@@ -187,8 +188,8 @@ class ConversationDataset(Dataset):
     def _row(self, number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         row = self.conversations.row(number)
         encoded = self.chat.encode_many([row.messages], self.index.max_length)[0]
-        if isinstance(encoded, RowError) or len(encoded.input_ids) != self.index.lengths[number]:
-            found = str(encoded) if isinstance(encoded, RowError) else f"{len(encoded.input_ids)} tokens"
+        if isinstance(encoded, Reject) or len(encoded.input_ids) != self.index.lengths[number]:
+            found = str(encoded) if isinstance(encoded, Reject) else f"{len(encoded.input_ids)} tokens"
             raise DataError(
                 f"{row.source}: {found}, {self.index.lengths[number]} tokens when indexed; the index belongs to other data or another "
                 "tokenizer. Remove the cache folder and run again"
@@ -221,7 +222,7 @@ class ConversationDataset(Dataset):
     def _write(self, number: int, source: str, name: str, reject: Reject) -> None:
         if self.rejects is None:
             return
-        found = {"row": number, "source": source, "id": name, "code": reject.code, "detail": reject.detail[:500]}
+        found = {"row": number, **reject_line(RejectedRow.of(reject, number, name, "image", source))}
         self.rejects.parent.mkdir(parents=True, exist_ok=True)
         with disk_full_named(self.rejects):
             descriptor = os.open(self.rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

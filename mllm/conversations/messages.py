@@ -8,42 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.common.errors import DataError
-from align.sources.gate import Reject, text_problem
+from align.common.reject_codes import Reject
+from align.sources.gate import text_problem
 from align.sources.row import MAX_FILE_BYTES
 
 Message = dict[str, Any]
 IMAGE = "<image>"  # how LLaVA's files mark the place of an image
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 MAX_TEXT_CHARS = 2_000_000  # of one row
-ROW_CODES: dict[str, str] = {
-    "row_fields": "neither conversations nor messages, or not a list of objects with role and content (from and value)",
-    "content_type": "a text that is no text, or a part that is neither text nor image",
-    "text_invalid": "a text holds NUL, a lone surrogate or bytes that are not UTF-8",
-    "text_large": f"more than {MAX_TEXT_CHARS} characters",
-    "special_text": "a text spells a special token that the tokenizer cannot write as plain text",
-    "role_unknown": "a role that is neither system, human or user, nor gpt or assistant",
-    "role_order": "the turns are not (system), user, assistant, user, assistant, ...",
-    "empty_question": "a question without words and images",
-    "empty_answer": "an answer without words",
-    "image_count": "not one <image> for each image",
-    "image_role": "an image that is not in a question",
-    "template": "the chat template refuses the row",
-    "too_long": "the first turn alone has more tokens than the maximum length",
-    "no_supervised_tokens": "no token of the row would be learnt",
-}
-
-
-class RowError(DataError):
-    """One row cannot be used: `code` is a key of ROW_CODES, `detail` says what was found."""
-
-    def __init__(self, code: str, detail: str = "") -> None:
-        assert code in ROW_CODES, code
-        super().__init__(f"{code}: {detail or ROW_CODES[code]}")
-        self.code, self.detail = code, detail
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RowError, (self.code, self.detail)
 
 
 @dataclass(frozen=True)
@@ -80,47 +52,47 @@ def change_texts(message: Message, change: Callable[[str], str]) -> Message:
 
 
 def check_messages(messages: Sequence[Message], answered: bool = True) -> None:
-    """Raise RowError unless the messages are (system), then user and assistant in turn, up to an answer (or a question)."""
+    """Raise Reject unless the messages are (system), then user and assistant in turn, up to an answer (or a question)."""
     for message in messages:
         _check_content(message)
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in turns]
     if not turns or roles != [("user", "assistant")[number % 2] for number in range(len(roles))]:
-        raise RowError("role_order", " ".join(roles)[:200] or "no turns")
+        raise Reject("role_order", " ".join(roles)[:200] or "no turns")
     if (len(roles) % 2 == 0) != answered:
-        raise RowError("role_order", f"the last message is by the {roles[-1]}")
+        raise Reject("role_order", f"the last message is by the {roles[-1]}")
     for message in turns:
         words = any(text.strip() for text in texts_of([message]))
         if message["role"] == "assistant" and not words:
-            raise RowError("empty_answer")
+            raise Reject("empty_answer")
         if message["role"] == "user" and not words and not count_images([message]):
-            raise RowError("empty_question")
+            raise Reject("empty_question")
 
 
 def _check_content(message: Message) -> None:
     if message.get("role") not in ("system", "user", "assistant"):
-        raise RowError("role_unknown", repr(message.get("role"))[:100])
+        raise Reject("role_unknown", repr(message.get("role"))[:100])
     content = message.get("content")
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
         if kind == "image":
             if message["role"] != "user":
-                raise RowError("image_role", f"in a message by the {message['role']}")
+                raise Reject("image_role", f"in a message by the {message['role']}")
         elif kind != "text" or not isinstance(text, str):
-            raise RowError("content_type", repr(part)[:100])
+            raise Reject("content_type", repr(part)[:100])
         elif problem := text_problem(text):
-            raise RowError("text_invalid", problem)
+            raise Reject("text_invalid", problem)
 
 
 def normalize(record: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
-    """Return the messages and images of a record; RowError or Reject says why it cannot be used.
+    """Return the messages and images of a record; Reject or Reject says why it cannot be used.
 
     Turns stand under `conversations` or `messages`, as {from, value} or {role, content}; images under `image` or `images`, or
     in the image parts. Where no part is an image, the text `<image>` marks the places (see `place_images`).
     """
     turns = record["conversations"] if record.get("conversations") is not None else record.get("messages")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError("row_fields", f"it has {', '.join(map(str, record))}"[:200])
+        raise Reject("row_fields", f"it has {', '.join(map(str, record))}"[:200])
     images: list[RawImage] = []
     for name in ("image", "images"):
         value = record.get(name)
@@ -128,18 +100,18 @@ def normalize(record: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
             images += [_raw_image(item) for item in (value if isinstance(value, list) else [value])]
     messages = [_message(turn) for turn in turns]
     if sum(len(text) for text in texts_of(messages)) > MAX_TEXT_CHARS:
-        raise RowError("text_large")
+        raise Reject("text_large", f"more than {MAX_TEXT_CHARS} characters")
     if count_images(messages):
         inside = [part for message in messages for part in parts_of(message) if part["type"] == "image"]
         own = [_raw_image(part["image"]) for part in inside if part.get("image") is not None]
         if images and own:
-            raise RowError("image_count", "images both in the row and in its messages")
+            raise Reject("image_count", "images both in the row and in its messages")
         images = images or own
         messages = [_bare(message) for message in messages]
     else:
         messages = place_images(messages, len(images))
     if count_images(messages) != len(images):
-        raise RowError("image_count", f"{count_images(messages)} image parts for {len(images)} images")
+        raise Reject("image_count", f"{count_images(messages)} image parts for {len(images)} images")
     check_messages(messages)
     return messages, images
 
@@ -147,7 +119,7 @@ def normalize(record: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
 def _message(turn: dict[str, Any]) -> Message:
     role, content = (turn["from"], turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
     if not isinstance(role, str) or role not in ROLES:
-        raise RowError("role_unknown", repr(role)[:100])
+        raise Reject("role_unknown", repr(role)[:100])
     message = {"role": ROLES[role], "content": content}
     if isinstance(content, list):
         message["content"] = [_part(part) for part in content]
@@ -196,7 +168,7 @@ def place_images(messages: list[Message], images: int) -> list[Message]:
     """Return the messages with `images` of the `<image>` in their questions turned into image parts, the rest left as text.
 
     Marks at the start or end of questions count; if these are not as many as the images, all in the questions do. A question's
-    only image comes first, its words are stripped, as in LLaVA. RowError `image_count` if the marks do not match the images.
+    only image comes first, its words are stripped, as in LLaVA. Reject `image_count` if the marks do not match the images.
     """
     questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
     edges = {number: _edge_marks(messages[number]["content"]) for number in questions}
@@ -205,7 +177,7 @@ def place_images(messages: list[Message], images: int) -> list[Message]:
         if sum(map(len, found.values())) == images:
             return [_split(message, found.get(number, [])) for number, message in enumerate(messages)]
     marks, inside = sum(map(len, edges.values())), sum(map(len, everywhere.values()))
-    raise RowError("image_count", f"{marks} {IMAGE} at the edges of the questions and {inside} in all, for {images} images")
+    raise Reject("image_count", f"{marks} {IMAGE} at the edges of the questions and {inside} in all, for {images} images")
 
 
 def _edge_marks(text: str) -> list[int]:

@@ -11,11 +11,11 @@ from functools import cached_property
 import numpy as np
 
 from align.common.errors import UsageError
+from align.common.reject_codes import CONVERSATION_CODES
 from align.common.seeds import generator
-from mllm.conversations.messages import ROW_CODES
 
 Item = int | list[int]  # a row, or a pack of rows
-STATUS = ("good", *ROW_CODES)  # what a row's status number means
+STATUS = ("good", *CONVERSATION_CODES)  # what a row's status number means
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ import pyarrow as pa
 
 from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import atomic_json, atomic_path, hash_bytes, hash_file, read_json, require_free
+from align.common.reject_codes import Reject, RejectedRow
 from align.common.seeds import generator
 from align.embedded.assets import cache_root
-from align.sources.gate import Reject, gate_key
+from align.sources.gate import gate_key
 from align.sources.row import MAX_FILE_BYTES, read_below
 from mllm.conversations.files import READERS, read_records
-from mllm.conversations.messages import Message, RawImage, RowError, normalize
+from mllm.conversations.messages import Message, RawImage, normalize
 
 FORMAT = 1  # raise when rows come out differently: older caches are then read anew
 SCHEMA = pa.schema(
@@ -60,16 +61,6 @@ class Row:
     source: str  # file name and row number in it (from 0)
     messages: list[Message]
     images: list[ImageRef]
-
-
-@dataclass(frozen=True)
-class RejectedRow:
-    """One row that could not be read, or not be used: `code` is a key of ROW_CODES or of the gate's REJECT_CODES."""
-
-    source: str
-    id: str
-    code: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -129,7 +120,7 @@ class Conversations:
         return f"{image.file} {image.place} {image.item}" if image.path is None else os.path.join(self.files[image.file].root, image.path)
 
     def read_image(self, image: ImageRef) -> bytes:
-        """Return the bytes of an encoded image file; raise the gate's Reject if there are none or the path is not safe."""
+        """Return the bytes of an encoded image file; raise Reject if there are none or the path is not safe."""
         if image.path is None:
             return self._table(image.file)["blobs"][image.place].values[image.item].as_py()
         return read_below(self.files[image.file].root, image.path, MAX_FILE_BYTES)
@@ -139,7 +130,9 @@ class Conversations:
         for file in self.files:
             with open(file.rejects, encoding="utf-8") as lines:
                 for line in lines:
-                    yield RejectedRow(**json.loads(line))
+                    found = json.loads(line)
+                    number = int(found["source"].rpartition(":")[2])
+                    yield RejectedRow(number, found["id"], "conversation", found["code"], found["detail"], found["source"])
 
     def _table(self, file: int) -> pa.Table:
         if file not in self._tables:
@@ -240,10 +233,10 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
                         raise record
                     name = _identity(record, name)
                     messages, images = normalize(record)
-                except (Reject, RowError) as error:
-                    codes[error.code] += 1
-                    found = {"source": f"{os.path.basename(path)}:{number}", "id": name, "code": error.code, "detail": error.detail[:500]}
-                    lines.write(json.dumps(found) + "\n")
+                except Reject as reject:
+                    codes[reject.code] += 1
+                    found = RejectedRow.of(reject, number, name, "conversation", f"{os.path.basename(path)}:{number}")
+                    lines.write(json.dumps(reject_line(found)) + "\n")
                     continue
                 batch.append(_cells(name, number, messages, images))
                 size += len(batch[-1]["messages"]) + sum(len(image.data or b"") for image in images)
@@ -256,6 +249,11 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
             if batch:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     return rows, dict(codes.most_common())
+
+
+def reject_line(row: RejectedRow) -> dict[str, str]:
+    """Return what the lists of rejected conversations and images say of one of them."""
+    return {"source": row.source, "id": row.key, "code": row.code, "detail": row.detail}
 
 
 def _identity(record: dict[str, Any], fallback: str) -> str:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.common.errors import UsageError
-from mllm.conversations.messages import Message, RowError
+from align.common.reject_codes import Reject
+from mllm.conversations.messages import Message
 
 # An image is followed by a line break unless white space follows anyhow: "<image>\nWhat is this?", as LLaVA has it.
 _CONTENT = """
@@ -114,7 +115,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
         raise UsageError(f"chat template {template!r} is unknown; allowed: {', '.join(TEMPLATES)}, own, or a .jinja file that exists")
     try:
         shown, _ = apply_template(tokenizer, template, _PROBE)
-    except RowError:
+    except Reject:
         shown = ""
     if shown.count(image_token) == 1:
         return template
@@ -131,7 +132,7 @@ def apply_template(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation and the character spans of what is learnt (none unless the template marks them).
 
-    `ask` adds what a model continues with its next answer. RowError `template` if the template refuses the messages.
+    `ask` adds what a model continues with its next answer. Reject `template` if the template refuses the messages.
     """
     marked = marks_answers(template)
     specials: dict[str, Any] = tokenizer.special_tokens_map
@@ -144,7 +145,7 @@ def apply_template(
             **specials,
         )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise RowError("template", f"{type(error).__name__}: {error}"[:300]) from error
+        raise Reject("template", f"{type(error).__name__}: {error}"[:300]) from error
     texts, spans = rendered
     return texts[0], spans[0] if marked else []
 

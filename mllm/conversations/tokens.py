@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from align.common.errors import UsageError
 from align.common.files import hash_bytes
-from mllm.conversations.messages import Message, RowError, change_texts, check_messages, count_images, texts_of
+from align.common.reject_codes import Reject
+from mllm.conversations.messages import Message, change_texts, check_messages, count_images, texts_of
 from mllm.conversations.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
 
-__all__ = ["IGNORED", "TEMPLATES", "Chat", "Encoded", "Message", "RowError", "resolve_template"]
+__all__ = ["IGNORED", "TEMPLATES", "Chat", "Encoded", "Message", "Reject", "resolve_template"]
 
 IGNORED = -100  # the label of a token that is not learnt
 _CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, which hardly any text has
@@ -95,22 +96,22 @@ class Chat:
         return hash_bytes(json.dumps([facts, specials, self.template, self.image_token, self.image_tokens, self._prefix]).encode())
 
     def encode(self, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
-        """Return a row's ids and labels; RowError if it cannot be used.
+        """Return a row's ids and labels; Reject if it cannot be used.
 
         Of a row longer than `max_length`, whole turns are dropped from the end, with their images.
         """
         encoded = self.encode_many([messages], max_length)[0]
-        if isinstance(encoded, RowError):
+        if isinstance(encoded, Reject):
             raise encoded
         return encoded
 
-    def encode_many(self, rows: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded | RowError]:
+    def encode_many(self, rows: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded | Reject]:
         """Return, for each row, what `encode` returns or raises. Faster: the tokenizer takes all rows at once."""
         rendered = [self._render_or_error(messages) for messages in rows]
         tokens = iter(self._tokenize([row.pieces[0] for row in rendered if isinstance(row, _Rendered)]))
-        results: list[Encoded | RowError] = []
+        results: list[Encoded | Reject] = []
         for messages, row in zip(rows, rendered, strict=True):
-            if isinstance(row, RowError):
+            if isinstance(row, Reject):
                 results.append(row)
                 continue
             try:
@@ -118,7 +119,7 @@ class Chat:
                 if max_length is not None and len(encoded.input_ids) > max_length:
                     encoded = self._shorten(messages, len(encoded.input_ids), max_length)
                 results.append(encoded)
-            except RowError as error:
+            except Reject as error:
                 results.append(error)
         return results
 
@@ -131,7 +132,7 @@ class Chat:
         return "".join(self._render(messages, answered=False).pieces)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids that a model continues, images expanded; RowError if the last message is not a question."""
+        """Return the token ids that a model continues, images expanded; Reject if the last message is not a question."""
         check_messages(messages, answered=False)
         rendered = self._render(messages, answered=False)
         return self._assemble(rendered, self._tokenize(rendered.pieces[:1])[0])[0].tolist()
@@ -141,10 +142,10 @@ class Chat:
         probe = _PROBE
         try:
             rendered = self._render(probe)
-        except RowError as error:
+        except Reject as error:
             probe = probe[:2]  # there are templates of one turn
             rendered_or_error = self._render_or_error(probe)
-            if isinstance(rendered_or_error, RowError):
+            if isinstance(rendered_or_error, Reject):
                 hint = "" if self.tokenizer.eos_token else " The tokenizer has no end token (eos_token)."
                 raise UsageError(f"the chat template cannot be used ({error}).{hint} Known good: {', '.join(TEMPLATES)}") from error
             rendered = rendered_or_error
@@ -164,11 +165,11 @@ class Chat:
         found = (self.tokenizer.eos_token_id, self._controls.get(end))
         return list(dict.fromkeys(index for index in found if index is not None))
 
-    def _render_or_error(self, messages: Sequence[Message]) -> _Rendered | RowError:
+    def _render_or_error(self, messages: Sequence[Message]) -> _Rendered | Reject:
         try:
             check_messages(messages)
             return self._render(messages)
-        except RowError as error:
+        except Reject as error:
             return error
 
     def _render(self, messages: Sequence[Message], answered: bool = True) -> _Rendered:
@@ -178,14 +179,14 @@ class Chat:
         if any(map(self._control.search, texts)):
             cut = next((mark for mark in _CUTS if not any(mark in text for text in texts)), None)
             if cut is None:
-                raise RowError("special_text", "and it has all noncharacters from U+FDD0 to U+FDEF, too")
+                raise Reject("special_text", "and it has all noncharacters from U+FDD0 to U+FDEF, too")
             messages = [self._protected(message, cut) for message in messages]
         text, spans = apply_template(self.tokenizer, self.template, messages, ask=not answered)
         if answered and not marks_answers(self.template):
             spans = self._additions(messages, text)
         images, shown = count_images(messages), text.count(self.image_token)
         if shown != images:
-            raise RowError("template", f"it shows {shown} of {images} images")
+            raise Reject("template", f"it shows {shown} of {images} images")
         return _Rendered(text.split(cut) if cut else [text], spans, images, len(self._control.findall(text)))
 
     def _protected(self, message: Message, cut: str) -> Message:
@@ -205,7 +206,7 @@ class Chat:
             before, _ = apply_template(self.tokenizer, self.template, messages[:number], ask=True)
             after, _ = apply_template(self.tokenizer, self.template, messages[: number + 1])
             if not after.startswith(before) or not text.startswith(after):
-                raise RowError("template", "it writes earlier turns anew as the conversation grows, so answers cannot be located")
+                raise Reject("template", "it writes earlier turns anew as the conversation grows, so answers cannot be located")
             said = after[len(before) :]
             ends = [match.end() for match in self._control.finditer(said)]
             if ends and not said[ends[-1] :].strip():  # the line break after the end token is not for the model to say
@@ -238,7 +239,7 @@ class Chat:
         tokens = np.concatenate([ids for ids, _ in chunks])
         start, stop = np.concatenate([offsets for _, offsets in chunks]).T
         if (tokens == self._image_id).sum() != rendered.images or self._is_control[tokens].sum() != rendered.controls:
-            raise RowError("special_text")
+            raise Reject("special_text")
         learnt = np.zeros(len(tokens), dtype=bool)
         for first_char, end in rendered.spans:  # tokens that reach into the span, or stand in it without characters of their own
             learnt |= (start < end) & ((stop > first_char) | ((start == stop) & (start >= first_char)))
@@ -252,11 +253,11 @@ class Chat:
         tokens, learnt = self._assemble(rendered, first)
         learnt[:1] = False  # nothing before it predicts it, and in a pack it follows another row
         if not learnt.any():
-            raise RowError("no_supervised_tokens")
+            raise Reject("no_supervised_tokens")
         return Encoded(tokens.tolist(), np.where(learnt, tokens, IGNORED).tolist(), rendered.images, 0)
 
     def _shorten(self, messages: Sequence[Message], length: int, max_length: int) -> Encoded:
-        """Return the row with as many turns as fit, found by bisection; RowError `too_long` if not even one does."""
+        """Return the row with as many turns as fit, found by bisection; Reject `too_long` if not even one does."""
         head = int(messages[0]["role"] == "system")
         turns = (len(messages) - head) // 2
         best, low, high = None, 1, turns - 1
@@ -268,5 +269,5 @@ class Chat:
             else:
                 high = kept - 1
         if best is None:
-            raise RowError("too_long", f"{length} tokens in {turns} turns, and not even the first fits into {max_length}")
+            raise Reject("too_long", f"{length} tokens in {turns} turns, and not even the first fits into {max_length}")
         return best

@@ -328,7 +328,7 @@ def test_rows_without_key_or_finite_features_are_rejected(tmp_path):
     store = imported(embeddings=str(tmp_path / "p"), kind="image", output=str(tmp_path / "out"))
     assert store.keys.to_pylist() == ["a"]
     rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
-    assert {(r["key"], r["code"]) for r in rejects} == {("", "missing_key"), ("b", "nonfinite_feature"), ("d", "zero_feature")}
+    assert {(r["key"], r["code"]) for r in rejects} == {("", "key_missing"), ("b", "nonfinite_feature"), ("d", "zero_feature")}
 
 
 def test_folders_that_are_not_whole_are_refused(tmp_path):

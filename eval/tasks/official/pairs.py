@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.common.errors import DataError
-from align.sources.gate import Reject
+from align.common.reject_codes import Reject
 from align.sources.row import parse_json
 from eval.tasks.official.layout import Official, OfficialLayout, Row
 

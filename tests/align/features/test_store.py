@@ -9,7 +9,8 @@ import pytest
 
 from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
-from align.features.store import FeatureStore, RejectedRow, StoreHeader, StoreWriter
+from align.common.reject_codes import RejectedRow
+from align.features.store import FeatureStore, StoreHeader, StoreWriter
 
 
 def rows(count, start=0, width=8):
@@ -65,11 +66,11 @@ def test_rows_that_do_not_fit_fp16_or_are_zero_are_rejected_not_stored(tmp_path,
     shard[1][2][:] = 0
     shard[2][2][3] = 1e6
     shard[3][2][0] = np.nan
-    store = make_store(tmp_path / "s", [shard], rejects={0: [RejectedRow(9, "bad", "image", "empty_file", "0 bytes")]})
+    store = make_store(tmp_path / "s", [shard], rejects={0: [RejectedRow(9, "bad", "image", "image_empty", "0 bytes")]})
     assert store.keys.to_pylist() == ["key-0", "key-4"]
     rejects = pq.read_table(tmp_path / "s/rejects.parquet").to_pylist()
     assert [(r["key"], r["code"]) for r in rejects] == [
-        ("bad", "empty_file"), ("key-1", "zero_feature"), ("key-2", "nonfinite_feature"), ("key-3", "nonfinite_feature"),
+        ("bad", "image_empty"), ("key-1", "zero_feature"), ("key-2", "nonfinite_feature"), ("key-3", "nonfinite_feature"),
     ]  # fmt: skip
 
 

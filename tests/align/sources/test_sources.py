@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from align.common.errors import DamagedError, DataError, UsageError
+from align.common.reject_codes import Reject
 from align.sources import row as units
 from align.sources import tables as tabular
-from align.sources.gate import Limits, Reject, gate_image
+from align.sources.gate import Limits, gate_image
 from align.sources.plan import Plan, Source, open_unit, plan
 from align.sources.row import read_below
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from align.common.errors import DataError, UsageError
-from align.sources.gate import Limits, Reject
+from align.common.reject_codes import Reject
+from align.sources.gate import Limits
 from eval.tasks.data import TASKS, Task
 from eval.tasks.masks import IGNORED, gate_labels, load_segmentation, split_names
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from align.common.errors import DataError, UsageError
-from align.sources.gate import REJECT_CODES, Reject
+from align.common.reject_codes import REJECT_CODES, Reject
 from mllm.conversations import table as module
 from mllm.conversations.files import _ArrayReader, read_records
-from mllm.conversations.messages import ROW_CODES, RowError, normalize
+from mllm.conversations.messages import normalize
 from mllm.conversations.table import open_conversations
 
 IMAGE = {"type": "image"}
@@ -138,7 +138,7 @@ PLACES = [  # human values, number of images, what becomes of the first value (N
 def test_where_the_marks_are_images(values, images, first):
     row = {"image": [f"{n}.png" for n in range(images)], "conversations": turns(*(v for value in values for v in (value, "ok <image>")))}
     if first is None:
-        with pytest.raises(RowError, match="image_count"):
+        with pytest.raises(Reject, match="image_count"):
             normalize(row)
         return
     messages, found = normalize(row)
@@ -203,7 +203,7 @@ def test_hostile_rows_are_counted_and_the_others_kept(tmp_path, layout):
     assert len(found) == len(HOSTILE) and all(found.row(n).id == "good" for n in range(len(found)))
     rejects = list(found.rejects())
     assert {reject.source: reject.code for reject in rejects} == {f"{path.name}:{2 * n}": code for n, code in enumerate(HOSTILE.values())}
-    assert sum(found.codes.values()) == len(HOSTILE) and set(found.codes) <= set(ROW_CODES) | set(REJECT_CODES)
+    assert sum(found.codes.values()) == len(HOSTILE) and set(found.codes) <= set(REJECT_CODES)
 
 
 def test_bytes_that_are_not_utf8_cost_their_row(tmp_path):
@@ -341,6 +341,13 @@ def test_rows_survive_pickling_and_other_processes(tmp_path):
     assert len(pickle.dumps(data)) < 5000
 
 
+def test_a_row_with_too_much_text_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("mllm.conversations.messages.MAX_TEXT_CHARS", 40)
+    rows = [{"conversations": turns("q", "a" * length)} for length in (39, 40)]
+    data = opened(write(tmp_path / "a.json", json.dumps(rows)), tmp_path)
+    assert data.codes == {"text_large": 1} and len(data) == 1 and next(data.rejects()).source == "a.json:1"
+
+
 def test_parquet_without_conversations_or_with_damage(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="neither a column conversations nor messages; it has text"):
@@ -360,5 +367,5 @@ def test_parquet_without_conversations_or_with_damage(tmp_path):
 def test_a_text_of_many_marks_is_split_in_linear_time():
     row = {"conversations": turns("x " + "<image>" * 100_000 + " y", "a")}
     assert normalize(row)[0][0]["content"].startswith("x <image>")
-    with pytest.raises(RowError, match="image_count"):
+    with pytest.raises(Reject, match="image_count"):
         normalize({"conversations": turns("<image>" * 100_000, "a")})

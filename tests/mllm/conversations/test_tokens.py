@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from align.common.errors import UsageError
-from mllm.conversations.tokens import IGNORED, TEMPLATES, Chat, RowError, resolve_template
+from align.common.reject_codes import Reject
+from mllm.conversations.tokens import IGNORED, TEMPLATES, Chat, resolve_template
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
 from tests.support.tiny_mllm import TEXTS, tiny_tokenizer
 
@@ -120,7 +121,7 @@ def test_plain_is_the_image_then_the_caption_and_a_line_break(make):
     assert tokenizer.decode(encoded.input_ids[3:]).lstrip(" ") == "a red car\n"
     assert chat.prompt([said("user", None, "Describe")]) == "<image>"
     for bad in ([said("user", "no image"), said("assistant", "a")], TWO_TURNS):
-        with pytest.raises(RowError, match="template: .*plain"):
+        with pytest.raises(Reject, match="template: .*plain"):
             chat.encode(bad)
 
 
@@ -240,7 +241,7 @@ def test_special_tokens_in_the_data_stay_text():
 def test_text_that_can_only_be_a_special_token_is_refused():
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken("§", special=True)])  # one character cannot be cut
-    with pytest.raises(RowError, match="special_text"):
+    with pytest.raises(Reject, match="special_text"):
         Chat(tokenizer, "vicuna_v1").encode([said("user", "what is § 3"), said("assistant", "a law")])
 
 
@@ -255,7 +256,7 @@ def test_too_long_rows_lose_whole_turns_from_the_end():
         turns = sum(length <= limit for length in lengths)
         assert encoded.input_ids == whole.input_ids[: lengths[turns - 1]] and encoded.labels == whole.labels[: lengths[turns - 1]]
         assert (encoded.images, encoded.dropped_turns) == (turns, 6 - turns)
-    with pytest.raises(RowError, match=f"too_long: {lengths[-1]} tokens in 6 turns"):
+    with pytest.raises(Reject, match=f"too_long: {lengths[-1]} tokens in 6 turns"):
         chat.encode(messages, lengths[0] - 1)
 
 
@@ -280,7 +281,7 @@ BAD = {
 def test_bad_messages_have_codes(code):
     chat = Chat(byte_level(), "vicuna_v1")
     for messages in BAD[code]:
-        with pytest.raises(RowError) as caught:
+        with pytest.raises(Reject) as caught:
             chat.encode(messages)
         assert caught.value.code == code, messages
 
@@ -291,7 +292,7 @@ def test_many_rows_at_once_equal_one_by_one():
     results = chat.encode_many(rows, 150)
     assert [getattr(result, "code", None) for result in results] == [None, "empty_answer", None, None, None]
     for row, result in zip(rows, results, strict=True):
-        if not isinstance(result, RowError):
+        if not isinstance(result, Reject):
             assert result == chat.encode(row, 150)
     assert results[-1].dropped_turns > 0 and len(results[-1].input_ids) <= 150
     assert chat.encode_many([]) == []
@@ -346,6 +347,15 @@ def test_a_template_that_refuses_a_row_costs_that_row_only():
     strict = TEMPLATES["vicuna_v1"] + "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system role') }}{%- endif -%}"
     results = Chat(byte_level(), strict).encode_many([[said("system", "a"), *TWO_TURNS], TWO_TURNS])
     assert results[0].code == "template" and "no system role" in results[0].detail and results[1].images == 1
+
+
+def test_a_row_of_which_the_template_marks_nothing_is_refused():
+    answer = "{%- generation -%}{{- ' ' + content_of(message) + eos_token -}}{%- endgeneration -%}"
+    unless = "{%- if message['content'] == 'skip' -%}{{- content_of(message) -}}{%- else -%}" + answer + "{%- endif -%}"
+    assert answer in TEMPLATES["brief"]
+    chat = Chat(byte_level(), TEMPLATES["brief"].replace(answer, unless))
+    results = chat.encode_many([[said("user", "a"), said("assistant", "skip")], [said("user", "a"), said("assistant", "b")]])
+    assert results[0].code == "no_supervised_tokens" and sum(label != IGNORED for label in results[1].labels) > 1
 
 
 def test_fingerprint_names_what_decides_the_tokens():
