@@ -23,6 +23,19 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from align.assessment.candidates import (
+    captions_of,
+    chosen_features,
+    chosen_layers,
+    feature_columns,
+    folder_name,
+    random_copy,
+    read_labels,
+    rows_of,
+    sampled_plan,
+    text_name,
+    unique_keys,
+)
 from align.assessment.config import AssessConfig
 from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
@@ -49,21 +62,7 @@ from align.encoders.text import load_text_encoder
 from align.encoders.trust import may_run_code, split_revision
 from align.encoders.vision import load_vision_encoder
 from align.features.extract import Extraction
-from align.features.layers import (
-    LayerExtraction,
-    LayerFeatures,
-    captions_of,
-    chosen_features,
-    chosen_layers,
-    feature_columns,
-    folder_name,
-    random_copy,
-    read_labels,
-    rows_of,
-    sampled_plan,
-    text_name,
-    unique_keys,
-)
+from align.features.layers import LayerExtraction, LayerFeatures
 from align.features.store import FeatureStore
 from align.sources.plan import Plan, Source
 

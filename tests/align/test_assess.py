@@ -14,6 +14,15 @@ from PIL import Image
 
 from align import assess
 from align.assessment import scores as assess_scores
+from align.assessment.candidates import (
+    chosen_features,
+    chosen_layers,
+    feature_columns,
+    folder_name,
+    random_copy,
+    read_labels,
+    sampled_plan,
+)
 from align.assessment.config import AssessConfig
 from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
@@ -25,16 +34,7 @@ from align.common.errors import DataError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
-from align.features.layers import (
-    LayerFeatures,
-    chosen_features,
-    chosen_layers,
-    feature_columns,
-    folder_name,
-    random_copy,
-    read_labels,
-    sampled_plan,
-)
+from align.features.layers import LayerFeatures
 from align.features.store import FeatureStore
 from align.sources.plan import Source
 from align.train import main as train

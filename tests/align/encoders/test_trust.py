@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import pipeline
 
+from align.assessment.candidates import folder_name
 from align.assessment.config import AssessConfig
 from align.common.errors import UsageError
 from align.curate import Space, open_candidates
@@ -16,7 +17,6 @@ from align.encoders.text import load_text_encoder
 from align.encoders.trust import may_run_code, split_revision
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
-from align.features.layers import folder_name
 from align.features.store import StoreHeader, StoreWriter
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel, save_model
