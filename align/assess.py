@@ -111,7 +111,7 @@ class Assessment:
         found = []
         for name, random in self.encoders():
             encoder = load_vision_encoder(**self._reference(name))
-            layers = chosen_layers(("last",) if random else self.config.layers, name, encoder.tower.first, encoder.layers)
+            layers = chosen_layers(("last",) if random else self.config.layers, name, encoder.backbone.first, encoder.layers)
             features = chosen_features(("auto",) if random else self.config.features, encoder.has_cls)
             found.append(Vision(folder_name(name), layers, features, encoder.has_cls, random))
             for part, source in (("pairs", self.pairs), ("labelled", self.labelled)):

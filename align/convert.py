@@ -32,9 +32,9 @@ from align.encoders.trust import may_run_code
 from align.encoders.vision import load_vision_encoder
 from align.features.imported import Embeddings, find_files, import_embeddings
 from align.model.config import ConvertConfig
-from align.model.dual_encoder import SailModel, save_model
+from align.model.dual_encoder import SailModel
 from align.model.published_heads import heads_from, projector_from, read_weights, to_published, with_vision_head, write_weights
-from align.model.saving import model_folder
+from align.model.saving import model_folder, save_model
 
 
 def open_encoders(config: ConvertConfig, tokenizer: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -91,13 +91,13 @@ class Space:
             return normalize
         expected = self.model.config.vision_fingerprint if features.kind == "image" else self.model.config.text_fingerprint
         compare_encoders(expected, features.fingerprint, str(features.stores[0].folder))
-        return self.model.align_images if features.kind == "image" else self.model.align_texts
+        return self.model.project_image if features.kind == "image" else self.model.project_text
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Return (T, E) normalised embeddings of texts, by the model's text encoder or by the one that encoded the candidates."""
         if self.model is not None:
-            return self.model.align_texts(self.model.text_encoder.encode(texts, self.config.text_batch_size).to(self.device))
+            return self.model.project_text(self.model.text_encoder.encode(texts, self.config.text_batch_size).to(self.device))
         header = self.candidates.stores[0].header
         if not header.loader:
             raise UsageError(

@@ -34,8 +34,8 @@ from align.common.files import atomic_bytes, atomic_json, hash_file, human_bytes
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.recipes_yaml import refuse_other_config, to_recipe
 from align.common.runs import JsonLines, add_launch
-from align.model.dual_encoder import save_model
 from align.model.losses import any_rank
+from align.model.saving import save_model
 from align.training.config import TrainConfig
 from align.training.inputs import Features, from_data, from_stores, model_for
 from align.training.online import OnlinePairs

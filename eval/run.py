@@ -124,8 +124,8 @@ class Measurement:
         answers = {}
         for one in self.candidates:
             name = one.record.name
-            images = aligned(one.model.align_images, features[name], one.model.device)
-            embedded = aligned(one.model.align_texts, texts[name], one.model.device)
+            images = aligned(one.model.project_image, features[name], one.model.device)
+            embedded = aligned(one.model.project_text, texts[name], one.model.device)
             weights = class_weights(embedded, [len(of_class) for of_class in prompts.sentences])
             answers[name] = zero_shot_classification(images, weights, torch.from_numpy(data.labels), scale=one.model.scale)
             self.entries += classification_entries(
@@ -183,7 +183,7 @@ class Measurement:
         sentences = [sentence for of_name in prompts.sentences for sentence in of_name]
         prompted = []
         for one in self.candidates:
-            embedded = aligned(one.model.align_texts, self.cache.texts(sentences, one.model), one.model.device)
+            embedded = aligned(one.model.project_text, self.cache.texts(sentences, one.model), one.model.device)
             weights = class_weights(embedded, [len(of_name) for of_name in prompts.sentences])  # of each name
             prompted.append(Prompted(one.model, one.record.fingerprint, weights, prompts.sentences))
         windows = Windows(*self.config.windows)
@@ -212,8 +212,8 @@ class Measurement:
         """Return every candidate's embeddings of the images (N, E) and captions (M, E) of a task."""
         found = {}
         for one in self.candidates:
-            images = aligned(one.model.align_images, features[one.record.name], one.model.device)
-            captions = aligned(one.model.align_texts, self.cache.texts(data.captions, one.model), one.model.device)
+            images = aligned(one.model.project_image, features[one.record.name], one.model.device)
+            captions = aligned(one.model.project_text, self.cache.texts(data.captions, one.model), one.model.device)
             found[one.record.name] = (images, captions)
         return found
 

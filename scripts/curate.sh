@@ -132,8 +132,8 @@ for head in ("linear", "glu"):
             with torch.no_grad():
                 if embedded is None:
                     embedded = {template: encoder.encode([template.replace("{c}", name) for name in names], 64) for template in templates}
-                aligned = torch.stack([model.align_texts(embedded[template]) for template in templates]).mean(0)
-                scores = model.align_images(features) @ torch.nn.functional.normalize(aligned, dim=1).T
+                aligned = torch.stack([model.project_text(embedded[template]) for template in templates]).mean(0)
+                scores = model.project_image(features) @ torch.nn.functional.normalize(aligned, dim=1).T
             right = scores.argmax(1).numpy() == truth
             file = {"curated": "curated/chosen.parquet", "all": None}.get(choice, f"{choice}-{seed}.parquet")
             keys = pq.read_table(out / file)["key"].to_pylist() if file else list(shown)

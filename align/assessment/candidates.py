@@ -20,7 +20,7 @@ from align.common.errors import DataError, UsageError
 from align.common.files import TEMPORARY, put_in_place
 from align.common.fingerprints import compare_fingerprints
 from align.common.seeds import generator
-from align.encoders.loading import VISION_FILES, opening, recorded_id, resolve_encoder
+from align.encoders.loading import VISION_FILES, load_errors_named, recorded_id, resolve_encoder
 from align.encoders.trust import split_revision
 from align.encoders.vision import load_transform
 from align.features.store import FeatureStore
@@ -72,7 +72,7 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
     temporary.mkdir(parents=True)
     name, revision = split_revision(name)
     source = resolve_encoder(name, revision, trust_remote_code=False)
-    with opening(name, VISION_FILES), torch.random.fork_rng(devices=[]):
+    with load_errors_named(name, VISION_FILES), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, revision=revision), dtype=torch.float32)
         transform = load_transform(name, revision=revision)

@@ -135,8 +135,8 @@ def _recalled(model: SailModel, pairs: CaptionedFeatures) -> tuple[np.ndarray, f
     The value of an image is half its own hit and half its captions' hits, these weighted so that every caption counts the same.
     """
     model.eval()
-    images = model.embed_images(torch.from_numpy(pairs.images).to(model.device))
-    captions = model.embed_texts(torch.from_numpy(pairs.captions).to(model.device))
+    images = model.project_image(torch.from_numpy(pairs.images).to(model.device))
+    captions = model.project_text(torch.from_numpy(pairs.captions).to(model.device))
     ids, owners = torch.arange(len(images), device=model.device), torch.from_numpy(pairs.owners).to(model.device)
     found = (best_ranks(images, captions, ids, owners) <= RECALL_AT).double().cpu().numpy()
     finding = (best_ranks(captions, images, owners, ids) <= RECALL_AT).double().cpu().numpy()

@@ -1,10 +1,10 @@
 """How each family of vision models is read: where its blocks and final norm are, and how many tokens precede the patches.
 
-`VISION_ADAPTERS` maps the exact `model_type` of a config to a function that wraps the model which AutoModel opens in a tower.
-A tower returns the tokens of any of its layers after the final norm. Legend: `B` batch, `P` patches, `D` width.
+`VISION_ADAPTERS` maps the exact `model_type` of a config to a function that wraps the model which AutoModel opens in a backbone.
+A backbone returns the tokens of any of its layers after the final norm. Legend: `B` batch, `P` patches, `D` width.
 
 Pixels of another size than the model was trained with give more or fewer patches: position embeddings are interpolated (bicubic, as
-each library does it), rotary and sinusoidal ones are computed, CNNs have none. A tower that cannot is `fixed` to its own size.
+each library does it), rotary and sinusoidal ones are computed, CNNs have none. A backbone that cannot is `fixed` to its own size.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from align.common.errors import UsageError
 
 
-class BlockTower(nn.Module):
+class BlockBackbone(nn.Module):
     """A model that is a list of blocks (ViT) or stages (CNN) with a final norm.
 
     `blocks` and `norm` are module paths inside `model`. `prefix` tokens precede the patches: CLS first if `has_cls`, then
@@ -76,7 +76,7 @@ class BlockTower(nn.Module):
         return self.model.get_submodule(self.norm)(tokens)
 
 
-class MapTower(nn.Module):
+class PyramidBackbone(nn.Module):
     """A timm CNN, or a pyramid like Swin: layers 1..n are its stages' maps, layer n + 1 is what its `forward_features` gives."""
 
     has_cls, prefix, cnn, first = False, 0, True, 1
@@ -111,7 +111,7 @@ class MapTower(nn.Module):
         return [maps[layer].flatten(2).transpose(1, 2) for layer in layers]
 
 
-Tower = BlockTower | MapTower
+Backbone = BlockBackbone | PyramidBackbone
 
 
 def _keep(outputs: dict[int, Tensor], layer: int, block: nn.Module, inputs: Any, output: Any) -> None:
@@ -135,28 +135,28 @@ def _unmasked(model: Any, pixels: Tensor) -> dict[str, Any]:
     return {"noise": noise, "interpolate_pos_encoding": True}
 
 
-def _vit(blocks: str, norm: str, has_cls: bool = True, registers: bool = False, **more: Any) -> Callable[[Any], Tower]:
-    def adapter(model: Any) -> Tower:
+def _vit(blocks: str, norm: str, has_cls: bool = True, registers: bool = False, **more: Any) -> Callable[[Any], Backbone]:
+    def adapter(model: Any) -> Backbone:
         prefix = int(has_cls) + (model.config.num_register_tokens if registers else 0)
-        return BlockTower(model, blocks, norm, has_cls=has_cls, prefix=prefix, **more)
+        return BlockBackbone(model, blocks, norm, has_cls=has_cls, prefix=prefix, **more)
 
     return adapter
 
 
-def _cnn(blocks: str, norm: str | None) -> Callable[[Any], Tower]:
-    return lambda model: BlockTower(model, blocks, norm, cnn=True)
+def _cnn(blocks: str, norm: str | None) -> Callable[[Any], Backbone]:
+    return lambda model: BlockBackbone(model, blocks, norm, cnn=True)
 
 
-def _timm(model: Any) -> Tower:
+def _timm(model: Any) -> Backbone:
     timm_model = model.timm_model
     if not hasattr(timm_model, "num_prefix_tokens"):
-        return MapTower(model)
+        return PyramidBackbone(model)
     if not hasattr(timm_model, "blocks") or not hasattr(timm_model, "norm"):
         raise UsageError(
             f"timm architecture {model.config.architecture!r} is neither a ViT (blocks, then norm) nor a CNN; "
             "choose another architecture, or one that transformers has itself"
         )
-    return BlockTower(
+    return BlockBackbone(
         model,
         "timm_model.blocks",
         "timm_model.norm",
@@ -179,9 +179,9 @@ def _take_any_size(timm_model: Any) -> bool:
     return True
 
 
-def _aimv2(model: Any) -> Tower:
+def _aimv2(model: Any) -> Backbone:
     """AIMv2 learns its position embeddings unless it is `native`, and transformers does not interpolate them."""
-    return BlockTower(model, "encoder.layers", "rms_norm", fixed=not model.config.is_native, unused=("head.",))
+    return BlockBackbone(model, "encoder.layers", "rms_norm", fixed=not model.config.is_native, unused=("head.",))
 
 
 # CLIP's last_hidden_state is before its post_layernorm; it is applied here to all tokens. SigLIP, AIMv2 and I-JEPA have no CLS.
@@ -189,7 +189,7 @@ def _aimv2(model: Any) -> Tower:
 _CLIP = _vit("encoder.layers", "post_layernorm", arguments=_interpolated)
 _SIGLIP = _vit("encoder.layers", "post_layernorm", has_cls=False, unused=("head.",), arguments=_interpolated)
 
-VISION_ADAPTERS: dict[str, Callable[[Any], Tower]] = {
+VISION_ADAPTERS: dict[str, Callable[[Any], Backbone]] = {
     "dinov2": _vit("encoder.layer", "layernorm", unused=("embeddings.mask_token",)),
     "dinov2_with_registers": _vit("encoder.layer", "layernorm", registers=True, unused=("embeddings.mask_token",)),
     "dinov3_vit": _vit("model.layer", "norm", registers=True, unused=("embeddings.mask_token",)),
@@ -207,4 +207,4 @@ VISION_ADAPTERS: dict[str, Callable[[Any], Tower]] = {
     "resnet": _cnn("encoder.stages", None),
     "timm_wrapper": _timm,
 }
-DUAL_ENCODERS = ("aimv2", "clip", "siglip")  # the vision tower is read out of the image-text model's folder
+DUAL_ENCODERS = ("aimv2", "clip", "siglip")  # the vision model is read out of the image-text model's folder

@@ -49,7 +49,7 @@ def resolve_encoder(name: str, revision: str | None, trust_remote_code: bool) ->
 
 
 @contextmanager
-def opening(name: str, needed: str) -> Iterator[None]:
+def load_errors_named(name: str, needed: str) -> Iterator[None]:
     """Turn what the libraries raise while opening `name` into one line, and silence their load reports and bars meanwhile."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -145,7 +145,7 @@ def copy_encoder(name: str, folder: Path, revision: str | None = None) -> None:
     """
     source = Path(resolve_encoder(name, revision, trust_remote_code=False))
     if not source.is_dir():
-        with opening(name, "a downloaded snapshot"):
+        with load_errors_named(name, "a downloaded snapshot"):
             source = Path(snapshot_download(name, revision=revision, local_files_only=True))
     for file in source.rglob("*"):
         if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors", ".py"):

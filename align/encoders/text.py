@@ -16,7 +16,7 @@ from align.encoders.loading import (
     TEXT_FILES,
     autocast,
     hash_weights,
-    opening,
+    load_errors_named,
     recorded_id,
     require_complete,
     require_own_code,
@@ -140,7 +140,7 @@ def load_text_encoder(
     require_precision(precision)
     source = resolve_encoder(name, revision, trust_remote_code)
     remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with opening(name, TEXT_FILES):
+    with load_errors_named(name, TEXT_FILES):
         if trust_remote_code:
             require_own_code(name, source, revision)
         kwargs = {"dtype": torch.float32, "use_safetensors": True}

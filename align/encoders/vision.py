@@ -25,13 +25,13 @@ from transformers.image_utils import SizeDict
 
 from align.common.errors import KitError, UsageError
 from align.common.hardware import Arithmetic
-from align.encoders.families import DUAL_ENCODERS, VISION_ADAPTERS, Tower
+from align.encoders.families import DUAL_ENCODERS, VISION_ADAPTERS, Backbone
 from align.encoders.loading import (
     VISION_FILES,
     autocast,
     first_line,
     hash_weights,
-    opening,
+    load_errors_named,
     recorded_id,
     require_complete,
     require_own_code,
@@ -118,20 +118,20 @@ class VisionEncoder(nn.Module):
     """
 
     def __init__(
-        self, tower: Tower, transform: Transform, size: tuple[int, int], *, layer: int, feature: Feature, precision: Arithmetic
+        self, backbone: Backbone, transform: Transform, size: tuple[int, int], *, layer: int, feature: Feature, precision: Arithmetic
     ) -> None:
         super().__init__()
-        self.tower = tower
+        self.backbone = backbone
         self.transform = transform
         self.precision = precision
         self.image_size = size
-        self.layers = tower.count
-        self.has_cls = tower.has_cls
-        self.layer = _layer_index(layer, tower.first, tower.count)
+        self.layers = backbone.count
+        self.has_cls = backbone.has_cls
+        self.layer = _layer_index(layer, backbone.first, backbone.count)
         self.feature = feature if feature != "auto" else "cls_mean" if self.has_cls else "mean"
         self.id = ""
         self.fingerprint: dict[str, Any] = {}
-        tower.truncate(self.layer)
+        backbone.truncate(self.layer)
         self.requires_grad_(False).eval()
         _, patches = self.encode(torch.zeros(1, 3, *size))
         self.width = patches.shape[-1]
@@ -141,9 +141,9 @@ class VisionEncoder(nn.Module):
     @cached_property
     def patch_size(self) -> int:
         """Pixels a side of a patch: a ViT's stem says it; how often a CNN halves an image is measured on one, as some round down."""
-        if not self.tower.cnn:
-            return next(module for module in self.tower.modules() if isinstance(module, nn.Conv2d)).stride[0]
-        if self.tower.fixed:
+        if not self.backbone.cnn:
+            return next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d)).stride[0]
+        if self.backbone.fixed:
             return self.image_size[0] // self.patch_grid[0]
         with torch.no_grad():
             _, patches = self.encode(torch.zeros(1, 3, _MEASURED, _MEASURED))
@@ -162,25 +162,25 @@ class VisionEncoder(nn.Module):
 
     def encode_layers(self, pixels: Tensor, layers: Sequence[int]) -> list[tuple[Tensor | None, Tensor]]:
         """Return what `encode` returns, for several layers in one forward; UsageError for a layer that was not loaded."""
-        indices = [_layer_index(layer, self.tower.first, self.layers) for layer in layers]
+        indices = [_layer_index(layer, self.backbone.first, self.layers) for layer in layers]
         if max(indices) > self.layer:
             raise UsageError(f"layer {max(indices)} is not there: this encoder was loaded with layer={self.layer}; load it with layer=-1")
-        if self.tower.fixed and tuple(pixels.shape[2:]) != self.image_size:
+        if self.backbone.fixed and tuple(pixels.shape[2:]) != self.image_size:
             given, taken = (" x ".join(map(str, size)) for size in (pixels.shape[2:], self.image_size))
             raise UsageError(
                 f"{self.id}: given pixels of {given}; this model takes {taken} only, as its position embeddings cannot be interpolated: "
                 "load it with another image_size, or choose another encoder for larger images"
             )
-        device = next(self.tower.parameters()).device
+        device = next(self.backbone.parameters()).device
         pixels = pixels.to(device, non_blocking=True)
-        if self.tower.cnn:
+        if self.backbone.cnn:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with autocast(device, self.precision):
-            outputs = self.tower(pixels, indices)
+            outputs = self.backbone(pixels, indices)
         return [self._split(tokens.float()) for tokens in outputs]
 
     def _split(self, tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-        return (tokens[:, 0] if self.has_cls else None), tokens[:, self.tower.prefix :]
+        return (tokens[:, 0] if self.has_cls else None), tokens[:, self.backbone.prefix :]
 
     def pool(self, cls: Tensor | None, patches: Tensor) -> Tensor:
         """Return the image feature (B, F), not normalized: `[cls ; mean(patches)]`, `cls`, the mean of the patches, or all tokens."""
@@ -196,8 +196,13 @@ class VisionEncoder(nn.Module):
         return self.pool(*self.encode(pixels))
 
     def dense(self, pixels: Tensor) -> Tensor:
-        """Return what a head takes, for each patch: (B, P, F) with `[cls ; patch]` where `pool` gives `[cls ; mean]`, else the patch."""
+        """Return what a head takes, for each patch: (B, P, F) with `[cls ; patch]` where `pool` gives `[cls ; mean]`, else the patch.
+
+        With feature "tokens" it is the row of all tokens (B, T F), of which a token head makes one embedding a patch.
+        """
         cls, patches = self.encode(pixels)
+        if self.feature == "tokens":
+            return self.pool(cls, patches)
         if self.feature != "cls_mean":
             return patches
         assert cls is not None
@@ -236,7 +241,7 @@ def load_vision_encoder(
     source = resolve_encoder(name, revision, trust_remote_code)
     remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     known = f"known model types: {', '.join(sorted(VISION_ADAPTERS))}"
-    with opening(name, f"{VISION_FILES}; {known}"):
+    with load_errors_named(name, f"{VISION_FILES}; {known}"):
         if trust_remote_code:
             require_own_code(name, source, revision)
         config = AutoConfig.from_pretrained(source, **remote)
@@ -255,20 +260,20 @@ def load_vision_encoder(
     if config.model_type in DUAL_ENCODERS:
         model = model.vision_model
         missing = {key.removeprefix("vision_model.") for key in missing if key.startswith("vision_model.")}
-    tower = VISION_ADAPTERS[config.model_type](model)
-    feature_width(1, feature, tower.has_cls)
-    require_complete(name, missing, tower.unused)
-    weights = hash_weights(model, tower.unused)
+    backbone = VISION_ADAPTERS[config.model_type](model)
+    feature_width(1, feature, backbone.has_cls)
+    require_complete(name, missing, backbone.unused)
+    weights = hash_weights(model, backbone.unused)
     transform = Transform(processor)
     if image_size is not None:
         transform = _resized(name, transform, image_size)
     size = _output_size(name, transform)
     if image_size is not None and config.model_type == "timm_wrapper" and hasattr(model.timm_model, "set_input_size"):
         model.timm_model.set_input_size(img_size=size)
-    if tower.cnn:
-        tower.to(memory_format=torch.channels_last)
+    if backbone.cnn:
+        backbone.to(memory_format=torch.channels_last)
     try:
-        encoder = VisionEncoder(tower.to(device), transform, size, layer=layer, feature=feature, precision=precision)
+        encoder = VisionEncoder(backbone.to(device), transform, size, layer=layer, feature=feature, precision=precision)
     except (RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, KitError):
             raise
@@ -335,6 +340,6 @@ def _resized(name: str, transform: Transform, image_size: int) -> Transform:
 def load_transform(name: str, *, image_size: int | None = None, revision: str | None = None) -> Transform:
     """Return the transform of the vision encoder `name` without its weights; arguments and errors as `load_vision_encoder`."""
     source = resolve_encoder(name, revision, trust_remote_code=False)
-    with opening(name, VISION_FILES):
+    with load_errors_named(name, VISION_FILES):
         transform = Transform(AutoImageProcessor.from_pretrained(source, revision=revision))
     return transform if image_size is None else _resized(name, transform, image_size)

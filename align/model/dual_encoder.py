@@ -6,13 +6,12 @@
 Shapes: `B` images, `T` texts, `P` patches, `F` image feature width, `D` caption feature width, `E` aligned width.
 """
 
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -31,15 +30,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from align.common.errors import DamagedError, UsageError
-from align.common.files import TEMPORARY, disk_full_named, put_in_place, sync_file
 from align.common.fingerprints import compare_encoders
 from align.common.hardware import Arithmetic
-from align.encoders.loading import copy_encoder, hash_weights
 from align.encoders.text import TextEncoder, load_text_encoder
 from align.encoders.trust import may_run_code
 from align.encoders.vision import VisionEncoder, load_transform, load_vision_encoder
 from align.model.heads import ImageTokenHead, TextTokenHead, build_head, initialize
-from align.model.token_heads import HeadedText, HeadedVision
 
 FORMAT_VERSION = 1
 VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded copies of the encoders lie
@@ -86,7 +82,7 @@ class SailConfig(PreTrainedConfig):
 
 @dataclass
 class SailOutput(ModelOutput):
-    """logits_per_image (B, T) = t <x, y> + b (b = 0 after InfoNCE), its transpose, and the L2-normalised embeddings (B, E) and (T, E)."""
+    """logits_per_image (B, T) = t <x, y> + b (b = 0 after InfoNCE), its transpose, and the L2-normalized embeddings (B, E) and (T, E)."""
 
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
@@ -162,103 +158,59 @@ class SailModel(PreTrainedModel):
         return {**arguments, "trust_remote_code": trusted}
 
     @property
-    def frozen_vision(self) -> VisionEncoder:
+    def vision_encoder(self) -> VisionEncoder:
         """The frozen vision encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
-        if "vision" not in self._encoders:
-            encoder = load_vision_encoder(**self.encoder_arguments("vision"), precision=self.config.precision)
-            compare_encoders(encoder.fingerprint, self.config.vision_fingerprint, f"the model in {self.config.name_or_path}")
-            self._encoders["vision"] = encoder
-        return self._encoders["vision"].to(self.device)
+        return self._encoder("vision", load_vision_encoder)
 
     @property
-    def frozen_text(self) -> TextEncoder:
+    def text_encoder(self) -> TextEncoder:
         """The frozen text encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
-        if "text" not in self._encoders:
-            encoder = load_text_encoder(**self.encoder_arguments("text"), precision=self.config.precision)
-            compare_encoders(encoder.fingerprint, self.config.text_fingerprint, f"the model in {self.config.name_or_path}")
-            self._encoders["text"] = encoder
-        return self._encoders["text"].to(self.device)
+        return self._encoder("text", load_text_encoder)
 
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether the heads read all tokens: there is no pooled feature, and what is kept of an image or text is a head's output."""
-        return self.config.head == "token"
+    def _encoder(self, side: str, load: Callable[..., Any]) -> Any:
+        if side not in self._encoders:
+            encoder = load(**self.encoder_arguments(side), precision=self.config.precision)
+            trained_on = getattr(self.config, f"{side}_fingerprint")
+            compare_encoders(encoder.fingerprint, trained_on, f"the model in {self.config.name_or_path}")
+            self._encoders[side] = encoder
+        return self._encoders[side].to(self.device)
 
-    @property
-    def vision_encoder(self) -> Any:
-        """What gives the image features that `align_images` takes: the frozen encoder, with a token head after it if there is one."""
-        if isinstance(self.vision_head, ImageTokenHead):
-            return HeadedVision(self.frozen_vision, self.vision_head, self.vision_fingerprint)
-        return self.frozen_vision
-
-    @property
-    def text_encoder(self) -> Any:
-        """What gives the text features that `align_texts` takes: the frozen encoder, with a token head after it if there is one."""
-        if isinstance(self.text_head, TextTokenHead):
-            return HeadedText(self.frozen_text, self.text_head, self.text_fingerprint)
-        return self.frozen_text
-
-    @property
-    def vision_fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of `vision_encoder`, without loading it; a token head's weights are part of it."""
-        return self._fingerprint(self.config.vision_fingerprint, self.vision_head)
-
-    @property
-    def text_fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of `text_encoder`, without loading it; a token head's weights are part of it."""
-        return self._fingerprint(self.config.text_fingerprint, self.text_head)
-
-    def _fingerprint(self, frozen: dict[str, Any], head: nn.Module) -> dict[str, Any]:
-        return {**frozen, "head": hash_weights(head, ())} if self.takes_tokens else frozen
-
-    def embed_images(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalised float32 embeddings of what the frozen encoder gives: features (..., F) or token rows (B, T F)."""
+    def project_image(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalized float32 embeddings of what `vision_encoder` gives: features (..., F) or token rows (B, T F)."""
         return functional.normalize(self.vision_head(features.to(self.logit_scale.dtype)).float(), dim=-1)
 
-    def embed_texts(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalised float32 embeddings of what the frozen encoder gives: features (..., D) or token rows (B, T D)."""
+    def project_text(self, features: Tensor) -> Tensor:
+        """Return (..., E) L2-normalized float32 embeddings of what `text_encoder` gives: features (..., D) or token rows (T, tokens D)."""
         return functional.normalize(self.text_head(features.to(self.logit_scale.dtype)).float(), dim=-1)
 
-    def align_images(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalised float32 embeddings of what `vision_encoder` gives, pooled or dense."""
-        return functional.normalize(features.float(), dim=-1) if self.takes_tokens else self.embed_images(features)
-
-    def align_texts(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalised float32 embeddings of what `text_encoder` gives."""
-        return functional.normalize(features.float(), dim=-1) if self.takes_tokens else self.embed_texts(features)
+    def project_patches(self, features: Tensor) -> Tensor:
+        """Return (B, P, E) L2-normalized dense embeddings of `vision_encoder.dense`: features (B, P, F) or token rows (B, T F)."""
+        if isinstance(self.vision_head, ImageTokenHead):
+            return functional.normalize(self.vision_head.dense(features.to(self.logit_scale.dtype)).float(), dim=-1)
+        return self.project_image(features)
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Return an output whose `pooler_output` (B, E) are L2-normalised image embeddings, as CLIP's in transformers.
+        """Return an output whose `pooler_output` (B, E) are L2-normalized image embeddings, as CLIP's in transformers.
 
         pixel_values (B, 3, H, W) come from the processor; `last_hidden_state` holds the patches (B, P, width) before the head.
         """
-        cls, patches = self.frozen_vision.encode(pixel_values)
+        cls, patches = self.vision_encoder.encode(pixel_values)
         return BaseModelOutputWithPooling(
             last_hidden_state=patches,
-            pooler_output=self.embed_images(self.frozen_vision.pool(cls, patches)),
+            pooler_output=self.project_image(self.vision_encoder.pool(cls, patches)),
         )
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """Return (B, P, E) L2-normalised dense embeddings: each patch as [cls ; p_i] through the image head.
+        """Return (B, P, E) L2-normalized dense embeddings: each patch as [cls ; p_i] through the image head.
 
-        Of a token head: `TP_local(p_i) + TP_cls(cls)`, whose mean before normalisation is the image's.
+        Of a token head: `TP_local(p_i) + TP_cls(cls)`, whose mean before normalization is the image's.
         """
-        return self.align_patches(self.patch_features(pixel_values))
-
-    def patch_features(self, pixel_values: Tensor) -> Tensor:
-        """Return what `align_patches` takes, which the frozen encoder alone decides: (B, P, F), of a token head token rows (B, T F)."""
-        return self.frozen_vision(pixel_values) if self.takes_tokens else self.frozen_vision.dense(pixel_values)
-
-    def align_patches(self, features: Tensor) -> Tensor:
-        """Return (B, P, E) L2-normalised dense embeddings of `patch_features`."""
-        if isinstance(self.vision_head, ImageTokenHead):
-            return functional.normalize(self.vision_head.dense(features.to(self.logit_scale.dtype)).float(), dim=-1)
-        return self.embed_images(features)
+        return self.project_patches(self.vision_encoder.dense(pixel_values))
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
-        """Return an output whose `pooler_output` (T, E) are L2-normalised text embeddings; token ids come from the processor."""
+        """Return an output whose `pooler_output` (T, E) are L2-normalized text embeddings; token ids come from the processor."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return BaseModelOutputWithPooling(pooler_output=self.embed_texts(self.frozen_text(input_ids, mask)))
+        return BaseModelOutputWithPooling(pooler_output=self.project_text(self.text_encoder(input_ids, mask)))
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SailOutput:
         """Return logits (B, T) of all images against all texts, with the embeddings they come from."""
@@ -319,36 +271,6 @@ class SailProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
-
-
-def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, embed_encoders: bool = False) -> None:
-    """Write model and processor to `folder` so that a crash leaves the old folder or the new one.
-
-    `tokenizer` is a folder with the text encoder's tokenizer files, which are copied; `embed_encoders` copies the encoders
-    themselves, so that the folder can be moved to a machine that has neither.
-    """
-    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk_full_named(folder):
-        config = SailConfig.from_dict(model.config.to_dict())
-        if tokenizer is not None and tokenizer.is_dir():
-            shutil.copytree(tokenizer, temporary)
-        if embed_encoders:
-            for side, name in (("vision", VISION_FOLDER), ("text", TEXT_FOLDER)):
-                reference = getattr(model.config, side)
-                copy_encoder(reference["name"], temporary / name, reference.get("revision"))
-                setattr(config, side, {**reference, "name": name, "revision": None})
-        config.architectures, config.dtype = [type(model).__name__], "float32"
-        config.save_pretrained(temporary)
-        # what save_pretrained writes for one shard, without its imports of other frameworks
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors", {"format": "pt"})
-        if config.vision:
-            SailImageProcessor(config.vision).save_pretrained(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-    put_in_place(temporary, folder, "model")
 
 
 AutoConfig.register("sail", SailConfig)

@@ -1,9 +1,14 @@
-"""Aligned models on disk: where the folder of one lies."""
+"""Saving a SailModel to a folder that opens anywhere, and finding the model in the folder of a run."""
 
+import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from align.common.errors import UsageError
-from align.common.files import read_json
+from align.common.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
+from align.encoders.loading import copy_encoder
+from align.model.dual_encoder import TEXT_FOLDER, VISION_FOLDER, SailConfig, SailImageProcessor, SailModel
 
 
 def model_folder(path: Path) -> Path:
@@ -12,3 +17,33 @@ def model_folder(path: Path) -> Path:
         if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "sail":
             return place
     raise UsageError(f"{path} is neither an aligned model (config.json) nor a run with best/ or last/; make one with align/train.py")
+
+
+def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, embed_encoders: bool = False) -> None:
+    """Write model and processor to `folder` so that a crash leaves the old folder or the new one.
+
+    `tokenizer` is a folder with the text encoder's tokenizer files, which are copied; `embed_encoders` copies the encoders
+    themselves, so that the folder can be moved to a machine that has neither.
+    """
+    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with disk_full_named(folder):
+        config = SailConfig.from_dict(model.config.to_dict())
+        if tokenizer is not None and tokenizer.is_dir():
+            shutil.copytree(tokenizer, temporary)
+        if embed_encoders:
+            for side, name in (("vision", VISION_FOLDER), ("text", TEXT_FOLDER)):
+                reference = getattr(model.config, side)
+                copy_encoder(reference["name"], temporary / name, reference.get("revision"))
+                setattr(config, side, {**reference, "name": name, "revision": None})
+        config.architectures, config.dtype = [type(model).__name__], "float32"
+        config.save_pretrained(temporary)
+        # what save_pretrained writes for one shard, without its imports of other frameworks
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors", {"format": "pt"})
+        if config.vision:
+            SailImageProcessor(config.vision).save_pretrained(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+    put_in_place(temporary, folder, "model")

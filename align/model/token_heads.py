@@ -15,7 +15,7 @@ from align.encoders.vision import VisionEncoder
 from align.model.heads import ImageTokenHead, TextTokenHead
 
 
-class HeadedVision:
+class VisionWithHead:
     """Gives a token head's output (B, E), not normalized, for pixels (B, 3, H, W), without gradient."""
 
     def __init__(self, encoder: VisionEncoder, head: ImageTokenHead, fingerprint: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ class HeadedVision:
         return self.head(self.encoder(pixels))
 
 
-class HeadedText:
+class TextWithHead:
     """Gives a token head's output (T, E), not normalized, for texts, without gradient."""
 
     def __init__(self, encoder: TextEncoder, head: TextTokenHead, fingerprint: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ class Stepper:
         if self.objective.feature_dropout:
             images, *captions = [functional.dropout(rows.float(), self.objective.feature_dropout) for rows in (images, *captions)]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return [self.model.embed_images(images), *(self.model.embed_texts(caption) for caption in captions)]
+            return [self.model.project_image(images), *(self.model.project_text(caption) for caption in captions)]
 
     def _loss(self, embeddings: list[Tensor], ids: Tensor) -> tuple[Tensor, LossStats]:
         images, captions = embeddings[0], embeddings[1:]
@@ -243,8 +243,8 @@ def validate(model: SailModel, pairs: Measured, limit: int, precision: str) -> d
     model.eval()
     images, captions, owners = pairs.everything(limit)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        x = _in_chunks(model.embed_images, images, model.device)
-        y = _in_chunks(model.embed_texts, captions, model.device)
+        x = _in_chunks(model.project_image, images, model.device)
+        y = _in_chunks(model.project_text, captions, model.device)
     image_ids, caption_ids = torch.arange(len(x), device=x.device), torch.from_numpy(owners).to(x.device)
     found = {
         "i2t": recalls(best_ranks(x, y, image_ids, caption_ids)),

@@ -78,9 +78,9 @@ def patch_cosines(
         batch = places[start : start + batch_size]
         crops = torch.stack([pixels[:, r.start * patch : r.stop * patch, c.start * patch : c.stop * patch] for r, c in batch])
         down, across = crops.shape[2] // patch, crops.shape[3] // patch
-        features = first.patch_features(crops)
+        features = first.encode_patches(crops)
         for model, of_model, total in zip(models, weights, totals, strict=True):
-            cosines = model.align_patches(features).float() @ of_model.T  # (B, P, S)
+            cosines = model.project_patches(features).float() @ of_model.T  # (B, P, S)
             if cosines.shape[1] != down * across:
                 raise UsageError(
                     f"the encoder gives {cosines.shape[1]} patches, not {down} x {across}, for {down * patch} x {across * patch} pixels: "

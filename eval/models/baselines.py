@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from align.common.errors import OfflineError, UsageError
 from align.common.files import hash_bytes
 from align.common.recipes_yaml import nearest
-from align.encoders.loading import first_line, hash_weights, opening, recorded_id, require_complete, resolve_encoder
+from align.encoders.loading import first_line, hash_weights, load_errors_named, recorded_id, require_complete, resolve_encoder
 from align.encoders.text import _hash_tokenizer
 from align.encoders.vision import Transform
 
@@ -97,25 +97,25 @@ class Baseline(nn.Module, ABC):
         """The text side."""
         return Sentences(self)
 
-    def align_images(self, features: Tensor) -> Tensor:
+    def project_image(self, features: Tensor) -> Tensor:
         """Return the features (..., E) divided by their L2 norm, float32."""
         return functional.normalize(features.float(), dim=-1)
 
-    def align_texts(self, features: Tensor) -> Tensor:
+    def project_text(self, features: Tensor) -> Tensor:
         """Return the features (..., E) divided by their L2 norm, float32."""
         return functional.normalize(features.float(), dim=-1)
 
     @property
     def patch_fingerprint(self) -> dict[str, Any]:
-        """What decides `patch_features`."""
+        """What decides `encode_patches`."""
         return self.vision_fingerprint
 
     @torch.inference_mode()
-    def patch_features(self, pixels: Tensor) -> Tensor:
+    def encode_patches(self, pixels: Tensor) -> Tensor:
         """Return the projected patches (B, P, E); H and W may be any multiples of the patch size."""
         return self.patches(pixels.to(self.device))
 
-    def align_patches(self, features: Tensor) -> Tensor:
+    def project_patches(self, features: Tensor) -> Tensor:
         """Return the features (B, P, E) divided by their L2 norm, float32."""
         return functional.normalize(features.float(), dim=-1)
 
@@ -233,7 +233,7 @@ HUGGING_FACE_FAMILIES = {"clip": _CLIP, "metaclip_2": _CLIP, "siglip": Family("m
 def open_hugging_face(source: str) -> HuggingFaceBaseline:
     """Return the model of a local folder or hub id; UsageError unless its model_type is one of HUGGING_FACE_FAMILIES."""
     place = resolve_encoder(source, None, trust_remote_code=False)
-    with opening(source, FOLDER_FILES):
+    with load_errors_named(source, FOLDER_FILES):
         config = AutoConfig.from_pretrained(place)
         if config.model_type not in HUGGING_FACE_FAMILIES:
             known = ", ".join(HUGGING_FACE_FAMILIES)
@@ -334,7 +334,7 @@ def open_open_clip(source: str) -> OpenClipBaseline:
         )
     options: dict[str, Any] = {"pretrained_text": False, "weights_only": True}
     described = architecture
-    with opening(f"openclip:{source}", "needed are weights of this architecture"):
+    with load_errors_named(f"openclip:{source}", "needed are weights of this architecture"):
         tag = open_clip.get_pretrained_cfg(architecture, weights)
         if tag:
             quick = {"force_quick_gelu": bool(tag.get("quick_gelu"))}  # open_clip only warns if it differs from the architecture

@@ -10,11 +10,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from align.common.errors import UsageError
 from align.common.files import hash_bytes
+from align.encoders.loading import hash_weights
 from align.model.dual_encoder import SailModel
+from align.model.heads import ImageTokenHead, TextTokenHead
 from align.model.saving import model_folder
+from align.model.token_heads import TextWithHead, VisionWithHead
 from eval.measures.config import EvalConfig
 from eval.models.baselines import open_baseline
 from eval.results.records import ModelRecord
@@ -84,22 +88,22 @@ class DualEncoder(Protocol):
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of a patch of `patch_features`."""
+        """Pixels a side of a patch of `encode_patches`."""
 
     @property
     def patch_fingerprint(self) -> dict[str, Any]:
-        """What decides `patch_features`: models that agree in it share one forward pass."""
+        """What decides `encode_patches`: models that agree in it share one forward pass."""
 
-    def align_images(self, features: Tensor) -> Tensor:
+    def project_image(self, features: Tensor) -> Tensor:
         """Return (..., E) L2-normalised float32 embeddings of image features (..., F)."""
 
-    def align_texts(self, features: Tensor) -> Tensor:
+    def project_text(self, features: Tensor) -> Tensor:
         """Return (..., E) L2-normalised float32 embeddings of text features (..., D)."""
 
-    def patch_features(self, pixels: Tensor) -> Tensor:
-        """Return what `align_patches` takes, for pixels (B, 3, H, W)."""
+    def encode_patches(self, pixels: Tensor) -> Tensor:
+        """Return what `project_patches` takes, for pixels (B, 3, H, W)."""
 
-    def align_patches(self, features: Tensor) -> Tensor:
+    def project_patches(self, features: Tensor) -> Tensor:
         """Return (B, P, E) L2-normalised float32 patch embeddings, row by row over the grid of patches."""
 
 
@@ -111,23 +115,25 @@ class SailDualEncoder:
 
     @property
     def vision_fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of `vision_encoder`, known without loading it."""
-        return self.sail.vision_fingerprint
+        """The fingerprint of `vision_encoder`, known without loading it; a token head's weights are part of it."""
+        return _with_head(self.sail.config.vision_fingerprint, self.sail.vision_head)
 
     @property
     def text_fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of `text_encoder`, known without loading it."""
-        return self.sail.text_fingerprint
+        """The fingerprint of `text_encoder`, known without loading it; a token head's weights are part of it."""
+        return _with_head(self.sail.config.text_fingerprint, self.sail.text_head)
 
     @property
     def vision_encoder(self) -> Any:
-        """The frozen vision encoder; FingerprintError if it is another one."""
-        return self.sail.vision_encoder
+        """The frozen vision encoder, with a token head after it if there is one; FingerprintError if it is another one."""
+        encoder, head = self.sail.vision_encoder, self.sail.vision_head
+        return VisionWithHead(encoder, head, self.vision_fingerprint) if isinstance(head, ImageTokenHead) else encoder
 
     @property
     def text_encoder(self) -> Any:
-        """The frozen text encoder; FingerprintError if it is another one."""
-        return self.sail.text_encoder
+        """The frozen text encoder, with a token head after it if there is one; FingerprintError if it is another one."""
+        encoder, head = self.sail.text_encoder, self.sail.text_head
+        return TextWithHead(encoder, head, self.text_fingerprint) if isinstance(head, TextTokenHead) else encoder
 
     @property
     def device(self) -> torch.device:
@@ -142,17 +148,21 @@ class SailDualEncoder:
     @property
     def patch_size(self) -> int:
         """Pixels a side of a patch."""
-        return int(self.sail.frozen_vision.patch_size)
+        return int(self.sail.vision_encoder.patch_size)
 
     @torch.no_grad()
-    def align_images(self, features: Tensor) -> Tensor:
-        """Return (..., E) embeddings of image features (..., F)."""
-        return self.sail.align_images(features)
+    def project_image(self, features: Tensor) -> Tensor:
+        """Return (..., E) embeddings of image features (..., F); a token head's output (..., E) is only normalized."""
+        if isinstance(self.sail.vision_head, ImageTokenHead):
+            return functional.normalize(features.float(), dim=-1)
+        return self.sail.project_image(features)
 
     @torch.no_grad()
-    def align_texts(self, features: Tensor) -> Tensor:
-        """Return (..., E) embeddings of text features (..., D)."""
-        return self.sail.align_texts(features)
+    def project_text(self, features: Tensor) -> Tensor:
+        """Return (..., E) embeddings of text features (..., D); a token head's output (..., E) is only normalized."""
+        if isinstance(self.sail.text_head, TextTokenHead):
+            return functional.normalize(features.float(), dim=-1)
+        return self.sail.project_text(features)
 
     @property
     def patch_fingerprint(self) -> dict[str, Any]:
@@ -160,14 +170,19 @@ class SailDualEncoder:
         return self.sail.config.vision_fingerprint
 
     @torch.no_grad()
-    def patch_features(self, pixels: Tensor) -> Tensor:
+    def encode_patches(self, pixels: Tensor) -> Tensor:
         """Return each patch as [cls ; patch], or as the patch alone (of token heads: token rows), as the frozen encoder gives it."""
-        return self.sail.patch_features(pixels)
+        return self.sail.vision_encoder.dense(pixels)
 
     @torch.no_grad()
-    def align_patches(self, features: Tensor) -> Tensor:
-        """Return (B, P, E) embeddings of `patch_features` through the image head."""
-        return self.sail.align_patches(features)
+    def project_patches(self, features: Tensor) -> Tensor:
+        """Return (B, P, E) embeddings of `encode_patches` through the image head."""
+        return self.sail.project_patches(features)
+
+
+def _with_head(fingerprint: dict[str, Any], head: nn.Module) -> dict[str, Any]:
+    token_head = isinstance(head, (ImageTokenHead, TextTokenHead))
+    return {**fingerprint, "head": hash_weights(head, ())} if token_head else fingerprint
 
 
 @dataclass(frozen=True)

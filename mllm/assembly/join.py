@@ -92,7 +92,7 @@ def assemble(
 
 def join(language: Language, eyes: Eyes, seed: int) -> SailLlavaForConditionalGeneration:
     """Return the model made of the given modules, not copies, and of a projector drawn from `seed`; in eval mode."""
-    text_config, vision = language.base.config, eyes.encoder.tower.model
+    text_config, vision = language.base.config, eyes.encoder.backbone.model
     text_config.tie_word_embeddings = language.tied
     vision_config: Any = vision.config
     text_config.name_or_path = vision_config.name_or_path = ""  # folders of this machine

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from align.common.errors import DamagedError, UsageError
 from align.common.reject_codes import Reject
-from align.encoders.loading import opening, recorded_id, require_complete, resolve_encoder
+from align.encoders.loading import load_errors_named, recorded_id, require_complete, resolve_encoder
 from mllm.conversations.templates import apply_template, resolve_template
 
 IMAGE_TOKEN = "<image>"
@@ -81,7 +81,7 @@ def open_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
         options |= {"gguf_file": gguf_file}
         # packed weights would be slow, could not be trained and could not be saved
         weights = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    with opening(name, LLM_FILES):
+    with load_errors_named(name, LLM_FILES):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **weights)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     whole, info = loaded
@@ -101,7 +101,7 @@ def open_llava(name: str, revision: str | None = None) -> Language:
     """Return the text half of a Hugging Face LLaVA checkpoint (LlavaForConditionalGeneration), with its processor's template."""
     source = resolve_encoder(name, revision, trust_remote_code=False)
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    with opening(name, LLM_FILES.replace("tokenizer", "processor")):
+    with load_errors_named(name, LLM_FILES.replace("tokenizer", "processor")):
         config = AutoConfig.from_pretrained(source, **options)
         if config.model_type != "llava":
             raise UsageError(f"{name} has model_type {config.model_type!r}; --llava takes a LlavaForConditionalGeneration ('llava')")

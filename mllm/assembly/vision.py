@@ -97,11 +97,11 @@ def open_eyes(
 @torch.enable_grad()
 def unread_parameters(encoder: VisionEncoder, size: tuple[int, int]) -> list[str]:
     """Return the names of the encoder's parameters that no feature depends on, found by asking for their gradient."""
-    model = encoder.tower.model
+    model = encoder.backbone.model
     model.requires_grad_(True)
     named = dict(model.named_parameters())
-    [tokens] = encoder.tower(torch.zeros(1, 3, *size), [encoder.layer])
-    read = tokens[:, encoder.tower.prefix :].sum() + (tokens[:, 0].sum() if encoder.feature == "cls_mean" else 0)
+    [tokens] = encoder.backbone(torch.zeros(1, 3, *size), [encoder.layer])
+    read = tokens[:, encoder.backbone.prefix :].sum() + (tokens[:, 0].sum() if encoder.feature == "cls_mean" else 0)
     gradients = torch.autograd.grad(read, list(named.values()), allow_unused=True)
     return [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
 

@@ -26,7 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from align.common.errors import DamagedError, UsageError
-from align.encoders.families import VISION_ADAPTERS, Tower
+from align.encoders.families import VISION_ADAPTERS, Backbone
 from align.model.heads import build_head
 
 HEAD_STATES = ("none", "random", "trained")
@@ -96,7 +96,7 @@ class SailLlavaModel(LlavaModel):
     def __init__(self, config: SailLlavaConfig) -> None:
         super(LlavaModel, self).__init__(config)  # LlavaModel's own would build a projector for the bare encoder
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.tower.truncate(config.sail_layer)
+        self.backbone.truncate(config.sail_layer)
         width = config.sail_feature_width
         if config.sail_head == "none":
             self.sail_head: nn.Module = nn.Identity()
@@ -115,7 +115,7 @@ class SailLlavaModel(LlavaModel):
         """Leave every weight as it is: assembly and the strict `from_pretrained` set them all."""
 
     @property
-    def tower(self) -> Tower:
+    def backbone(self) -> Backbone:
         """The vision tower as a reader of layers; made anew at each use, so that wrapping `vision_tower` (peft) stays possible."""
         return VISION_ADAPTERS[self.config.vision_config.model_type](self.vision_tower)
 
@@ -139,17 +139,17 @@ class SailLlavaModel(LlavaModel):
 
         pixel_values (B, 3, H, W) have the size that the model was assembled for; UsageError otherwise. Without a head, E is F.
         """
-        config, tower = self.config, self.tower
+        config, backbone = self.config, self.backbone
         if list(pixel_values.shape[2:]) != config.sail_image_size:
             raise UsageError(
                 f"pixel_values have shape {tuple(pixel_values.shape)}; this model takes (images, 3, "
                 f"{', '.join(map(str, config.sail_image_size or ()))}): use its own processor"
             )
         pixels = pixel_values.to(_dtype(self.vision_tower, pixel_values.dtype))
-        if tower.cnn:
+        if backbone.cnn:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        [tokens] = tower(pixels, [config.sail_layer])  # (B, prefix + P, D)
-        features = tokens[:, tower.prefix :]  # (B, P, D)
+        [tokens] = backbone(pixels, [config.sail_layer])  # (B, prefix + P, D)
+        features = tokens[:, backbone.prefix :]  # (B, P, D)
         if config.sail_feature == "cls_patch":
             features = torch.cat([tokens[:, :1].expand_as(features), features], dim=-1)  # (B, P, F)
         features = self.sail_head(features.to(_dtype(self.sail_head, features.dtype)))  # (B, P, E)

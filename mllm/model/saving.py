@@ -18,7 +18,7 @@ from align.common import errors
 from align.common.errors import UsageError
 from align.common.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
 from align.encoders import families
-from align.encoders.loading import opening
+from align.encoders.loading import load_errors_named
 from align.model import heads
 from mllm.model import modeling, processing
 from mllm.model.modeling import SailLlavaForConditionalGeneration
@@ -83,7 +83,7 @@ def load_mllm(
     """
     folder = Path(folder)
     require_mllm(folder)
-    with opening(str(folder), "needed are config.json, model.safetensors, processor_config.json and the tokenizer's files"):
+    with load_errors_named(str(folder), "needed are config.json, model.safetensors, processor_config.json and the tokenizer's files"):
         model = SailLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **from_pretrained)
         processor = SailLlavaProcessor.from_pretrained(folder)
     if "device_map" not in from_pretrained:

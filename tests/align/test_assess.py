@@ -284,7 +284,7 @@ def test_plans_are_random_samples(world, tmp_path):
 
 def test_layers_and_features_are_those_the_encoder_has(world):
     vit, cnn = load_vision_encoder(str(world / "vit")), load_vision_encoder(str(world / "cnn"))
-    assert (vit.tower.first, vit.layers, cnn.tower.first) == (0, 3, 1)
+    assert (vit.backbone.first, vit.layers, cnn.backbone.first) == (0, 3, 1)
     assert chosen_layers(["all"], "vit", 0, 3) == [1, 2, 3]
     assert chosen_layers(["last", "0", "-2", "9"], "vit", 0, 3) == [0, 2, 3]
     assert chosen_layers(["0", "last"], "cnn", 1, cnn.layers) == [cnn.layers]

@@ -74,8 +74,8 @@ def test_published_heads_compute_the_published_formula(tmp_path, form):
     assert (model.config.vision_width, model.config.text_width, model.config.width, model.config.expansion) == (F, D, E, W)
     images, texts = torch.randn(7, F), torch.randn(9, D)
     with torch.no_grad():
-        torch.testing.assert_close(model.align_images(images), expected(weights, "vision", images), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model.align_texts(texts), expected(weights, "text", texts), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.project_image(images), expected(weights, "vision", images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.project_text(texts), expected(weights, "text", texts), rtol=1e-4, atol=1e-5)
     assert model.logit_scale.item() == pytest.approx(3.1) and model.logit_bias.item() == -9.0
     with pytest.raises(UsageError, match="already encoded"):
         _ = model.vision_encoder
@@ -390,4 +390,4 @@ def test_imported_stores_train_a_model_without_encoders(tmp_path):
     header = json.loads((tmp_path / "image" / "store.json").read_text())
     assert header["loader"] == {}
     model = SailModel(SailConfig(vision=header["loader"], vision_width=6, text_width=6, width=4, head="linear")).initialize(0)
-    assert normalize(model.align_images(torch.randn(2, 6)), dim=-1).shape == (2, 4)
+    assert normalize(model.project_image(torch.randn(2, 6)), dim=-1).shape == (2, 4)

@@ -20,7 +20,8 @@ from align.curation.concepts import evaluation_sets, read_names
 from align.curation.config import CurateConfig
 from align.encoders.text import load_text_encoder
 from align.features.store import FeatureStore, StoreHeader, StoreWriter
-from align.model.dual_encoder import SailConfig, SailModel, save_model
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.saving import save_model
 from align.train import main as train
 from align.training.config import TrainConfig
 from tests.support.stores import build_store
@@ -249,9 +250,9 @@ def test_a_model_brings_text_concepts_and_images_together(texts, world, tmp_path
     curate(world, tmp_path / "out", model=tmp_path / "model", **common)
     table = pq.read_table(tmp_path / "out" / "chosen.parquet").to_pylist()
     with torch.no_grad():
-        images = model.align_images(torch.from_numpy(store.all_features()).float())
+        images = model.project_image(torch.from_numpy(store.all_features()).float())
         encoder = load_text_encoder(str(texts / "text" / "st"))
-        names = model.align_texts(encoder.encode(["a photo of a dog.", "a photo of a cat."], 2))
+        names = model.project_text(encoder.encode(["a photo of a dog.", "a photo of a cat."], 2))
     for row in table:
         expected = float(images[int(row["key"][1:])] @ names[("dog", "cat").index(row["concept"])])
         assert row["score"] == pytest.approx(expected, abs=1e-5)

@@ -249,7 +249,7 @@ def test_with_several_processes_structure_is_the_mean_over_their_shares(tmp_path
     first, second = (torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True) for rank in range(2))
     model, whole = tiny()[0], batch()
     images, captions = torch.from_numpy(whole.images), [torch.from_numpy(c) for c in whole.captions]
-    x, y = model.embed_images(images), [model.embed_texts(c) for c in captions]
+    x, y = model.project_image(images), [model.project_text(c) for c in captions]
     loss = sigmoid_loss(x, y, model.logit_scale, model.logit_bias)
     for rows in (slice(0, 12), slice(12, 24)):
         features = [images[rows], *(c[rows] for c in captions)]

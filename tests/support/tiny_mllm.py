@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from align.encoders.vision import load_vision_encoder
-from align.model.dual_encoder import SailConfig, SailModel, save_model
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.saving import save_model
 from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
 from tests.support.tiny_encoders import CASES, save, save_timm

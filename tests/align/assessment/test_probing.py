@@ -87,7 +87,7 @@ def test_recall_values_are_the_mean_of_both_ways_and_each_caption_counts_the_sam
     pairs = CaptionedFeatures(random.normal(size=(30, 4)).astype(np.float16), random.normal(size=(70, 4)).astype(np.float16), owners)
     values, image_to_text, text_to_image = _recalled(model, pairs)
     with torch.no_grad():
-        scores = model.embed_images(torch.from_numpy(pairs.images)) @ model.embed_texts(torch.from_numpy(pairs.captions)).T
+        scores = model.project_image(torch.from_numpy(pairs.images)) @ model.project_text(torch.from_numpy(pairs.captions)).T
     found = [any(owners[j] == i for j in scores[i].argsort(descending=True)[:10].tolist()) for i in range(30)]
     finding = [owners[j] in scores[:, j].argsort(descending=True)[:10].tolist() for j in range(70)]
     # with several right captions the best one counts, and wrong ones only are before it

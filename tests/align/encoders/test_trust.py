@@ -19,7 +19,8 @@ from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
 from align.features.store import StoreHeader, StoreWriter
 from align.model.config import ConvertConfig
-from align.model.dual_encoder import SailConfig, SailModel, save_model
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.saving import save_model
 from eval.measures.config import EvalConfig
 from eval.models.candidates import open_models
 from tests.support.tiny_encoders import save, save_bert
@@ -76,7 +77,7 @@ def test_a_model_aligned_with_it_is_measured_when_asked_for(aligned):
         _ = open_models(EvalConfig(**config), "cpu")[0].model.text_encoder
     trained, untrained = open_models(EvalConfig(**config, trust_remote_code=True), "cpu")
     assert trained.model.text_encoder is untrained.model.text_encoder
-    assert torch.isfinite(trained.model.align_texts(trained.model.text_encoder.encode(["a dog"], 1))).all()
+    assert torch.isfinite(trained.model.project_text(trained.model.text_encoder.encode(["a dog"], 1))).all()
 
 
 def test_the_pipeline_passes_the_wish_on(aligned):

@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from align.common.errors import DamagedError, FingerprintError, UsageError
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
-from align.model.dual_encoder import SailConfig, SailModel, save_model
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.saving import save_model
 from eval.models.candidates import SailDualEncoder
 from eval.models.features import FeatureCache
 from eval.tasks.data import Task, load_task
@@ -186,8 +187,8 @@ def test_untrained_keeps_architecture_and_encoders(encoders, saved):
 def test_sharelock_keeps_the_image_side(encoders):
     model = model_of(encoders, head="sharelock").eval()
     features = torch.randn(3, model.config.vision_width)
-    torch.testing.assert_close(model.align_images(features), torch.nn.functional.normalize(features, dim=-1))
-    assert model.align_texts(torch.randn(3, model.config.text_width)).shape == features.shape
+    torch.testing.assert_close(model.project_image(features), torch.nn.functional.normalize(features, dim=-1))
+    assert model.project_text(torch.randn(3, model.config.text_width)).shape == features.shape
 
 
 def test_a_model_without_encoders_says_so():
@@ -248,23 +249,34 @@ def test_what_evaluation_keeps_of_a_token_model_is_the_heads_output(encoders, sa
     kept, images = cache.images(data, SailDualEncoder(model))
     texts = cache.texts(LABELS, SailDualEncoder(model))
     assert len(kept.keys) == 3 and images.shape == (3, 16) and texts.shape == (3, 16)  # E, not all tokens
-    pixels = model.frozen_vision.transform(photo)[None]
-    ours = model.align_images(torch.from_numpy(images))[:1]
+    pixels = model.vision_encoder.transform(photo)[None]
+    dual, other = SailDualEncoder(model), SailDualEncoder(model.untrained(seed=4))
+    ours = dual.project_image(torch.from_numpy(images))[:1]
     torch.testing.assert_close(ours, model.get_image_features(pixels).pooler_output, rtol=5e-3, atol=1e-3)
-    tokens = model.frozen_text.tokenizer(LABELS, padding=True, return_tensors="pt")
-    torch.testing.assert_close(model.align_texts(texts), model.get_text_features(**tokens).pooler_output, rtol=5e-3, atol=1e-3)
-    other = model.untrained(seed=4)
-    assert other.vision_fingerprint != model.vision_fingerprint and other.text_fingerprint != model.text_fingerprint
-    assert not np.allclose(cache.images(data, SailDualEncoder(other))[1], images)  # not read from the first model's cache
-    pooled = model_of(encoders)
-    assert pooled.vision_fingerprint == pooled.config.vision_fingerprint and pooled.vision_encoder is pooled.frozen_vision
+    tokens = model.text_encoder.tokenizer(LABELS, padding=True, return_tensors="pt")
+    torch.testing.assert_close(dual.project_text(texts), model.get_text_features(**tokens).pooler_output, rtol=5e-3, atol=1e-3)
+    assert other.vision_fingerprint != dual.vision_fingerprint and other.text_fingerprint != dual.text_fingerprint
+    assert not np.allclose(cache.images(data, other)[1], images)  # not read from the first model's cache
+    pooled = SailDualEncoder(model_of(encoders))
+    assert pooled.vision_fingerprint == pooled.sail.config.vision_fingerprint and pooled.vision_encoder is pooled.sail.vision_encoder
+
+
+def test_a_token_head_projects_the_rows_of_all_tokens_that_encoders_give(saved_tokens, photo):
+    model = SailModel.from_pretrained(saved_tokens)
+    pixels = model.vision_encoder.transform(photo)[None]
+    rows = model.vision_encoder(pixels)
+    torch.testing.assert_close(model.project_image(rows), model.get_image_features(pixels).pooler_output)
+    torch.testing.assert_close(model.project_patches(rows), model.get_patch_features(pixels))
+    tokens = model.text_encoder.tokenizer(LABELS, padding=True, return_tensors="pt")
+    expected = model.get_text_features(**tokens).pooler_output
+    torch.testing.assert_close(model.project_text(model.text_encoder.encode(LABELS, 4)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoder_without_cls_gets_a_token_head_without_tp_cls(encoders, tmp_path):
     model = token_model((save(tmp_path / "siglip", "siglip_vision_model"), encoders[1]))
     assert model.vision_head.cls is None and not any(name.startswith("vision_head.cls") for name in model.state_dict())
     pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
-    _, patches = model.frozen_vision.encode(pixels)
+    _, patches = model.vision_encoder.encode(pixels)
     expected = model.vision_head.local(patches).mean(1)
     expected = expected / expected.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected, rtol=1e-4, atol=1e-6)

@@ -17,7 +17,8 @@ from align.common.errors import DamagedError, DataError, NonFiniteError, UsageEr
 from align.common.files import arm_failpoint
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import VisionEncoder, load_vision_encoder
-from align.model.dual_encoder import SailConfig, SailModel, save_model
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.saving import save_model
 from eval.measures import segmentation, windows
 from eval.measures.config import EvalConfig
 from eval.measures.segmentation import (
@@ -62,11 +63,11 @@ class ColorModel:
     def patch_fingerprint(self):
         return {"encoder": "colors", "patch": self.patch_size}
 
-    def patch_features(self, pixels):
+    def encode_patches(self, pixels):
         self.seen.append(tuple(pixels.shape))
         return torch.nn.functional.avg_pool2d(pixels, self.patch_size).flatten(2).transpose(1, 2)
 
-    def align_patches(self, patches):
+    def project_patches(self, patches):
         return normalize(patches + self.leak * patches.mean(1, keepdim=True) + 1e-3, dim=-1)
 
 
@@ -126,7 +127,7 @@ def test_cosines_are_averaged_where_windows_overlap(batch_size):
     total, count = torch.zeros(5, 4, 9), torch.zeros(4, 9)
     for top in (0, 4):  # windows of 12 pixels every 8; the last one ends with the image
         for left in (0, 8, 16, 24):
-            embedded = model.align_patches(model.patch_features(pixels[None, :, top : top + 12, left : left + 12]))[0]  # 9 patches
+            embedded = model.project_patches(model.encode_patches(pixels[None, :, top : top + 12, left : left + 12]))[0]  # 9 patches
             for n in range(9):
                 row, column = top // 4 + n // 3, left // 4 + n % 3
                 count[row, column] += 1
@@ -169,10 +170,10 @@ def test_small_and_narrow_images_become_one_window():
 def test_models_with_other_patches_or_without_numbers_are_refused():
     model = ColorModel()
     model.patch_size = 8
-    model.patch_features = ColorModel(4).patch_features
+    model.encode_patches = ColorModel(4).encode_patches
     with pytest.raises(UsageError, match="16 patches, not 2 x 2"):
         segment([model], stripes(16, 16, (0,)), [COLORS], np.arange(3), Windows(16, 16, 16))
-    model.patch_features = lambda pixels: torch.full((len(pixels), 4, 3), torch.nan)
+    model.encode_patches = lambda pixels: torch.full((len(pixels), 4, 3), torch.nan)
     with pytest.raises(NonFiniteError, match="not finite"):
         segment([model], stripes(16, 16, (0,)), [COLORS], np.arange(3), Windows(16, 16, 16))
 

@@ -48,7 +48,7 @@ def test_images_are_those_of_the_stock_model(hugging_face):
     features = baseline.vision_encoder(pixels)
     close(features, expected)
     assert features.shape == (1, baseline.vision_encoder.feature_width) and features.norm() != pytest.approx(1, abs=1e-3)
-    close(baseline.align_images(features), normalize(expected, dim=-1))
+    close(baseline.project_image(features), normalize(expected, dim=-1))
 
 
 @torch.no_grad()
@@ -75,8 +75,8 @@ def test_cosines_are_the_logits_of_the_stock_model(hugging_face):
     tokens = tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
     mask = {} if family == "siglip" else {"attention_mask": tokens["attention_mask"]}
     logits = model(input_ids=tokens["input_ids"], pixel_values=pixels, **mask).logits_per_image
-    images = baseline.align_images(baseline.vision_encoder(pixels))
-    found = baseline.scale * images @ baseline.align_texts(baseline.text_encoder.encode(texts, 8)).T
+    images = baseline.project_image(baseline.vision_encoder(pixels))
+    found = baseline.scale * images @ baseline.project_text(baseline.text_encoder.encode(texts, 8)).T
     close(found + (model.logit_bias if family == "siglip" else 0), logits, 1e-4)
 
 
@@ -98,7 +98,7 @@ def test_dense_embeddings_are_each_patch_through_the_projection(hugging_face, si
         norm = model.vision_model.post_layernorm
         tokens = layer_norm(tokens[:, 1:], (tokens.shape[-1],), norm.weight, norm.bias, norm.eps)
         expected = tokens @ model.visual_projection.weight.T
-    dense = baseline.align_patches(baseline.patch_features(pixels))
+    dense = baseline.project_patches(baseline.encode_patches(pixels))
     assert dense.shape == (2, size[0] // 8 * size[1] // 8, baseline.width) and baseline.patch_size == 8
     close(dense, normalize(expected, dim=-1))
 
@@ -194,8 +194,8 @@ def test_dense_open_clip_embeddings_at_its_own_and_at_another_size(clip_files):
         pixels = torch.randn(2, 3, size, size)
         given = model.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
         expected = normalize(given["image_intermediates"][-1] @ model.visual.proj, dim=-1)
-        close(baseline.align_patches(baseline.patch_features(pixels)), expected)
-    assert baseline.patch_features(torch.randn(1, 3, 16, 40)).shape == (1, 10, 20) and baseline.patch_size == 8
+        close(baseline.project_patches(baseline.encode_patches(pixels)), expected)
+    assert baseline.encode_patches(torch.randn(1, 3, 16, 40)).shape == (1, 10, 20) and baseline.patch_size == 8
     pixels = torch.randn(2, 3, 32, 32)
     close(baseline.vision_encoder(pixels), stock(clip_files).encode_image(pixels))  # its own positions are as they were
 

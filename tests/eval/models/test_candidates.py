@@ -98,8 +98,8 @@ def test_a_sail_model_is_a_dual_encoder(tmp_path):
     dual = SailDualEncoder(sail)
     images, texts = torch.randn(3, 5, 4), torch.randn(7, 6)
     assert dual.vision_fingerprint == {"weights": "1"} and dual.text_fingerprint == {}
-    assert torch.equal(dual.align_images(images), sail.align_images(images).detach()) and not dual.align_images(images).requires_grad
-    assert torch.equal(dual.align_texts(texts), sail.align_texts(texts).detach())
+    assert torch.equal(dual.project_image(images), sail.project_image(images).detach()) and not dual.project_image(images).requires_grad
+    assert torch.equal(dual.project_text(texts), sail.project_text(texts).detach())
     assert dual.scale == pytest.approx(2.718281828**2.5) and dual.device == torch.device("cpu")
     with pytest.raises(UsageError, match="already encoded"):
         _ = dual.vision_encoder

@@ -121,7 +121,7 @@ def test_head_encoder_and_fingerprint_are_the_runs(parts):
     stage_one = SailModel.from_pretrained(parts / "run/best")
     trained = stage_one.vision_head.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in model.model.sail_head.state_dict().items())
-    tower = stage_one.vision_encoder.tower.model.state_dict()
+    tower = stage_one.vision_encoder.backbone.model.state_dict()
     assert all(torch.equal(value, tower[name]) for name, value in model.model.vision_tower.state_dict().items())
     assert model.config.sail_fingerprint == stage_one.config.vision_fingerprint
 

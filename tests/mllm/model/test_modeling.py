@@ -52,9 +52,9 @@ def assert_same(found, expected, tolerance=1e-6):
 def built(eyes):
     """Return the image half as a SailLlavaModel holding the given encoder and head."""
     text, _ = tiny_model()
-    config = SailLlavaConfig(vision_config=eyes.encoder.tower.model.config, text_config=text.config.text_config, **eyes.fields)
+    config = SailLlavaConfig(vision_config=eyes.encoder.backbone.model.config, text_config=text.config.text_config, **eyes.fields)
     model = SailLlavaModel(config)
-    model.vision_tower.load_state_dict(eyes.encoder.tower.model.state_dict())
+    model.vision_tower.load_state_dict(eyes.encoder.backbone.model.state_dict())
     model.sail_head.load_state_dict(eyes.head.state_dict())
     return model.eval()
 
@@ -137,7 +137,7 @@ def test_another_image_size_interpolates_positions_and_a_wrong_one_is_refused(tm
     assert model.config.sail_image_size == [70, 70] and model.config.sail_patch_grid == [5, 5]
     pixels = torch.randn(1, 3, 70, 70)
     stock = Dinov2Model.from_pretrained(vision).eval()(pixels).last_hidden_state
-    torch.testing.assert_close(model.tower(pixels, [3])[0], stock)
+    torch.testing.assert_close(model.backbone(pixels, [3])[0], stock)
     with pytest.raises(UsageError, match="70, 70"):
         model.get_patch_features(torch.randn(1, 3, SIZE, SIZE))
 
