@@ -136,7 +136,7 @@ print(f"{out}: {len(pretrain)} captions, {len(instruct)} conversations with {tur
 PY
 
 recipe=mllm/recipes/quickstart.yaml
-tasks=$PWD/eval/lmms_tasks
+tasks=$PWD/eval/harness/tasks
 sail=${SAIL:-runs/flickr8k/train/linear/0}
 export TOKENIZERS_PARALLELISM=false
 python mllm/upgrade.py --config "$recipe" --sail "$sail" --captions "$out/data/pretrain.jsonl" --image-root "$data" --output "$out/init"

@@ -23,6 +23,6 @@ cat <<TEXT
 Next:
   your encoder   accelerate launch align/encode.py --vision facebook/dinov2-base --text sentence-transformers/all-MiniLM-L6-v2 \\
                    --data 'my/shards/*.tar' --captions txt --output features/mine
-  your data      a folder, webdataset tars, parquet, CSV or JSONL: README.md, "Your own data"
+  your data      a folder, webdataset tars, parquet, CSV or JSONL: docs/data.md
   8 GPUs         accelerate launch --multi_gpu --num_processes 8 align/train.py --config align/recipes/sail_l_gte.yaml
 TEXT

@@ -1,0 +1,187 @@
+"""What README and the pages say is true: commands parse, flags and files exist, links lead somewhere, generated pages are current."""
+
+import ast
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align.assessment.config import AssessConfig
+from align.common import commandline as cli
+from align.curation.config import CurateConfig
+from align.demo.config import PrepareConfig
+from align.features.config import EncodeConfig
+from align.model.config import ConvertConfig
+from align.training.config import TrainConfig
+from eval.harness.config import LmmsConfig
+from eval.measures.config import EvalConfig
+from eval.page.config import ReportConfig
+from eval.tasks.registry import find_task
+from mllm.assembly.config import UpgradeConfig
+from mllm.conversations.config import CheckConfig
+from mllm.finetune import section
+from mllm.loop.config import FinetuneConfig
+from mllm.model.config import ChatConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    "align/prepare.py": ("prepare", PrepareConfig),
+    "align/encode.py": ("encode", EncodeConfig),
+    "align/train.py": ("train", TrainConfig),
+    "align/assess.py": ("assess", AssessConfig),
+    "align/curate.py": ("curate", CurateConfig),
+    "align/convert.py": ("convert", ConvertConfig),
+    "eval/run.py": ("eval", EvalConfig),
+    "eval/report.py": ("report", ReportConfig),
+    "eval/lmms.py": ("lmms", LmmsConfig),
+    "mllm/upgrade.py": ("upgrade", UpgradeConfig),
+    "mllm/check.py": ("check", CheckConfig),
+    "mllm/finetune.py": (section, FinetuneConfig),
+    "mllm/chat_cli.py": ("chat", ChatConfig),
+}
+# The log and the decisions are dated: what they quote was true on their day. The map is made from docstrings.
+RECORDS = {"LOG.md", "decisions.md", "map.md"}
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+LIVING = {name: text for name, text in PAGES.items() if Path(name).name not in RECORDS}
+RECIPES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("*/recipes/*.yaml"))}
+SCRIPTS = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("scripts/*.sh"))}
+LAUNCHERS = {  # flags of accelerate, pip, codespell, lmms-eval
+    *("multi_gpu", "num_processes", "num_machines", "cpu", "model_args", "include_path", "output_path", "log_samples", "batch_size"),
+    *("config", "help", "print-config", "check"),
+}
+README = PAGES["README.md"]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """Every command line that runs an entry, from code blocks and recipe headers, with continuation lines joined."""
+    joined = re.sub(r"\\\n\s*#?\s*", " ", text)
+    for line in joined.splitlines():
+        words = line.strip("# ").split("  (")[0]
+        match = re.search(r"((?:align|eval|mllm)/\w+\.py)\s+(--.*)", words)
+        if match and match.group(1) in CONFIGS and "..." not in words and "`" not in words:
+            yield match.group(1), shlex.split(match.group(2).replace("<commit>", "0" * 40), comments=True)
+
+
+DOCUMENTED = [command for text in (*LIVING.values(), *RECIPES.values()) for command in commands(text)]
+DOCUMENTED += [c for path in CONFIGS for c in commands(ast.get_docstring(ast.parse((ROOT / path).read_text())))]
+
+
+def test_every_entry_has_a_command_to_check():
+    assert {entry for entry, _ in DOCUMENTED} == set(CONFIGS)
+
+
+@pytest.mark.parametrize(("entry", "flags"), DOCUMENTED, ids=lambda value: value if isinstance(value, str) else None)
+def test_documented_commands_parse(entry, flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, kind = CONFIGS[entry]
+    if "--config" in flags and not Path(flags[flags.index("--config") + 1]).exists():
+        at = flags.index("--config")
+        assert flags[at + 1] == "recipe.yaml", "a made-up recipe is called recipe.yaml"
+        package = "mllm" if entry.startswith("mllm/") else "align"
+        flags = ["--config", f"{package}/recipes/quickstart.yaml", *flags[:at], *flags[at + 2 :]]
+    assert isinstance(cli.parse(kind, name if isinstance(name, str) else name(flags), flags), kind)
+
+
+@pytest.mark.parametrize("page", LIVING)
+def test_flags_named_on_a_page_exist(page):
+    known = {field.name for _, kind in CONFIGS.values() for field in dataclasses.fields(kind)} | LAUNCHERS
+    for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", LIVING[page]):
+        names = {flag, flag.replace("-", "_"), flag.replace("-", "_").removeprefix("no_")}
+        assert names & known, f"{page}: no command has --{flag}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CREDITS.md"])
+def test_links_lead_to_files(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
+        assert target.startswith("https://") or (folder / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", [*LIVING, "CONTRIBUTING.md", "CREDITS.md", "docs/map.md", *RECIPES, *SCRIPTS, "Makefile"])
+def test_files_named_on_a_page_exist(page):
+    for name in re.findall(
+        r"(?<![\w./-])(?:align|eval|mllm|scripts|docs|tests)/[\w./-]*\w\.(?:py|md|sh|yaml|tsv|json)\b", (ROOT / page).read_text()
+    ):
+        assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("page", [*LIVING, "CONTRIBUTING.md"])
+def test_make_targets_exist(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", (ROOT / page).read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: make {target}"
+
+
+def test_the_yaml_task_of_the_pages_is_a_task(tmp_path):
+    [block] = blocks(PAGES["docs/measure.md"], "yaml")
+    (tmp_path / "task.yaml").write_text(block)
+    assert find_task(str(tmp_path / "task.yaml")).kind == "classification"
+
+
+def defined(module):
+    """Return the names that a module of the kit defines at its top level, read from its text: nothing is imported."""
+    path = ROOT / Path(*module.split("."))
+    tree = ast.parse((path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py").read_text())
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names | {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+SNIPPETS = {f"{page} {number}": code for page, text in LIVING.items() for number, code in enumerate(blocks(text, "python"))}
+SNIPPETS |= {
+    f"{page} {n}": code
+    for page, text in SCRIPTS.items()
+    for n, code in enumerate(re.findall(r"<<'PY'.*?\n(.*?)^PY$", text, re.DOTALL | re.MULTILINE))
+}
+SNIPPETS |= {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "docs").rglob("*.py"))}
+
+
+@pytest.mark.parametrize("where", SNIPPETS)
+def test_python_on_pages_in_scripts_and_in_benchmarks_imports_what_exists(where):
+    for node in ast.walk(ast.parse(SNIPPETS[where])):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("align", "eval", "mllm"):
+            for alias in node.names:
+                submodule = ROOT / Path(*node.module.split(".")) / f"{alias.name}.py"
+                assert alias.name in defined(node.module) or submodule.exists(), f"{where}: {node.module} has no {alias.name}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert alias.name.split(".")[0] not in ("align", "eval", "mllm") or defined(alias.name), f"{where}: no {alias.name}"
+
+
+def test_generated_pages_are_current():
+    ran = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, f"run `make docs` (or `python docs/generate.py`) and commit what it writes: {ran.stderr[-400:]}"
+
+
+def test_a_page_that_is_not_current_is_named(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("bench", "assess"))
+    for name in ("README.md", "align", "eval", "mllm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs" / "map.md").write_text("old")
+    ran = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 1 and "docs/map.md" in ran.stderr
+
+
+def test_the_site_builds_without_a_broken_link_and_loads_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-800:]
+    assert "Teach a frozen vision encoder language" in (tmp_path / "index.html").read_text()
+    for page in tmp_path.rglob("*.html"):
+        assert not re.search(r'(?:src|<link[^>]*href)="https?://', page.read_text()), page
+
+
+def test_readme_fits_on_a_screen_or_two():
+    assert len(README.encode()) <= 9000
+    assert (ROOT / "docs/assets/report.png").stat().st_size < 200_000 and (ROOT / "docs/assets/stages.svg").stat().st_size < 20_000
