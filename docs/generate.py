@@ -12,8 +12,7 @@ from pathlib import Path
 from planned import short_table, tables
 
 from align.common import errors
-from align.sources.gate import REJECT_CODES
-from mllm.conversations.messages import ROW_CODES
+from align.common.reject_codes import CONVERSATION_CODES, FEATURE_CODES, SAMPLE_CODES
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -83,9 +82,10 @@ def exit_codes() -> str:
 
 
 def reject_codes() -> str:
-    """Return the table of reject codes: samples of stage one and of tasks, then rows of conversations."""
-    known = {**REJECT_CODES, **ROW_CODES}
-    return "\n".join(["| code | meaning |", "|---|---|"] + [f"| `{code}` | {meaning} |" for code, meaning in known.items()])
+    """Return the table of reject codes, from the registry."""
+    groups = {"samples": SAMPLE_CODES, "features": FEATURE_CODES, "conversations": CONVERSATION_CODES}
+    rows = [f"| `{code}` | {of} | {meaning} |" for of, codes in groups.items() for code, meaning in codes.items()]
+    return "\n".join(["| code | of | meaning |", "|---|---|---|", *rows])
 
 
 BLOCKS = {
