@@ -24,7 +24,7 @@ from align.encoders.loading import VISION_FILES, load_errors_named, recorded_id,
 from align.encoders.trust import split_revision
 from align.encoders.vision import load_transform
 from align.features.store import FeatureStore
-from align.sources.plan import Plan, Source, open_unit, plan
+from align.sources.plan import Plan, Source, open_shard, plan
 
 SHARD_ROWS = 64  # neighbors in the source that are drawn together
 
@@ -127,7 +127,7 @@ def read_labels(source: Source, plan: Plan, column: str) -> dict[str, int]:
     """
     named: dict[str, str] = {}
     for shard in range(len(plan.shards)):
-        for row in open_unit(source, plan, shard).rows(images=False):
+        for row in open_shard(source, plan, shard).rows(images=False):
             if row.reject is None and row.fields.get(column) is not None:
                 named[row.key] = str(row.fields[column])
     names = sorted(set(named.values()))

@@ -24,7 +24,8 @@ from align.encoders.text import TextEncoder
 from align.encoders.vision import VisionEncoder
 from align.features.store import StoreHeader, StoreWriter
 from align.sources.gate import Limits, gate_captions, gate_image
-from align.sources.plan import Plan, Source, open_unit
+from align.sources.plan import Plan, Source, open_shard
+from align.sources.row import ShardReader
 
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a job in its middle
 
@@ -77,14 +78,14 @@ class _Batches(Dataset):
 
     def __init__(self, source: Source, plan: Plan, transform: Callable[..., Tensor] | None, limits: Limits) -> None:
         self.source, self.plan, self.transform, self.limits = source, plan, transform, limits
-        self._unit: tuple[int, object] | None = None
+        self._opened: tuple[int, ShardReader] | None = None
 
     def __getitem__(self, task: _Task) -> _Decoded:
-        if self._unit is None or self._unit[0] != task.shard:
-            self._unit = (task.shard, open_unit(self.source, self.plan, task.shard))
+        if self._opened is None or self._opened[0] != task.shard:
+            self._opened = (task.shard, open_shard(self.source, self.plan, task.shard))
         decoded = _Decoded(task, None, [], {column: [] for column in task.columns}, [])
         pixels = []
-        for row in self._unit[1].rows(task.start, task.stop, images=task.images):  # type: ignore[attr-defined]
+        for row in self._opened[1].rows(task.start, task.stop, images=task.images):
             if row.reject is not None:
                 decoded.rejects.append((True, RejectedRow.of(row.reject, row.index, row.key, "row")))
                 continue

@@ -8,13 +8,12 @@ function of the files; it is made once by a scan that reads headers or finds lin
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,19 +21,22 @@ import xxhash
 
 from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import atomic_path
-from align.sources.row import IMAGE_SUFFIXES, FolderUnit, Row, TarUnit, Unit, require_columns
-from align.sources.tables import CsvUnit, JsonlUnit, ParquetUnit, csv_delimiter, csv_header, csv_records, newline_blocks, text_start
-from align.sources.tar import tar_samples
+from align.sources.folder import FolderReader, list_images
+from align.sources.row import ShardReader, require_columns
+from align.sources.tables import CsvReader, JsonlReader, ParquetReader, TableReader
+from align.sources.tar import TarReader
 
-__all__ = ["Plan", "Row", "Source", "Unit", "open_unit", "plan"]
-
-MAX_GROUP_BYTES = 1 << 30  # of one parquet row group, uncompressed: it is read whole
 SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}  # by first bytes
+READERS: dict[str, type[TarReader] | type[TableReader]] = {
+    "webdataset": TarReader,
+    "parquet": ParquetReader,
+    "jsonl": JsonlReader,
+    "csv": CsvReader,
+}
 SHARDS_SCHEMA = pa.schema(
     [("shard", pa.int32()), ("file", pa.string()), ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64())]
 )
-_IMAGE_SUFFIXES = tuple(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,13 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
     for file in files:
         try:
             if layout == "folder":
-                listing = _list_images(file)
+                listing = list_images(file)
                 rows, offsets = len(listing), [0] * -(-len(listing) // rows_per_shard)
                 for buffer in listing.chunk(0).buffers()[1:] if rows else ():
                     digest.update(buffer)
             else:
                 _refuse_compressed(file)
-                rows, offsets = _SCANS[layout](file, rows_per_shard)
+                rows, offsets = READERS[layout].scan(file, rows_per_shard)
                 digest.update(repr((os.path.basename(file), os.path.getsize(file), rows)).encode())
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{file} cannot be read as {layout} ({error}); mend or remove it") from error
@@ -136,19 +138,19 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
     shards = pa.table([list(column) for column in zip(*pieces, strict=True)], schema=SHARDS_SCHEMA)
     made = Plan(layout, shards, listing, digest.hexdigest())
     if columns:
-        require_columns(pieces[0][1], open_unit(source, made, 0).columns, columns)
+        require_columns(pieces[0][1], open_shard(source, made, 0).columns, columns)
     return made
 
 
-def open_unit(source: Source, plan: Plan, shard: int) -> Unit:
+def open_shard(source: Source, plan: Plan, shard: int) -> ShardReader:
     """Return random access to the rows of one shard; DataError if its file is gone or changed since it was planned."""
     piece = plan.shards.slice(shard, 1).to_pylist()[0]
     file, start, stop = piece["file"], piece["start"], piece["stop"]
     root = source.image_root or os.path.dirname(file) or "."
     try:
         if plan.listing is not None:
-            return FolderUnit(file, start, stop, source.image, plan.listing.slice(start, stop - start).to_pylist())
-        return _UNITS[plan.layout](file, start, stop, piece["offset"], source.image, source.key, root)
+            return FolderReader(file, start, stop, source.image, plan.listing.slice(start, stop - start).to_pylist())
+        return READERS[plan.layout](file, start, stop, piece["offset"], source.image, source.key, root)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read any more ({error}); restore it or plan again") from error
 
@@ -195,85 +197,3 @@ def _refuse_compressed(file: str) -> None:
     for mark, command in COMPRESSED.items():
         if first.startswith(mark):
             raise DataError(f"{file} is compressed, so rows in it cannot be reached directly; unpack it first: {command} {file}")
-
-
-def _list_images(folder: str) -> pa.ChunkedArray:
-    """Return the paths of the image files below a folder, as bytes in sorted order in one chunk.
-
-    Hidden files and folders are passed over; links to folders are not followed.
-    """
-    root = os.fsencode(folder)
-    pending, batch, chunks = [b""], list[bytes](), list[pa.Array]()
-    while pending:
-        below = pending.pop()
-        with os.scandir(os.path.join(root, below)) as entries:
-            for entry in entries:
-                path = os.path.join(below, entry.name)
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(path)
-                elif entry.name.lower().endswith(_IMAGE_SUFFIXES):
-                    batch.append(path)
-                    if len(batch) == 1 << 16:  # strings of Python take five times the memory
-                        chunks.append(pa.array(batch, pa.large_binary()))
-                        batch = []
-    names = pa.chunked_array([*chunks, pa.array(batch, pa.large_binary())]).combine_chunks()
-    return pa.chunked_array([names.take(pc.sort_indices(names))])
-
-
-def _scan_tar(file: str, step: int) -> tuple[int, list[int]]:
-    rows, offsets = 0, []
-    with open(file, "rb") as opened:
-        for sample in tar_samples(opened.fileno()):
-            if rows % step == 0:
-                offsets.append(sample.offset)
-            rows += 1
-    return rows, offsets
-
-
-def _scan_jsonl(file: str, step: int) -> tuple[int, list[int]]:
-    begin = text_start(file)
-    size, last, rows = os.path.getsize(file), begin - 1, 0
-    offsets = [begin]
-    with open(file, "rb") as opened:
-        for ends in newline_blocks(opened.fileno(), begin):
-            chosen = np.arange((rows // step + 1) * step, rows + len(ends) + 1, step)  # rows that begin a shard
-            offsets += (ends[chosen - rows - 1] + 1).tolist()
-            rows += len(ends)
-            last = int(ends[-1]) if len(ends) else last
-    rows += last + 1 < size  # a last line without its newline
-    return rows, offsets[: -(-rows // step)]
-
-
-def _scan_csv(file: str, step: int) -> tuple[int, list[int]]:
-    _, begin = csv_header(file)
-    rows, offsets = 0, []
-    with open(file, "rb") as opened:
-        opened.seek(begin)
-        for first, _, _ in csv_records(opened, csv_delimiter(file)):
-            if rows % step == 0:
-                offsets.append(first)
-            rows += 1
-    return rows, offsets
-
-
-def _scan_parquet(file: str, step: int) -> tuple[int, list[int]]:
-    metadata = pq.read_metadata(file)
-    for number in range(metadata.num_row_groups):
-        size = metadata.row_group(number).total_byte_size
-        if size > MAX_GROUP_BYTES:
-            raise DataError(
-                f"{file}: row group {number} has {size} bytes, at most {MAX_GROUP_BYTES} are read at once; rewrite the file with "
-                "smaller ones, for example pyarrow.parquet.write_table(table, path, row_group_size=1000)"
-            )
-    return metadata.num_rows, [0] * -(-metadata.num_rows // step)
-
-
-_SCANS: dict[str, Callable[[str, int], tuple[int, list[int]]]] = {
-    "webdataset": _scan_tar,
-    "parquet": _scan_parquet,
-    "jsonl": _scan_jsonl,
-    "csv": _scan_csv,
-}
-_UNITS: dict[str, Callable[..., Unit]] = {"webdataset": TarUnit, "parquet": ParquetUnit, "jsonl": JsonlUnit, "csv": CsvUnit}

@@ -5,6 +5,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,9 +15,10 @@ import pyarrow.parquet as pq
 from align.common.errors import DataError
 from align.common.reject_codes import Reject
 from align.sources.gate import gate_key
-from align.sources.row import HEAD_ROWS, MAX_ROW_BYTES, UTF8_MARK, Row, Unit, parse_json, require_columns
+from align.sources.row import HEAD_ROWS, Row, ShardReader, require_columns
+from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, json_line, text_start
 
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MAX_GROUP_BYTES = 1 << 30  # of one parquet row group, uncompressed: it is read whole
 
 
 def newline_blocks(descriptor: int, offset: int) -> Iterator[np.ndarray]:
@@ -26,17 +28,13 @@ def newline_blocks(descriptor: int, offset: int) -> Iterator[np.ndarray]:
         offset += len(block)
 
 
-def text_start(file: str) -> int:
-    """Return the byte at which a text file's content begins (after a UTF-8 mark); DataError for UTF-16."""
-    with open(file, "rb") as opened:
-        first = opened.read(3)
-    if first[:2] in UTF16_MARKS:
-        raise DataError(f"{file} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file} > new.{file.rpartition('.')[2]}")
-    return 3 if first == UTF8_MARK else 0
-
-
-class TableUnit(Unit):
+class TableReader(ShardReader):
     """Rows that are records of named cells; where the file has no key column, a row's key is the file's name and its number."""
+
+    @staticmethod
+    @abstractmethod
+    def scan(file: str, step: int) -> tuple[int, list[int]]:
+        """Return how many rows a file has, and the byte where each `step`-th begins (0 where rows have no such place)."""
 
     @abstractmethod
     def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
@@ -74,8 +72,22 @@ class TableUnit(Unit):
         return Row(index, key, image, fields)
 
 
-class JsonlUnit(TableUnit):
+class JsonlReader(TableReader):
     """Lines of JSON objects."""
+
+    @staticmethod
+    def scan(file: str, step: int) -> tuple[int, list[int]]:
+        begin = text_start(file)
+        size, last, rows = os.path.getsize(file), begin - 1, 0
+        offsets = [begin]
+        with open(file, "rb") as opened:
+            for ends in newline_blocks(opened.fileno(), begin):
+                chosen = np.arange((rows // step + 1) * step, rows + len(ends) + 1, step)  # rows that begin a shard
+                offsets += (ends[chosen - rows - 1] + 1).tolist()
+                rows += len(ends)
+                last = int(ends[-1]) if len(ends) else last
+        rows += last + 1 < size  # a last line without its newline
+        return rows, offsets[: -(-rows // step)]
 
     def _open(self) -> None:
         found = [np.array([self.offset - 1], dtype=np.int64)]
@@ -95,13 +107,12 @@ class JsonlUnit(TableUnit):
         rejects = []
         with open(self.file, "rb") as file:
             file.seek(text_start(self.file))
-            for _ in range(HEAD_ROWS):
-                if not (line := file.readline(MAX_ROW_BYTES)):
-                    break
-                try:
-                    names.update(dict.fromkeys(parse_json(line)))
-                except Reject as reject:
-                    rejects.append(reject)
+            for line, length in islice(bounded_lines(file), HEAD_ROWS):
+                found = json_line(line, length)
+                if isinstance(found, Reject):
+                    rejects.append(found)
+                else:
+                    names.update(dict.fromkeys(found))
         if not names and rejects:
             raise DataError(f"{self.file}: none of its first rows is a JSON object ({rejects[0]}); expected one object a line")
         return list(names)
@@ -110,31 +121,19 @@ class JsonlUnit(TableUnit):
         with open(self.file, "rb") as file:
             for index in range(start, stop):
                 begin, end = int(self._ends[index]) + 1, int(self._ends[index + 1])
-                if end - begin > MAX_ROW_BYTES:
-                    yield Reject("row_large", f"a line of {end - begin} bytes, at most {MAX_ROW_BYTES} are read")
-                    continue
-                line = os.pread(file.fileno(), end - begin, begin)
-                try:
-                    yield parse_json(line) if line.strip() else Reject("row_blank")
-                except Reject as reject:
-                    yield reject
+                line = os.pread(file.fileno(), end - begin, begin) if end - begin <= MAX_ROW_BYTES else b""
+                yield json_line(line, end - begin)
 
 
 class _Lines(Iterator[str]):
     """Lines of a file for `csv`, one byte a character, counted."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.position = file, file.tell()
+        self.lines, self.position = bounded_lines(file), file.tell()
         self.lengths: list[int] = []  # of the lines since it was last cleared
 
     def __next__(self) -> str:
-        line = self.file.readline(MAX_ROW_BYTES + 1)
-        if not line:
-            raise StopIteration
-        length = len(line)
-        while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-            line = self.file.readline(MAX_ROW_BYTES + 1)
-            length += len(line)
+        line, length = next(self.lines)
         self.lengths.append(length)
         self.position += length
         if length > MAX_ROW_BYTES:
@@ -161,7 +160,7 @@ def csv_records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, int, list
             end = begin + lines.lengths[0]
             yield begin, end, Reject("row_syntax", str(error))
             file.seek(end)
-            lines.position = end
+            lines = _Lines(file)
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
         else:
             yield begin, lines.position, cells if cells else Reject("row_blank")
@@ -188,8 +187,20 @@ def csv_header(file: str) -> tuple[list[str], int]:
     return names, end
 
 
-class CsvUnit(TableUnit):
+class CsvReader(TableReader):
     """Records of a CSV or TSV file with a header."""
+
+    @staticmethod
+    def scan(file: str, step: int) -> tuple[int, list[int]]:
+        _, begin = csv_header(file)
+        rows, offsets = 0, []
+        with open(file, "rb") as opened:
+            opened.seek(begin)
+            for first, _, _ in csv_records(opened, csv_delimiter(file)):
+                if rows % step == 0:
+                    offsets.append(first)
+                rows += 1
+        return rows, offsets
 
     def _open(self) -> None:
         edges = [self.offset]
@@ -224,8 +235,20 @@ class CsvUnit(TableUnit):
         return dict(zip(self.columns, values, strict=False))  # cells missing at the end are missing columns
 
 
-class ParquetUnit(TableUnit):
+class ParquetReader(TableReader):
     """Rows of a parquet file; the last row group is kept, because neighboring batches need it."""
+
+    @staticmethod
+    def scan(file: str, step: int) -> tuple[int, list[int]]:
+        metadata = pq.read_metadata(file)
+        for number in range(metadata.num_row_groups):
+            size = metadata.row_group(number).total_byte_size
+            if size > MAX_GROUP_BYTES:
+                raise DataError(
+                    f"{file}: row group {number} has {size} bytes, at most {MAX_GROUP_BYTES} are read at once; rewrite the file with "
+                    "smaller ones, for example pyarrow.parquet.write_table(table, path, row_group_size=1000)"
+                )
+        return metadata.num_rows, [0] * -(-metadata.num_rows // step)
 
     def _open(self) -> None:
         self._metadata = pq.read_metadata(self.file)

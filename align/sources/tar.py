@@ -6,9 +6,12 @@ takes three times as long; nothing is ever extracted, so only headers matter. Re
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from align.common.reject_codes import Reject
+from align.sources.gate import gate_key
+from align.sources.row import IMAGE_SUFFIXES, Row, ShardReader, text_captions
+from align.sources.safe_files import MAX_FILE_BYTES, MAX_ROW_BYTES, parse_json
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # payload of a pax or GNU long-name header
@@ -147,3 +150,78 @@ def _octal(field: bytes) -> int:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     digits = field.strip(b" \x00")
     return int(digits or b"0", 8) if not digits.strip(b"01234567") else -1
+
+
+class TarReader(ShardReader):
+    """Samples of a webdataset tar. Fields: the names in its .json, `txt` and `cls` (a whole number where it is one).
+
+    A .txt of several lines is several captions (CLIP_benchmark), unless the sample has a .json, too (img2dataset).
+    """
+
+    @staticmethod
+    def scan(file: str, step: int) -> tuple[int, list[int]]:
+        """Return how many samples an archive has, and the byte where each `step`-th begins."""
+        rows, offsets = 0, []
+        with open(file, "rb") as opened:
+            for sample in tar_samples(opened.fileno()):
+                if rows % step == 0:
+                    offsets.append(sample.offset)
+                rows += 1
+        return rows, offsets
+
+    def _open(self) -> None:
+        with open(self.file, "rb") as file:
+            samples = tar_samples(file.fileno(), self.offset)
+            self._samples = [sample for _, sample in zip(range(len(self)), samples, strict=False)]
+        self._require_rows(len(self._samples))
+
+    def _keys(self) -> Iterator[str | None]:
+        for sample in self._samples:
+            yield None if sample.reject else sample.key
+
+    def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
+        with open(self.file, "rb") as file:
+            for index in range(start, stop):
+                sample = self._samples[index]
+                key = self._row_name(index)
+                try:
+                    key = gate_key(sample.key) if sample.key else key  # damage before the first name leaves none
+                    if sample.reject is not None:
+                        raise sample.reject
+                    fields = self._fields(file.fileno(), sample)
+                except Reject as reject:
+                    yield Row(index, key, None, {}, reject)
+                    continue
+                yield Row(index, key, self._image_bytes(file.fileno(), sample) if images else None, fields)
+
+    def _fields(self, descriptor: int, sample: TarSample) -> dict[str, Any]:
+        found = {member.suffix: member for member in sample.members if member.suffix in ("json", "txt", "cls")}
+        data = {suffix: self._member(descriptor, member, MAX_ROW_BYTES) for suffix, member in found.items()}
+        fields = parse_json(data["json"]) if "json" in data else {}
+        if "txt" in data:
+            fields["txt"] = text_captions(data["txt"], whole="json" in data)
+        if "cls" in data:
+            label = str(text_captions(data["cls"], whole=True)).strip()
+            fields["cls"] = int(label) if label.isdecimal() and len(label) < 19 else label
+        return fields
+
+    def _image_bytes(self, descriptor: int, sample: TarSample) -> bytes | Reject:
+        named = [member for member in sample.members if member.suffix == self.image]
+        images = named or [member for member in sample.members if member.suffix in IMAGE_SUFFIXES]
+        suffixes = ", ".join(member.suffix for member in sample.members)
+        if not images:
+            return Reject("image_missing", f"the sample has {suffixes}")
+        if len(images) > 1:
+            return Reject("image_ambiguous", f"the sample has {suffixes}; name one of them as the image column")
+        try:
+            return self._member(descriptor, images[0], MAX_FILE_BYTES)
+        except Reject as reject:
+            return reject
+
+    def _member(self, descriptor: int, member: Member, limit: int) -> bytes:
+        if member.size > limit:
+            raise Reject("file_large", f"a member of {member.size} bytes, at most {limit} are read")
+        data = os.pread(descriptor, member.size, member.offset)
+        if len(data) < member.size:
+            raise Reject("archive_truncated", f"{len(data)} of {member.size} bytes")
+        return data

@@ -31,12 +31,13 @@ from align.common.seeds import generator
 from align.encoders.text import TextEncoder
 from align.encoders.vision import PixelNormalizer, Transform, VisionEncoder, pixel_normalizer
 from align.sources.gate import Limits, gate_captions, gate_image
-from align.sources.plan import Plan, Source, Unit, open_unit
+from align.sources.plan import Plan, Source, open_shard
+from align.sources.row import ShardReader
 from align.training.pairs import BatchOrder, PairBatch
 
-SHARD_ROWS = 1024  # samples a unit: opening one reads where its samples are
-KEPT_UNITS = 64  # open units a worker keeps
-BLOCK_ROWS = 64  # neighbours read together when there are more units than that, or rows that cannot be reached singly
+SHARD_ROWS = 1024  # samples a shard: opening one reads where its samples are
+KEPT_READERS = 64  # open shards a worker keeps
+BLOCK_ROWS = 64  # neighbours read together when there are more shards than that, or rows that cannot be reached singly
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a run
 IN_A_ROW = 100  # rejects one after the other that stop it
 _SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # streams of random numbers, beside those of align.training.pairs and align.training.step
@@ -98,7 +99,7 @@ class _Samples(Dataset):
         self.source, self.plan, self.slots, self.transform = source, plan, tuple(slots), transform
         self.augmentation, self.seed, self.limits = augmentation, seed, Limits()
         self.starts = np.concatenate([[0], np.cumsum(plan.lengths)])
-        self._units: dict[int, Unit] = {}
+        self._readers: dict[int, ShardReader] = {}
 
     def __getitem__(self, piece: _Piece) -> _Decoded:
         decoded, good = _Decoded(piece), []
@@ -124,12 +125,12 @@ class _Samples(Dataset):
     def read(self, row: int, images: bool = True) -> tuple[str, Any, list[Any]]:
         """Return key, encoded image and the cells of the caption columns of one row; raise Reject if it has none."""
         shard = int(np.searchsorted(self.starts, row, side="right") - 1)
-        if shard not in self._units:
-            if len(self._units) >= KEPT_UNITS:
-                self._units.pop(next(iter(self._units)))
-            self._units[shard] = open_unit(self.source, self.plan, shard)
+        if shard not in self._readers:
+            if len(self._readers) >= KEPT_READERS:
+                self._readers.pop(next(iter(self._readers)))
+            self._readers[shard] = open_shard(self.source, self.plan, shard)
         local = row - int(self.starts[shard])
-        found = next(self._units[shard].rows(local, local + 1, images=images))
+        found = next(self._readers[shard].rows(local, local + 1, images=images))
         if found.reject is not None:
             raise found.reject
         for column in self.slots:
@@ -203,7 +204,7 @@ class OnlinePairs:
     @property
     def block_rows(self) -> int:
         """How many neighbours to read together: 1 unless single rows would be slow to reach."""
-        return 1 if self.plan.layout != "parquet" and len(self.plan.shards) <= KEPT_UNITS else BLOCK_ROWS
+        return 1 if self.plan.layout != "parquet" and len(self.plan.shards) <= KEPT_READERS else BLOCK_ROWS
 
     def split(self, held_out: int, seed: int) -> "OnlinePairs":
         """Take `held_out` samples, chosen by `seed` and the number of samples, out of this object and return them as another one."""
@@ -227,7 +228,7 @@ class OnlinePairs:
         found: set[str] = set()
         rows = []
         for shard, start in enumerate(samples.starts[:-1].tolist()):
-            for row in open_unit(samples.source, self.plan, shard).rows(images=False):
+            for row in open_shard(samples.source, self.plan, shard).rows(images=False):
                 if row.reject is None and row.key in wanted:
                     rows.append(start + row.index)
                     found.add(row.key)

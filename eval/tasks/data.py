@@ -19,7 +19,7 @@ from align.common.errors import DataError
 from align.common.recipes_yaml import nearest
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_captions
-from align.sources.plan import Plan, Source, open_unit, plan
+from align.sources.plan import Plan, Source, open_shard, plan
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS, read_official
 from eval.tasks.prompts import TEMPLATES, read_lines, read_templates
@@ -155,12 +155,12 @@ def load_task(task: Task, data_root: Path, limits: Limits | None = None, cache: 
 def read_images(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, bytes | Reject | None]]:
     """Yield (number, encoded image) of the given samples of a task, shard by shard."""
     wanted = sorted(numbers, key=lambda number: tuple(data.places[number]))
-    opened, unit = -1, None
+    opened, reader = -1, None
     for number in wanted:
         shard, row = (int(value) for value in data.places[number])
-        if unit is None or shard != opened:
-            opened, unit = shard, open_unit(data.source, data.plan, shard)
-        yield number, next(iter(unit.rows(row, row + 1))).image
+        if reader is None or shard != opened:
+            opened, reader = shard, open_shard(data.source, data.plan, shard)
+        yield number, next(iter(reader.rows(row, row + 1))).image
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class _Sample:
 
 def _read(task: Task, source: Source, made: Plan, limits: Limits) -> Iterator[_Sample]:
     for shard in range(len(made.shards)):
-        for row in open_unit(source, made, shard).rows():
+        for row in open_shard(source, made, shard).rows():
             place = (shard, row.index)
             image = xxhash.xxh3_128_hexdigest(row.image) if isinstance(row.image, bytes) else "none"
             try:

@@ -25,7 +25,7 @@ from align.common.errors import DataError, UsageError
 from align.common.files import hash_bytes
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image
-from align.sources.row import MAX_FILE_BYTES, read_below
+from align.sources.safe_files import MAX_FILE_BYTES, read_below
 from eval.tasks.data import Task
 from eval.tasks.prompts import read_lines
 from eval.tasks.registry import SEGMENTATION_FILES

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
-from align.sources.row import MAX_ROW_BYTES, parse_json
-from align.sources.tables import text_start
+from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, json_line, text_start
 
 COLUMNS = ("id", "conversations", "messages", "image", "images")
 _SPACE = " \t\r\n"
@@ -39,18 +38,7 @@ def read_records(path: str) -> Iterator[dict[str, Any] | Reject]:
 def _json_lines(path: str) -> Iterator[dict[str, Any] | Reject]:
     with open(path, "rb") as file:
         file.seek(text_start(path))
-        while line := file.readline(MAX_ROW_BYTES + 1):
-            length = len(line)
-            while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-                line = file.readline(MAX_ROW_BYTES + 1)
-                length += len(line)
-            if length > MAX_ROW_BYTES:
-                yield Reject("row_large", f"a line of {length} bytes, at most {MAX_ROW_BYTES} are read")
-                continue
-            try:
-                yield parse_json(line) if line.strip() else Reject("row_blank")
-            except Reject as reject:
-                yield reject
+        yield from (json_line(line, length) for line, length in bounded_lines(file))
 
 
 def _json_array(path: str) -> Iterator[dict[str, Any] | Reject]:

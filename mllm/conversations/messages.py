@@ -10,7 +10,7 @@ from typing import Any
 
 from align.common.reject_codes import Reject
 from align.sources.gate import text_problem
-from align.sources.row import MAX_FILE_BYTES
+from align.sources.safe_files import image_cell
 
 Message = dict[str, Any]
 IMAGE = "<image>"  # how LLaVA's files mark the place of an image
@@ -148,16 +148,11 @@ def _bare(message: Message) -> Message:
 
 
 def _raw_image(value: Any) -> RawImage:
-    if isinstance(value, dict) and ("bytes" in value or "path" in value):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if value is None or value in ("", b""):
-        raise Reject("image_missing")
+    value = image_cell(value)
     if isinstance(value, bytes):
-        if len(value) > MAX_FILE_BYTES:
-            raise Reject("file_large", f"{len(value)} bytes, at most {MAX_FILE_BYTES} are read")
+        if not value:
+            raise Reject("image_missing")
         return RawImage(None, value)
-    if not isinstance(value, str):
-        raise Reject("image_type", f"{type(value).__name__} {str(value)[:50]!r}")
     steps = value.replace("\\", "/").split("/")
     if text_problem(value) or steps[0] == "" or "://" in value or value.startswith("data:") or ".." in steps:
         raise Reject("unsafe_path", f"{value[:200]!r}; allowed are paths relative to the image root and below it")

@@ -24,7 +24,7 @@ from align.common.reject_codes import Reject, RejectedRow
 from align.common.seeds import generator
 from align.embedded.assets import cache_root
 from align.sources.gate import gate_key
-from align.sources.row import MAX_FILE_BYTES, read_below
+from align.sources.safe_files import MAX_FILE_BYTES, read_below
 from mllm.conversations.files import READERS, read_records
 from mllm.conversations.messages import Message, RawImage, normalize
 

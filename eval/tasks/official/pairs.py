@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from align.common.errors import DataError
 from align.common.reject_codes import Reject
-from align.sources.row import parse_json
+from align.sources.safe_files import parse_json
 from eval.tasks.official.layout import Official, OfficialLayout, Row
 
 MMVP_IMAGES = "MLLM_VLM Images"

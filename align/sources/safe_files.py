@@ -1,0 +1,126 @@
+"""Reading what others made: files below one folder only, lines and JSON objects of bounded size, and a code for all that is refused."""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from align.common.errors import DataError
+from align.common.reject_codes import Reject
+
+MAX_FILE_BYTES = 256 << 20  # of one image, as a file, archive member or cell
+MAX_ROW_BYTES = 64 << 20  # of one line of JSONL or CSV, or of a sample's text or JSON file
+UTF8_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_below(root: str, path: str, limit: int) -> bytes:
+    """Return the content of the file `path` (relative) below `root` (a real path); raise Reject if it is not safe to read.
+
+    Refused: absolute paths, URLs, paths and links that lead out of `root`, anything but a regular file, more than `limit` bytes.
+    """
+    if path.startswith(("/", "\\")) or "://" in path or "\x00" in path or ".." in path.replace("\\", "/").split("/"):
+        raise Reject("unsafe_path", f"{path[:200]!r}; allowed are paths below {root}")
+    try:
+        real = os.path.realpath(os.path.join(root, path))
+        if os.path.commonpath([root, real]) != root:
+            raise Reject("unsafe_path", f"{path!r} links to {real}, which is outside {root}")
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block for ever
+    except OSError as error:
+        raise _os_reject(error, path) from error
+    except UnicodeEncodeError as error:
+        raise Reject("unsafe_path", f"{path!r} holds a lone surrogate") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Reject("file_kind", repr(path))
+        if status.st_size > limit:
+            raise Reject("file_large", f"{path!r} has {status.st_size} bytes, at most {limit} are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    except OSError as error:
+        raise _os_reject(error, path) from error
+    finally:
+        os.close(descriptor)
+
+
+def _os_reject(error: OSError, path: str) -> Reject:
+    codes = {
+        errno.ENOENT: "file_missing",
+        errno.ENOTDIR: "file_missing",
+        errno.EACCES: "file_denied",
+        errno.EPERM: "file_denied",
+        errno.ELOOP: "file_kind",
+        errno.ENXIO: "file_kind",
+        errno.EISDIR: "file_kind",
+    }
+    return Reject(codes.get(error.errno or 0, "file_unreadable"), f"{path[:200]!r}: {error.strerror}")
+
+
+def text_start(file: str) -> int:
+    """Return the byte at which a text file's content begins (after a UTF-8 mark); DataError for UTF-16."""
+    with open(file, "rb") as opened:
+        first = opened.read(3)
+    if first[:2] in UTF16_MARKS:
+        raise DataError(f"{file} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file} > new.{file.rpartition('.')[2]}")
+    return 3 if first == UTF8_MARK else 0
+
+
+def bounded_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Yield each line from where the file stands, with its end, and its length in bytes; of a line above MAX_ROW_BYTES only a part."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        length, part = len(line), line
+        while length > MAX_ROW_BYTES and part and not part.endswith(b"\n"):
+            part = file.readline(MAX_ROW_BYTES + 1)
+            length += len(part)
+        yield line, length
+
+
+def json_line(line: bytes, length: int) -> dict[str, Any] | Reject:
+    """Return the object on a line of `length` bytes, or why there is none."""
+    if length > MAX_ROW_BYTES:
+        return Reject("row_large", f"a line of {length} bytes, at most {MAX_ROW_BYTES} are read")
+    try:
+        return parse_json(line) if line.strip() else Reject("row_blank")
+    except Reject as reject:
+        return reject
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Return the JSON object in `data`; raise Reject for what JSON does not allow and for names given twice."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_names, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Reject("row_utf8", str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise Reject("row_syntax", str(error)[:200]) from error
+    if not isinstance(value, dict):
+        raise Reject("row_type", f"a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise Reject("row_duplicate_name", repr(next(name for name in names if names.count(name) > 1)))
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise Reject("row_nonfinite", name)
+
+
+def image_cell(value: Any) -> bytes | str:
+    """Return what an image cell holds: an encoded file or a path; of a struct its bytes come first. Raise Reject for anything else."""
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None or value == "":
+        raise Reject("image_missing")
+    if isinstance(value, bytes) and len(value) > MAX_FILE_BYTES:
+        raise Reject("file_large", f"{len(value)} bytes, at most {MAX_FILE_BYTES} are read")
+    if not isinstance(value, bytes | str):
+        raise Reject("image_type", f"{type(value).__name__} {str(value)[:50]!r}")
+    return value
