@@ -36,8 +36,8 @@ from align.common.seeds import generator
 from eval.harness.config import LmmsConfig
 from eval.harness.local import LocalTask, local_tasks, write_wrappers
 from eval.harness.output import TaskRun, answers_table, majority_entry, model_record, read_run, run_entries, task_record
-from eval.page.examples import drawn_questions, generation_examples, save_examples
 from eval.page.page import shown_metrics, shown_value, write_report
+from eval.results.examples import drawn_questions, generation_examples, save_examples
 from eval.results.records import (
     RESULTS,
     Entry,

@@ -43,13 +43,14 @@ from eval.measures.compositional import (
     compositional_table,
 )
 from eval.measures.config import EvalConfig
-from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
+from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_examples, retrieval_table, retrieve
 from eval.measures.segmentation import (
     Prompted,
     label_maps,
     majority_answers,
     segmentation_answers,
     segmentation_entries,
+    segmentation_examples,
     segmentation_table,
 )
 from eval.measures.windows import Windows
@@ -57,16 +58,16 @@ from eval.measures.zeroshot import (
     class_weights,
     classification_chance,
     classification_entries,
+    classification_examples,
     classification_table,
     majority_entries,
     zero_shot_classification,
 )
 from eval.models.candidates import Candidate, open_models
 from eval.models.features import FeatureCache, aligned
-from eval.page.examples import classification_examples, retrieval_examples, save_examples, shown_images
-from eval.page.overlays import segmentation_examples
 from eval.page.page import SHOWN_METRICS, shown_value, write_comparison, write_report
 from eval.results.compare import compare, comparison_table, save_comparison
+from eval.results.examples import save_examples, shown_images
 from eval.results.records import Entry, ModelRecord, Results, TaskRecord, generated_half, merge_results, save_answers, save_results
 from eval.tasks.data import TASKS, Task, TaskData, describe, find_task, load_task, protocol_note, read_images
 from eval.tasks.masks import SegmentationData, load_segmentation
@@ -172,8 +173,7 @@ class Measurement:
         chosen = compositional_examples(
             answers, data.groups, data.categories, data.captions, self.config.examples, generator(self.config.seed, 12)
         )
-        shown = sorted(number for item in chosen["items"] for number in item["images"])
-        save_examples(self.output, task, chosen, self._thumbnails(data, shown))
+        save_examples(self.output, task, chosen, self._thumbnails(data, shown_images(chosen)))
         self._record(data, len(data.captions), "")
         self._clock("scores", began)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from align.common.errors import UsageError
 from align.common.hardware import resolve_precision
-from eval.page.examples import drawn_questions, save_thumbnail
+from eval.results.examples import drawn_questions, save_thumbnail
 from mllm.conversations.tokens import Chat
 from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.saving import load_mllm

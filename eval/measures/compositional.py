@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UsageError
+from eval.results.examples import drawn_numbers
 from eval.results.metrics import wilson_interval
 from eval.results.records import Entry
 
@@ -128,8 +129,8 @@ def compositional_examples(
     """
     keys, kinds = _of_groups(groups), _of_groups(categories)
     items = []
-    for group in generator.choice(len(keys), size=min(count, len(keys)), replace=False):
-        first = 2 * int(group)
+    for group in drawn_numbers(len(keys), count, generator):
+        first = 2 * group
         said = {
             name: {
                 "scores": given.scores[group].astype(np.float64).round(4).tolist(),

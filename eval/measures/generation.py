@@ -13,6 +13,7 @@ import numpy as np
 
 from align.common.errors import DataError, UsageError
 from eval.results.metrics import bootstrap_interval, wilson_interval
+from eval.results.records import GRADED
 
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {
@@ -21,7 +22,6 @@ NUMBERS = {
 # "in the top left", "at the upper left corner" and "top left of the picture" are the same place
 _PLACE_WORDS = {"upper": "top", "lower": "bottom", "middle": "center", "centre": "center", "central": "center"}
 _PLACES = frozenset({"top", "bottom", "left", "right", "center"})
-GRADED = ("cider", "rouge_l")  # means of degrees, even if all happen to be 0 or 1
 YES_NO = ("precision", "recall", "f1", "yes_ratio")  # metrics whose values are [said, true] or [said, true, group]
 
 

@@ -4,8 +4,9 @@ Shapes: `N` images, `M` captions, `E` aligned width, `K` answers kept. An image 
 one. A query is a hit at k if any of its right answers is among the first k. Embeddings are L2-normalised float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from align.model.ranking import ranks_and_top
+from eval.results.examples import drawn_numbers
 from eval.results.metrics import chance_recall, cluster_interval, clustered_recall_interval, median_rank, recall_at, weighted_median
 from eval.results.records import Entry
 
 KS = (1, 5, 10)
 TOP = 10  # answers kept for each query
+MATRIX_SIDE = 8  # images and captions of the similarity matrix of the examples
+SHOWN_ANSWERS = 5  # of an example
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,63 @@ def retrieval_table(answers: RetrievalAnswers, keys: Sequence[str], caption_imag
         for direction, owners, captions, ranks, top, scores in parts
     ]
     return pa.concat_tables(tables)
+
+
+def retrieval_examples(
+    answers: Mapping[str, RetrievalAnswers],
+    embeddings: Mapping[str, tuple[Tensor, Tensor]],
+    captions: Sequence[str],
+    caption_image: np.ndarray,
+    count: int,
+    generator: np.random.Generator,
+) -> dict[str, Any]:
+    """Return `count` random queries each way with every model's answers, and a matrix of cosines.
+
+    For an image, `best` is the one of its own captions that the model ranks first.
+
+    `embeddings` maps model names to L2-normalised images (N, E) and captions (M, E); caption j belongs to image
+    `caption_image[j]` (M,), and the captions of an image follow one another.
+    """
+    images = int(caption_image.max()) + 1
+    first = np.searchsorted(caption_image, np.arange(images))  # each image's first caption
+    chosen = drawn_numbers(images, MATRIX_SIDE, generator) if count else []
+    rows = first[chosen]
+    cosines = {name: c[rows] @ i[chosen].T for name, (i, c) in embeddings.items()}
+    matrix = {
+        "images": chosen,
+        "captions": [captions[int(row)] for row in rows],
+        "scores": {name: values.double().numpy().round(4).tolist() for name, values in cosines.items()},
+    }
+    t2i, i2t = [], []
+    for caption in drawn_numbers(len(captions), count, generator):
+        own = int(caption_image[caption])
+        said = {
+            name: {
+                "rank": int(given.t2i_ranks[caption]),
+                "top": [
+                    {"image": int(image), "score": round(float(score), 4), "right": int(image) == own}
+                    for image, score in _best(given.t2i_top[caption], given.t2i_scores[caption])
+                ],
+            }
+            for name, given in answers.items()
+        }
+        t2i.append({"caption": captions[caption], "image": own, "answers": said})
+    for image in drawn_numbers(images, count, generator):
+        mine = np.flatnonzero(caption_image == image)
+        said = {
+            name: {
+                "rank": int(given.i2t_ranks[image]),
+                "best": captions[int(mine[int((embeddings[name][1][mine] @ embeddings[name][0][image]).argmax())])],
+                "top": [
+                    {"caption": captions[number], "score": round(float(score), 4), "right": int(caption_image[number]) == image}
+                    for number, score in _best(given.i2t_top[image], given.i2t_scores[image])
+                ],
+            }
+            for name, given in answers.items()
+        }
+        i2t.append({"image": image, "answers": said})
+    return {"t2i": t2i, "i2t": i2t, "matrix": matrix}
+
+
+def _best(targets: np.ndarray, scores: np.ndarray) -> list[tuple[Any, Any]]:
+    return list(zip(targets[:SHOWN_ANSWERS], scores[:SHOWN_ANSWERS], strict=True))

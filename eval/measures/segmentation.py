@@ -27,10 +27,13 @@ from align.common.files import atomic_bytes, hash_bytes, remove_temporaries
 from align.common.locks import Lease
 from eval.measures.windows import Windows, segment
 from eval.models.candidates import DualEncoder
-from eval.results.records import Entry
+from eval.results.examples import drawn_numbers, save_jpeg
+from eval.results.overlays import overlay, palette
+from eval.results.records import Entry, file_name
 from eval.tasks.masks import IGNORED, SegmentationData
 
 SHARD_IMAGES = 32  # label maps between two commits
+_NAMED = 0.01  # share of the pixels from which a class that is only predicted is named in the legend of an example
 METRICS = ("miou", "pixel_accuracy", "mean_class_accuracy")
 
 
@@ -220,6 +223,49 @@ def segmentation_table(answers: SegmentationAnswers, keys: Sequence[str]) -> pa.
     lists = {name: pa.array(list(getattr(answers, name)), pa.list_(pa.int64())) for name in ("tp", "fp", "fn")}
     pixels, right = (answers.tp + answers.fn).sum(axis=1), answers.tp.sum(axis=1)
     return pa.table({"key": pa.array(keys, pa.string()), "pixels": pixels, "right": right, **lists})
+
+
+def segmentation_examples(
+    folder: Path, data: SegmentationData, maps: Mapping[str, LabelMaps], count: int, generator: np.random.Generator
+) -> dict[str, Any]:
+    """Return `count` random images with each model's pixel accuracy and legend, and write their overlays below `folder`/examples.
+
+    `maps` maps model names to label maps. Paths in the result are relative to `folder`/examples. `pixel_accuracy` is None for an
+    image without a pixel that counts. `classes` are those that are there, then those that a model names for 1% of the image or more.
+    """
+    colors, place = palette(len(data.class_names)), file_name(data.task.id)
+    items = []
+    for number in drawn_numbers(len(data.keys), count, generator):
+        image, truth = data.image(number), data.truth(number)
+        ignored = truth == IGNORED
+        counts = np.bincount(truth[~ignored], minlength=len(colors))
+        named = np.zeros(len(colors), dtype=bool)
+        true_path = f"{place}/{number}--truth.jpg"
+        save_jpeg(folder / "examples" / true_path, overlay(image, truth, colors, ignored))
+        said = {}
+        for model, predictions in maps.items():
+            predicted = predictions[number]
+            path = f"{place}/{number}--{file_name(model)}.jpg"
+            save_jpeg(folder / "examples" / path, overlay(image, predicted, colors, ignored))
+            right = confusion_matrix(truth, predicted, len(colors)).trace()
+            accuracy = round(float(right / counts.sum()), 4) if counts.any() else None
+            said[model] = {"overlay": path, "pixel_accuracy": accuracy}
+            named |= np.bincount(predicted[~ignored], minlength=len(colors)) >= max(1, _NAMED * truth.size)
+        legend = [*np.flatnonzero(counts)[np.argsort(-counts[counts > 0], kind="stable")], *np.flatnonzero(named & (counts == 0))]
+        items.append(
+            {
+                "image": number,
+                "key": data.keys[number],
+                "classes": _legend([int(n) for n in legend], data.class_names, colors),
+                "truth": true_path,
+                "answers": said,
+            }
+        )
+    return {"items": items}
+
+
+def _legend(numbers: Sequence[int], names: Sequence[str], colors: np.ndarray) -> list[dict[str, str]]:
+    return [{"name": names[n], "color": "#{:02x}{:02x}{:02x}".format(*colors[n])} for n in numbers]
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -3,8 +3,9 @@
 Shapes: `N` images, `C` classes, `S` sentences, `E` aligned width. Embeddings are L2-normalised float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UsageError
+from eval.results.examples import drawn_numbers
 from eval.results.metrics import (
     accuracy_at,
     label_ranks,
@@ -142,3 +144,28 @@ def classification_table(answers: ClassificationAnswers, keys: Sequence[str], la
             "top_scores": pa.array(list(answers.top_scores), pa.list_(pa.float32())),
         }
     )
+
+
+def classification_examples(
+    answers: Mapping[str, ClassificationAnswers],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    count: int,
+    generator: np.random.Generator,
+) -> dict[str, Any]:
+    """Return `count` random images with the classes each model named first; `answers` maps model names to answers."""
+    items = []
+    for image in drawn_numbers(len(labels), count, generator):
+        label = int(labels[image])
+        said = {
+            name: {
+                "rank": int(given.ranks[image]),
+                "top": [
+                    {"class": class_names[number], "score": round(float(score), 4), "right": int(number) == label}
+                    for number, score in zip(given.top[image], given.top_scores[image], strict=True)
+                ],
+            }
+            for name, given in answers.items()
+        }
+        items.append({"image": image, "label": class_names[label], "answers": said})
+    return {"items": items}

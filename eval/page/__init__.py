@@ -1,4 +1,4 @@
-"""Results to one HTML page: sections, figures, examples.
+"""Results to one HTML page: sections and figures.
 
 No torch; nothing is measured here.
 """

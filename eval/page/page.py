@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from align.common.files import atomic_bytes, read_json
+from align.common.files import atomic_bytes
 from eval.page.figures import bars, forest
 from eval.page.sections import (
     Figures,
@@ -28,6 +28,7 @@ from eval.page.sections import (
 )
 from eval.results.anchors import Anchor, anchors_of, prompts_note, shown_anchor
 from eval.results.compare import Comparison, load_comparison, verdict
+from eval.results.examples import load_examples
 from eval.results.records import SUBJECTS, TASK_KINDS, Entry, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_results
 
 SHOWN_METRICS = {
@@ -106,7 +107,7 @@ def write_report(
         models=tuple(sorted(results.models, key=lambda model: KIND_ORDER.index(model.kind))),
         tasks=tuple(sorted(results.tasks, key=lambda task: TASK_KINDS.index(task.kind))),
     )
-    examples = {task.id: _examples(results_folder, task) for task in results.tasks}
+    examples = {task.id: load_examples(results_folder, task.id) for task in results.tasks}
     drawn = Figures(output / "figures", dark)
     of_kind = {kind: [task for task in results.tasks if task.kind == kind] for kind in TASK_KINDS}
     tables = [_table(results, task, drawn) for task in results.tasks]
@@ -177,11 +178,6 @@ def found_runs(results: Results) -> list[Path]:
             near = [place for place in (folder, *folder.parents[:2]) if (place / "metrics.jsonl").is_file()]
             runs += [place for place in near[:1] if place not in runs]
     return runs
-
-
-def _examples(folder: Path, task: TaskRecord) -> dict[str, Any] | None:
-    path = folder / "examples" / f"{file_name(task.id)}.json"
-    return read_json(path) if path.is_file() else None
 
 
 def shown_value(entry: Entry) -> tuple[str, str]:

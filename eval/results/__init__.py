@@ -1,4 +1,4 @@
-"""Numbers on disk: records, pure metrics, comparisons, calibration, published anchors.
+"""Results on disk: records, examples and their pictures, pure metrics, comparisons, calibration, published anchors.
 
 No torch, no model, no HTML.
 """

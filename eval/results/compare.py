@@ -19,7 +19,6 @@ from rich.table import Table
 
 from align.common.errors import DamagedError, UsageError
 from align.common.files import atomic_bytes, atomic_json, read_json
-from eval.measures.generation import GRADED
 from eval.results.paired import (
     Statistic,
     bootstrap_p,
@@ -32,7 +31,7 @@ from eval.results.paired import (
     ratio_of,
     sign_flip_p,
 )
-from eval.results.records import SUBJECTS, Results, TaskRecord, answers_path, load_answers, load_results
+from eval.results.records import GRADED, SUBJECTS, Results, TaskRecord, answers_path, load_answers, load_results
 
 FORMAT_VERSION = 1
 FILE = "comparison.json"

@@ -22,6 +22,7 @@ RESULTS = "results.json"
 MODEL_KINDS = ("trained", "untrained", "clip", "majority", "chance", "mllm", "mllm_random", "mllm_none")
 SUBJECTS = ("trained", "mllm")  # the kinds that a report is about; the others are what they are compared with
 TASK_KINDS = ("classification", "retrieval", "compositional", "segmentation", "generation")
+GRADED = ("cider", "rouge_l")  # metrics that are means of degrees, even if all happen to be 0 or 1
 Record = TypeVar("Record")
 
 

@@ -16,16 +16,17 @@ from eval.measures.compositional import (
     compositional_examples,
     compositional_table,
 )
-from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
+from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_examples, retrieval_table, retrieve
 from eval.measures.segmentation import SegmentationAnswers, confusion_matrix, segmentation_entries, segmentation_table
 from eval.measures.zeroshot import (
     classification_chance,
     classification_entries,
+    classification_examples,
     classification_table,
     majority_entries,
     zero_shot_classification,
 )
-from eval.page.examples import classification_examples, retrieval_examples, save_examples, shown_images
+from eval.results.examples import save_examples, shown_images
 from eval.results.records import Entry, ModelRecord, Results, TaskRecord, save_answers, save_results
 
 MODELS = {"trained": 0.25, "CLIP": 0.5, "untrained": 9.0}  # noise: how far from the truth each one is

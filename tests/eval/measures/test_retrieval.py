@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_table, retrieve
-from eval.page.examples import retrieval_examples, shown_images
+from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_examples, retrieval_table, retrieve
+from eval.results.examples import shown_images
 
 
 def test_both_directions_equal_a_plain_loop_whatever_the_chunk():

@@ -1,4 +1,4 @@
-"""Sliding window, label maps on disk, mIoU and overlays against plain loops, hand-worked cases and other libraries."""
+"""Sliding window, label maps on disk, mIoU and examples against plain loops, hand-worked cases and other libraries."""
 
 import os
 import signal
@@ -30,11 +30,12 @@ from eval.measures.segmentation import (
     majority_answers,
     segmentation_answers,
     segmentation_entries,
+    segmentation_examples,
     segmentation_metrics,
     segmentation_table,
 )
 from eval.measures.windows import Windows, best_classes, patch_cosines, segment
-from eval.page.overlays import SIDE, overlay, palette, segmentation_examples
+from eval.results.overlays import palette
 from eval.results.records import load_results
 from eval.run import main
 from eval.tasks.data import Task
@@ -418,30 +419,6 @@ def test_label_maps_without_a_counted_pixel_are_no_measurement(data, tmp_path):
         Image.fromarray(np.full((16, 24), 255, dtype=np.uint8)).save(tmp_path / "colors" / "labels" / f"{n}.png")
     with pytest.raises(DataError, match="no pixel of its label maps counts"):
         segmentation_answers(data, maps)
-
-
-# pictures
-
-
-def test_colors_are_fixed_and_differ():
-    colors = palette(171)
-    assert (palette(20) == colors[:20]).all() and len(np.unique(colors, axis=0)) == 171
-    far = np.linalg.norm(colors[:20, None].astype(float) - colors[None, :20], axis=-1) + 1000 * np.eye(20)
-    assert far.min() > 50 and (np.ptp(colors.astype(int), axis=1) > 40).all()  # none is gray
-
-
-def test_an_overlay_shows_classes_and_hatches_what_does_not_count():
-    photo = Image.new("RGB", (2 * SIDE, SIDE), (100, 100, 100))
-    classes = np.zeros((SIDE, 2 * SIDE), dtype=np.uint8)
-    classes[:, SIDE:] = 1
-    ignored = np.zeros(classes.shape, dtype=bool)
-    ignored[: SIDE // 2] = True
-    picture = np.asarray(overlay(photo, classes, np.array([[255, 0, 0], [0, 0, 255]]), ignored)).astype(int)
-    assert picture.shape == (SIDE // 2, SIDE, 3)
-    assert picture[-1, 10].tolist() == [193, 40, 40] and picture[-1, -10].tolist() == [40, 40, 193]
-    void = picture[: SIDE // 4 - 1]
-    assert (void.max(axis=2) == void.min(axis=2)).all() and len(np.unique(void)) == 2  # gray, in stripes
-    assert picture[-1, SIDE // 2].tolist() == [16, 16, 77]  # the border is dark
 
 
 def test_examples_name_what_is_there_and_write_pictures(data, tmp_path):
