@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import rankdata
 
-from align.assessment.similarity import ranked
 from align.assessment.tables import NAMES, Assessed
 
 INK, MUTED, GRID = "#1d2430", "#667085", "#e4e7ec"
@@ -44,7 +44,7 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     shades = np.full(values.shape, np.nan)
     for column in range(len(names)):
         there = np.isfinite(values[:, column])
-        shades[there, column] = (ranked(values[there, column]) - 0.5) / there.sum()
+        shades[there, column] = (rankdata(values[there, column]) - 0.5) / there.sum()
     figure = _figure(3.4 + 0.85 * len(names), 1.3 + 0.24 * len(group))
     axes = figure.add_subplot()
     axes.imshow(shades, cmap=matplotlib.colormaps["Blues"], vmin=0, vmax=1.15, aspect="auto")

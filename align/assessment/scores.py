@@ -17,19 +17,18 @@ from torch import Tensor
 
 from align.assessment.probing import CaptionedFeatures, Training, linear_probe_correct, probe_alignment, split_rows
 from align.assessment.similarity import (
-    bootstrap_weights,
     cka_interval,
     cosines,
     half_samples,
     knn_correct,
     linear_gram,
-    mean_interval,
     neighbor_overlap,
     patch_overlap,
     rbf_gram,
 )
 from align.common.errors import DataError
 from align.common.files import atomic_json, hash_bytes, read_json
+from align.common.intervals import bootstrap_weights, percentiles
 from align.common.seeds import generator
 
 SCORES = {
@@ -163,7 +162,8 @@ class Scorer:
 
     def _mean(self, values: np.ndarray | Tensor, seconds: float, details: dict[str, Any] | None = None) -> Score:
         array = np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
-        return Score(*mean_interval(array, self.resamples(len(array))), len(array), seconds, details or {})
+        interval = percentiles(self.resamples(len(array)) @ array.astype(np.float32))
+        return Score(float(np.mean(array)), *interval, len(array), seconds, details or {})
 
     def with_labels(self, features: np.ndarray, labels: np.ndarray) -> dict[str, Score]:
         """Return `knn` and `linear_probe` of labelled images: features (n, F) float16, labels (n,); classes of one image are left out."""

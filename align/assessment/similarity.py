@@ -1,16 +1,16 @@
-"""Pure scores of how alike two sets of features are, and how sure a number is: arrays in, floats out.
+"""Pure scores of how alike two sets of features are: arrays in, floats out.
 
 Legend: `n` items that both sets describe, `F` width, `P` patches, `C` classes, `R` resamples, `k` neighbors. Ties count against
 the features: of items tied at the border of a neighborhood none is a neighbor, and a class that ties is not the answer; features
 that are all equal thus score 0. Nothing here draws random numbers but from the generator it is given.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from align.common.intervals import percentiles
 
 PCA_ROWS = 10_000  # rows that whitening is fitted on: more do not change 128 directions
 
@@ -69,12 +69,12 @@ def half_samples(n: int, resamples: int, generator: np.random.Generator) -> Tens
     return torch.from_numpy((order < n // 2).astype(np.float64))
 
 
-def cka_interval(first: Tensor, second: Tensor, debiased: bool, halves: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
+def cka_interval(first: Tensor, second: Tensor, debiased: bool, halves: Tensor) -> tuple[float, float, float]:
     """Return (value, low, high) of the CKA of two Gram matrices (n, n); the interval is from `halves` (R, n) of `half_samples`."""
     value = float(cka(first, second, debiased)[0])
     drawn = cka(first, second, debiased, halves.to(first)).cpu().numpy()
-    low, high = value + np.quantile(drawn - drawn.mean(), [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return value, float(low), float(high)
+    low, high = percentiles(drawn - drawn.mean())
+    return value, value + low, value + high
 
 
 def cosines(features: Tensor) -> Tensor:
@@ -168,57 +168,3 @@ def knn_correct(features: Tensor, labels: Tensor, k: int = 20, temperature: floa
     similar = cosines(features).fill_diagonal_(-torch.inf)
     k = min(k, len(labels) - 1)
     return vote_correct(knn_votes(similar, labels, int(labels.max()) + 1, k, temperature), labels)
-
-
-def bootstrap_weights(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Return (R, n) float32 weights of n items in R bootstrap resamples: how often each was drawn, over n."""
-    weights = np.empty((resamples, n), dtype=np.float32)
-    for row in weights:
-        row[:] = np.bincount(generator.integers(0, n, n), minlength=n)
-    return weights / n
-
-
-def mean_interval(values: np.ndarray, weights: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return (mean, low, high) of values (n,): the percentile bootstrap with `weights` (R, n) of `bootstrap_weights`."""
-    low, high = np.quantile(weights @ values.astype(np.float32), [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(np.mean(values)), float(low), float(high)
-
-
-def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the Pearson correlations along the last axis of two arrays (..., n); NaN where one of them does not vary."""
-    a, b = (values - values.mean(-1, keepdims=True) for values in (np.asarray(first, float), np.asarray(second, float)))
-    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.divide((a * b).sum(-1), scale, out=np.full(np.shape(scale), np.nan), where=scale > 1e-12)
-
-
-def ranked(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 1 along the last axis of values (..., n), the mean rank where values tie."""
-    values = np.asarray(values, float)
-    below = (values[..., None, :] < values[..., :, None]).sum(-1)
-    return below + ((values[..., None, :] == values[..., :, None]).sum(-1) + 1) / 2
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the Spearman rank correlations along the last axis of two arrays (..., n); NaN where one does not vary."""
-    return pearson(ranked(first), ranked(second))
-
-
-def correlation_interval(
-    first: np.ndarray,
-    second: np.ndarray,
-    correlation: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    generator: np.random.Generator,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-) -> tuple[float, float, float]:
-    """Return (value, low, high) of a correlation of two arrays (n,), bootstrapped over the n points; NaN for fewer than 4 points."""
-    if len(first) < 4:
-        return (float("nan"),) * 3
-    rows = generator.integers(0, len(first), (resamples, len(first)))
-    drawn = correlation(np.asarray(first)[rows], np.asarray(second)[rows])
-    drawn = drawn[np.isfinite(drawn)]  # a resample of one point, drawn again and again, has none
-    value = float(correlation(np.asarray(first), np.asarray(second)))
-    if len(drawn) == 0:
-        return value, float("nan"), float("nan")
-    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return value, float(low), float(high)

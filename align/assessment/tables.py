@@ -12,9 +12,9 @@ import numpy as np
 from rich.table import Table
 
 from align.assessment.scores import SCORES, Candidate, Score
-from align.assessment.similarity import correlation_interval, pearson, spearman
 from align.common.errors import UsageError
 from align.common.files import read_json
+from align.common.intervals import correlation_interval, pearson, percentiles, spearman
 from align.common.recipes_yaml import load_yaml
 from align.common.runs import JsonLines
 from align.common.seeds import generator
@@ -127,8 +127,7 @@ def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> li
         knn, linear, probing = (np.array([r.scores[name].value for r in labelled]) for name in ("knn", "linear_probe", "probing"))
         picks = generator(seed, 12).integers(0, len(labelled), (resamples, len(labelled)))
         drawn = pearson(knn[picks], probing[picks]) - pearson(linear[picks], probing[picks])
-        drawn = drawn[np.isfinite(drawn)]
-        low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (math.nan, math.nan)
+        low, high = percentiles(drawn)
         r_knn, r_linear = float(pearson(knn, probing)), float(pearson(linear, probing))
         answer = "yes" if low > 0 else "no, the other way round" if high < 0 else "open: the interval holds 0"
         rows.append(
@@ -213,7 +212,7 @@ def _compared(learned: Sequence[Assessed], drawn: np.ndarray, best: int) -> list
 
 def _gain(learned: Sequence[Assessed], drawn: np.ndarray, first: list[int], second: list[int]) -> str:
     means = np.array([result.scores["probing"].value for result in learned])
-    low, high = np.quantile(drawn[first].mean(0) - drawn[second].mean(0), [0.025, 0.975])
+    low, high = percentiles(drawn[first].mean(0) - drawn[second].mean(0))
     return f"{100 * (means[first].mean() - means[second].mean()):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
 

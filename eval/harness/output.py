@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from align.common.errors import DataError
 from align.common.files import hash_bytes, hash_file, read_json
+from align.common.intervals import wilson_interval
 from eval.measures.generation import YES_NO, estimate, normalized
-from eval.results.metrics import wilson_interval
 from eval.results.records import Entry, ModelRecord, TaskRecord
 
 KINDS = {"trained": "mllm", "random": "mllm_random", "none": "mllm_none"}  # sail_head -> kind of the column

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UsageError
+from align.common.intervals import wilson_interval
 from eval.results.examples import drawn_numbers
-from eval.results.metrics import wilson_interval
 from eval.results.records import Entry
 
 METRICS = {

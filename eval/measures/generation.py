@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from align.common.errors import DataError, UsageError
-from eval.results.metrics import bootstrap_interval, wilson_interval
+from align.common.intervals import bootstrap, kind_bootstrap, mean_of, percentiles, wilson_interval
 from eval.results.records import GRADED
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -109,8 +109,8 @@ def estimate(metric: str, values: Sequence[Any], generator: np.random.Generator,
         raise DataError(f"{metric}: {int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite; the run is unusable")
     if metric not in GRADED and np.isin(scores, (0, 1)).all():
         return (float(scores.mean()), *wilson_interval(int(scores.sum()), len(scores), confidence))
-    interval = bootstrap_interval(scores, lambda drawn: drawn.mean(axis=1), generator, confidence=confidence)
-    return (float(scores.mean()), *interval)
+    drawn = bootstrap(mean_of(scores), np.arange(len(scores)), generator)
+    return (float(scores.mean()), *percentiles(drawn, confidence))
 
 
 def _cells(values: Sequence[Sequence[str]]) -> tuple[np.ndarray, int]:
@@ -143,9 +143,8 @@ def _yes_no_estimate(
     counts = np.bincount(codes, minlength=4 * groups)
     value = yes_no_scores(values)[name]
     if name == "f1" or groups > 1:
-        drawn = generator.multinomial(len(codes), counts / len(codes), size=1000).reshape(-1, groups, 4)
-        low, high = np.quantile(_yes_no(name, drawn), [0.5 - confidence / 2, 0.5 + confidence / 2])
-        return value, float(low), float(high)
+        drawn = kind_bootstrap(lambda times: _yes_no(name, times.reshape(-1, groups, 4)), counts, generator)
+        return (value, *percentiles(drawn, confidence))
     right, wrong, missed, rejected = (int(count) for count in counts)
     of = {"precision": right + wrong, "recall": right + missed, "yes_ratio": right + wrong + missed + rejected}[name]
     hits = right + wrong if name == "yes_ratio" else right

@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from align.common.intervals import bootstrap, median_of, percentiles
 from align.model.ranking import ranks_and_top
 from eval.results.examples import drawn_numbers
-from eval.results.metrics import chance_recall, cluster_interval, clustered_recall_interval, median_rank, recall_at, weighted_median
+from eval.results.metrics import chance_recall, clustered_recall_interval, median_rank, recall_at
 from eval.results.records import Entry
 
 KS = (1, 5, 10)
@@ -56,7 +57,7 @@ def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generato
     """Return R@1/5/10 and the median rank of both directions, with intervals.
 
     The captions of one image are not independent queries: text-to-image intervals resample images with all their captions
-    (`eval.results.metrics.cluster_interval`). An image-to-text query is an image, so its recalls have Wilson intervals.
+    (`align.common.intervals.bootstrap`). An image-to-text query is an image, so its recalls have Wilson intervals.
     """
     entries = []
     images = np.arange(len(answers.i2t_ranks))
@@ -65,7 +66,7 @@ def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generato
         for k in KS:
             interval = clustered_recall_interval(ranks <= k, clusters, generator, confidence)
             entries.append(Entry(task, f"{direction}_r@{k}", recall_at(ranks, k), *interval, n, model))
-        interval = cluster_interval(ranks, clusters, weighted_median, generator, confidence=confidence)
+        interval = percentiles(bootstrap(median_of(ranks), clusters, generator), confidence)
         entries.append(Entry(task, f"{direction}_median_rank", median_rank(ranks), *interval, n, model))
     return entries
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from align.common.errors import DamagedError, DataError
 from align.common.files import atomic_bytes, hash_bytes, remove_temporaries
+from align.common.intervals import kind_bootstrap, percentiles
 from align.common.locks import Lease
 from eval.measures.windows import Windows, segment
 from eval.models.candidates import DualEncoder
@@ -204,18 +205,16 @@ def segmentation_entries(
     counts = (answers.tp, answers.fp, answers.fn)
     values = segmentation_metrics(*(count.sum(axis=0) for count in counts))
     n = len(answers.tp)
-    drawn: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
-    block = max(1, (1 << 22) // n)  # 32 MiB of draws at a time
-    for start in range(0, resamples, block):
-        times = generator.multinomial(n, np.full(n, 1 / n), size=min(block, resamples - start)).astype(np.float64)  # (R, N)
-        for metric, value in segmentation_metrics(*(times @ count for count in counts)).items():
-            drawn[metric].append(value)
-    ends = [0.5 - confidence / 2, 0.5 + confidence / 2]
-    entries = []
-    for metric in METRICS:
-        low, high = np.nanquantile(np.concatenate(drawn[metric]), ends)
-        entries.append(Entry(task, metric, float(values[metric]), float(low), float(high), n, model))
-    return entries
+
+    def statistics(times: np.ndarray) -> np.ndarray:  # (r, N) -> (r, metrics)
+        found = segmentation_metrics(*(times @ count for count in counts))
+        return np.stack([found[metric] for metric in METRICS], axis=1)
+
+    drawn = kind_bootstrap(statistics, np.ones(n), generator, resamples)  # every image is a kind of its own
+    return [
+        Entry(task, metric, float(values[metric]), *percentiles(drawn[:, place], confidence), n, model)
+        for place, metric in enumerate(METRICS)
+    ]
 
 
 def segmentation_table(answers: SegmentationAnswers, keys: Sequence[str]) -> pa.Table:

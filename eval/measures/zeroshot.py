@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UsageError
+from align.common.intervals import wilson_interval
 from eval.results.examples import drawn_numbers
 from eval.results.metrics import (
     accuracy_at,
@@ -20,7 +21,6 @@ from eval.results.metrics import (
     majority_rates,
     mean_per_class,
     mean_per_class_interval,
-    wilson_interval,
 )
 from eval.results.records import Entry
 
@@ -99,7 +99,7 @@ def classification_entries(
             value = accuracy_at(answers.ranks, k, classes)
             entries.append(Entry(task, f"acc@{k}", value, *wilson_interval(round(value * n), n, confidence), n, model))
     correct = answers.ranks == 1
-    interval = mean_per_class_interval(correct, labels, classes, generator, confidence=confidence)
+    interval = mean_per_class_interval(correct, labels, classes, generator, confidence)
     entries.append(Entry(task, "mean_per_class", mean_per_class(correct, labels, classes), *interval, n, model))
     return entries
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from align.common.errors import DamagedError
 from align.common.files import atomic_bytes
+from align.common.intervals import wilson_interval
 from eval.page.figures import (
     DARK,
     LIGHT,
@@ -32,7 +33,6 @@ from eval.page.figures import (
 )
 from eval.results.calibration import calibration
 from eval.results.compare import class_counts
-from eval.results.metrics import wilson_interval
 from eval.results.records import SUBJECTS, Entry, ModelRecord, Results, TaskRecord, file_name, load_answers
 
 CURVES = (

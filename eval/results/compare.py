@@ -19,14 +19,12 @@ from rich.table import Table
 
 from align.common.errors import DamagedError, UsageError
 from align.common.files import atomic_bytes, atomic_json, read_json
+from align.common.intervals import Statistic, mean_of, median_of, percentiles
 from eval.results.paired import (
-    Statistic,
     bootstrap_p,
     holm,
-    mean_of,
     mean_per_class_of,
     mean_ratio_of,
-    median_of,
     paired_bootstrap,
     ratio_of,
     sign_flip_p,
@@ -184,7 +182,7 @@ def _task_differences(task: TaskRecord, a: _Side, b: _Side, generator: np.random
         for name in names:
             both = measured[0][name], measured[1][name]
             test, p = _test(both[0], both[1], clusters, drawn[name])
-            low, high = (float(end) for end in np.quantile(drawn[name], [0.5 - confidence / 2, 0.5 + confidence / 2]))
+            low, high = percentiles(drawn[name], confidence)
             values = known[0][name], known[1][name]
             unit = "ranks" if name.endswith("median_rank") else "points"
             counted = len(clusters), int(clusters.max()) + 1

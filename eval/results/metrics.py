@@ -1,16 +1,13 @@
 """Pure metrics: arrays in, floats out. Fractions, never percents.
 
-Shapes: `N` samples, `C` classes, `R` resamples. Ranks count from 1. Ties are settled against the model, as in `align.model.ranking`:
+Shapes: `N` samples, `C` classes. Ranks count from 1. Ties are settled against the model, as in `align.model.ranking`:
 a model whose scores are all equal gets the last rank, not the first.
 """
-
-import math
-from collections.abc import Callable
-from statistics import NormalDist
 
 import numpy as np
 
 from align.common.errors import UsageError
+from align.common.intervals import bootstrap, kind_bootstrap, mean_of, percentiles, wilson_interval
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -69,78 +66,6 @@ def chance_recall(targets: int, positives: np.ndarray, k: int) -> float:
     return float(1 - np.mean(miss.prod(axis=1)))
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return (low, high), the Wilson score interval of a proportion of `successes` among `n` independent trials.
-
-    Source: E. B. Wilson, 1927. Unlike the normal interval it stays inside [0, 1] and is not empty at 0 or n successes.
-    """
-    if not 0 <= successes <= n or n == 0:
-        raise UsageError(f"{successes} successes in {n} trials: expected 0 <= successes <= n and n >= 1")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = successes / n
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # the ends are exactly 0 and 1 at 0 and n successes; rounding may miss them by an ulp
-    return (0.0 if successes == 0 else center - half, 1.0 if successes == n else center + half)
-
-
-def bootstrap_interval(
-    values: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    generator: np.random.Generator,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Return (low, high), the percentile bootstrap interval of a statistic of `values` (N,).
-
-    `statistic` maps resampled values (R, N) to (R,). Resamples are drawn in blocks, so memory is about 32 MiB whatever N is.
-    """
-    _refuse_empty(values)
-    n = len(values)
-    block = max(1, min(resamples, (1 << 22) // n))
-    drawn = [statistic(values[generator.integers(0, n, size=(min(block, resamples - start), n))]) for start in range(0, resamples, block)]
-    return _percentiles(np.concatenate(drawn), confidence)
-
-
-def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return (R,) means of `values` (N,), each value counted `weights` (R, N) times."""
-    return weights @ values / weights.sum(axis=1)
-
-
-def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return (R,) medians of `values` (N,), each value counted `weights` (R, N) whole times; of an even number, the mean of the middle."""
-    order = np.argsort(values, kind="stable")
-    below = np.cumsum(weights[:, order], axis=1)  # (R, N) values up to and with this one
-    total = below[:, -1:]
-    middle = [(below <= half).sum(axis=1) for half in ((total - 1) // 2, total // 2)]
-    return (values[order[middle[0]]] + values[order[middle[1]]]) / 2
-
-
-def cluster_interval(
-    values: np.ndarray,
-    clusters: np.ndarray,
-    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    generator: np.random.Generator,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Return (low, high), the percentile bootstrap interval of a statistic of `values` (N,) that resamples whole clusters.
-
-    `clusters` (N,) are numbers from 0 without gaps: values of one cluster are drawn together, as they are not independent.
-    `statistic` maps (values, weights (R, N)) to (R,), like `weighted_mean`. Memory is about 32 MiB whatever N is.
-    """
-    _refuse_empty(values)
-    count = int(clusters.max()) + 1
-    block = max(1, min(resamples, (1 << 22) // len(values)))
-    drawn = []
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        picked = generator.integers(0, count, size=(size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(picked.ravel(), minlength=size * count).reshape(size, count)  # how often each cluster was drawn
-        drawn.append(statistic(values, times[:, clusters]))
-    return _percentiles(np.concatenate(drawn), confidence)
-
-
 def clustered_recall_interval(
     hits: np.ndarray, clusters: np.ndarray, generator: np.random.Generator, confidence: float = 0.95
 ) -> tuple[float, float]:
@@ -153,33 +78,24 @@ def clustered_recall_interval(
     count, share = int(clusters.max()) + 1, float(np.mean(hits))
     if share in (0.0, 1.0) or count == len(hits):
         return wilson_interval(round(share * count), count, confidence)
-    return cluster_interval(np.asarray(hits, dtype=np.float64), clusters, weighted_mean, generator, confidence=confidence)
+    return percentiles(bootstrap(mean_of(hits), clusters, generator), confidence)
 
 
 def mean_per_class_interval(
-    correct: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    generator: np.random.Generator,
-    resamples: int = 1000,
-    confidence: float = 0.95,
+    correct: np.ndarray, labels: np.ndarray, classes: int, generator: np.random.Generator, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Return (low, high), the percentile bootstrap interval of `mean_per_class`, resampling samples.
 
-    A resample is known by how often each (class, right or wrong) cell was drawn, and those counts are multinomial: the exact
-    bootstrap costs O(R C), not O(R N). Classes absent from a resample are left out of its mean.
+    A resample is known by how often each kind (class, right or wrong) was drawn. Classes absent from it are left out of its mean.
     """
     _refuse_empty(labels)
-    cells = np.bincount(labels * 2 + np.asarray(correct, dtype=np.int64), minlength=2 * classes)
-    counts = generator.multinomial(len(labels), cells / len(labels), size=resamples).reshape(resamples, classes, 2)
-    total = counts.sum(axis=2)  # (R, C)
-    accuracy = np.divide(counts[:, :, 1], total, out=np.full(total.shape, np.nan), where=total > 0)
-    return _percentiles(np.nanmean(accuracy, axis=1), confidence)
 
+    def statistic(counts: np.ndarray) -> np.ndarray:  # (R, 2 C)
+        wrong, right = counts[:, 0::2], counts[:, 1::2]
+        return np.nanmean(np.divide(right, wrong + right, out=np.full(right.shape, np.nan), where=wrong + right > 0), axis=1)
 
-def _percentiles(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
+    kinds = np.bincount(labels * 2 + np.asarray(correct, dtype=np.int64), minlength=2 * classes)
+    return percentiles(kind_bootstrap(statistic, kinds, generator), confidence)
 
 
 def _refuse_empty(values: np.ndarray) -> None:

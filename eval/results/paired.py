@@ -4,15 +4,14 @@ Shapes: `N` samples, `G` clusters of samples that belong together (the captions 
 function of weights (R, N), how often each sample was drawn, and returns (R,); weights of one give the plain value.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from align.common.errors import UsageError
+from align.common.intervals import Statistic, bootstrap
 
 RESAMPLES = 10_000
 ROUNDING = 1e-12  # what sums of fractions may be off by: a smaller difference is none
-Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -44,20 +43,13 @@ def paired_bootstrap(
 ) -> dict[str, np.ndarray]:
     """Return bootstrapped differences, second minus first, (R,) of every pair of statistics; both see the same resample.
 
-    `clusters` (N,) int64 are numbers 0..G-1; whole clusters are drawn. Resamples come in blocks of about 32 MiB.
+    `clusters` (N,) int64 are numbers 0..G-1; whole clusters are drawn.
     """
-    if len(clusters) == 0:
-        raise UsageError("no samples to draw from; check that both runs have answers")
-    groups = int(clusters.max()) + 1
-    block = max(1, min(resamples, (1 << 22) // len(clusters)))
-    found: dict[str, list[np.ndarray]] = {name: [] for name in pairs}
-    for start in range(0, resamples, block):
-        count = min(block, resamples - start)
-        drawn = generator.integers(0, groups, size=(count, groups)) + np.arange(count)[:, None] * groups
-        weights = np.bincount(drawn.ravel(), minlength=count * groups).reshape(count, groups)[:, clusters].astype(np.float64)
-        for name, (first, second) in pairs.items():
-            found[name].append(second(weights) - first(weights))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def differences(weights: np.ndarray) -> np.ndarray:
+        return np.stack([second(weights) - first(weights) for first, second in pairs.values()], axis=1)
+
+    return dict(zip(pairs, bootstrap(differences, clusters, generator, resamples).T, strict=True))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -69,30 +61,10 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mean_of(values: np.ndarray) -> Statistic:
-    """Return the statistic that is the mean of `values` (N,)."""
-    numbers = values.astype(np.float64)
-    return lambda weights: weights @ numbers / weights.sum(axis=1)
-
-
 def ratio_of(part: np.ndarray, whole: np.ndarray) -> Statistic:
     """Return the statistic sum of `part` (N,) over sum of `whole` (N,)."""
     over, under = part.astype(np.float64), whole.astype(np.float64)
     return lambda weights: (weights @ over) / (weights @ under)
-
-
-def median_of(values: np.ndarray) -> Statistic:
-    """Return the statistic that is the median of `values` (N,); of an even number of draws, the mean of the two in the middle."""
-    order = np.argsort(values, kind="stable")
-    ascending = np.asarray(values, dtype=np.float64)[order]
-
-    def median(weights: np.ndarray) -> np.ndarray:
-        reached = np.cumsum(weights[:, order], axis=1)  # (R, N)
-        half = reached[:, -1:] / 2
-        lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)
-        return (ascending[lower] + ascending[upper]) / 2
-
-    return median
 
 
 def mean_per_class_of(correct: np.ndarray, labels: np.ndarray) -> Statistic:

@@ -27,11 +27,11 @@ from align.assessment.config import AssessConfig
 from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
 from align.assessment.scores import Cache, Candidate, Score, Scorer, Settings, TextSide
-from align.assessment.similarity import bootstrap_weights
 from align.assessment.tables import Assessed, correlations, follows, recommend, shown, table_csv
 from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
+from align.common.intervals import bootstrap_weights
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.layers import LayerFeatures

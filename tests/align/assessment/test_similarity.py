@@ -8,24 +8,18 @@ import pytest
 import torch
 
 from align.assessment.similarity import (
-    bootstrap_weights,
     chamfer,
     cka,
     cka_interval,
-    correlation_interval,
     cosines,
     half_samples,
     knn_correct,
     knn_votes,
     linear_gram,
-    mean_interval,
     neighbor_overlap,
     neighbors,
     patch_overlap,
-    pearson,
-    ranked,
     rbf_gram,
-    spearman,
     vote_correct,
     whiten,
 )
@@ -167,7 +161,7 @@ def test_whitened_rows_are_uncorrelated_with_variance_one():
 def test_whitening_keeps_the_directions_of_most_variance():
     rows = noise(300, 3) * torch.tensor([1.0, 100.0, 10.0])
     white = whiten(rows, 1)[:, 0].double()
-    assert abs(float(pearson(white.numpy(), rows[:, 1].numpy()))) > 0.999
+    assert abs(np.corrcoef(white.numpy(), rows[:, 1].numpy())[0, 1]) > 0.999
 
 
 @pytest.mark.parametrize("block", [1, 2, 8])
@@ -212,40 +206,3 @@ def test_knn_leaves_the_item_itself_out():
     assert knn_correct(features, labels, k=1).tolist() == [False, False, True, True, False]
     assert knn_correct(features, labels, k=100).tolist()[:1] == [False]
     assert not knn_correct(torch.ones(4, 2), torch.tensor([0, 0, 1, 1])).any()
-
-
-def test_bootstrap_of_a_mean():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    weights = bootstrap_weights(400, 2000, np.random.default_rng(1))
-    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
-    mean, low, high = mean_interval(values, weights)
-    assert mean == pytest.approx(values.mean())
-    half = 1.96 * values.std() / 20
-    assert (mean - low) == pytest.approx(half, rel=0.1) and (high - mean) == pytest.approx(half, rel=0.1)
-    assert mean_interval(np.ones(400), weights)[1:] == pytest.approx((1, 1))
-
-
-def test_correlations_by_hand():
-    assert float(pearson(np.array([1, 2, 3]), np.array([1, 2, 4]))) == pytest.approx(3 / math.sqrt(2 * 14 / 3))
-    assert ranked(np.array([30, 10, 20, 20])).tolist() == [4, 1, 2.5, 2.5]
-    assert float(spearman(np.array([1, 2, 3, 4]), np.array([1, 8, 27, 64]))) == pytest.approx(1)
-    assert float(spearman(np.array([1, 2, 3, 4]), np.array([1, 3, 2, 4]))) == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert math.isnan(float(pearson(np.ones(3), np.arange(3))))
-
-
-def test_correlations_are_scipys():
-    from scipy import stats
-
-    random = np.random.default_rng(0)
-    x, y = random.integers(0, 6, 30), random.integers(0, 6, 30)  # many ties
-    assert float(spearman(x, y)) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert float(pearson(x, y)) == pytest.approx(stats.pearsonr(x, y).statistic)
-
-
-def test_intervals_of_correlations():
-    random = np.random.default_rng(0)
-    x = random.normal(size=60)
-    found, low, high = correlation_interval(x, x + random.normal(size=60), pearson, np.random.default_rng(1))
-    assert low < found < high and 0.15 < high - low < 0.5
-    assert all(math.isnan(part) for part in correlation_interval(x[:3], x[:3], pearson, np.random.default_rng(1)))
-    assert correlation_interval(x, x, spearman, np.random.default_rng(1)) == pytest.approx((1, 1, 1))

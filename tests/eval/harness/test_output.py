@@ -14,13 +14,13 @@ import yaml
 from PIL import Image
 
 from align.common.errors import DataError, UsageError
+from align.common.intervals import wilson_interval
 from align.demo.writing import question_row, write_questions
 from eval import lmms
 from eval.harness.config import LmmsConfig
 from eval.harness.output import answers_table, majority_entry, model_record, read_run, run_entries, task_record
 from eval.page.page import write_report
 from eval.results.examples import drawn_questions, save_thumbnail
-from eval.results.metrics import wilson_interval
 from eval.results.records import Entry, Results, generated_half, load_answers, load_results, merge_results, save_results
 from mllm.conversations.templates import resolve_template
 from mllm.model.saving import save_mllm

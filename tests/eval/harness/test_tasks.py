@@ -14,6 +14,7 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image as Pillow
 
 from align.common.errors import DataError, UsageError
+from align.common.intervals import wilson_interval
 from align.demo.writing import question_row, write_questions
 from eval.harness import docs as lmms_docs
 from eval.harness.adapter import SailLlava, conversation
@@ -30,7 +31,6 @@ from eval.measures.generation import (
     yes_no_scores,
     yes_or_no,
 )
-from eval.results.metrics import wilson_interval
 from mllm.conversations.templates import resolve_template
 from mllm.model.saving import save_mllm
 from tests.support.tiny_mllm import tiny_model

@@ -1,0 +1,119 @@
+"""How sure a number is: percentile bootstrap, Wilson interval, ranks and correlations. Arrays in, floats out.
+
+Shapes: `N` samples, `G` clusters of samples that belong together (the captions of an image), `R` resamples, `r` resamples of a block.
+A statistic is a function of weights (r, N), how often each sample was drawn; weights of one give the plain value. What draws takes its
+generator and draws in an order that does not depend on the size of the blocks, as published intervals depend on it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from scipy import stats
+
+from align.common.errors import UsageError
+
+BLOCK = 1 << 22  # weights held at once: 32 MiB
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return (low, high), the Wilson score interval of a proportion of `successes` among `n` independent trials.
+
+    Source: E. B. Wilson, 1927. Unlike the normal interval it stays inside [0, 1] and is not empty at 0 or n successes.
+    """
+    if not 0 <= successes <= n or n == 0:
+        raise UsageError(f"{successes} successes in {n} trials: expected 0 <= successes <= n and n >= 1")
+    low, high = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(low), float(high)
+
+
+def percentiles(drawn: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Return (low, high), the percentile interval of bootstrapped values (R,). NaN are left out; both are NaN if nothing else is there."""
+    known = drawn[~np.isnan(drawn)]
+    if len(known) == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def bootstrap(statistic: Statistic, clusters: np.ndarray, generator: np.random.Generator, resamples: int = 1000) -> np.ndarray:
+    """Return the values (R, ...) of a statistic in bootstrap resamples that draw whole clusters.
+
+    `clusters` (N,) are numbers from 0 without gaps: samples of one cluster are drawn together, as they are not independent. Where
+    every sample is one, they are `np.arange(N)`.
+    """
+    if len(clusters) == 0:
+        raise UsageError("no samples to draw from; check that the data is not empty")
+    blocks = _drawn(int(clusters.max()) + 1, resamples, generator, len(clusters))
+    return np.concatenate([statistic(times[:, clusters].astype(np.float64)) for times in blocks])
+
+
+def kind_bootstrap(statistic: Statistic, kinds: np.ndarray, generator: np.random.Generator, resamples: int = 1000) -> np.ndarray:
+    """Return the values (R, ...) of a statistic of how many samples of each kind were drawn (r, K); `kinds` (K,) count them.
+
+    The counts of a resample are multinomial, so this is the exact bootstrap of a statistic that only needs them, at O(R K).
+    """
+    n = int(kinds.sum())
+    block = max(1, BLOCK // len(kinds))
+    sizes = (min(block, resamples - start) for start in range(0, resamples, block))
+    return np.concatenate([statistic(generator.multinomial(n, kinds / n, size=size).astype(np.float64)) for size in sizes])
+
+
+def bootstrap_weights(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """Return (R, n) float32 weights of n items in R bootstrap resamples, how often each was drawn over n, to be used many times."""
+    return np.concatenate([times.astype(np.float32) for times in _drawn(n, resamples, generator, n)]) / n
+
+
+def _drawn(groups: int, resamples: int, generator: np.random.Generator, width: int) -> Iterator[np.ndarray]:
+    """Yield (r, G) int64, how often each group was drawn, in blocks of as many resamples as fit with `width` values each."""
+    block = max(1, BLOCK // width)
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        drawn = generator.integers(0, groups, size=(size, groups)) + groups * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * groups).reshape(size, groups)
+
+
+def mean_of(values: np.ndarray) -> Statistic:
+    """Return the statistic that is the mean of `values` (N,)."""
+    numbers = values.astype(np.float64)
+    return lambda weights: weights @ numbers / weights.sum(axis=1)
+
+
+def median_of(values: np.ndarray) -> Statistic:
+    """Return the statistic that is the median of `values` (N,); of an even number of draws, the mean of the two in the middle."""
+    order = np.argsort(values, kind="stable")
+    ascending = np.asarray(values, dtype=np.float64)[order]
+
+    def median(weights: np.ndarray) -> np.ndarray:
+        reached = np.cumsum(weights[:, order], axis=1)  # (r, N)
+        half = reached[:, -1:] / 2
+        lower, upper = (reached >= half).argmax(axis=1), (reached > half).argmax(axis=1)
+        return (ascending[lower] + ascending[upper]) / 2
+
+    return median
+
+
+def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the Pearson correlations along the last axis of two arrays (..., n); NaN where one of them does not vary."""
+    a, b = (values - values.mean(-1, keepdims=True) for values in (np.asarray(first, float), np.asarray(second, float)))
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.full(np.shape(scale), np.nan), where=scale > 1e-12)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the Spearman rank correlations along the last axis of two arrays (..., n), ties with their mean rank; NaN as `pearson`."""
+    return pearson(stats.rankdata(first, axis=-1), stats.rankdata(second, axis=-1))
+
+
+def correlation_interval(
+    first: np.ndarray,
+    second: np.ndarray,
+    correlation: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    generator: np.random.Generator,
+    resamples: int = 1000,
+) -> tuple[float, float, float]:
+    """Return (value, low, high) of a correlation of two arrays (n,), bootstrapped over the n points; NaN for fewer than 4 points."""
+    if len(first) < 4:
+        return (float("nan"),) * 3
+    rows = generator.integers(0, len(first), (resamples, len(first)))
+    return float(correlation(first, second)), *percentiles(correlation(first[rows], second[rows]))
