@@ -63,8 +63,8 @@ from eval.measures.zeroshot import (
     majority_entries,
     zero_shot_classification,
 )
-from eval.models.candidates import Candidate, open_models
 from eval.models.features import FeatureCache, aligned
+from eval.models.measured import MeasuredModel, load_models
 from eval.page.page import SHOWN_METRICS, shown_value, write_comparison, write_report
 from eval.results.compare import compare, comparison_table, save_comparison
 from eval.results.examples import save_examples, shown_images
@@ -90,10 +90,10 @@ def cache_folder(config: EvalConfig) -> Path:
 
 
 class Measurement:
-    """Measures candidates task by task, and gathers what goes into results.json."""
+    """Measures models task by task, and gathers what goes into results.json."""
 
-    def __init__(self, config: EvalConfig, candidates: list[Candidate], console: Console) -> None:
-        self.config, self.candidates, self.console = config, candidates, console
+    def __init__(self, config: EvalConfig, models: list[MeasuredModel], console: Console) -> None:
+        self.config, self.models, self.console = config, models, console
         self.output = Path(config.output)
         self.cache = FeatureCache(
             cache_folder(config), config.batch_size, config.text_batch_size, config.workers, config.max_reject_fraction
@@ -103,15 +103,15 @@ class Measurement:
         self.seconds = {"features": 0.0, "scores": 0.0}
 
     def measure(self, data: TaskLike) -> None:
-        """Measure every candidate on one task; all of them on exactly the same samples."""
+        """Measure every model on one task; all of them on exactly the same samples."""
         began = time.monotonic()
         if isinstance(data, SegmentationData):
             self._segmentation(data, began)
             return
         features = {}
-        for one in self.candidates:  # each in turn drops what its own encoder could not read
+        for one in self.models:  # each in turn drops what its own encoder could not read
             data, _ = self.cache.images(data, one.model, Meter(self.console, f"{data.task.id}: encoded images", data.plan.rows))
-        for one in self.candidates:
+        for one in self.models:
             features[one.record.name] = self.cache.images(data, one.model)[1]
         of_kind = {"classification": self._classification, "retrieval": self._retrieval, "compositional": self._compositional}
         of_kind[data.task.kind](data, features, began)
@@ -120,10 +120,10 @@ class Measurement:
         task, classes = data.task.id, len(data.class_names)
         prompts = prompt_set(self.config.templates or data.task.templates, data.class_names, data.folder)
         sentences = [sentence for of_class in prompts.sentences for sentence in of_class]
-        texts = {one.record.name: self.cache.texts(sentences, one.model) for one in self.candidates}
+        texts = {one.record.name: self.cache.texts(sentences, one.model) for one in self.models}
         began = self._clock("features", began)
         answers = {}
-        for one in self.candidates:
+        for one in self.models:
             name = one.record.name
             images = aligned(one.model.project_image, features[name], one.model.device)
             embedded = aligned(one.model.project_text, texts[name], one.model.device)
@@ -182,14 +182,14 @@ class Measurement:
         prompts = prompt_set(self.config.templates or data.task.templates, data.names, data.folder)
         sentences = [sentence for of_name in prompts.sentences for sentence in of_name]
         prompted = []
-        for one in self.candidates:
+        for one in self.models:
             embedded = aligned(one.model.project_text, self.cache.texts(sentences, one.model), one.model.device)
             weights = class_weights(embedded, [len(of_name) for of_name in prompts.sentences])  # of each name
             prompted.append(Prompted(one.model, one.record.fingerprint, weights, prompts.sentences))
         windows = Windows(*self.config.windows)
         report = counter(self.console, f"{task}: images segmented")
         found = label_maps(data, prompted, cache_folder(self.config), windows=windows, report=report)
-        maps = {one.record.name: of_model for one, of_model in zip(self.candidates, found, strict=True)}
+        maps = {one.record.name: of_model for one, of_model in zip(self.models, found, strict=True)}
         began = self._clock("features", began)
         answers = {}
         for name, predicted in maps.items():
@@ -209,9 +209,9 @@ class Measurement:
         self._clock("scores", began)
 
     def _embeddings(self, data: TaskData, features: dict[str, np.ndarray]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return every candidate's embeddings of the images (N, E) and captions (M, E) of a task."""
+        """Return every model's embeddings of the images (N, E) and captions (M, E) of a task."""
         found = {}
-        for one in self.candidates:
+        for one in self.models:
             images = aligned(one.model.project_image, features[one.record.name], one.model.device)
             captions = aligned(one.model.project_text, self.cache.texts(data.captions, one.model), one.model.device)
             found[one.record.name] = (images, captions)
@@ -219,7 +219,7 @@ class Measurement:
 
     def results(self) -> Results:
         """Return everything measured so far."""
-        records = [one.record for one in self.candidates]
+        records = [one.record for one in self.models]
         used = {entry.model for entry in self.entries}
         descriptions = {"majority": "always names the most frequent class", "chance": "a random order"}
         records += [ModelRecord(name, name, text, "", {}) for name, text in descriptions.items() if name in used]
@@ -292,7 +292,9 @@ def main(config: EvalConfig) -> None:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     answered = generated_half(output, config.seed, config.confidence)
-    job = Measurement(config, open_models(config, device), console)
+    trusted = config.trust_remote_code
+    models = load_models(config.model, device, untrained=config.baseline, seed=config.seed, trust_remote_code=trusted)
+    job = Measurement(config, models, console)
     for one in data:
         job.measure(one)
     measured = job.results()

@@ -27,7 +27,7 @@ from align.common.files import atomic_bytes, hash_bytes, remove_temporaries
 from align.common.intervals import kind_bootstrap, percentiles
 from align.common.locks import Lease
 from eval.measures.windows import Windows, segment
-from eval.models.candidates import DualEncoder
+from eval.models.dual_encoder import DualEncoder
 from eval.results.examples import drawn_numbers, save_jpeg
 from eval.results.overlays import overlay, palette
 from eval.results.records import Entry, file_name

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from align.common.errors import NonFiniteError, UsageError
 from align.encoders.vision import pixel_normalizer
-from eval.models.candidates import DualEncoder
+from eval.models.dual_encoder import DualEncoder
 
 _BYTES = 64 << 20  # of interpolated cosines held at a time, whatever the numbers of names and pixels
 

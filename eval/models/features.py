@@ -33,7 +33,7 @@ from align.common.locks import Lease
 from align.encoders.vision import VisionEncoder
 from align.features.extract import Extraction, Progress, Stopping
 from align.features.store import FeatureStore
-from eval.models.candidates import DualEncoder
+from eval.models.dual_encoder import DualEncoder
 from eval.tasks.data import TaskData
 
 Report = Callable[[Progress], None]

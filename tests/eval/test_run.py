@@ -13,7 +13,7 @@ import align.model.dual_encoder
 from align.common.errors import DataError, FingerprintError, UsageError
 from align.model.dual_encoder import SailModel
 from eval.measures.config import EvalConfig
-from eval.models.candidates import SailDualEncoder
+from eval.models.dual_encoder import SailDualEncoder
 from eval.models.features import FeatureCache
 from eval.results.records import load_answers, load_results
 from eval.run import main

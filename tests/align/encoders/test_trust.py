@@ -21,8 +21,7 @@ from align.features.store import StoreHeader, StoreWriter
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
-from eval.measures.config import EvalConfig
-from eval.models.candidates import open_models
+from eval.models.measured import load_models
 from tests.support.tiny_encoders import save, save_bert
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -72,10 +71,9 @@ def test_its_code_runs_only_when_asked_for(own):
 
 
 def test_a_model_aligned_with_it_is_measured_when_asked_for(aligned):
-    config = {"model": (str(aligned),), "tasks": ("t",)}
     with pytest.raises(UsageError, match="--trust-remote-code"):
-        _ = open_models(EvalConfig(**config), "cpu")[0].model.text_encoder
-    trained, untrained = open_models(EvalConfig(**config, trust_remote_code=True), "cpu")
+        _ = load_models([str(aligned)], "cpu")[0].model.text_encoder
+    trained, untrained = load_models([str(aligned)], "cpu", trust_remote_code=True)
     assert trained.model.text_encoder is untrained.model.text_encoder
     assert torch.isfinite(trained.model.project_text(trained.model.text_encoder.encode(["a dog"], 1))).all()
 

@@ -17,7 +17,7 @@ from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
-from eval.models.candidates import SailDualEncoder
+from eval.models.dual_encoder import SailDualEncoder
 from eval.models.features import FeatureCache
 from eval.tasks.data import Task, load_task
 from tests.support.tiny_encoders import save, save_bert

@@ -15,9 +15,10 @@ from align.encoders.vision import load_vision_encoder
 from align.model.dual_encoder import SailConfig, SailModel
 from eval.measures.config import EvalConfig
 from eval.measures.segmentation import segmentation_answers, segmentation_entries
-from eval.models.baselines import open_baseline
-from eval.models.candidates import SailDualEncoder
+from eval.models.dual_encoder import SailDualEncoder
 from eval.models.features import FeatureCache
+from eval.models.openclip import load_openclip
+from eval.models.transformers_clip import load_transformers_clip
 from eval.results.records import load_answers, load_results
 from eval.run import main
 from eval.tasks.data import TASKS, Task, describe, load_task
@@ -134,14 +135,14 @@ def openers(folder, kind, monkeypatch):
             save_file(weights, place / "w.safetensors")
             described = {"model_cfg": architecture, "preprocess_cfg": {"mean": mean, "std": std}}
             (place / "open_clip_config.json").write_text(json.dumps(described))
-            opened[name] = open_baseline("openclip", f"kit-protocols/{place}/w.safetensors")
+            opened[name] = load_openclip(f"kit-protocols/{place}/w.safetensors")
             continue
         save_hugging_face(place, "clip")
         stock.save_pretrained(place)
         processing = json.loads((place / "preprocessor_config.json").read_text())
         (place / "preprocessor_config.json").write_text(json.dumps({**processing, "image_mean": mean, "image_std": std}))
         if kind == "hf":
-            opened[name] = open_baseline("hf", str(place))
+            opened[name] = load_transformers_clip(str(place))
         else:
             encoder = load_vision_encoder(str(place))
             settings = {"vision": {"name": str(place)}, "vision_fingerprint": encoder.fingerprint, "vision_width": encoder.feature_width}

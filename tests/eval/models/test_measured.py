@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-import eval.models.candidates
 from align.common.errors import UsageError
 from align.model.dual_encoder import SailConfig, SailModel
-from eval.measures.config import EvalConfig
-from eval.models.candidates import SailDualEncoder, open_models, split_name
+from eval.models.dual_encoder import SailDualEncoder
+from eval.models.measured import REFERENCES, load_models, split_name
 
 
 @pytest.mark.parametrize(
@@ -45,52 +44,52 @@ def save(folder, **changes):
     return str(folder)
 
 
-class Opened(nn.Module):
-    """Stands for a baseline that was opened."""
+class Loaded(nn.Module):
+    """Stands for a reference model that was loaded."""
 
     description, width = "a CLIP", 5
     vision_fingerprint, text_fingerprint = {"weights": "v"}, {"weights": "t"}
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def loaded(monkeypatch):
     seen = []
-    monkeypatch.setattr(eval.models.candidates, "open_baseline", lambda *given: seen.append(given) or Opened())
+    for library in list(REFERENCES):
+        monkeypatch.setitem(REFERENCES, library, lambda source, library=library: seen.append((library, source)) or Loaded())
     return seen
 
 
-def test_baselines_stand_beside_models_and_have_no_untrained_twin(tmp_path, opened):
+def test_reference_models_stand_beside_others_and_have_no_untrained_twin(tmp_path, loaded):
     folder = save(tmp_path / "run" / "best")
     models = (str(tmp_path / "run"), "openclip:ViT-L-14/openai", "S=hf:some/siglip")
-    found = open_models(EvalConfig(model=models, tasks=("t",), seed=4), "cpu")
+    found = load_models(models, "cpu", seed=4)
     assert [(one.record.name, one.record.kind) for one in found] == [
         ("trained", "trained"),
         ("ViT-L-14/openai", "clip"),
         ("S", "clip"),
         ("untrained", "untrained"),
     ]
-    assert opened == [("openclip", "ViT-L-14/openai", "cpu"), ("hf", "some/siglip", "cpu")]
+    assert loaded == [("openclip", "ViT-L-14/openai"), ("hf", "some/siglip")]
     assert found[0].record.folder == folder and found[1].record.folder == ""
     assert found[1].record.fingerprint == {"vision weights": "v", "text weights": "t"}
     assert "5 dimensions" in found[1].record.description
     assert found[0].record.fingerprint["heads"] != found[3].record.fingerprint["heads"]
 
 
-def test_only_models_of_two_kinds_need_names(tmp_path, opened):
+def test_only_models_of_two_kinds_need_names(tmp_path, loaded):
     a, b = save(tmp_path / "a"), save(tmp_path / "b")
-    config = EvalConfig(model=(a, f"b={b}"), tasks=("t",), baseline=False)
-    assert [one.record.name for one in open_models(config, "cpu")] == [a, "b"]
+    assert [one.record.name for one in load_models([a, f"b={b}"], "cpu", untrained=False)] == [a, "b"]
     with pytest.raises(UsageError, match="same name"):
-        open_models(EvalConfig(model=("x=hf:one", "x=hf:two"), tasks=("t",)), "cpu")
-    assert not opened
+        load_models(["x=hf:one", "x=hf:two"], "cpu")
+    assert not loaded
     with pytest.raises(UsageError, match="openclip:ARCH/TAG"):
-        open_models(EvalConfig(model=(str(tmp_path),), tasks=("t",)), "cpu")
+        load_models([str(tmp_path)], "cpu")
 
 
-def test_folders_are_checked_before_baselines_are_opened(tmp_path, opened):
+def test_folders_are_checked_before_any_model_is_loaded(tmp_path, loaded):
     with pytest.raises(UsageError, match="neither an aligned model"):
-        open_models(EvalConfig(model=("hf:one", str(tmp_path / "typo")), tasks=("t",)), "cpu")
-    assert not opened
+        load_models(["hf:one", str(tmp_path / "typo")], "cpu")
+    assert not loaded
 
 
 def test_a_sail_model_is_a_dual_encoder(tmp_path):
