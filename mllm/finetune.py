@@ -34,7 +34,9 @@ from align.common.files import atomic_bytes, human_bytes
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.recipes_yaml import load_yaml, refuse_other_config, to_recipe
 from align.common.runs import JsonLines, add_launch
-from mllm.conversations.index import ConversationDataset, EpochPlan, build_index
+from mllm.conversations.batches import ConversationDataset
+from mllm.conversations.index import build_index
+from mllm.conversations.packing import EpochPlan
 from mllm.conversations.table import open_conversations
 from mllm.conversations.tokens import Chat
 from mllm.loop.config import FinetuneConfig

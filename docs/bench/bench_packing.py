@@ -20,7 +20,7 @@ from bench_loss import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.common.hardware import reuse_freed_memory
-from mllm.conversations.index import collate
+from mllm.conversations.batches import collate
 from mllm.conversations.packing import fill_rate, length_grouped, pack
 
 

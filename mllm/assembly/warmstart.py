@@ -96,7 +96,7 @@ def captions(conversations: Conversations, processor: SailLlavaProcessor, rows: 
     special = torch.tensor(sorted(processor.tokenizer.all_special_ids))
     used, words = [], []
     for number in range(len(conversations)):
-        row = conversations.row(number)
+        row = conversations[number]
         said = " ".join(_text(message) for message in row.messages if message["role"] == "assistant")
         ids = torch.tensor(processor.tokenizer.encode(f" {said}", add_special_tokens=False), dtype=torch.long)
         ids = ids[~torch.isin(ids, special)]
@@ -159,7 +159,7 @@ def _features(
         pixels: list[Tensor] = []
         for place in range(start, min(stop, len(used))):
             try:
-                encoded = conversations.read_image(conversations.row(used[place]).images[0])
+                encoded = conversations.read_image(conversations[used[place]].images[0])
                 pixels.append(processor.image_processor.to_pixels(gate_image(encoded, Limits())))
                 places.append(place)
             except Reject:

@@ -1,6 +1,6 @@
-"""Conversation files as streams of records: JSON arrays, JSON lines and parquet, never a whole file in memory.
+"""Conversation files as streams of rows: JSON arrays, JSON lines and parquet, never a whole file in memory.
 
-Every reader yields, row by row, a dict or the Reject that says why the row is none.
+Every reader yields, row by row, a JSON object or the Reject that says why it is none.
 """
 
 import codecs
@@ -21,8 +21,8 @@ _SPACE = " \t\r\n"
 _MAX_DIGITS = 4000  # Python refuses to convert longer numbers
 
 
-def read_records(path: str) -> Iterator[dict[str, Any] | Reject]:
-    """Yield the records of a .json, .jsonl, .ndjson or .parquet file, in order.
+def read_rows(path: str) -> Iterator[dict[str, Any] | Reject]:
+    """Yield the rows of a .json, .jsonl, .ndjson or .parquet file, in order.
 
     UsageError on another suffix; DataError if the file as a whole cannot be read: a JSON array with a syntax error, UTF-16, ...
     """

@@ -1,4 +1,4 @@
-"""One row of conversation data: from what files hold to checked messages, or to the code that says why not.
+"""From the row of a file to the checked messages and images of a conversation, or to the code that says why not.
 
 Messages: {"role": system | user | assistant, "content": text or parts}; a part is {"type": "image"} or {"type": "text", "text": ...}.
 """
@@ -15,12 +15,12 @@ from align.sources.safe_files import image_cell
 Message = dict[str, Any]
 IMAGE = "<image>"  # how LLaVA's files mark the place of an image
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-MAX_TEXT_CHARS = 2_000_000  # of one row
+MAX_TEXT_CHARS = 2_000_000  # of one conversation
 
 
 @dataclass(frozen=True)
 class RawImage:
-    """An image as the row gives it: a path below the image root, or the bytes of an encoded file."""
+    """An image as a row gives it: a path below the image root, or the bytes of an encoded file."""
 
     path: str | None
     data: bytes | None
@@ -84,18 +84,18 @@ def _check_content(message: Message) -> None:
             raise Reject("text_invalid", problem)
 
 
-def normalize(record: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
-    """Return the messages and images of a record; Reject or Reject says why it cannot be used.
+def normalize(row: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
+    """Return the messages and images of a row; Reject says why it cannot be used.
 
     Turns stand under `conversations` or `messages`, as {from, value} or {role, content}; images under `image` or `images`, or
     in the image parts. Where no part is an image, the text `<image>` marks the places (see `place_images`).
     """
-    turns = record["conversations"] if record.get("conversations") is not None else record.get("messages")
+    turns = row["conversations"] if row.get("conversations") is not None else row.get("messages")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise Reject("row_fields", f"it has {', '.join(map(str, record))}"[:200])
+        raise Reject("row_fields", f"it has {', '.join(map(str, row))}"[:200])
     images: list[RawImage] = []
     for name in ("image", "images"):
-        value = record.get(name)
+        value = row.get(name)
         if value is not None:
             images += [_raw_image(item) for item in (value if isinstance(value, list) else [value])]
     messages = [_message(turn) for turn in turns]

@@ -1,67 +1,28 @@
-"""The index of rows, and which rows make a batch: packs of several, or single rows of one kind and of like length.
+"""Which conversations make a batch: packs of several, or single ones of one kind and of like length.
 
-A row here is its number in the index. Everything is a pure function of lengths and a generator: nothing is read or decoded.
+A conversation here is its number in the index. Everything is a pure function of lengths and a generator: nothing is read or decoded.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from align.common.errors import UsageError
-from align.common.reject_codes import CONVERSATION_CODES
 from align.common.seeds import generator
+from mllm.conversations.index import ConversationIndex
 
-Item = int | list[int]  # a row, or a pack of rows
-STATUS = ("good", *CONVERSATION_CODES)  # what a row's status number means
-
-
-@dataclass(frozen=True)
-class RowIndex:
-    """What the tokenizer makes of every row; arrays (N,) int32, 0 where a row is rejected."""
-
-    lengths: np.ndarray  # tokens, visual ones included
-    supervised: np.ndarray  # tokens that are learnt
-    images: np.ndarray
-    dropped: np.ndarray  # turns dropped because of the maximum length
-    status: np.ndarray  # number in STATUS
-    max_length: int
-    unread: dict[str, int]  # rows of the files that did not get a number at all, by code
-    fingerprint: str  # xxh3-128 of rows, tokenizer, template and maximum length
-
-    @cached_property
-    def good(self) -> np.ndarray:
-        """Numbers of the usable rows, in order."""
-        return np.flatnonzero(self.status == 0)
-
-    @property
-    def codes(self) -> Counter[str]:
-        """Count of rejected rows by code, those that could not be read among them."""
-        counts = np.bincount(self.status, minlength=len(STATUS))
-        return Counter(self.unread) + Counter({code: int(count) for code, count in zip(STATUS[1:], counts[1:], strict=True) if count})
-
-    def summary(self) -> str:
-        """Return the rows in one line: how many, how long, how much is learnt, what was rejected."""
-        tokens, learnt, images = int(self.lengths.sum()), int(self.supervised.sum()), int(self.images.sum())
-        rejected = ", ".join(f"{code} {count}" for code, count in self.codes.most_common()) or "none"
-        shortened = int((self.dropped > 0).sum())
-        return (
-            f"{len(self.good)} rows with {images} images and {tokens} tokens ({learnt / max(1, tokens):.0%} learnt), "
-            f"{shortened} shortened to {self.max_length} tokens; rejected: {rejected}"
-        )
+Item = int | list[int]  # a conversation, or a pack of them
 
 
 def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random.Generator) -> list[list[int]]:
     """Return packs, lists of positions in `lengths` whose lengths sum to at most `max_length`; every position is in one of them.
 
-    Best fit decreasing: the longest row first, into the pack where it leaves the least space. Rows are never split. `random`
-    decides between rows of equal length and the order of the packs; their number and fill do not depend on it.
+    Best fit decreasing: the longest first, into the pack where it leaves the least space. None is ever split. `random`
+    decides between those of equal length and the order of the packs; their number and fill do not depend on it.
     """
     sizes = np.asarray(lengths)
     if len(sizes) and (sizes.max() > max_length or sizes.min() < 1):
-        raise UsageError(f"rows of {sizes.min()} to {sizes.max()} tokens; a pack takes rows of 1 to {max_length}")
+        raise UsageError(f"conversations of {sizes.min()} to {sizes.max()} tokens; a pack takes those of 1 to {max_length}")
     shuffled = random.permutation(len(sizes))
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
     packs: list[list[int]] = []
@@ -85,7 +46,7 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random
 
 
 def fill_rate(packs: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray, max_length: int) -> float:
-    """Return the share of the packs' tokens that are rows and not padding (0 to 1)."""
+    """Return the share of the packs' tokens that are not padding (0 to 1)."""
     used = sum(int(lengths[position]) for positions in packs for position in positions)
     return used / (max_length * len(packs)) if packs else 0.0
 
@@ -93,12 +54,12 @@ def fill_rate(packs: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarra
 def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:
     """Return (batches, batch_size) positions in `lengths`: random batches with images, and random batches without.
 
-    What is left of either kind makes mixed batches; fewer than `batch_size` rows stay out. In a batch the longest rows come
-    first, so that its micro-batches, on whichever process, hold rows of like length; which rows share a batch is chance.
+    What is left of either kind makes mixed batches; fewer than `batch_size` stay out. In a batch the longest come first, so
+    that its micro-batches, on whichever process, are of like length; which conversations share a batch is chance.
     """
     kinds = [random.permutation(np.flatnonzero(multimodal)), random.permutation(np.flatnonzero(~multimodal))]
-    whole = [rows[: len(rows) // batch_size * batch_size] for rows in kinds]
-    rest = random.permutation(np.concatenate([rows[len(kept) :] for rows, kept in zip(kinds, whole, strict=True)]))
+    whole = [kind[: len(kind) // batch_size * batch_size] for kind in kinds]
+    rest = random.permutation(np.concatenate([kind[len(kept) :] for kind, kept in zip(kinds, whole, strict=True)]))
     batches = np.concatenate([*whole, rest[: len(rest) // batch_size * batch_size]]).reshape(-1, batch_size)
     batches = random.permutation(batches)
     return np.take_along_axis(batches, np.argsort(-lengths[batches], axis=1, kind="stable"), axis=1)
@@ -107,14 +68,14 @@ def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int,
 class EpochPlan:
     """The batches of every epoch: a pure function of the index, the seed and the epoch, whatever the number of processes."""
 
-    def __init__(self, index: RowIndex, batch_size: int, packing: bool = False, seed: int = 0) -> None:
-        """`batch_size`: items (rows or packs) of an optimizer step, over all processes. UsageError if there are fewer."""
+    def __init__(self, index: ConversationIndex, batch_size: int, packing: bool = False, seed: int = 0) -> None:
+        """`batch_size`: items (conversations or packs) of an optimizer step, over all processes. UsageError if there are fewer."""
         self.index, self.batch_size, self.packing, self.seed = index, batch_size, packing, seed
         self._kept: dict[int, list[list[Item]]] = {}
         if not self.batches(0):
             raise UsageError(
-                f"a batch of {batch_size} {'packs' if packing else 'rows'} is larger than the data: {len(index.good)} rows, "
-                f"{int(index.lengths[index.good].sum())} tokens. Make the batch smaller"
+                f"a batch of {batch_size} {'packs' if packing else 'conversations'} is larger than the data: "
+                f"{len(index.good)} conversations, {int(index.lengths[index.good].sum())} tokens. Make the batch smaller"
             )
 
     def batches(self, epoch: int) -> list[list[Item]]:
@@ -126,10 +87,10 @@ class EpochPlan:
         return self._kept[epoch]
 
     def _make(self, random: np.random.Generator) -> list[list[Item]]:
-        rows = self.index.good
-        lengths = self.index.lengths[rows]
+        good = self.index.good
+        lengths = self.index.lengths[good]
         if not self.packing:
-            chosen = length_grouped(lengths, self.index.images[rows] > 0, self.batch_size, random)
-            return rows[chosen].tolist()
-        packs = [rows[positions].tolist() for positions in pack(lengths, self.index.max_length, random)]
+            chosen = length_grouped(lengths, self.index.images[good] > 0, self.batch_size, random)
+            return good[chosen].tolist()
+        packs = [good[positions].tolist() for positions in pack(lengths, self.index.max_length, random)]
         return [packs[start : start + self.batch_size] for start in range(0, len(packs) - self.batch_size + 1, self.batch_size)]

@@ -1,10 +1,11 @@
 """Conversation data: files are read once into Arrow files in a cache and memory-mapped from there, whatever their size.
 
-    cache/NAME-HASH.arrow          the usable rows: id, number in the file, messages as JSON, images as paths or bytes
-    cache/NAME-HASH.rejects.jsonl  the others, each with its code
+    cache/NAME-HASH.arrow          the usable conversations: id, row in the file, messages as JSON, images as paths or bytes
+    cache/NAME-HASH.rejects.jsonl  the other rows, each with its code
     cache/NAME-HASH.json           written last: counts, and the hashes of both
 
-N: rows after weighting. A row's number (0 to N-1) is its place there; its `source` names the file and the row in it.
+A row is one of a file; those that can be used are conversations. N: conversations after weighting; a conversation's number (0 to N-1)
+is its place there, its `source` names the file and the row in it.
 """
 
 import json
@@ -25,10 +26,10 @@ from align.common.seeds import generator
 from align.embedded.assets import cache_root
 from align.sources.gate import gate_key
 from align.sources.safe_files import MAX_FILE_BYTES, read_below
-from mllm.conversations.files import READERS, read_records
+from mllm.conversations.files import READERS, read_rows
 from mllm.conversations.messages import Message, RawImage, normalize
 
-FORMAT = 1  # raise when rows come out differently: older caches are then read anew
+FORMAT = 1  # raise when conversations come out differently: older caches are then read anew
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -38,14 +39,14 @@ SCHEMA = pa.schema(
         ("blobs", pa.list_(pa.binary())),
     ]
 )
-_BATCH_ROWS, _BATCH_BYTES = 1024, 64 << 20
-_REPORT_ROWS = 10_000
+_BATCH, _BATCH_BYTES = 1024, 64 << 20
+_REPORT = 10_000  # rows
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image is: row `place` of the Arrow file number `file`, there number `item`; `path` unless it is stored inside."""
+    """Where an image is: conversation `place` of the Arrow file number `file`, there number `item`; `path` unless it is stored inside."""
 
     file: int
     place: int
@@ -54,7 +55,7 @@ class ImageRef:
 
 
 @dataclass(frozen=True)
-class Row:
+class StoredConversation:
     """One conversation and where its images are."""
 
     id: str
@@ -73,17 +74,17 @@ class _File:
     arrow: str
     rejects: str
     digest: str  # of the original's content
-    rows: int
+    count: int  # usable conversations
     codes: dict[str, int]
 
 
 class Conversations:
-    """Random access to the rows of conversation files. May be pickled; nothing is kept open across a fork or pickle."""
+    """Random access to the conversations of files. May be pickled; nothing is kept open across a fork or pickle."""
 
     def __init__(self, files: Sequence[_File], folder: Path, seed: int) -> None:
         self.files, self.folder, self.seed = list(files), folder, seed
-        self.places = np.concatenate([_weighted(number, file, seed) for number, file in enumerate(files)])  # (N, 2): file, row
-        self.codes = sum((Counter(file.codes) for file in files), Counter[str]())  # of the rows that could not be read
+        self.places = np.concatenate([_weighted(number, file, seed) for number, file in enumerate(files)])  # (N, 2): file, place in it
+        self.codes = sum((Counter(file.codes) for file in files), Counter[str]())  # of the rows that are no conversation
         self._tables: dict[int, pa.Table] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,21 +95,21 @@ class Conversations:
 
     @property
     def fingerprint(self) -> str:
-        """The xxh3-128 of what decides the rows and their order: contents, weights, seed. Not of images behind paths."""
+        """The xxh3-128 of what decides the conversations and their order: contents, weights, seed. Not of images behind paths."""
         return hash_bytes(repr((FORMAT, self.seed, [(file.digest, file.weight) for file in self.files])).encode())
 
     def distinct(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (D,) numbers of rows of which none repeats another, and (N,) which of them each row is."""
+        """Return (D,) numbers of conversations of which none repeats another, and (N,) which of them each one is."""
         keys = self.places[:, 0] << 48 | self.places[:, 1]
         _, first, copies = np.unique(keys, return_index=True, return_inverse=True)
         return first, copies.reshape(-1)
 
-    def row(self, number: int) -> Row:
-        """Return row `number`; its images are not read."""
+    def __getitem__(self, number: int) -> StoredConversation:
+        """Return conversation `number`; its images are not read."""
         file, place = map(int, self.places[number])
         table = self._table(file)
         paths = table["paths"][place].as_py()
-        return Row(
+        return StoredConversation(
             id=table["id"][place].as_py(),
             source=f"{os.path.basename(self.files[file].path)}:{table['row'][place].as_py()}",
             messages=json.loads(table["messages"][place].as_py()),
@@ -126,7 +127,7 @@ class Conversations:
         return read_below(self.files[image.file].root, image.path, MAX_FILE_BYTES)
 
     def rejects(self) -> Iterator[RejectedRow]:
-        """Yield the rows that could not be read."""
+        """Yield the rows that are no conversation."""
         for file in self.files:
             with open(file.rejects, encoding="utf-8") as lines:
                 for line in lines:
@@ -143,9 +144,9 @@ class Conversations:
 def open_conversations(
     specs: Sequence[str], image_root: str | None = None, cache: Path | None = None, seed: int = 0, report: Report = lambda line: None
 ) -> Conversations:
-    """Return the rows of files given as PATH or PATH:WEIGHT, read into `cache` (by default the user's) unless they are there.
+    """Return the conversations of files given as PATH or PATH:WEIGHT, read into `cache` (by default the user's) unless they are there.
 
-    Weight 0.5 takes half of the rows, 2 takes each twice, 1.5 each once and half of them again; which ones depends on `seed`.
+    Weight 0.5 takes half of them, 2 takes each twice, 1.5 each once and half of them again; which ones depends on `seed`.
     Relative image paths start at `image_root` (None: each file's own folder) and may not leave it.
 
     Raises UsageError on a missing file or bad weight, DataError if a file is no such data or none of its rows can be used.
@@ -163,7 +164,7 @@ def open_conversations(
         files.append(_cached(path, weight, root, folder, report))
     conversations = Conversations(files, folder, seed)
     if not len(conversations):
-        raise DataError(f"the weights leave no row of {', '.join(specs)}; raise them")
+        raise DataError(f"the weights leave no conversation of {', '.join(specs)}; raise them")
     return conversations
 
 
@@ -185,11 +186,11 @@ def _parse(spec: str) -> tuple[str, float]:
 
 
 def _weighted(number: int, file: _File, seed: int) -> np.ndarray:
-    """Return (rows, 2) of file number and row: all rows as often as the weight says whole, then a random part in order."""
+    """Return (n, 2) of file number and place in it: all as often as the weight says whole, then a random part in order."""
     whole, part = divmod(file.weight, 1)
-    more = generator(seed, number).permutation(file.rows)[: round(part * file.rows)]
-    rows = np.concatenate([np.tile(np.arange(file.rows), int(whole)), np.sort(more)]).astype(np.int64)
-    return np.stack([np.full(len(rows), number, dtype=np.int64), rows], axis=1)
+    more = generator(seed, number).permutation(file.count)[: round(part * file.count)]
+    places = np.concatenate([np.tile(np.arange(file.count), int(whole)), np.sort(more)]).astype(np.int64)
+    return np.stack([np.full(len(places), number, dtype=np.int64), places], axis=1)
 
 
 def _cached(path: str, weight: float, root: str, folder: Path, report: Report) -> _File:
@@ -200,8 +201,8 @@ def _cached(path: str, weight: float, root: str, folder: Path, report: Report) -
     facts = _committed(commit, arrow, rejects)
     if facts is None:
         require_free(folder, os.path.getsize(path))
-        rows, codes = _read(path, arrow, rejects, report)
-        facts = {"format": FORMAT, "rows": rows, "codes": codes, "arrow": hash_file(arrow), "rejects": hash_file(rejects)}
+        count, codes = _read(path, arrow, rejects, report)
+        facts = {"format": FORMAT, "rows": count, "codes": codes, "arrow": hash_file(arrow), "rejects": hash_file(rejects)}
         atomic_json(commit, facts)
     if not facts["rows"]:
         counts = ", ".join(f"{code} {count}" for code, count in facts["codes"].items()) or "it is empty"
@@ -221,18 +222,18 @@ def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | Non
 
 
 def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, dict[str, int]]:
-    """Write the usable rows and the rejects of a file; return how many are usable and the count of each code."""
-    rows, codes = 0, Counter[str]()
+    """Write the conversations and the rejects of a file; return how many conversations there are and the count of each code."""
+    count, codes = 0, Counter[str]()
     batch, size = list[dict[str, Any]](), 0
     with atomic_path(arrow) as table, atomic_path(rejects) as others:
         with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer, open(others, "w", encoding="utf-8") as lines:
-            for number, record in enumerate(read_records(path)):
+            for number, row in enumerate(read_rows(path)):
                 name = f"{Path(path).stem}-{number:09d}"
                 try:
-                    if isinstance(record, Reject):
-                        raise record
-                    name = _identity(record, name)
-                    messages, images = normalize(record)
+                    if isinstance(row, Reject):
+                        raise row
+                    name = _identity(row, name)
+                    messages, images = normalize(row)
                 except Reject as reject:
                     codes[reject.code] += 1
                     found = RejectedRow.of(reject, number, name, "conversation", f"{os.path.basename(path)}:{number}")
@@ -240,15 +241,15 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
                     continue
                 batch.append(_cells(name, number, messages, images))
                 size += len(batch[-1]["messages"]) + sum(len(image.data or b"") for image in images)
-                rows += 1
-                if len(batch) == _BATCH_ROWS or size >= _BATCH_BYTES:
+                count += 1
+                if len(batch) == _BATCH or size >= _BATCH_BYTES:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
                     batch, size = [], 0
-                if (number + 1) % _REPORT_ROWS == 0:
+                if (number + 1) % _REPORT == 0:
                     report(f"{path}: {number + 1} rows read, {codes.total()} of them rejected")
             if batch:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
-    return rows, dict(codes.most_common())
+    return count, dict(codes.most_common())
 
 
 def reject_line(row: RejectedRow) -> dict[str, str]:
@@ -256,10 +257,10 @@ def reject_line(row: RejectedRow) -> dict[str, str]:
     return {"source": row.source, "id": row.key, "code": row.code, "detail": row.detail}
 
 
-def _identity(record: dict[str, Any], fallback: str) -> str:
+def _identity(row: dict[str, Any], fallback: str) -> str:
     """Return the row's id as text. LLaVA's files mix numbers and texts, repeat ids, and some rows have none: no reason to reject."""
     try:
-        return gate_key(record.get("id"))
+        return gate_key(row.get("id"))
     except Reject:
         return fallback
 

@@ -34,17 +34,17 @@ _PROBE: list[Message] = [
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row as the model reads it: T token ids with every image expanded, and T labels (IGNORED where nothing is learnt)."""
+    """A conversation as the model reads it: T token ids with every image expanded, and T labels (IGNORED where nothing is learnt)."""
 
     input_ids: list[int]
     labels: list[int]
-    images: int  # the row's first so many images are in it
+    images: int  # its first so many images are in it
     dropped_turns: int  # of its end, because of the maximum length
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A row in the template's words. Pieces are encoded one by one; spans count characters of all pieces joined by one cut."""
+    """A conversation in the template's words. Pieces are encoded one by one; spans count characters of all pieces joined by one cut."""
 
     pieces: list[str]
     spans: list[tuple[int, int]]  # what is learnt
@@ -96,26 +96,26 @@ class Chat:
         return hash_bytes(json.dumps([facts, specials, self.template, self.image_token, self.image_tokens, self._prefix]).encode())
 
     def encode(self, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
-        """Return a row's ids and labels; Reject if it cannot be used.
+        """Return a conversation's ids and labels; Reject if it cannot be used.
 
-        Of a row longer than `max_length`, whole turns are dropped from the end, with their images.
+        Of one longer than `max_length`, whole turns are dropped from the end, with their images.
         """
         encoded = self.encode_many([messages], max_length)[0]
         if isinstance(encoded, Reject):
             raise encoded
         return encoded
 
-    def encode_many(self, rows: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded | Reject]:
-        """Return, for each row, what `encode` returns or raises. Faster: the tokenizer takes all rows at once."""
-        rendered = [self._render_or_error(messages) for messages in rows]
-        tokens = iter(self._tokenize([row.pieces[0] for row in rendered if isinstance(row, _Rendered)]))
+    def encode_many(self, conversations: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded | Reject]:
+        """Return, for the messages of each conversation, what `encode` returns or raises. Faster: the tokenizer takes all at once."""
+        rendered = [self._render_or_error(messages) for messages in conversations]
+        tokens = iter(self._tokenize([one.pieces[0] for one in rendered if isinstance(one, _Rendered)]))
         results: list[Encoded | Reject] = []
-        for messages, row in zip(rows, rendered, strict=True):
-            if isinstance(row, Reject):
-                results.append(row)
+        for messages, one in zip(conversations, rendered, strict=True):
+            if isinstance(one, Reject):
+                results.append(one)
                 continue
             try:
-                encoded = self._label(row, next(tokens))
+                encoded = self._label(one, next(tokens))
                 if max_length is not None and len(encoded.input_ids) > max_length:
                     encoded = self._shorten(messages, len(encoded.input_ids), max_length)
                 results.append(encoded)
@@ -251,13 +251,13 @@ class Chat:
 
     def _label(self, rendered: _Rendered, first: _Tokens) -> Encoded:
         tokens, learnt = self._assemble(rendered, first)
-        learnt[:1] = False  # nothing before it predicts it, and in a pack it follows another row
+        learnt[:1] = False  # nothing before it predicts it, and in a pack it follows another conversation
         if not learnt.any():
             raise Reject("no_supervised_tokens")
         return Encoded(tokens.tolist(), np.where(learnt, tokens, IGNORED).tolist(), rendered.images, 0)
 
     def _shorten(self, messages: Sequence[Message], length: int, max_length: int) -> Encoded:
-        """Return the row with as many turns as fit, found by bisection; Reject `too_long` if not even one does."""
+        """Return the conversation with as many turns as fit, found by bisection; Reject `too_long` if not even one does."""
         head = int(messages[0]["role"] == "system")
         turns = (len(messages) - head) // 2
         best, low, high = None, 1, turns - 1

@@ -11,6 +11,7 @@ from align.common.commandline import run
 from align.common.errors import DataError, UsageError
 from align.sources.gate import gate_image
 from mllm import check
+from mllm.conversations import checking
 from mllm.conversations.config import CheckConfig
 from mllm.conversations.tokens import IGNORED, Chat, resolve_template
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
@@ -73,7 +74,7 @@ def test_every_problem_is_listed_with_its_row(setting, tmp_path, capsys, monkeyp
         row(7, "0.png"), row(8), row(9, "../x.png"),
     ]  # fmt: skip
     decoded = []
-    monkeypatch.setattr(check, "gate_image", lambda data, limits: decoded.append(data) or gate_image(data, limits))
+    monkeypatch.setattr(checking, "gate_image", lambda data, limits: decoded.append(data) or gate_image(data, limits))
     monkeypatch.setattr(sys, "argv", ["check.py"])
     config = setting(rows)
     with pytest.raises(DataError, match="7 problems, each in .*problems.jsonl"):
@@ -124,10 +125,10 @@ def test_another_template_and_what_is_not_a_model(setting, tmp_path):
         check.main(setting([row(0)]))
 
 
-def test_histograms_count_every_row():
+def test_histograms_count_every_conversation():
     lengths = np.array([1, 1, 5, 100, 2048, 2047, 1024])
-    counts, edges = check.bins_of(lengths, 2048)
+    counts, edges = checking.bins_of(lengths, 2048)
     assert counts.sum() == 7 and edges[0] == 0 and edges[-1] > 2048 and len(counts) <= 18
     for number, count in enumerate(counts):
         assert count == sum(edges[number] <= length < edges[number + 1] for length in lengths)
-    assert check.bins_of(np.array([], dtype=int), 100)[0].sum() == 0
+    assert checking.bins_of(np.array([], dtype=int), 100)[0].sum() == 0

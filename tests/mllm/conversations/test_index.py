@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from align.common.errors import DataError, UsageError
 from mllm.conversations import index as module
-from mllm.conversations.index import ConversationDataset, EpochPlan, build_index, collate, fill_rate, length_grouped, pack
+from mllm.conversations.batches import ConversationDataset, collate
+from mllm.conversations.index import build_index
+from mllm.conversations.packing import EpochPlan, fill_rate, length_grouped, pack
 from mllm.conversations.table import Conversations, open_conversations
 from mllm.conversations.tokens import IGNORED, Chat
 from mllm.model.processing import SailLlavaImageProcessor
@@ -57,16 +59,20 @@ def varied(count, seed=0):
 
 
 def test_the_index_holds_what_encoding_gives(make, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(module, "_CHUNK", 7)
     data, calls = make(varied(40), ":1.5"), []
     index = build_index(data, chat(), 200, progress=lambda done, total: calls.append((done, total)))
     for number in range(len(data)):
-        encoded = chat().encode(data.row(number).messages, 200)
+        encoded = chat().encode(data[number].messages, 200)
         learnt = sum(label != IGNORED for label in encoded.labels)
         found = [int(array[number]) for array in (index.lengths, index.supervised, index.images, index.dropped, index.status)]
         assert found == [len(encoded.input_ids), learnt, encoded.images, encoded.dropped_turns, 0]
     assert calls[-1] == (40, 40) and len(calls) == 6, "repeated rows are tokenized once"
-    assert (index.dropped > 0).any() and len(index.good) == 60 and f"{len(data)} rows with {index.images.sum()} images" in index.summary()
+    assert (
+        (index.dropped > 0).any()
+        and len(index.good) == 60
+        and f"{len(data)} conversations with {index.images.sum()} images" in index.summary()
+    )
 
 
 def test_the_index_is_cached_for_the_same_inputs_only(make, monkeypatch, tmp_path):
@@ -97,7 +103,7 @@ def test_rejects_are_counted_and_stop_a_run_above_the_share(make):
     assert set(index.status[17:]) == {module.STATUS.index("too_long")} and index.lengths[17:].sum() == 0
     assert "too_long 2, row_syntax 1" in index.summary()
     with pytest.raises(
-        DataError, match=r"15.0% of the rows are rejected, 10.0% .*too_long 2.*rows.jsonl:17 \(id '17'\): too_long: \d+ tokens"
+        DataError, match=r"15.0% of the conversations are rejected, 10.0% .*too_long 2.*rows.jsonl:17 \(id '17'\): too_long: \d+ tokens"
     ):
         build_index(data, chat(), 260, max_reject_fraction=0.1)
     only_unread = make([*varied(3), "[]"])
@@ -150,7 +156,7 @@ def test_packs_of_realistic_lengths_are_nearly_full():
     assert fill_rate(pack(lengths, 2048, random), lengths, 2048) > 0.97
     assert pack([], 10, random) == [] and fill_rate([], [], 10) == 0
     for bad in ([11], [0, 3]):
-        with pytest.raises(UsageError, match="a pack takes rows of 1 to 10"):
+        with pytest.raises(UsageError, match="a pack takes those of 1 to 10"):
             pack(bad, 10, random)
 
 
@@ -234,7 +240,7 @@ def test_a_plan_is_a_pure_function_of_seed_and_epoch(make, packing):
         else:
             assert len(used) == 60
     json.dumps(epochs[0])
-    with pytest.raises(UsageError, match="larger than the data: 60 rows"):
+    with pytest.raises(UsageError, match="larger than the data: 60 conversations"):
         EpochPlan(index, 61, packing)
 
 
@@ -243,7 +249,7 @@ def test_planning_reads_no_image(make, monkeypatch):
         raise AssertionError("an image was read")
 
     monkeypatch.setattr(Conversations, "read_image", refuse)
-    monkeypatch.setattr(module, "gate_image", refuse)
+    monkeypatch.setattr("mllm.conversations.batches.gate_image", refuse)
     index = build_index(make(varied(30)), chat(), 200)
     assert EpochPlan(index, 4).batches(0) and EpochPlan(index, 4, packing=True).batches(0)
 
@@ -315,5 +321,5 @@ def test_an_index_of_other_data_is_refused(make):
 
 def test_chats_go_to_other_processes(make):
     again = pickle.loads(pickle.dumps(chat()))
-    messages = make(varied(1)).row(0).messages
+    messages = make(varied(1))[0].messages
     assert again.encode(messages) == chat().encode(messages) and again.fingerprint == chat().fingerprint

@@ -14,7 +14,7 @@ from PIL import Image
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import REJECT_CODES, Reject
 from mllm.conversations import table as module
-from mllm.conversations.files import _ArrayReader, read_records
+from mllm.conversations.files import _ArrayReader, read_rows
 from mllm.conversations.messages import normalize
 from mllm.conversations.table import open_conversations
 
@@ -93,14 +93,14 @@ def test_layouts_agree(tmp_path, name):
     data = opened(tmp_path / name, tmp_path)
     assert len(data) == len(LLAVA) and not data.codes
     for number in range(len(data)):
-        row = data.row(number)
+        row = data[number]
         assert [message["content"] for message in row.messages] == EXPECTED[number]
         assert [message["role"] for message in row.messages] == ["user", "assistant"] * (len(EXPECTED[number]) // 2)
         assert row.source == f"{name}:{number}"
         wanted = LLAVA[number].get("image", [])
         wanted = wanted if isinstance(wanted, list) else [wanted]
         assert [data.read_image(image) for image in row.images] == [(tmp_path / path).read_bytes() for path in wanted]
-    ids = [data.row(number).id for number in range(5)]
+    ids = [data[number].id for number in range(5)]
     assert ids[:3] == ["000001", "17", "sharegpt"] and ids[3] == f"{name.partition('.')[0]}-000000003"
 
 
@@ -200,7 +200,7 @@ def test_hostile_rows_are_counted_and_the_others_kept(tmp_path, layout):
     path = tmp_path / ("a.jsonl" if layout.startswith("jsonl") else "a.json")
     path.write_bytes(data)
     found = opened(path, tmp_path)
-    assert len(found) == len(HOSTILE) and all(found.row(n).id == "good" for n in range(len(found)))
+    assert len(found) == len(HOSTILE) and all(found[n].id == "good" for n in range(len(found)))
     rejects = list(found.rejects())
     assert {reject.source: reject.code for reject in rejects} == {f"{path.name}:{2 * n}": code for n, code in enumerate(HOSTILE.values())}
     assert sum(found.codes.values()) == len(HOSTILE) and set(found.codes) <= set(REJECT_CODES)
@@ -253,7 +253,7 @@ def test_a_large_array_is_read_in_little_memory(tmp_path):
     row = json.dumps({"id": 1, "image": "a/b.jpg", "conversations": turns("<image>\nWhat?", "word " * 800)})
     write(tmp_path / "a.json", "[" + ",".join([row] * 6_000) + "]")
     tracemalloc.start()
-    count = sum(isinstance(record, dict) for record in read_records(str(tmp_path / "a.json")))
+    count = sum(isinstance(record, dict) for record in read_rows(str(tmp_path / "a.json")))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 6_000 and (tmp_path / "a.json").stat().st_size > 23 << 20 and peak < 6 << 20
@@ -270,10 +270,10 @@ def test_images_stay_below_their_root(tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
     data = opened(path, tmp_path, image_root=str(tmp_path / "root"))
-    assert data.read_image(data.row(0).images[0]) == picture(1)
+    assert data.read_image(data[0].images[0]) == picture(1)
     for number, code in ((1, "unsafe_path"), (2, "file_missing"), (3, "file_kind")):
         with pytest.raises(Reject) as caught:
-            data.read_image(data.row(number).images[0])
+            data.read_image(data[number].images[0])
         assert caught.value.code == code
     assert opened(path, tmp_path).files[0].root == str(tmp_path)
 
@@ -287,14 +287,14 @@ def test_weights_repeat_and_choose_rows_by_the_seed(tmp_path):
     ids = {}
     for seed in (0, 0, 1):
         data = open_conversations(specs, cache=tmp_path / "cache", seed=seed)
-        found = [data.row(number).id for number in range(len(data))]
+        found = [data[number].id for number in range(len(data))]
         assert seed not in ids or ids[seed] == (found, data.fingerprint)
         ids[seed] = (found, data.fingerprint)
         counts = {name: found.count(name) for name in found}
         assert sum(name[0] == "a" for name in counts) == 10 and all(counts[name] == 1 for name in counts if name[0] == "a")
         assert sorted(count for name, count in counts.items() if name[0] == "b") == [2] * 5 + [3] * 5
         first, copies = data.distinct()
-        assert len(first) == 20 and all(data.row(int(first[copies[n]])).id == found[n] for n in range(len(found)))
+        assert len(first) == 20 and all(data[int(first[copies[n]])].id == found[n] for n in range(len(found)))
     assert ids[0] != ids[1]
     for spec, words in (("a.jsonl:0", "above 0"), ("a.jsonl:-1", "above 0"), ("a.jsonl:nan", "above 0"), ("a.jsonl:x", "weight is 'x'"),
                         ("none.jsonl", "no such file"), ("a.txt", "no such file")):  # fmt: skip
@@ -313,8 +313,8 @@ def test_weights_repeat_and_choose_rows_by_the_seed(tmp_path):
 def test_the_cache_is_used_only_while_it_is_whole_and_of_the_same_content(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", GOOD)
     reads = []
-    original = module.read_records
-    monkeypatch.setattr(module, "read_records", lambda name: reads.append(name) or original(name))
+    original = module.read_rows
+    monkeypatch.setattr(module, "read_rows", lambda name: reads.append(name) or original(name))
     first = opened(path, tmp_path)
     opened(path, tmp_path)
     assert len(reads) == 1
@@ -322,22 +322,22 @@ def test_the_cache_is_used_only_while_it_is_whole_and_of_the_same_content(tmp_pa
     damaged = bytearray(arrow.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     arrow.write_bytes(damaged)
-    assert opened(path, tmp_path).row(0).id == "good" and len(reads) == 2
+    assert opened(path, tmp_path)[0].id == "good" and len(reads) == 2
     arrow.with_suffix(".rejects.jsonl").unlink()
     opened(path, tmp_path)
     assert len(reads) == 3
     write(tmp_path / "a.jsonl", GOOD.replace("Hello", "Hallo"))
     changed = opened(path, tmp_path)
-    assert len(reads) == 4 and changed.row(0).messages[1]["content"] == "Hallo" and changed.fingerprint != first.fingerprint
+    assert len(reads) == 4 and changed[0].messages[1]["content"] == "Hallo" and changed.fingerprint != first.fingerprint
 
 
 def test_rows_survive_pickling_and_other_processes(tmp_path):
     with_images(tmp_path)
     as_files(tmp_path)
     data = opened(tmp_path / "bytes.parquet", tmp_path)
-    data.row(0)
+    data[0]
     again = pickle.loads(pickle.dumps(data))
-    assert again.row(3) == data.row(3) and again.read_image(again.row(3).images[1]) == picture(2)
+    assert again[3] == data[3] and again.read_image(again[3].images[1]) == picture(2)
     assert len(pickle.dumps(data)) < 5000
 
 
@@ -361,7 +361,7 @@ def test_parquet_without_conversations_or_with_damage(tmp_path):
     place = pq.read_metadata(tmp_path / "c.parquet").row_group(1).column(0).data_page_offset
     write(tmp_path / "c.parquet", whole[:place] + b"\xff" * 12 + whole[place + 12 :])
     data = opened(tmp_path / "c.parquet", tmp_path)
-    assert data.codes == {"row_unreadable": 2} and [data.row(n).id for n in range(len(data))] == ["0", "1", "4", "5"]
+    assert data.codes == {"row_unreadable": 2} and [data[n].id for n in range(len(data))] == ["0", "1", "4", "5"]
 
 
 def test_a_text_of_many_marks_is_split_in_linear_time():

@@ -1,0 +1,153 @@
+"""Batches as training sees them: a dataset of token ids, labels and pixels, and how its items are put together.
+
+Legend: B items of a batch, T tokens, images of a batch in the order of their placeholders.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from align.common.errors import DataError
+from align.common.files import disk_full_named
+from align.common.reject_codes import Reject, RejectedRow
+from align.sources.gate import Limits, gate_image
+from mllm.conversations.index import ConversationIndex
+from mllm.conversations.table import Conversations, StoredConversation, reject_line
+from mllm.conversations.tokens import IGNORED, Chat
+
+MIN_REJECTS = 20  # images that cannot be decoded before their share can stop a run
+
+
+class ConversationDataset(Dataset):
+    """Conversations, or packs of them, as tensors. Lives in DataLoader workers, which share one count of bad images.
+
+    One with an image that cannot be decoded keeps a picture of the mean color and loses all its labels: nothing is learnt from
+    it, and its length stays. It is written to `rejects` (JSON lines). DataError if more than `max_reject_fraction` of the images
+    are bad, of at least MIN_REJECTS.
+    """
+
+    def __init__(
+        self,
+        conversations: Conversations,
+        index: ConversationIndex,
+        chat: Chat,
+        image_processor: Any,
+        *,
+        max_pixels: int = 64_000_000,
+        rejects: Path | None = None,
+        max_reject_fraction: float = 0.05,
+    ) -> None:
+        """`image_processor` is a SailLlavaImageProcessor: `to_pixels`, `size` and `pad_color`."""
+        self.conversations, self.index, self.chat, self.image_processor = conversations, index, chat, image_processor
+        self.limits, self.rejects, self.max_reject_fraction = Limits(max_pixels=max_pixels), rejects, max_reject_fraction
+        self._counts = multiprocessing.Array("q", 2)  # images seen, images rejected
+
+    def __len__(self) -> int:
+        return len(self.index.lengths)
+
+    @property
+    def rejected_images(self) -> int:
+        """How many images could not be used so far, in this process and its workers."""
+        return int(self._counts[1])
+
+    def __getitem__(self, item: int | Sequence[int]) -> dict[str, Any]:
+        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W).
+
+        Of a pack, position ids begin at 0 with every conversation.
+        """
+        parts = [self._encode(int(number)) for number in ([item] if isinstance(item, int | np.integer) else item)]
+        return {
+            "input_ids": torch.cat([ids for ids, _, _ in parts]),
+            "labels": torch.cat([labels for _, labels, _ in parts]),
+            "position_ids": torch.cat([torch.arange(len(ids)) for ids, _, _ in parts]),
+            "pixel_values": [image for _, _, images in parts for image in images],
+        }
+
+    def collate(self, items: Sequence[dict[str, Any]], packed: bool) -> dict[str, Tensor]:
+        """Return `collate(items)` with the tokenizer's padding token, or its end token if it has none."""
+        tokenizer = self.chat.tokenizer
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return collate(items, pad_id or 0, packed)
+
+    def _encode(self, number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        found = self.conversations[number]
+        encoded = self.chat.encode_many([found.messages], self.index.max_length)[0]
+        if isinstance(encoded, Reject) or len(encoded.input_ids) != self.index.lengths[number]:
+            now = str(encoded) if isinstance(encoded, Reject) else f"{len(encoded.input_ids)} tokens"
+            raise DataError(
+                f"{found.source}: {now}, {self.index.lengths[number]} tokens when indexed; the index belongs to other data or another "
+                "tokenizer. Remove the cache folder and run again"
+            )
+        images, learn = [], True
+        for place in found.images[: encoded.images]:
+            try:
+                image = gate_image(self.conversations.read_image(place), self.limits)
+                self._count(0)
+            except Reject as reject:
+                size = self.image_processor.size
+                image, learn = Image.new("RGB", (size["width"], size["height"]), self.image_processor.pad_color), False
+                self._write(number, found, reject)
+                self._count(1)
+            images.append(self.image_processor.to_pixels(image))
+        labels = torch.tensor(encoded.labels)
+        return torch.tensor(encoded.input_ids), labels if learn else torch.full_like(labels, IGNORED), images
+
+    def _count(self, rejected: int) -> None:
+        with self._counts.get_lock():
+            self._counts[0] += 1
+            self._counts[1] += rejected
+            seen, bad = self._counts[:]
+        if rejected and bad >= MIN_REJECTS and bad > self.max_reject_fraction * seen:
+            raise DataError(
+                f"{bad} of the first {seen} images cannot be used, {self.max_reject_fraction:.1%} are allowed"
+                f"{f' (each in {self.rejects})' if self.rejects else ''}. Check the data with mllm/check.py, and --image-root"
+            )
+
+    def _write(self, number: int, conversation: StoredConversation, reject: Reject) -> None:
+        if self.rejects is None:
+            return
+        line = {"row": number, **reject_line(RejectedRow.of(reject, number, conversation.id, "image", conversation.source))}
+        self.rejects.parent.mkdir(parents=True, exist_ok=True)
+        with disk_full_named(self.rejects):
+            descriptor = os.open(self.rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, (json.dumps(line) + "\n").encode())  # one write: lines of several workers do not mix
+            finally:
+                os.close(descriptor)
+
+
+def collate(items: Sequence[dict[str, Any]], pad_id: int, packed: bool) -> dict[str, Tensor]:
+    """Return a batch: input_ids, labels and position_ids (B, T), padded on the right, and pixel_values (images, 3, H, W) if any.
+
+    Unpacked batches have an attention_mask (B, T). Packed ones must not: conversations are kept apart by their position ids,
+    and padding stands as one of its own (exact with eager and SDPA attention; flash attention needs B = 1 for it).
+    """
+    longest = max(len(item["input_ids"]) for item in items)
+    batch = {
+        "input_ids": torch.full((len(items), longest), pad_id),
+        "labels": torch.full((len(items), longest), IGNORED),
+        "position_ids": torch.zeros((len(items), longest), dtype=torch.int64),
+    }
+    if not packed:
+        batch["attention_mask"] = torch.zeros((len(items), longest), dtype=torch.int64)
+    for line, item in enumerate(items):
+        length = len(item["input_ids"])
+        for name in ("input_ids", "labels", "position_ids"):
+            batch[name][line, :length] = item[name]
+        if packed:
+            batch["position_ids"][line, length:] = torch.arange(longest - length)
+        else:
+            batch["attention_mask"][line, :length] = 1
+    images = [image for item in items for image in item["pixel_values"]]
+    if images:
+        batch["pixel_values"] = torch.stack(images)
+    return batch

@@ -1,0 +1,116 @@
+"""What is wrong with conversation data, and what an epoch of it consists of: every row and every image is looked at once."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader, Dataset
+
+from align.common.files import atomic_path
+from align.common.reject_codes import Reject, RejectedRow
+from align.common.seeds import generator
+from align.sources.gate import Limits, gate_image
+from mllm.conversations.index import ConversationIndex
+from mllm.conversations.packing import fill_rate, pack
+from mllm.conversations.table import Conversations
+from mllm.conversations.tokens import Chat
+
+CHUNK = 64  # images a task
+
+
+class _Images(Dataset):
+    """Chunks of images to decode, given as (conversation, item) pairs (n, 2); yields (place in the list, reject) of the bad."""
+
+    def __init__(self, conversations: Conversations, pairs: np.ndarray, limits: Limits) -> None:
+        self.conversations, self.pairs, self.limits = conversations, pairs, limits
+
+    def __len__(self) -> int:
+        return -(-len(self.pairs) // CHUNK)
+
+    def __getitem__(self, chunk: int) -> list[tuple[int, Reject]]:
+        bad = []
+        for place in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.pairs))):
+            number, item = map(int, self.pairs[place])
+            try:
+                gate_image(self.conversations.read_image(self.conversations[number].images[item]), self.limits)
+            except Reject as reject:
+                bad.append((place, reject))
+        return bad
+
+
+def image_problems(
+    conversations: Conversations, limits: Limits, workers: int, progress: Callable[[int, int], None]
+) -> tuple[list[RejectedRow], int]:
+    """Return a problem for each use of an image that cannot be read, and how many different images there are; each is decoded once."""
+    numbers, keys = array("q"), array("Q")  # numbers: conversation and item of each image, in turn
+    for number in conversations.distinct()[0].tolist():
+        for item, image in enumerate(conversations[number].images):
+            numbers.extend((number, item))
+            keys.append(xxhash.xxh3_64_intdigest(conversations.image_identity(image).encode()))
+    if not keys:
+        return [], 0
+    pairs = np.array(numbers).reshape(-1, 2)
+    _, first, which = np.unique(np.array(keys), return_index=True, return_inverse=True)
+    order = np.argsort(first)  # as they come in the files
+    dataset = _Images(conversations, pairs[first[order]], limits)
+    found: dict[int, Reject] = {}
+    for done, bad in enumerate(DataLoader(dataset, batch_size=None, num_workers=workers)):
+        found |= {int(order[place]): reject for place, reject in bad}
+        progress(min(len(first), (done + 1) * CHUNK), len(first))
+    problems = []
+    for place in np.flatnonzero(np.isin(which, list(found))):
+        number = int(pairs[place, 0])
+        conversation = conversations[number]
+        problems.append(RejectedRow.of(found[int(which[place])], number, conversation.id, "image", conversation.source))
+    return problems, len(first)
+
+
+def conversation_problems(conversations: Conversations, index: ConversationIndex, chat: Chat) -> Iterator[RejectedRow]:
+    """Yield the rows that are no conversation, then the conversations that the template or the maximum length rejects."""
+    yield from conversations.rejects()
+    for number in conversations.distinct()[0].tolist():
+        if index.status[number]:
+            conversation = conversations[number]
+            problem = chat.encode_many([conversation.messages], index.max_length)[0]
+            assert isinstance(problem, Reject)
+            yield RejectedRow.of(problem, number, conversation.id, "conversation", conversation.source)
+
+
+def epoch_facts(index: ConversationIndex, images: int) -> dict[str, Any]:
+    """Return what an epoch consists of, unpacked and packed."""
+    lengths = index.lengths[index.good]
+    packs = pack(lengths, index.max_length, generator(0))
+    return {
+        "rows": len(lengths),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(index.supervised.sum()),
+        "images": int(index.images.sum()),
+        "different_images": images,
+        "shortened_rows": int((index.dropped > 0).sum()),
+        "max_length": index.max_length,
+        "packs": len(packs),
+        "pack_fill": round(fill_rate(packs, lengths, index.max_length), 4),
+    }
+
+
+def bins_of(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return counts (at most 16) and edges of a histogram of lengths from 0 to the longest."""
+    width = max(1, -(-int(max(lengths.max(initial=1), max_length / 16)) // 16))
+    return np.histogram(lengths, bins=np.arange(0, lengths.max(initial=1) + width + 1, width))
+
+
+def draw_histogram(path: Path, counts: np.ndarray, edges: np.ndarray, max_length: int) -> None:
+    """Write the histogram as a PNG."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.stairs(counts, edges, fill=True)
+    axes.axvline(max_length, color="black", linestyle="--", linewidth=1)
+    axes.set(xlabel=f"tokens of a conversation (dashed: maximum {max_length})", ylabel="conversations")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
