@@ -1,33 +1,18 @@
 """Pictures of an assessment: PNG bytes of a heat map (candidates x scores) and of scatter plots (each score against probing)."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
 from align.assessment.tables import NAMES, Assessed
+from align.common.charts import INK, MUTED, SERIES, new_figure, png, style_axes
 
-INK, MUTED, GRID = "#1d2430", "#667085", "#e4e7ec"
-COLORS = ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3", "#b08f45", "#a23b5e")
 MARKS = {"cls": "^", "mean": "o", "cls_mean": "s"}
 HEAT_ROWS = 64  # more cannot be read
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": ""})
-    return buffer.getvalue()
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+DPI = 110
 
 
 def heat_map(results: Sequence[Assessed], text: str) -> bytes:
@@ -45,7 +30,7 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     for column in range(len(names)):
         there = np.isfinite(values[:, column])
         shades[there, column] = (rankdata(values[there, column]) - 0.5) / there.sum()
-    figure = _figure(3.4 + 0.85 * len(names), 1.3 + 0.24 * len(group))
+    figure = new_figure(3.4 + 0.85 * len(names), 1.3 + 0.24 * len(group), dpi=DPI)
     axes = figure.add_subplot()
     axes.imshow(shades, cmap=matplotlib.colormaps["Blues"], vmin=0, vmax=1.15, aspect="auto")
     for row, column in np.argwhere(np.isfinite(values)):
@@ -59,7 +44,7 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_title(f"with {text} (percent; darker: better within the column)", loc="left", fontsize=9.5, color=INK, fontweight="bold")
-    return _png(figure)
+    return png(figure)
 
 
 def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -71,10 +56,10 @@ def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[
     panels = [row for row in rows if row["text"] == text and row["target"] == target]
     across = min(4, max(1, len(panels)))
     down = -(-len(panels) // across) or 1
-    figure = _figure(2.75 * across, 2.6 * down + 0.5)
+    figure = new_figure(2.75 * across, 2.6 * down + 0.5, dpi=DPI)
     encoders = list(dict.fromkeys(result.candidate.vision for result in group))
     learned = [name for name in encoders if not any(r.candidate.random for r in group if r.candidate.vision == name)]
-    colors = {name: COLORS[at % len(COLORS)] for at, name in enumerate(learned)}
+    colors = {name: SERIES[at % len(SERIES)] for at, name in enumerate(learned)}
     for number, row in enumerate(panels):
         axes = figure.add_subplot(down, across, number + 1)
         for result in group:
@@ -88,12 +73,7 @@ def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[
         between = "" if row["r_low"] is None else f" ({row['r_low']:.2f} to {row['r_high']:.2f})"
         r = "r -" if row["r"] is None else f"r {row['r']:.2f}{between}"
         axes.set_title(f"{NAMES[row['score']]}\n{r}", loc="left", fontsize=8.5, color=INK)
-        axes.tick_params(colors=MUTED, labelsize=7.5, length=0)
-        axes.grid(color=GRID, linewidth=0.7)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GRID)
+        style_axes(axes, lines="both", size=7.5)
         if number % across == 0:
             axes.set_ylabel(NAMES[target], fontsize=8, color=MUTED)
     handles = [matplotlib.lines.Line2D([], [], color=color, marker="o", linestyle="", markersize=4.5) for color in colors.values()]
@@ -105,4 +85,4 @@ def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[
         names.append("random weights")
     figure.legend(handles, names, loc="outside lower left", ncols=4, frameon=False, fontsize=7.5, labelcolor=INK)
     figure.suptitle(f"{len(group)} candidates with {text}", x=0.01, ha="left", fontsize=9.5, color=INK, fontweight="bold")
-    return _png(figure)
+    return png(figure)

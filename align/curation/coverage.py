@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from align.common.charts import MUTED, SERIES, new_figure, png, style_axes
 from align.common.files import atomic_bytes, atomic_json
 from align.curation.toplists import Assignment, effective_number
-
-BEFORE, AFTER, CHOSEN = "#98a2b3", "#2460a7", "#c4652d"
 
 
 def coverage_table(names: tuple[str, ...], before: np.ndarray, after: np.ndarray, assignment: Assignment) -> pa.Table:
@@ -60,28 +57,22 @@ def coverage_figure(table: pa.Table, note: str = "") -> bytes:
     """Return a PNG: each concept's candidates before, and its samples after, from the most to the least frequent before."""
     before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
     order = np.argsort(-before, kind="stable")
-    figure = Figure(figsize=(7.2, 4.0 if not note else 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 4.0 if not note else 4.5)
     axes = figure.add_subplot()
+    counts = f"{effective_number(before):.0f} -> {effective_number(after):.0f} effective concepts of {len(order)}"
+    style_axes(axes, f"Coverage before and after curation: {counts}")
     places = np.arange(1, len(order) + 1)
-    axes.plot(places, before[order], color=BEFORE, label="candidates whose best concept it is")
-    axes.plot(places, after[order], ".", markersize=3.5, color=AFTER, label="chosen samples whose best concept it is")
-    axes.plot(places, chosen[order], color=CHOSEN, linewidth=1, label="chosen for it")
+    axes.plot(places, before[order], color=MUTED, label="candidates whose best concept it is")
+    axes.plot(places, after[order], ".", markersize=3.5, color=SERIES[0], label="chosen samples whose best concept it is")
+    axes.plot(places, chosen[order], color=SERIES[1], linewidth=1, label="chosen for it")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("concepts, by number of candidates")
     axes.set_ylabel("samples")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#e4e7ec", linewidth=0.8)
     axes.legend(frameon=False, fontsize=8)
-    counts = f"{effective_number(before):.0f} -> {effective_number(after):.0f} effective concepts of {len(order)}"
-    axes.set_title(f"Coverage before and after curation: {counts}", loc="left", fontsize=10)
     if note:
         figure.supxlabel(note, fontsize=7, color="#b42318", wrap=True, parse_math=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def write_coverage(folder: Path, table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:

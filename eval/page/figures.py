@@ -3,10 +3,8 @@
 Labels that come from data are drawn as plain text: no math, no control characters.
 """
 
-import io
 import textwrap
 import unicodedata
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from align.common.charts import GRID, INK, MUTED, SERIES, new_figure, png, style_axes
 from eval.results.calibration import Calibration
 from eval.results.records import SUBJECTS, Entry, ModelRecord
 
@@ -43,7 +41,7 @@ class Theme:
 
 
 LIGHT = Theme(
-    "light", "#ffffff", "#1d2430", "#667085", "#e4e7ec", ("#2460a7", "#c4652d", "#2f855a", "#7b4fa3"),
+    "light", "#ffffff", INK, MUTED, GRID, SERIES[:4],
     {
         "clip": ("#b4467c", "#d48bae", "#7d2c56"), "untrained": ("#98a2b3", "#b9c1cd"), "majority": ("#d8b365",),
         "chance": ("#d0d5dd",), "mllm_random": ("#98a2b3", "#b9c1cd"), "mllm_none": ("#7f9c9c",),
@@ -68,32 +66,14 @@ def plain(text: str, width: int = 0, lines: int = 3) -> str:
 
 
 def _figure(theme: Theme, width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, facecolor=theme.background, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return new_figure(width, height, theme.background)
 
 
-def _axes(figure: Figure, theme: Theme, title: str = "", at: tuple[int, int, int] = (1, 1, 1)) -> Axes:
-    axes = figure.add_subplot(*at, facecolor=theme.background)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(theme.grid)
-    axes.tick_params(colors=theme.muted, labelsize=8.5, length=0, pad=5)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    if title:
-        shown = "\n".join(map(plain, title.splitlines()))
-        axes.set_title(shown, loc="left", fontsize=10.5, color=theme.ink, pad=10, fontweight="bold", parse_math=False)
+def _axes(figure: Figure, theme: Theme, title: str = "") -> Axes:
+    axes = figure.add_subplot(facecolor=theme.background)
+    shown = "\n".join(map(plain, title.splitlines()))
+    style_axes(axes, shown, ink=theme.ink, muted=theme.muted, grid=theme.grid)
     return axes
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # captions may hold any script
-        figure.savefig(buffer, format="png", metadata={"Software": ""})
-    return buffer.getvalue()
 
 
 def _percent(axes: Axes, axis: str = "y") -> None:
@@ -132,7 +112,7 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
     if len(lines) > 1:
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2} if len(lines) > 4 else {}
         _legend(axes, theme, **below)
-    return _png(figure)
+    return png(figure)
 
 
 def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models: Sequence[ModelRecord], theme: Theme) -> bytes:
@@ -167,7 +147,7 @@ def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models
     fits = sum(len(model.name) + 6 for model in shown) < 14 * figure.get_figwidth()
     columns = len(shown) if fits else (len(shown) + 1) // 2
     _legend(axes, theme, loc="upper left", bbox_to_anchor=(0, -0.14 - 0.06 * lines), ncols=columns, columnspacing=1.2)
-    return _png(figure)
+    return png(figure)
 
 
 def recall_curve(title: str, ranks: Mapping[str, np.ndarray], targets: int, models: Sequence[ModelRecord], theme: Theme) -> bytes:
@@ -186,7 +166,7 @@ def recall_curve(title: str, ranks: Mapping[str, np.ndarray], targets: int, mode
     axes.set_ylim(0, 1.02)
     _percent(axes)
     _legend(axes, theme, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
-    return _png(figure)
+    return png(figure)
 
 
 def similarity(captions: Sequence[str], thumbs: Sequence[Path], scores: Mapping[str, Sequence[Sequence[float]]], theme: Theme) -> bytes:
@@ -228,7 +208,7 @@ def similarity(captions: Sequence[str], thumbs: Sequence[Path], scores: Mapping[
     bar.ax.tick_params(labelsize=7.5, colors=theme.muted, length=0)
     bar.outline.set_visible(False)
     bar.set_label("cosine", fontsize=8, color=theme.muted)
-    return _png(figure)
+    return png(figure)
 
 
 def sorted_classes(title: str, accuracy: Mapping[str, Sequence[float]], models: Sequence[ModelRecord], theme: Theme) -> bytes:
@@ -245,7 +225,7 @@ def sorted_classes(title: str, accuracy: Mapping[str, Sequence[float]], models: 
     axes.set_ylim(-0.02, 1.02)
     _percent(axes)
     _legend(axes, theme)
-    return _png(figure)
+    return png(figure)
 
 
 def class_bars(
@@ -267,7 +247,7 @@ def class_bars(
     _named_rows(axes, [f"{plain(name, 26, 1)} ({n})" for name, n, _ in rows], theme)
     axes.set_xlim(-0.01, 1.01)
     _percent(axes, "x")
-    return _png(figure)
+    return png(figure)
 
 
 def class_gains(title: str, rows: Sequence[tuple[str, int, float] | None], theme: Theme) -> bytes:
@@ -290,7 +270,7 @@ def class_gains(title: str, rows: Sequence[tuple[str, int, float] | None], theme
     axes.set_xlim(min(0.0, float(gains.min())) - 0.14 * reach, max(0.0, float(gains.max())) + 0.14 * reach)
     axes.set_xlabel("gain in points", fontsize=8.5, color=theme.muted)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+g}" if value else "0"))
-    return _png(figure)
+    return png(figure)
 
 
 def forest(rows: Sequence[tuple[str, float, float, float, bool]], theme: Theme, title: str = "B minus A, in points") -> bytes:
@@ -305,7 +285,7 @@ def forest(rows: Sequence[tuple[str, float, float, float, bool]], theme: Theme, 
     _named_rows(axes, [plain(name, 44, 1) for name, *_ in rows], theme)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     axes.set_xlabel("A is better  |  B is better", fontsize=8.5, color=theme.muted)
-    return _png(figure)
+    return png(figure)
 
 
 def reliability(title: str, found: Mapping[str, Calibration], models: Sequence[ModelRecord], theme: Theme) -> bytes:
@@ -325,7 +305,7 @@ def reliability(title: str, found: Mapping[str, Calibration], models: Sequence[M
     _percent(axes)
     _percent(axes, "x")
     _legend(axes, theme, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=2)
-    return _png(figure)
+    return png(figure)
 
 
 def _named_rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
