@@ -11,7 +11,6 @@ Killed at any moment, the same command goes on; more encoders or layers add to w
 the experiments of docs/LOG.md. OUTPUT gets table.csv, assessment.json, heat-TEXT.png, scatter-TEXT.png and manifest.json.
 """
 
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -52,11 +51,10 @@ from align.assessment.tables import (
     trained_scores,
 )
 from align.common.commandline import run
-from align.common.console import Meter, plain_console
+from align.common.console import Progress, plain_console
 from align.common.errors import DataError, UsageError
-from align.common.files import atomic_bytes, atomic_json, hash_bytes, human_bytes, require_free
+from align.common.files import atomic_bytes, atomic_json, hash_bytes, human_bytes
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
-from align.common.locks import Lease
 from align.common.runs import add_launch
 from align.encoders.text import load_text_encoder
 from align.encoders.trust import may_run_code, split_revision
@@ -156,15 +154,8 @@ class Assessment:
         if self.config.dry_run:
             self.console.print(f"{job.output}: {len(job.writers)} stores, {human_bytes(job.predicted_bytes())} to encode")
             return
-        if pending:
-            require_free(job.output, job.predicted_bytes())
-            with Lease(job.output, f"assess-{uuid.uuid4().hex[:8]}") as lease:
-                for writer in job.writers:
-                    writer.clean()
-                meter = Meter(self.console, f"{job.output.relative_to(self.folder)}:", sum(plan.lengths[shard] for shard in pending))
-                job.run(lease, meter)
-                meter(job.progress, last=True)
-        rejects = job.finish()
+        rows = sum(plan.lengths[shard] for shard in pending)
+        rejects = job.fill(f"assess-{uuid.uuid4().hex[:8]}", Progress(self.console, f"{job.output.relative_to(self.folder)}:", rows))
         if len(rejects):
             self.console.print(f"{job.output}: {len(rejects)} rejected (each in rejects.parquet)")
 
@@ -191,7 +182,7 @@ class Assessment:
         labels = self._labels()
         results: list[Assessed] = []
         todo = sum(len(v.layers) * len(v.features) * len(texts) for v in visions)
-        begin = time.monotonic()
+        progress = Progress(self.console, "scored", todo)
         for vision in visions:
             for layer in vision.layers:
                 store = stores[vision.name, layer]
@@ -208,9 +199,8 @@ class Assessment:
                         scores = {**scores, **classes, **cache.get({**own, "kind": "relations"}, partial(scorer.relations, columns, side))}
                         exact = (store.fingerprint, prints[text][0]) if image == store.fingerprint else None
                         results.append(Assessed(candidate, {**scores, **shared[text]}, exact))
-                        left = (time.monotonic() - begin) / len(results) * (todo - len(results))
                         told = ", ".join(f"{name} {100 * score.value:.1f}" for name, score in results[-1].scores.items())
-                        self.console.print(f"{len(results)}/{todo} {candidate.name}: {told} | {left:.0f} s left")
+                        progress(len(results), note=f"{candidate.name}: {told}", now=True)
         return results, scorer
 
     def _patch_scores(

@@ -18,7 +18,6 @@ Killed at any moment, the same command goes on from the last committed shards, t
 """
 
 import signal
-import time
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.common.commandline import run
-from align.common.console import plain_console
+from align.common.console import Progress, plain_console
 from align.common.errors import Preempted, UsageError
 from align.common.files import atomic_bytes, atomic_path, hash_bytes, hash_file, human_bytes, remove_temporaries
 from align.common.fingerprints import compare_encoders, compare_fingerprints
@@ -173,7 +172,7 @@ def score_part(
             lists.load_state({name: tensor.numpy() for name, tensor in tensors.items()})
         done, rows = state.get("step", 0), 0
         left = sum(len(candidates.rows_of(shard)) for shard in shards[done:])
-        begin = shown = time.monotonic()
+        progress = Progress(console, f"part {part}: scored rows", left)
         for number, shard in enumerate(shards[done:], done + 1):
             best += score_shard(candidates, shard, prototypes, space.project, lists)
             rows += len(candidates.rows_of(shard))
@@ -182,10 +181,7 @@ def score_part(
                 save_checkpoint(folder, number, tensors, {"inputs": inputs}, keep=2)
             if stopping and number < len(shards):
                 raise Preempted(f"stopped by SIGTERM after shard {number} of {len(shards)}, lists saved; run the same command to go on")
-            now = time.monotonic()
-            if now - shown > 10 or number == len(shards):
-                rate, shown = rows / max(now - begin, 1e-9), now
-                console.print(f"part {part}: scored {rows} of {left} rows, {rate:.0f}/s, {(left - rows) / max(rate, 1e-9):.0f} s left")
+            progress(rows, now=number == len(shards))
     signal.signal(signal.SIGTERM, before)
     return lists, best
 

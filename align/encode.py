@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from align.common.commandline import run
-from align.common.console import Meter, plain_console
+from align.common.console import Progress, plain_console
 from align.common.errors import UsageError
 from align.common.files import human_bytes, remove_temporaries, require_free
 from align.common.fingerprints import compare_fingerprints
@@ -114,9 +114,7 @@ def main(config: EncodeConfig) -> None:
                 writer.clean()
         state.wait_for_everyone()
         rows = sum(chosen.lengths[shard] for shard in job.pending())
-        meter = Meter(console, "encoded samples", rows, state.num_processes)
-        job.run(lease, meter)
-        meter(job.progress, last=True)
+        job.run(lease, Progress(console, "encoded samples", rows, workers=state.num_processes))
         state.wait_for_everyone()
     if not state.is_main_process:
         return

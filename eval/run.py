@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from align.common.commandline import run
-from align.common.console import Meter, counter, plain_console
+from align.common.console import Progress, plain_console
 from align.common.errors import DataError
 from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.reject_codes import Reject
@@ -110,7 +110,7 @@ class Measurement:
             return
         features = {}
         for one in self.models:  # each in turn drops what its own encoder could not read
-            data, _ = self.cache.images(data, one.model, Meter(self.console, f"{data.task.id}: encoded images", data.plan.rows))
+            data, _ = self.cache.images(data, one.model, Progress(self.console, f"{data.task.id}: encoded images", data.plan.rows))
         for one in self.models:
             features[one.record.name] = self.cache.images(data, one.model)[1]
         of_kind = {"classification": self._classification, "retrieval": self._retrieval, "compositional": self._compositional}
@@ -187,7 +187,7 @@ class Measurement:
             weights = class_weights(embedded, [len(of_name) for of_name in prompts.sentences])  # of each name
             prompted.append(Prompted(one.model, one.record.fingerprint, weights, prompts.sentences))
         windows = Windows(*self.config.windows)
-        report = counter(self.console, f"{task}: images segmented")
+        report = Progress(self.console, f"{task}: images segmented", first=None)
         found = label_maps(data, prompted, cache_folder(self.config), windows=windows, report=report)
         maps = {one.record.name: of_model for one, of_model in zip(self.models, found, strict=True)}
         began = self._clock("features", began)

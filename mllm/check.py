@@ -27,7 +27,7 @@ EXAMPLES = 3  # rows named for each code
 
 def main(config: CheckConfig) -> None:
     """Read, tokenize, decode; then show and write what was found."""
-    from align.common.console import counter, plain_console
+    from align.common.console import Progress, plain_console
     from align.common.files import atomic_json, atomic_path
     from align.sources.gate import Limits
     from mllm.conversations.checking import bins_of, conversation_problems, draw_histogram, epoch_facts, image_problems
@@ -43,11 +43,11 @@ def main(config: CheckConfig) -> None:
     require_mllm(Path(config.model))
     chat = Chat.of_processor(SailLlavaProcessor.from_pretrained(config.model), config.template)
     conversations = open_conversations(config.data, config.image_root, folder / "cache", report=console.print)
-    shown = counter(console, "conversations tokenized")
+    shown = Progress(console, "conversations tokenized")
     index = build_index(conversations, chat, config.max_length, max_reject_fraction=1, workers=config.workers, progress=shown)
     problems = list(conversation_problems(conversations, index, chat))
     limits = Limits(max_pixels=config.max_pixels)
-    bad_images, images = image_problems(conversations, limits, config.workers, counter(console, "images decoded"))
+    bad_images, images = image_problems(conversations, limits, config.workers, Progress(console, "images decoded"))
     problems += bad_images
     with atomic_path(folder / "problems.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(reject_line(problem)) + "\n" for problem in problems), encoding="utf-8")

@@ -1,15 +1,13 @@
-"""The console of every entry, and lines that say how far work is, how fast, and where the time goes."""
+"""The console of every entry, and the line that says how far work is, how fast it goes, and where the time is spent."""
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from align.features.extract import Progress
-
 LOG_WIDTH = 150
+TERMINAL_SECONDS, LOG_SECONDS = 0.5, 10.0  # between two lines of progress
 
 
 def plain_console(quiet: bool = False) -> Console:
@@ -18,47 +16,54 @@ def plain_console(quiet: bool = False) -> Console:
     return Console(quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False, width=width)
 
 
-class Meter:
-    """Shows rate, time left and the split of time: twice a second on a terminal, every 10 s in a log, and once at the end.
+class Progress:
+    """Shows what is done, the rate, the time left and the split of time: twice a second on a terminal, every 10 s in a log.
 
-    `rows` is what all `workers` processes have to do; this one's progress is taken for theirs.
+    Call it with what is done. It can be given to libraries as a function of (done, total); without a console it only keeps the time.
     """
 
-    def __init__(self, console: Console, what: str, rows: int, workers: int = 1) -> None:
-        self.console, self.what, self.rows, self.workers = console, what, rows, workers
-        self.begin = self.last = time.monotonic()
+    def __init__(self, console: Console | None = None, what: str = "", total: int = 0, first: int | None = 0, workers: int = 1) -> None:
+        """`first` of `total` were done before (None: all but one of what the first call says). Each of `workers` counts as this process."""
+        self.console, self.what, self.total, self.first, self.workers = console, what, total, first, workers
+        self.spent: dict[str, float] = {}  # seconds by part of the work
+        self._begin = self._shown = self._lap = time.monotonic()
+        self._lap_spent: dict[str, float] = {}
 
-    def __call__(self, progress: "Progress", last: bool = False) -> None:
-        """Print a line if it is time to, or if it is the last one."""
-        now = time.monotonic()
-        if not last and now - self.last < (0.5 if self.console.is_terminal else 10):
+    def __call__(self, done: int, total: int | None = None, note: str = "", now: bool = False) -> None:
+        """Print a line if it is time to, if `now`, or if all is done and lines were printed before."""
+        self.total = self.total if total is None else total
+        self.first = done - 1 if self.first is None else self.first
+        if self.console is None:
             return
-        self.last = now
-        done = min(self.rows, progress.rows * self.workers)
-        rate = done / max(1e-9, now - self.begin)
-        busy = max(1e-9, progress.wait + progress.forward + progress.write)
-        line = (
-            f"{self.what} {done}/{self.rows}, {rate:.0f}/s, {(self.rows - done) / max(rate, 1e-9):.0f} s left | waiting for decode "
-            f"{progress.wait / busy:.0%}, forward {progress.forward / busy:.0%}, write {progress.write / busy:.0%} | "
-            f"rejected {progress.rejected}"
-        )
-        self.console.print(line, end="\r" if self.console.is_terminal and not last else "\n")
-
-
-def counter(console: Console, what: str) -> Callable[[int, int], None]:
-    """Return a function of (done, total) that shows rate and time left as often as `Meter` does, and at the end if that took a while."""
-    begin = last = time.monotonic()
-    first: int | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal first, last
-        now = time.monotonic()
-        first = done - 1 if first is None else first
-        if now - last < (0.5 if console.is_terminal else 10) and not (done == total and last > begin):
+        clock, live, done = time.monotonic(), self.console.is_terminal, min(self.total, done * self.workers)
+        now = now or (done == self.total and self._shown > self._begin)
+        if not now and clock - self._shown < (TERMINAL_SECONDS if live else LOG_SECONDS):
             return
-        last = now
-        rate = (done - first) / max(1e-9, now - begin)
-        line = f"{what} {done}/{total}, {rate:.1f}/s, {(total - done) / max(rate, 1e-9):.0f} s left"
-        console.print(line, end="\r" if console.is_terminal and done < total else "\n")
+        self._shown = clock
+        seconds = max(clock - self._begin, 1e-9)
+        rate = max(done - self.first, 0) / seconds
+        left = f"{(self.total - done) / rate:.0f} s left" if rate else "time left unknown"
+        split = ", ".join(f"{part} {spent / seconds:.0%}" for part, spent in self.spent.items())
+        line = f"{self.what} {done}/{self.total}{note and f': {note}'} | {rate:.{0 if rate >= 10 else 2}f}/s, {left}"
+        self.console.print(line + (split and f" | {split}"), end="\r" if live and not now else "\n")
 
-    return show
+    def add(self, part: str, seconds: float) -> None:
+        """Count `seconds` as spent on a part of the work."""
+        self.spent[part] = self.spent.get(part, 0.0) + seconds
+
+    @contextmanager
+    def spend(self, part: str) -> Iterator[None]:
+        """Count the time of the block as spent on a part of the work."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(part, time.monotonic() - before)
+
+    def lap(self) -> tuple[float, dict[str, float]]:
+        """Return the seconds since the last lap and the share of them that each part of the work took."""
+        now = time.monotonic()
+        seconds = max(now - self._lap, 1e-9)
+        shares = {part: (spent - self._lap_spent.get(part, 0.0)) / seconds for part, spent in self.spent.items()}
+        self._lap, self._lap_spent = now, dict(self.spent)
+        return seconds, shares

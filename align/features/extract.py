@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from align.common.console import Progress
 from align.common.errors import DataError
+from align.common.files import require_free
 from align.common.locks import Lease
 from align.common.reject_codes import Reject, RejectedRow
 from align.encoders.text import TextEncoder
@@ -36,19 +38,6 @@ class Stopping:
 
     fraction: float = 0.05
     in_a_row: int = 100
-
-
-@dataclass
-class Progress:
-    """What one process has done so far; times in seconds."""
-
-    rows: int = 0
-    rejected: int = 0
-    committed: int = 0  # shards
-    wait: float = 0.0  # for decoded batches
-    forward: float = 0.0
-    write: float = 0.0
-    codes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ class Extraction:
         self.batch_size, self.text_batch_size, self.workers = batch_size, text_batch_size, workers
         self.limits, self.stopping = limits or Limits(), stopping or Stopping()
         self.progress = Progress()
-        self._in_a_row = 0
+        self.rows = self.rejected = self._in_a_row = 0  # of this process
         loaders = loaders or {}
         self.image_writer = None
         if vision is not None:
@@ -165,8 +154,19 @@ class Extraction:
         """Return the space that all stores together still need."""
         return sum(writer.predicted_bytes() for writer in self.writers)
 
-    def run(self, lease: Lease, report: Callable[[Progress], None] = lambda progress: None) -> None:
-        """Encode and commit every shard that no living worker of the job has claimed; `report` is called after each batch."""
+    def fill(self, job: str, progress: Progress | None = None) -> pa.Table:
+        """Encode what is missing, as the only process of `job`, and return all rejects in one table."""
+        if self.pending():
+            require_free(self.output, self.predicted_bytes())
+            with Lease(self.output, job) as lease:
+                for writer in self.writers:
+                    writer.clean()
+                self.run(lease, progress)
+        return self.finish()
+
+    def run(self, lease: Lease, progress: Progress | None = None) -> None:
+        """Encode and commit every shard that no living worker of the job has claimed; `progress` is told of each batch."""
+        self.progress = progress or self.progress
         loader = DataLoader(
             _Batches(self.source, self.plan, self.vision.transform if self.vision else None, self.limits),
             sampler=self._tasks(lease),
@@ -175,19 +175,21 @@ class Extraction:
             prefetch_factor=4 if self.workers else None,
         )
         shard = _Shard()
-        clock = time.perf_counter()
+        clock = time.monotonic()
         for decoded in loader:
-            now = time.perf_counter()
-            self.progress.wait += now - clock
-            self._take(decoded, shard)
-            clock = time.perf_counter()
-            self.progress.forward += clock - now
+            self.progress.add("waiting for decode", time.monotonic() - clock)
+            with self.progress.spend("forward"):
+                self._take(decoded, shard)
             if decoded.task.stop == self.plan.lengths[decoded.task.shard]:
                 self._commit(decoded.task, shard)
                 lease.release(decoded.task.shard)
                 shard = _Shard()
-                clock = time.perf_counter()
-            report(self.progress)
+            self._show()
+            clock = time.monotonic()
+        self._show(now=True)
+
+    def _show(self, now: bool = False) -> None:
+        self.progress(self.rows, note=f"{self.rejected} rejected", now=now)
 
     def finish(self) -> pa.Table:
         """Check that every shard is committed, write each store's `rejects.parquet` and return them all in one table."""
@@ -215,18 +217,15 @@ class Extraction:
         for column, captions in decoded.captions.items():
             shard.captions.setdefault(column, []).extend(captions)
         shard.rejects += [reject for _, reject in decoded.rejects]
-        self.progress.rows += decoded.task.stop - decoded.task.start
-        rejected_rows = {reject.row: reject.code for _, reject in decoded.rejects}
-        self.progress.rejected += len(rejected_rows)
-        self.progress.codes.update(rejected_rows.values())
+        self.rows += decoded.task.stop - decoded.task.start
+        rejected_rows = {reject.row for _, reject in decoded.rejects}
+        self.rejected += len(rejected_rows)
         for row in range(decoded.task.start, decoded.task.stop):
             self._in_a_row = self._in_a_row + 1 if row in rejected_rows else 0
             if self._in_a_row >= self.stopping.in_a_row:
                 self._stop(f"{self._in_a_row} samples in a row were rejected", shard.rejected_table())
-        if self.progress.rows >= MIN_ROWS_FOR_SHARE and self.progress.rejected > self.stopping.fraction * max(
-            self.progress.rows, self.plan.rows // 2
-        ):
-            self._stop(f"{self.progress.rejected} of {self.progress.rows} samples were rejected", shard.rejected_table())
+        if self.rows >= MIN_ROWS_FOR_SHARE and self.rejected > self.stopping.fraction * max(self.rows, self.plan.rows // 2):
+            self._stop(f"{self.rejected} of {self.rows} samples were rejected", shard.rejected_table())
 
     def _commit(self, task: _Task, shard: "_Shard") -> None:
         if task.images:
@@ -238,17 +237,14 @@ class Extraction:
         for column in task.columns:
             assert self.text is not None
             flat = [(key, item, text) for key, texts in shard.captions[column] for item, text in enumerate(texts)]
-            before = time.perf_counter()
-            features = self.text.encode([text for _, _, text in flat], self.text_batch_size).numpy(force=True)
-            self.progress.forward += time.perf_counter() - before
+            with self.progress.spend("forward"):
+                features = self.text.encode([text for _, _, text in flat], self.text_batch_size).numpy(force=True)
             rejects = [reject for reject in shard.rejects if reject.column in ("row", column)]
             self._write(self.caption_writers[column], task.shard, features, [f[0] for f in flat], [f[1] for f in flat], rejects)
-        self.progress.committed += 1
 
     def _write(self, writer: StoreWriter, *shard: Any) -> None:
-        before = time.perf_counter()
-        writer.write(*shard)
-        self.progress.write += time.perf_counter() - before
+        with self.progress.spend("write"):
+            writer.write(*shard)
 
     def _stop(self, why: str, rejects: pa.Table) -> None:
         counts = Counter(rejects["code"].to_pylist()).most_common(5)

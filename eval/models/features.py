@@ -26,17 +26,15 @@ from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 from torch import Tensor
 
+from align.common.console import Progress
 from align.common.errors import DataError, NonFiniteError
-from align.common.files import atomic_bytes, hash_bytes, require_free
+from align.common.files import atomic_bytes, hash_bytes
 from align.common.fingerprints import compare_encoders, fingerprint_digest
-from align.common.locks import Lease
 from align.encoders.vision import VisionEncoder
-from align.features.extract import Extraction, Progress, Stopping
+from align.features.extract import Extraction, Stopping
 from align.features.store import FeatureStore
 from eval.models.dual_encoder import DualEncoder
 from eval.tasks.data import TaskData
-
-Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class FeatureCache:
     workers: int = 2
     max_reject_fraction: float = 0.05
 
-    def images(self, data: TaskData, model: DualEncoder, report: Report = lambda progress: None) -> tuple[TaskData, np.ndarray]:
+    def images(self, data: TaskData, model: DualEncoder, progress: Progress | None = None) -> tuple[TaskData, np.ndarray]:
         """Return the samples whose image could be encoded and their features (N, F) float16, in the same order."""
         folder = self.folder / "images" / data.images_digest / fingerprint_digest(model.vision_fingerprint)
         store = _open_complete(folder / "images")
@@ -63,12 +61,7 @@ class FeatureCache:
                 workers=self.workers,
                 stopping=Stopping(self.max_reject_fraction),
             )
-            with Lease(folder, f"eval-{os.getpid()}") as lease:
-                for writer in job.writers:
-                    writer.clean()
-                require_free(folder, job.predicted_bytes())
-                job.run(lease, report)
-            job.finish()
+            job.fill(f"eval-{os.getpid()}", progress)
             store = FeatureStore(folder / "images")
         compare_encoders(model.vision_fingerprint, store.fingerprint, str(store.folder))
         rejects = pq.read_table(store.folder / "rejects.parquet")
