@@ -10,13 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from align.assessment.config import AssessConfig
 from align.common import commandline as cli
 from align.curation.config import CurateConfig
 from align.demo.config import PrepareConfig
+from align.encoders.text import load_text_encoder
+from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
 from align.model.config import ConvertConfig
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.saving import save_model
 from align.training.config import TrainConfig
 from eval.harness.config import LmmsConfig
 from eval.measures.config import EvalConfig
@@ -24,9 +29,13 @@ from eval.page.config import ReportConfig
 from eval.tasks.registry import find_task
 from mllm.assembly.config import UpgradeConfig
 from mllm.conversations.config import CheckConfig
+from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import section
 from mllm.loop.config import FinetuneConfig
 from mllm.model.config import ChatConfig
+from mllm.model.saving import save_mllm
+from tests.support.tiny_encoders import save, save_bert
+from tests.support.tiny_mllm import tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
@@ -157,6 +166,27 @@ def test_python_on_pages_in_scripts_and_in_benchmarks_imports_what_exists(where)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 assert alias.name.split(".")[0] not in ("align", "eval", "mllm") or defined(alias.name), f"{where}: no {alias.name}"
+
+
+def test_the_python_of_readme_runs_on_models_where_it_looks_for_them(tmp_path, monkeypatch, capsys):
+    vision, (text, _) = save(tmp_path / "vision", "dinov2"), save_bert(tmp_path / "text")
+    encoders = load_vision_encoder(vision), load_text_encoder(text)
+    config = SailConfig(
+        vision={"name": vision}, text={"name": text}, vision_fingerprint=encoders[0].fingerprint, text_fingerprint=encoders[1].fingerprint,
+        vision_width=encoders[0].feature_width, text_width=encoders[1].width, width=16, head="linear",
+    )  # fmt: skip
+    encoders[1].tokenizer.save_pretrained(tmp_path / "tokenizer")
+    save_model(SailModel(config).initialize(0), tmp_path / "runs/mine/best", tmp_path / "tokenizer")
+    model, processor = tiny_model()
+    processor.chat_template = processor.tokenizer.chat_template = TEMPLATES["vicuna_v1"]
+    save_mllm(model, processor, tmp_path / "runs/mine/instruct/model")
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for block in blocks(README, "python"):
+        exec(block, {})
+    printed = capsys.readouterr().out
+    assert "'label': 'a dog'" in printed and "'label': 'a cat'" in printed and "What is on the table?" in printed
 
 
 def test_generated_pages_are_current():
