@@ -87,7 +87,7 @@ def stage_one(name: str) -> Plan:
     kept = batch * (2048 + 4 * vision_hidden + slots * (text.width + 4 * text_hidden)) * 2
     training = steps * (heads + loss)
     row = (
-        f"| `align/recipes/{name}.yaml` | {pairs / 1e6:.1f}M | {hours(images):.0f} | {hours(captions):.0f} | "
+        f"| `{name}` | {pairs / 1e6:.1f}M | {hours(images):.0f} | {hours(captions):.0f} | "
         f"{hours(training):.1f} | {gib(disk)} | {gib(weights + kept)} |"
     )
     return Plan(row, hours(images + captions + training), 1, weights + kept)
@@ -104,10 +104,7 @@ def online() -> Plan:
     share = train["batch_size"] / 8
     kept = share * (tokens + train["max_length"]) * 1024 * 2 * 5  # the tokens, and four activations of the heads
     training = pairs * train["epochs"] * (encode + heads)
-    row = (
-        f"| `align/recipes/freeze_align.yaml` | {pairs / 1e6:.1f}M | in training | in training | "
-        f"{hours(training):.0f} | none | {gib(weights + kept)} |"
-    )
+    row = f"| `freeze_align` | {pairs / 1e6:.1f}M | in training | in training | {hours(training):.0f} | none | {gib(weights + kept)} |"
     return Plan(row, hours(training), 8, weights + kept)
 
 
@@ -134,10 +131,7 @@ def stage_two(name: str) -> Plan:
     state = (2 * total + 14 * moving) / shards  # bf16 weights; bf16 gradients, fp32 master and AdamW's two moments of what is trained
     rows = 4 if lora else instruct["micro_batch_size"]
     kept = rows * instruct["max_length"] * (2 * LLM_LAYERS + 34) * LLM.width  # as mllm/model/flops.py counts activations
-    row = (
-        f"| `mllm/recipes/{name}.yaml` | {gpus} | {spent[0]:.0f} | {spent[1]:.0f} | {sum(spent) / gpus:.1f} h | "
-        f"{gib(state)} + {gib(kept)} |"
-    )
+    row = f"| `{name}` | {gpus} | {spent[0]:.0f} | {spent[1]:.0f} | {sum(spent) / gpus:.1f} h | {gib(state)} + {gib(kept)} |"
     return Plan(row, sum(spent), gpus, state + kept)
 
 
