@@ -94,7 +94,7 @@ class Space:
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Return (T, E) normalised embeddings of texts, by the model's text encoder or by the one that encoded the candidates."""
+        """Return (T, E) normalized embeddings of texts, by the model's text encoder or by the one that encoded the candidates."""
         if self.model is not None:
             return self.model.project_text(self.model.text_encoder.encode(texts, self.config.text_batch_size).to(self.device))
         header = self.candidates.stores[0].header
@@ -131,7 +131,7 @@ def inputs_of(config: CurateConfig, candidates: Candidates, names: tuple[str, ..
 
 
 def prototypes_of(config: CurateConfig, space: Space, names: tuple[str, ...], inputs: dict[str, Any]) -> Tensor:
-    """Return (C, E) normalised prototypes, made once and kept in --output, so that a continued run scores against the very same."""
+    """Return (C, E) normalized prototypes, made once and kept in --output, so that a continued run scores against the very same."""
     folder = Path(config.output) / "prototypes"
     path, tensors, state, _ = newest_checkpoint(folder)
     if path is not None:

@@ -68,7 +68,7 @@ def main(config: CheckConfig) -> None:
 def show_epoch(console: "Console", facts: dict[str, Any], counts: "np.ndarray", edges: "np.ndarray") -> None:
     """Print what an epoch consists of, and a bar for each bin of lengths."""
     console.print(
-        f"an epoch: {facts['rows']} conversations, {facts['tokens']} tokens of which {facts['supervised_tokens']} are learnt, "
+        f"an epoch: {facts['rows']} conversations, {facts['tokens']} tokens of which {facts['supervised_tokens']} are learned, "
         f"{facts['images']} images ({facts['different_images']} different); {facts['shortened_rows']} conversations shortened to "
         f"{facts['max_length']} tokens; packed: {facts['packs']} packs, {facts['pack_fill']:.1%} full"
     )

@@ -72,7 +72,7 @@ CONVERSATION_CODES: dict[str, str] = {  # their order is stored in indexes of co
     "image_role": "an image that is not in a question",
     "template": "the chat template refuses the row",
     "too_long": "the first turn alone has more tokens than the maximum length",
-    "no_supervised_tokens": "no token of the row would be learnt",
+    "no_supervised_tokens": "no token of the row would be learned",
 }
 
 REJECT_CODES = SAMPLE_CODES | FEATURE_CODES | CONVERSATION_CODES

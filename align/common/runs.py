@@ -3,7 +3,7 @@
 run/
   manifest.json          config, command, versions, git commit and data fingerprints of every launch
   config.yaml            the resolved recipe: `--config run/config.yaml` repeats the run
-  metrics.jsonl          what was learnt, a row a log or validation step; identical whether the run was killed or not
+  metrics.jsonl          what was learned, a row a log or validation step; identical whether the run was killed or not
   speed.jsonl            rates and waiting times, which are never identical
   tensorboard/           both of them, as curves
   checkpoints/step-N/    state for resuming (see `align.common.checkpoints`)
@@ -110,7 +110,7 @@ class JsonLines:
 
 
 class RunLog:
-    """Writes what a run learnt to metrics.jsonl, its rates to speed.jsonl, and both to TensorBoard and to the trackers asked for."""
+    """Writes what a run learned to metrics.jsonl, its rates to speed.jsonl, and both to TensorBoard and to the trackers asked for."""
 
     def __init__(self, folder: Path, resumed: int | None = None, trackers: Sequence[str] = (), writing: bool = True) -> None:
         """Go on from step `resumed`, dropping later rows (None: a new log). With `writing` off, as on all processes but one, it is silent.

@@ -38,7 +38,7 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def text_prototypes(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
-    """Return (C, E) normalised prototypes: the mean over templates of `encode`'s normalised rows, `{c}` standing for the name."""
+    """Return (C, E) normalized prototypes: the mean over templates of `encode`'s normalized rows, `{c}` standing for the name."""
     rows = encode([template.replace("{c}", name) for name in names for template in templates])  # (C templates, E)
     return functional.normalize(rows.view(len(names), len(templates), -1).mean(dim=1), dim=1)
 
@@ -60,7 +60,7 @@ def read_labels(path: Path) -> pa.Table:
 
 @torch.no_grad()
 def shot_prototypes(shots: Candidates, labels: pa.Table, project: Projection) -> tuple[tuple[str, ...], Tensor]:
-    """Return the labels in alphabetical order and (C, E) normalised prototypes: the mean of each label's normalised rows.
+    """Return the labels in alphabetical order and (C, E) normalized prototypes: the mean of each label's normalized rows.
 
     `shots` are features of labelled samples, `labels` the columns key and label. Rows without a label are left out; DataError if a
     label has no row.

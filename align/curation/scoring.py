@@ -141,7 +141,7 @@ class Candidates:
 def scored_chunks(
     candidates: Candidates, shard: int, prototypes: Tensor, project: Projection, only: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (cosines (n, C) float32, sample numbers (n,)) of one shard: `prototypes` (C, E) are normalised, on the device to use."""
+    """Yield (cosines (n, C) float32, sample numbers (n,)) of one shard: `prototypes` (C, E) are normalized, on the device to use."""
     for features, firsts, samples in candidates.chunks(shard, chunk_rows(len(prototypes)), only):
         rows = project(torch.from_numpy(features).to(prototypes.device).float())
         scores = (rows @ prototypes.T).cpu().numpy()  # (r, C)

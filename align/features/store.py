@@ -217,7 +217,7 @@ class FeatureStore:
     def features(self, rows: np.ndarray) -> np.ndarray:
         """Return features (n, W) float16 of the given row numbers (n,) int64, in the order asked for.
 
-        Reading is done in row order, so that neighbouring rows are read together.
+        Reading is done in row order, so that neighboring rows are read together.
         """
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]

@@ -37,7 +37,7 @@ from align.training.pairs import BatchOrder, PairBatch
 
 SHARD_ROWS = 1024  # samples a shard: opening one reads where its samples are
 KEPT_READERS = 64  # open shards a worker keeps
-BLOCK_ROWS = 64  # neighbours read together when there are more shards than that, or rows that cannot be reached singly
+BLOCK_ROWS = 64  # neighbors read together when there are more shards than that, or rows that cannot be reached singly
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a run
 IN_A_ROW = 100  # rejects one after the other that stop it
 _SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # streams of random numbers, beside those of align.training.pairs and align.training.step
@@ -203,7 +203,7 @@ class OnlinePairs:
 
     @property
     def block_rows(self) -> int:
-        """How many neighbours to read together: 1 unless single rows would be slow to reach."""
+        """How many neighbors to read together: 1 unless single rows would be slow to reach."""
         return 1 if self.plan.layout != "parquet" and len(self.plan.shards) <= KEPT_READERS else BLOCK_ROWS
 
     def split(self, held_out: int, seed: int) -> "OnlinePairs":

@@ -255,7 +255,7 @@ def _draw(dataset: _Dataset, local: np.ndarray, draws: np.ndarray) -> list[np.nd
 class BatchOrder:
     """Which pairs make batch number `step`: a pure function of (rows, batch size, seed, block rows, step).
 
-    Each epoch is a fresh permutation of blocks of `block_rows` neighbours; the last, incomplete batch is left out. With
+    Each epoch is a fresh permutation of blocks of `block_rows` neighbors; the last, incomplete batch is left out. With
     `block_rows=1` it is a permutation of all pairs.
     """
 
@@ -277,7 +277,7 @@ class BatchOrder:
         random = generator(self.seed, 1, epoch)
         if self.block_rows == 1:
             return random.permutation(self.rows)
-        shift = int(random.integers(self.block_rows))  # other neighbours meet in a block in each epoch
+        shift = int(random.integers(self.block_rows))  # other neighbors meet in a block in each epoch
         edges = np.arange(shift - self.block_rows, self.rows + self.block_rows, self.block_rows).clip(0, self.rows)
         blocks = [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
         return np.concatenate([blocks[number] for number in random.permutation(len(blocks))])

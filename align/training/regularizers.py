@@ -52,11 +52,11 @@ def structure(features: Sequence[Tensor], embeddings: Sequence[Tensor], levels: 
 def neighbourhood_distance(features: Tensor, embeddings: Tensor, levels: int = 1) -> Tensor:
     """Return `1/L sum_l 1/l JS(P^l, Q^l)`, a scalar in 0..ln 2: 0 if embeddings (N, E) have the neighbourhoods of features (N, F).
 
-    P and Q are the Markov matrices (N, N) of both: rows are L2-normalised, centred and normalised again, and a row's cosines with the
+    P and Q are the Markov matrices (N, N) of both: rows are L2-normalized, centered and normalized again, and a row's cosines with the
     others over the temperature 0.05 go through a softmax. P^l, l steps on that graph, is a wider neighbourhood. JS is the
     Jensen-Shannon divergence in nats, averaged over rows. Gradients reach the embeddings only.
     Source: STRUCTURE (Groeger et al., NeurIPS 2025, arXiv 2506.16895), written from the paper's idea; chosen here: a row is no
-    neighbour of itself (its own cosine, 1, would outweigh all others), normalisation comes before and after centring.
+    neighbor of itself (its own cosine, 1, would outweigh all others), normalization comes before and after centring.
     """
     if len(features) < 2:
         return embeddings.new_zeros(())

@@ -106,7 +106,7 @@ def make_world(folder: Path, config: BenchConfig) -> None:
     open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
     torch.manual_seed(0)
     model = open_clip.create_model(ARCHITECTURE)
-    with torch.no_grad():  # as it is initialised, it would answer the same to every image
+    with torch.no_grad():  # as it is initialized, it would answer the same to every image
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -65,7 +65,7 @@ def main() -> None:
 
     def packed(numbers: list[int]) -> dict[str, torch.Tensor]:
         joined = {name: torch.cat([items[number][name] for number in numbers]) for name in ("input_ids", "labels", "position_ids")}
-        joined["labels"] = torch.where(joined["position_ids"] == 0, -100, joined["labels"])  # nothing is learnt across rows
+        joined["labels"] = torch.where(joined["position_ids"] == 0, -100, joined["labels"])  # nothing is learned across rows
         return collate([{**joined, "pixel_values": []}], 0, packed=True)
 
     order = random.permutation(config.rows)

@@ -23,7 +23,7 @@ class EvalConfig:
     templates: str | None = None
     """Prompts for every classification task instead of its own: a set's id, or a .txt or .json file in the task's folder."""
     baseline: bool = True
-    """Also measure each aligned model with freshly initialised heads, and add the majority and chance rates."""
+    """Also measure each aligned model with freshly initialized heads, and add the majority and chance rates."""
     batch_size: int = 64
     """Images a forward pass."""
     text_batch_size: int = 256

@@ -20,7 +20,7 @@ NUMBERS = {
     word: str(number) for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
 } | {"none": "0"}
 # "in the top left", "at the upper left corner" and "top left of the picture" are the same place
-_PLACE_WORDS = {"upper": "top", "lower": "bottom", "middle": "center", "centre": "center", "central": "center"}
+_PLACE_WORDS = {"upper": "top", "lower": "bottom", "middle": "center", "centre": "center", "central": "center"}  # codespell:ignore centre
 _PLACES = frozenset({"top", "bottom", "left", "right", "center"})
 YES_NO = ("precision", "recall", "f1", "yes_ratio")  # metrics whose values are [said, true] or [said, true, group]
 

@@ -41,7 +41,7 @@ class ClassificationAnswers:
 
 
 def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int]) -> Tensor:
-    """Return (C, E) L2-normalised class weights: the mean of each class's embeddings, normalised again.
+    """Return (C, E) L2-normalized class weights: the mean of each class's embeddings, normalized again.
 
     `sentence_embeddings` (S, E) are L2-normalised and ordered class by class; `sentences_per_class` (C,) adds up to S.
     """

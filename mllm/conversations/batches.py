@@ -30,7 +30,7 @@ MIN_REJECTS = 20  # images that cannot be decoded before their share can stop a 
 class ConversationDataset(Dataset):
     """Conversations, or packs of them, as tensors. Lives in DataLoader workers, which share one count of bad images.
 
-    One with an image that cannot be decoded keeps a picture of the mean color and loses all its labels: nothing is learnt from
+    One with an image that cannot be decoded keeps a picture of the mean color and loses all its labels: nothing is learned from
     it, and its length stays. It is written to `rejects` (JSON lines). DataError if more than `max_reject_fraction` of the images
     are bad, of at least MIN_REJECTS.
     """

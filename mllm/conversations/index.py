@@ -30,7 +30,7 @@ class ConversationIndex:
     """What the tokenizer makes of every conversation; arrays (N,) int32, 0 where one is rejected."""
 
     lengths: np.ndarray  # tokens, visual ones included
-    supervised: np.ndarray  # tokens that are learnt
+    supervised: np.ndarray  # tokens that are learned
     images: np.ndarray
     dropped: np.ndarray  # turns dropped because of the maximum length
     status: np.ndarray  # number in STATUS
@@ -50,12 +50,12 @@ class ConversationIndex:
         return Counter(self.unread) + Counter({code: int(count) for code, count in zip(STATUS[1:], counts[1:], strict=True) if count})
 
     def summary(self) -> str:
-        """Return all in one line: how many, how long, how much is learnt, what was rejected."""
-        tokens, learnt, images = int(self.lengths.sum()), int(self.supervised.sum()), int(self.images.sum())
+        """Return all in one line: how many, how long, how much is learned, what was rejected."""
+        tokens, learned, images = int(self.lengths.sum()), int(self.supervised.sum()), int(self.images.sum())
         rejected = ", ".join(f"{code} {count}" for code, count in self.codes.most_common()) or "none"
         shortened = int((self.dropped > 0).sum())
         return (
-            f"{len(self.good)} conversations with {images} images and {tokens} tokens ({learnt / max(1, tokens):.0%} learnt), "
+            f"{len(self.good)} conversations with {images} images and {tokens} tokens ({learned / max(1, tokens):.0%} learned), "
             f"{shortened} shortened to {self.max_length} tokens; rejected: {rejected}"
         )
 
@@ -115,8 +115,8 @@ class _Chunks(Dataset):
             if isinstance(encoded, Reject):
                 line[-1] = STATUS.index(encoded.code)
             else:
-                learnt = sum(label != IGNORED for label in encoded.labels)
-                line[:] = len(encoded.input_ids), learnt, encoded.images, encoded.dropped_turns, 0
+                learned = sum(label != IGNORED for label in encoded.labels)
+                line[:] = len(encoded.input_ids), learned, encoded.images, encoded.dropped_turns, 0
         return measured
 
 

@@ -123,14 +123,14 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
 
 
 def marks_answers(template: str) -> bool:
-    """Return whether a template says itself what is learnt."""
+    """Return whether a template says itself what is learned."""
     return _MARKER.search(template) is not None
 
 
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], ask: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a conversation and the character spans of what is learnt (none unless the template marks them).
+    """Return the text of a conversation and the character spans of what is learned (none unless the template marks them).
 
     `ask` adds what a model continues with its next answer. Reject `template` if the template refuses the messages.
     """

@@ -1,6 +1,6 @@
-"""Conversations to token ids and labels: where the images go and which tokens are learnt.
+"""Conversations to token ids and labels: where the images go and which tokens are learned.
 
-What is learnt comes from the chat template itself, by character offsets. What a question or an answer says is data: `<image>`
+What is learned comes from the chat template itself, by character offsets. What a question or an answer says is data: `<image>`
 or `</s>` written there become ordinary text, never the special token.
 """
 
@@ -22,7 +22,7 @@ from mllm.conversations.templates import TEMPLATES, apply_template, control_toke
 
 __all__ = ["IGNORED", "TEMPLATES", "Chat", "Encoded", "Message", "Reject", "resolve_template"]
 
-IGNORED = -100  # the label of a token that is not learnt
+IGNORED = -100  # the label of a token that is not learned
 _CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, which hardly any text has
 _PROBE: list[Message] = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "first question"}]},
@@ -34,7 +34,7 @@ _PROBE: list[Message] = [
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as the model reads it: T token ids with every image expanded, and T labels (IGNORED where nothing is learnt)."""
+    """A conversation as the model reads it: T token ids with every image expanded, and T labels (IGNORED where nothing is learned)."""
 
     input_ids: list[int]
     labels: list[int]
@@ -47,7 +47,7 @@ class _Rendered:
     """A conversation in the template's words. Pieces are encoded one by one; spans count characters of all pieces joined by one cut."""
 
     pieces: list[str]
-    spans: list[tuple[int, int]]  # what is learnt
+    spans: list[tuple[int, int]]  # what is learned
     images: int
     controls: int  # special tokens that the template wrote
 
@@ -230,7 +230,7 @@ class Chat:
         return ids[kept], offsets[kept] - 1
 
     def _assemble(self, rendered: _Rendered, first: _Tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids (T,), images expanded, and whether each is learnt (T,); `first`: the tokens of the first piece."""
+        """Return ids (T,), images expanded, and whether each is learned (T,); `first`: the tokens of the first piece."""
         chunks, begin = [first], len(rendered.pieces[0]) + 1
         for piece in rendered.pieces[1:]:
             ids, offsets = self._continue(piece)
@@ -240,21 +240,21 @@ class Chat:
         start, stop = np.concatenate([offsets for _, offsets in chunks]).T
         if (tokens == self._image_id).sum() != rendered.images or self._is_control[tokens].sum() != rendered.controls:
             raise Reject("special_text")
-        learnt = np.zeros(len(tokens), dtype=bool)
+        learned = np.zeros(len(tokens), dtype=bool)
         for first_char, end in rendered.spans:  # tokens that reach into the span, or stand in it without characters of their own
-            learnt |= (start < end) & ((stop > first_char) | ((start == stop) & (start >= first_char)))
+            learned |= (start < end) & ((stop > first_char) | ((start == stop) & (start >= first_char)))
         counts = np.where(tokens == self._image_id, self.image_tokens, 1)
-        tokens, learnt = np.repeat(tokens, counts), np.repeat(learnt, counts)
+        tokens, learned = np.repeat(tokens, counts), np.repeat(learned, counts)
         bos = self.tokenizer.bos_token
         prefix = [] if bos and rendered.pieces[0].startswith(bos) else self._prefix
-        return np.concatenate([np.array(prefix, dtype=np.int64), tokens]), np.concatenate([np.zeros(len(prefix), dtype=bool), learnt])
+        return np.concatenate([np.array(prefix, dtype=np.int64), tokens]), np.concatenate([np.zeros(len(prefix), dtype=bool), learned])
 
     def _label(self, rendered: _Rendered, first: _Tokens) -> Encoded:
-        tokens, learnt = self._assemble(rendered, first)
-        learnt[:1] = False  # nothing before it predicts it, and in a pack it follows another conversation
-        if not learnt.any():
+        tokens, learned = self._assemble(rendered, first)
+        learned[:1] = False  # nothing before it predicts it, and in a pack it follows another conversation
+        if not learned.any():
             raise Reject("no_supervised_tokens")
-        return Encoded(tokens.tolist(), np.where(learnt, tokens, IGNORED).tolist(), rendered.images, 0)
+        return Encoded(tokens.tolist(), np.where(learned, tokens, IGNORED).tolist(), rendered.images, 0)
 
     def _shorten(self, messages: Sequence[Message], length: int, max_length: int) -> Encoded:
         """Return the conversation with as many turns as fit, found by bisection; Reject `too_long` if not even one does."""

@@ -82,7 +82,7 @@ def test_kept_neighbourhoods_are_at_distance_zero_and_disjoint_ones_at_ln_2():
     assert float(neighbourhood_distance(features, features, 3)) == 0
     assert float(neighbourhood_distance(features, 7 * turned, 3)) == pytest.approx(0, abs=1e-12)
     assert float(neighbourhood_distance(features, features[torch.arange(20).roll(1)])) > 0.1
-    angles = torch.tensor([0.0, 0.01, math.pi, math.pi + 0.01])  # 0-1 and 2-3 are neighbours, then 0-2 and 1-3
+    angles = torch.tensor([0.0, 0.01, math.pi, math.pi + 0.01])  # 0-1 and 2-3 are neighbors, then 0-2 and 1-3
     points = torch.stack([angles.cos(), angles.sin()], 1).double()
     assert float(neighbourhood_distance(points, points[[0, 2, 1, 3]])) == pytest.approx(math.log(2), abs=1e-6)
     assert float(neighbourhood_distance(points[:1], points[:1])) == 0

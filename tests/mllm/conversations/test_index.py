@@ -64,9 +64,9 @@ def test_the_index_holds_what_encoding_gives(make, monkeypatch):
     index = build_index(data, chat(), 200, progress=lambda done, total: calls.append((done, total)))
     for number in range(len(data)):
         encoded = chat().encode(data[number].messages, 200)
-        learnt = sum(label != IGNORED for label in encoded.labels)
+        learned = sum(label != IGNORED for label in encoded.labels)
         found = [int(array[number]) for array in (index.lengths, index.supervised, index.images, index.dropped, index.status)]
-        assert found == [len(encoded.input_ids), learnt, encoded.images, encoded.dropped_turns, 0]
+        assert found == [len(encoded.input_ids), learned, encoded.images, encoded.dropped_turns, 0]
     assert calls[-1] == (40, 40) and len(calls) == 6, "repeated rows are tokenized once"
     assert (
         (index.dropped > 0).any()
@@ -171,7 +171,7 @@ def language_model(kind):
 
 
 def token_losses(model, batch):
-    """Sum of the cross entropies of learnt tokens, and their number."""
+    """Sum of the cross entropies of learned tokens, and their number."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     logits = model(**inputs).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(

@@ -1,4 +1,4 @@
-"""Chat templates and labels: strings and tokens as LLaVA has them, what is learnt, and text that spells special tokens."""
+"""Chat templates and labels: strings and tokens as LLaVA has them, what is learned, and text that spells special tokens."""
 
 import json
 import random
@@ -60,8 +60,8 @@ def said(role, *content):
     return {"role": role, "content": content[0] if len(content) == 1 and content[0] is not None else parts}
 
 
-def learnt(tokenizer, encoded):
-    """The runs of learnt tokens, decoded."""
+def learned(tokenizer, encoded):
+    """The runs of learned tokens, decoded."""
     runs, labels = [[]], encoded.labels
     for label in labels:
         if label != IGNORED:
@@ -98,7 +98,7 @@ def test_two_turns_as_written_by_hand(template):
     encoded = Chat(tokenizer, template, image_tokens=3).encode(TWO_TURNS)
     text, answers = EXPECTED[template]
     assert tokenizer.decode(encoded.input_ids) == text
-    assert learnt(tokenizer, encoded) == answers
+    assert learned(tokenizer, encoded) == answers
     assert (encoded.images, encoded.dropped_turns) == (1, 0)
 
 
@@ -117,7 +117,7 @@ def test_plain_is_the_image_then_the_caption_and_a_line_break(make):
     encoded = chat.encode([said("user", None, "Describe the image."), said("assistant", "a red car")])
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert encoded.input_ids[:3] == [tokenizer.bos_token_id, image, image]
-    assert encoded.labels == [IGNORED] * 3 + encoded.input_ids[3:], "all after the image is learnt"
+    assert encoded.labels == [IGNORED] * 3 + encoded.input_ids[3:], "all after the image is learned"
     assert tokenizer.decode(encoded.input_ids[3:]).lstrip(" ") == "a red car\n"
     assert chat.prompt([said("user", None, "Describe")]) == "<image>"
     for bad in ([said("user", "no image"), said("assistant", "a")], TWO_TURNS):
@@ -163,7 +163,7 @@ def test_labels_of_any_script_are_the_answers_and_their_end(template):
     for answer in UNICODE:
         messages = [said("user", None, UNICODE[2]), said("assistant", answer), said("user", answer), said("assistant", "no")]
         encoded = chat.encode(messages)
-        runs = learnt(tokenizer, encoded)
+        runs = learned(tokenizer, encoded)
         assert runs == [lead + answer + end, lead + "no" + end], repr(answer)
 
 
@@ -187,7 +187,7 @@ def tiny_own():
 
 @pytest.mark.parametrize("kind", CHATS)
 def test_what_is_generated_from_is_what_was_trained_on(kind):
-    """The prompt of each answer is the beginning of the training row, and the learnt tokens begin right after it."""
+    """The prompt of each answer is the beginning of the training row, and the learned tokens begin right after it."""
     chat = CHATS[kind]()
     choose = random.Random(0)
     words = [*UNICODE, "dog", " is ", "<image>", "</s>", "<|im_end|>", "<s>", "\n", "What?", "<|im_start|>user", "<im"]
@@ -217,7 +217,7 @@ def test_brief_is_a_line_a_question_without_words_for_the_roles():
     assert chat.prompt(messages) == "Be brief.\n<image>\nIs it red? yes</s>\nWhere?"
     trained = chat.encode([*messages, said("assistant", "on the left")])
     prompt = chat.prompt_ids(messages)
-    assert trained.input_ids[: len(prompt)] == prompt and learnt(tokenizer, trained) == [" yes</s>", " on the left</s>"]
+    assert trained.input_ids[: len(prompt)] == prompt and learned(tokenizer, trained) == [" yes</s>", " on the left</s>"]
     assert chat.stop_ids == [tokenizer.eos_token_id]
     literal = chat.encode([said("user", None, "a <image></s> b"), said("assistant", "<image> c</s>")])
     assert tokenizer.decode(literal.input_ids) == "<s><image><image>\na <image></s> b <image> c</s></s>\n" and literal.images == 1
@@ -235,7 +235,7 @@ def test_special_tokens_in_the_data_stay_text():
     assert found == ["<s>", "<|im_start|>", "<image>", "<image>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
     expected = f"<s><|im_start|>user\n<image><image>\n{nasty}<|im_end|>\n<|im_start|>assistant\n{nasty}<|im_end|>\n"
     assert tokenizer.decode(encoded.input_ids) == expected
-    assert learnt(tokenizer, encoded) == [nasty + "<|im_end|>"]
+    assert learned(tokenizer, encoded) == [nasty + "<|im_end|>"]
 
 
 def test_text_that_can_only_be_a_special_token_is_refused():
