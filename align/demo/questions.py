@@ -11,155 +11,13 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from align.demo.scenes import Scene, Sprite, name_words
+from align.demo.absence import can_be_absent, surely_absent
+from align.demo.scenes import Scene, Sprite
 from align.demo.wording import Box, article, relation, where
 
-# Which kinds of sprites can be said to be absent from a picture that shows a kind; what a person may wear, hold or ride is not
-# among them, nor what may stand in a view. Shapes are in too many pictures to be absent from any.
-_ANYWHERE = frozenset({"food", "music"})
-_THINGS = _ANYWHERE | {"animal", "vehicle", "nature", "clothing", "object"}
-ABSENT_WITH = {
-    "animal": _THINGS | {"person", "place"},
-    "food": _THINGS | {"person", "place", "face", "body"},
-    "vehicle": _THINGS | {"person", "face", "body"},
-    "music": _THINGS | {"person", "place", "face", "body"},
-    "nature": _THINGS | {"person", "face", "body"},
-    "clothing": _THINGS | {"person", "place", "face", "body"},
-    "object": _THINGS | {"body"},
-    "body": _THINGS - {"clothing"},
-    "shape": _THINGS | {"person", "place"},
-    "face": _THINGS - {"clothing"} | {"place"},
-    "person": _THINGS - {"clothing", "object"},
-    "place": _ANYWHERE | {"animal", "clothing", "body"},
-}
-LIKE_THEMSELVES = frozenset({"face", "person", "place", "body", "shape"})  # kinds whose sprites are hard to tell apart
-SEEN_INSIDE_OTHERS = (  # parts of names
-    *("egg", "fish", "cheese", "horse", "donkey", "cherr", "pumpkin", "corn", "drum", "bird", "tangerine"),
-    *("olive branch", "chestnut", "trumpet", "microbe"),  # with the dove, the chipmunk; like the postal horn, the petri dish
-)
-PARTS = {  # whole names
-    *("basket", "battery", "bell", "bone", "brick", "bucket", "cardboard box", "chain link", "cloud", "coin", "door", "ear"),
-    *("eye", "feather", "flame", "foot", "framed picture", "gear", "glowing star", "group of bubbles", "group of sparkles"),
-    *("hand", "hole", "hook", "jar", "key", "knot", "ladder", "leaf fluttering in the wind", "leg", "light bulb"),
-    *("maple leaf", "mouth", "nose", "ocean wave", "puff of smoke", "ribbon", "ring", "rock", "seat", "seedling"),
-    *("sheet of paper", "siren light", "star", "tongue", "tooth", "water droplet", "wheel", "window", "wing"),
-}
-# Of the sprites with a word of the same line, none is said to be absent where another one is.
-LOOKALIKES = (
-    *(
-        "dog poodle wolf fox raccoon badger skunk bear",
-        "cat tiger leopard lion",
-        "bear panda koala teddy sloth",
-        "monkey gorilla orangutan",
-    ),
-    *(
-        "rabbit bunny",
-        "mouse rat hamster rabbit chipmunk beaver hedgehog otter kangaroo",
-        "horse donkey zebra unicorn moose deer llama camel giraffe",
-    ),
-    *("cow ox buffalo bison boar pig hippopotamus rhinoceros", "goat ewe ram llama deer", "elephant mammoth rhinoceros hippopotamus"),
-    *(
-        "bird duck swan goose dove eagle parrot owl turkey chicken rooster chick penguin flamingo peacock dodo",
-        "crab lobster shrimp scorpion",
-    ),
-    *("fish blowfish shark dolphin whale orca seal carp", "octopus squid jellyfish", "snail shell oyster", "worm caterpillar snake"),
-    *("ant honeybee beetle cockroach cricket ladybug mosquito housefly spider butterfly bat caterpillar", "bat bird eagle dragon"),
-    *("crocodile lizard dragon sauropod tyrannosaurus turtle frog snake", "web spider", "nest bird eggs", "mouse trackball"),
-    *(
-        "apple peach tomato tangerine cherries mango pear lemon melon",
-        "melon watermelon coconut kiwi avocado mango cucumber",
-        "grapes blueberries",
-    ),
-    *("bread baguette croissant bagel flatbread pretzel doughnut cookie", "sandwich burrito taco hamburger hot flatbread falafel tamale"),
-    *("cake cupcake shortcake pie custard pudding cream pancakes waffle butter", "cream ice candy lollipop dango oden skewer chocolate"),
-    *("bowl pot pan plate salad noodles fondue spaghetti curry rice food bento beans", "meat steak bacon leg chicken shrimp"),
-    *("cup glass glasses mug mugs bottle milk wine beer tea coffee cocktail drink champagne whiskey juice teapot amphora can mate shaker"),
-    *(
-        "broccoli vegetable cucumber pea pepper salad herbs",
-        "carrot pepper potato eggplant root",
-        "onion garlic ginger potato peanut beans",
-    ),
-    *("sushi rice dumpling falafel tamale cracker moon", "cup trophy urn alembic tube", "salt lotion bottle"),
-    *("car taxi ambulance bus minibus truck van trolleybus police vehicle rickshaw tractor engine pickup racing",),
-    *("train tram locomotive railway monorail metro rail cable trolleybus bus minibus", "ship boat ferry sailboat canoe speedboat raft"),
-    *(
-        "bicycle motorcycle scooter skateboard wheelchair cyclist biker",
-        "airplane helicopter rocket satellite saucer",
-        "rocket firecracker sparkler firework fireworks",
-    ),
-    *("guitar violin banjo harp", "trombone saxophone horn flute", "keyboard accordion piano computer", "score note notes musical"),
-    *("tree plant herbs cactus shamrock clover palm", "blossom flower rose tulip hyacinth lotus hibiscus sunflower bouquet rosette"),
-    *("moon planet sun globe earth comet", "cyclone tornado spiral", "rainbow ribbon", "lightning rain snow snowflake ice snowman"),
-    *(
-        "shoe boot sandal flip-flop flip flop shoes socks skate sneaker skis",
-        "bag bags handbag purse backpack briefcase suitcase clutch money",
-    ),
-    *(
-        "hat cap helmet crown graduation",
-        "glasses sunglasses goggles mask masks",
-        "blouse coat dress kimono sari t shirt vest swimsuit bikini uniform",
-    ),
-    *("jeans shorts briefs swimsuit bikini", "gemstone ice", "scarf necktie", "necklace beads string yarn thread"),
-    *("book books notebook ledger notepad bookmark page newspaper scroll score receipt calendar clipboard placard document newspaper",),
-    *(
-        "envelope letter mailbox postbox mail tray ballot",
-        "clock wristwatch stopwatch timer compass hourglass gauge",
-        "map globe picture framed",
-    ),
-    *("telephone phone pager receiver radio calculator", "computer laptop television screen desktop monitor videocassette"),
-    *(
-        "disc dvd minidisc floppy film videocassette compact",
-        "camera projector video film movie",
-        "microphone megaphone loudspeaker speaker",
-    ),
-    *(
-        "medal rosette coin sports trophy",
-        "knife dagger sword swords axe saw razor kitchen fork spoon",
-        "hammer axe wrench pick pickaxe screwdriver shovel",
-    ),
-    *(
-        "pen pencil crayon paintbrush brush toothbrush needle pin safety wand chopsticks pushpin cigarette",
-        "broom plunger mop shovel paintbrush",
-    ),
-    *(
-        "candle lamp lantern lamp flashlight firecracker",
-        "microscope telescope magnifying glass",
-        "syringe thermometer pill stethoscope",
-        "bed couch chair bathtub toilet",
-    ),
-    *(
-        "umbrella parachute kite balloon lotus",
-        "sled skateboard skis slide",
-        "padlock purse handbag",
-        "bomb balloon globe crystal disco yo-yo yo",
-    ),
-    *(
-        "racket paddle bat lacrosse hockey cricket",
-        "bow arrow boomerang",
-        "ruler triangular level slider abacus",
-        "dolls doll teddy snowman statue nesting hat kimono scarf carrot",
-        "tree pine decoration picture palm mountain",
-    ),
-    *(
-        "shield badge label emblem amulet",
-        "cabinet file folder briefcase suitcase toolbox dividers chest",
-        "soap sponge razor lotion butter",
-    ),
-    *(
-        "balloon speech thought bubble",
-        "explosion collision fight confetti popper party partying exploding",
-        "anchor trident",
-        "headstone coffin urn",
-        "chart index ledger",
-    ),
-)
-_FAMILIES: dict[str, frozenset[int]] = {
-    word: frozenset(number for number, line in enumerate(LOOKALIKES) if word in line.split()) for word in " ".join(LOOKALIKES).split()
-}
 _SEVERAL = {"of", "and", "with", "couple", "family", "on", "in", "behind"}
 DESCRIBE = "Describe the picture."
 MOST_EXISTS = 6  # existence questions in one conversation
@@ -190,16 +48,6 @@ class Question:
     question: str
     answer: str
     names: frozenset[str] = frozenset()
-
-
-def surely_absent(sprite: Sprite, sprites: Iterable[Sprite]) -> bool:
-    """Return whether nobody could find `sprite` in a picture of `sprites`.
-
-    Of a sprite's own kind, too, others can be absent, or a glance at the kind would be enough to answer: all that share no word with
-    it, are no look-alikes (LOOKALIKES) and are not of a kind whose sprites are hard to tell apart. A name that is often drawn into
-    other sprites (SEEN_INSIDE_OTHERS, PARTS) is never said to be absent. Of other kinds, ABSENT_WITH tells which can be absent.
-    """
-    return _can_be_absent(sprite) and all(_clearly_other(sprite, other) for other in sprites)
 
 
 def is_one_thing(sprite: Sprite) -> bool:
@@ -286,25 +134,9 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, stream, 9]))
 
 
-def _can_be_absent(sprite: Sprite) -> bool:
-    return (
-        sprite.group not in ("shape", "group") and sprite.name not in PARTS and not any(part in sprite.name for part in SEEN_INSIDE_OTHERS)
-    )
-
-
-@lru_cache(maxsize=1 << 20)
-def _clearly_other(sprite: Sprite, shown: Sprite) -> bool:
-    """Return whether `sprite` is neither what `shown` shows nor part of it, nor could be taken for it."""
-    if sprite.group not in ABSENT_WITH.get(shown.group, _ANYWHERE) or (sprite.group == shown.group and sprite.group in LIKE_THEMSELVES):
-        return False
-    words, others = name_words(sprite.name), name_words(shown.name)
-    families = frozenset().union(*(_FAMILIES.get(word, frozenset()) for word in words))
-    return words.isdisjoint(others) and families.isdisjoint(frozenset().union(*(_FAMILIES.get(word, frozenset()) for word in others)))
-
-
 def _own(scene: Shown, rng: np.random.Generator) -> Sprite | None:
     """Return a sprite of the scene that could be said to be absent elsewhere, if there is one."""
-    choices = [sprite for sprite in scene.sprites if _can_be_absent(sprite)]
+    choices = [sprite for sprite in scene.sprites if can_be_absent(sprite)]
     return choices[int(rng.integers(len(choices)))] if choices else None
 
 
@@ -382,7 +214,7 @@ def _existence(scenes: Sequence[Shown], named: Sequence[Sequence[Sprite]], rng: 
 
 def _often_absent(sprite: Sprite, scenes: Sequence[Shown]) -> int:
     """Return in how many scenes (of the first few hundred, which are enough to tell) the sprite is surely absent."""
-    return sum(surely_absent(sprite, scene.sprites) for scene in scenes[:300]) if _can_be_absent(sprite) else 0
+    return sum(surely_absent(sprite, scene.sprites) for scene in scenes[:300]) if can_be_absent(sprite) else 0
 
 
 def _relations(found: Sequence[tuple[int, Pair]]) -> Iterable[tuple[int, Question]]:

@@ -1,15 +1,162 @@
-"""Conversation and question files of stage two: rows as LLaVA's JSON holds them, and test questions as parquet.
+"""The files of the prepared data: captioned tars, tasks in the layouts of the field, conversations and test questions of stage two.
 
-The same rows give the same bytes.
+The same scenes give the same bytes.
 """
 
+import io
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+
+from align.common.errors import DataError
+from align.common.files import failpoint
+from align.demo.questions import Question, Shown, conversations, single_questions
+from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, render_segmented, render_swapped
+
+SCENES_PER_TAR = 1000
+TEST_FILES = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
+TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
+
+
+def write_tars(folder: Path, pattern: str, per_tar: int, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write samples (key, content by extension) to numbered tars; the same samples give the same bytes (no times, no owners)."""
+    folder.mkdir(parents=True)
+    left = iter(samples)
+    for number in itertools.count():
+        first = next(left, None)
+        if first is None:
+            return
+        with tarfile.open(folder / pattern.format(number), "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, files in itertools.chain([first], itertools.islice(left, per_tar - 1)):
+                for extension, content in files.items():
+                    info = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def write_captioned(renderer: Renderer, folder: Path, part: str, count: int) -> None:
+    """Write `count` scenes with their captions as img2dataset-style tars."""
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for scene in renderer.scenes(part, 0, count):
+            fields = {"key": scene.key, "short": scene.short, "long": scene.long}
+            yield scene.key, {"jpg": scene.jpeg, "json": json.dumps(fields).encode()}
+
+    write_tars(folder, "{:06d}.tar", SCENES_PER_TAR, samples())
+    failpoint(f"prepare-{part}")
+
+
+def write_classification(renderer: Renderer, folder: Path, part: str) -> None:
+    """Write a zero-shot classification task in CLIP_benchmark's webdataset layout."""
+    classes, per_class = generator(renderer.world, part)[1], renderer.world.per_class
+    scenes = enumerate(renderer.scenes(part, 0, len(classes) * per_class))
+    samples = ((scene.key, {"jpg": scene.jpeg, "cls": str(number // per_class).encode()}) for number, scene in scenes)
+    write_tars(folder / "test", "{}.tar", len(classes) * per_class, samples)
+    (folder / "test" / "nshards.txt").write_text("1\n")
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes))
+    (folder / "zeroshot_classification_templates.txt").write_text("".join(f"{template}\n" for template in TEMPLATES))
+
+
+def write_retrieval(renderer: Renderer, folder: Path, count: int) -> None:
+    """Write a retrieval task of `count` scenes, no two of which show the same objects (else two answers would be right)."""
+    (folder / "images").mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    shown: set[tuple[str, ...]] = set()
+    start, step = 0, count + count // 4 + 1
+    while len(rows) < count:
+        if start > 20 * step:
+            raise DataError(f"too few sprites for {count} scenes with different objects; lower --retrieval")
+        for scene in renderer.scenes("retrieval", start, start + step):
+            if len(rows) < count and scene.names not in shown:
+                shown.add(scene.names)
+                (folder / "images" / f"{scene.key}.jpg").write_bytes(scene.jpeg)
+                rows.append({"key": scene.key, "image": f"images/{scene.key}.jpg", "captions": [scene.short, scene.long]})
+        start += step
+    (folder / "retrieval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_swapped(renderer: Renderer, folder: Path, count: int) -> None:
+    """Write `count` pairs of scenes that differ in the places of their two objects, with captions in the same words."""
+    (folder / "images").mkdir(parents=True)
+    with open(folder / "pairs.jsonl", "w") as file:
+        for pair in renderer.drawn(render_swapped, "swapped", 0, count):
+            images = [f"images/{pair.key}-{number}.jpg" for number in (0, 1)]
+            for name, jpeg in zip(images, pair.jpegs, strict=True):
+                (folder / name).write_bytes(jpeg)
+            row = {"key": pair.key, "images": images, "captions": pair.captions, "category": pair.relation}
+            file.write(json.dumps(row) + "\n")
+    failpoint("prepare-swapped")
+
+
+def write_segmentation(renderer: Renderer, folder: Path, count: int) -> None:
+    """Write `count` scenes, the class of every pixel, and the names of the classes that occur."""
+    found: set[int] = set()
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for scene in renderer.drawn(render_segmented, "segmentation", 0, count):
+        (folder / "images" / f"{scene.key}.png").write_bytes(scene.png)
+        (folder / "labels" / f"{scene.key}.png").write_bytes(scene.labels)
+        found.update(scene.classes)
+    kept = sorted(found)
+    numbers = np.full(256, NO_OBJECT, dtype=np.uint8)  # of the kept classes, by their number among all
+    numbers[kept] = np.arange(len(kept))
+    for path in (folder / "labels").iterdir():
+        with Image.open(path) as labels:
+            renumbered = numbers[np.asarray(labels)]
+        path.write_bytes(encoded(Image.fromarray(renumbered), "PNG"))
+    classes = generator(renderer.world, "segmentation")[1]
+    (folder / "classes.txt").write_text("".join(f"{classes[number]}\n" for number in kept))
+    failpoint("prepare-segmentation")
+
+
+def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, test: int) -> None:
+    """Write captions and conversations to train an MLLM on, and questions to test it: `pretrain`, `instruct`, `test` scenes."""
+    seed = renderer.world.seed
+
+    def kept(part: str, count: int) -> Iterator[Rendered]:
+        for scene in renderer.scenes(part, 0, count):
+            (folder / "images" / f"{scene.key}.jpg").write_bytes(scene.jpeg)
+            yield replace(scene, jpeg=b"")
+
+    def row(scene: Rendered, turns: list[tuple[str, str]]) -> dict[str, Any]:
+        return conversation_row(scene.key, f"images/{scene.key}.jpg", turns)
+
+    (folder / "images").mkdir(parents=True)
+    if pretrain:
+        write_conversations(folder / "pretrain.json", [row(scene, [("", scene.short)]) for scene in kept("mllm_pretrain", pretrain)])
+    if instruct:
+        scenes = list(kept("mllm_instruct", instruct))
+        asked = conversations([known(scene) for scene in scenes], seed)
+        rows = [row(scene, [(turn.question, turn.answer) for turn in turns]) for scene, turns in zip(scenes, asked, strict=True)]
+        write_conversations(folder / "instruct.json", rows)
+    if test:
+        scenes = list(renderer.scenes("mllm_test", 0, test))
+        pairs = list(zip(scenes, single_questions([known(scene) for scene in scenes], seed), strict=True))
+        for name, kinds in TEST_FILES.items():
+            chosen = [(scene, [turn for turn in turns if turn.kind in kinds]) for scene, turns in pairs]
+            write_questions(folder / f"{name}.parquet", [line for scene, turns in chosen for line in question_rows(scene, turns)])
+    failpoint("prepare-mllm")
+
+
+def known(scene: Rendered) -> Shown:
+    """Return what a rendered scene shows."""
+    assert scene.shown is not None
+    return scene.shown
+
+
+def question_rows(scene: Rendered, turns: list[Question]) -> Iterator[dict[str, Any]]:
+    """Yield a scene's rows of a question table."""
+    for number, turn in enumerate(turns):
+        yield question_row(f"{scene.key}-{number}", (f"{scene.key}.jpg", scene.jpeg), turn.question, turn.answer, turn.kind)
 
 
 def conversation_row(key: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align import prepare
 from align.common import files
 from align.common.errors import DamagedError, DataError, LeaseError, UsageError
 from align.demo import rendering
+from align.demo.building import BYTES_PER_SCENE, is_done, only_writer
+from align.demo.config import PrepareConfig
 from align.demo.scenes import SpriteScenes, read_sprites, split_sprites
-from align.prepare import BYTES_PER_SCENE, PrepareConfig, is_done, main, only_writer, write_tars
+from align.demo.writing import write_retrieval, write_tars
+from align.prepare import main
 from tests.support.synthetic_sprites import make_sprites
 
 SIZES = {"train": 60, "val": 5, "retrieval": 9, "held_out": 6, "per_class": 2, "image_size": 96, "swapped": 7, "segmentation": 8}
@@ -34,7 +36,7 @@ def sprites(tmp_path_factory):
 @pytest.fixture
 def config(sprites, tmp_path, monkeypatch):
     """A tiny run on drawn sprites, without fetching."""
-    monkeypatch.setattr(prepare, "fetch", lambda asset, cache, progress: sprites)
+    monkeypatch.setattr("align.embedded.assets.fetch", lambda asset, cache, progress: sprites)
     return PrepareConfig(output=str(tmp_path / "run" / "data"), assets=(), workers=1, **SIZES)
 
 
@@ -72,7 +74,7 @@ def no_worker_is_left():
 def made(sprites, tmp_path_factory):
     """One finished run that the reading tests share."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(prepare, "fetch", lambda asset, cache, progress: sprites)
+    patch.setattr("align.embedded.assets.fetch", lambda asset, cache, progress: sprites)
     folder = tmp_path_factory.mktemp("made") / "data"
     main(PrepareConfig(output=str(folder), assets=(), workers=1, **SIZES))
     patch.undo()
@@ -215,7 +217,7 @@ def test_fewer_pairs_are_the_first_of_more(config, made):
 
 def test_the_space_for_pairs_and_masks_is_asked_for(config, made, monkeypatch):
     asked = []
-    monkeypatch.setattr(prepare, "require_free", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr("align.demo.building.require_free", lambda folder, needed: asked.append(needed))
     main(config)
     assert asked == [(60 + 5 + 9 + 2 * 6 * 2 + 2 * 7 + 2 * 8) * BYTES_PER_SCENE] and asked[0] > sum(map(len, contents(made).values()))
 
@@ -232,12 +234,12 @@ class FewScenes:
 
 
 def test_a_retrieval_scene_that_would_be_a_second_right_answer_is_left_out(tmp_path):
-    prepare.write_retrieval(FewScenes(kinds=4), tmp_path / "enough", 4)
+    write_retrieval(FewScenes(kinds=4), tmp_path / "enough", 4)
     rows = [json.loads(line) for line in (tmp_path / "enough" / "retrieval.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["retrieval-0", "retrieval-1", "retrieval-2", "retrieval-3"]
-    prepare.write_retrieval(FewScenes(kinds=9), tmp_path / "more", 9)
+    write_retrieval(FewScenes(kinds=9), tmp_path / "more", 9)
     with pytest.raises(DataError, match="lower --retrieval"):
-        prepare.write_retrieval(FewScenes(kinds=3), tmp_path / "few", 4)
+        write_retrieval(FewScenes(kinds=3), tmp_path / "few", 4)
 
 
 def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(config, made, tmp_path):
@@ -248,7 +250,7 @@ def test_the_same_settings_give_the_same_bytes_with_any_number_of_workers(config
 
 
 def test_a_finished_folder_is_verified_and_kept(config, made, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", None)  # any rendering would now fail
+    monkeypatch.setattr("align.demo.building.ProcessPoolExecutor", None)  # any rendering would now fail
     main(replace(config, output=str(made)))
     assert "nothing to do" in capsys.readouterr().out
 

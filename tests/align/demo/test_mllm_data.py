@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from align import prepare
 from align.common import files
 from align.common.errors import UsageError
 from align.demo import rendering
+from align.demo.building import BYTES_PER_SCENE
+from align.demo.config import PrepareConfig
 from align.demo.scenes import read_sprites, split_sprites
 from align.demo.writing import conversation_row, question_row, write_conversations, write_questions
-from align.prepare import BYTES_PER_SCENE, PrepareConfig, main
+from align.prepare import main
 from tests.support.synthetic_sprites import make_sprites
 
 SIZES = {"train": 3, "val": 2, "retrieval": 2, "held_out": 6, "per_class": 1, "image_size": 96, "swapped": 0, "segmentation": 0}
@@ -31,7 +32,7 @@ def sprites(tmp_path_factory):
 
 @pytest.fixture
 def config(sprites, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "fetch", lambda asset, cache, progress: sprites)
+    monkeypatch.setattr("align.embedded.assets.fetch", lambda asset, cache, progress: sprites)
     return PrepareConfig(output=str(tmp_path / "run" / "data"), assets=(), workers=1, **SIZES, **STAGE_TWO)
 
 
@@ -39,7 +40,7 @@ def config(sprites, tmp_path, monkeypatch):
 def made(sprites, tmp_path_factory):
     """One finished run that the reading tests share."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(prepare, "fetch", lambda asset, cache, progress: sprites)
+    patch.setattr("align.embedded.assets.fetch", lambda asset, cache, progress: sprites)
     folder = tmp_path_factory.mktemp("made") / "data"
     main(PrepareConfig(output=str(folder), assets=(), workers=1, **SIZES, **STAGE_TWO))
     patch.undo()
@@ -219,7 +220,7 @@ def test_a_kill_leaves_nothing_that_is_taken_for_done(config, made, forked):
 
 def test_the_space_is_asked_for_beforehand(config, made, monkeypatch):
     asked = []
-    monkeypatch.setattr(prepare, "require_free", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr("align.demo.building.require_free", lambda folder, needed: asked.append(needed))
     main(config)
     scenes = 3 + 2 + 2 + 2 * 6 + 7 + 60 + 3 * 40
     assert asked == [scenes * BYTES_PER_SCENE] and asked[0] > sum(map(len, contents(made).values()))

@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from align.demo.questions import DESCRIBE, Shown, conversations, is_one_thing, single_questions, surely_absent
+from align.demo.absence import surely_absent
+from align.demo.questions import DESCRIBE, Shown, conversations, is_one_thing, single_questions
 from align.demo.scenes import Sprite, SpriteScenes
 from tests.support.synthetic_sprites import make_sprites
 

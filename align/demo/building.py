@@ -1,0 +1,117 @@
+"""A folder of prepared data from nothing to its commit: what its bytes depend on, who may write it, what is written in which order."""
+
+import fcntl
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from align.common.errors import LeaseError, UsageError
+from align.common.files import TEMPORARY, disk_full_named, failpoint, hash_file, read_json, require_free, sync_folder
+from align.demo.config import PrepareConfig
+from align.demo.rendering import OPTIONAL, Renderer, World, end_with_parent
+from align.demo.writing import write_captioned, write_classification, write_mllm, write_retrieval, write_segmentation, write_swapped
+from align.embedded.assets import COMMIT, check, commit
+
+FORMAT = 1
+BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
+TEST_COPIES = 3  # of a picture in the test questions: one a file
+PNG_COPIES = 2  # BYTES_PER_SCENE that a PNG and its label map take; measured 1.4 on average
+
+
+def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
+    """Return what the written bytes depend on, as JSON values."""
+    names = ("train", "val", "retrieval", "held_out", "per_class", "image_size", "seed")
+    optional = {name: getattr(config, name) for name in OPTIONAL if getattr(config, name)}
+    if config.mllm_sprites and any(name.startswith("mllm") for name in optional):
+        optional["mllm_sprites"] = config.mllm_sprites
+    chosen = {name: getattr(config, name) for name in names} | optional
+    return {**chosen, "sprites": hash_file(sprites / "sprites.json"), "format": FORMAT}
+
+
+def is_done(output: Path, wanted: dict[str, Any]) -> bool:
+    """Return whether `output` is finished and intact; UsageError if it holds anything else, DamagedError if it was changed."""
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    if not (output / COMMIT).is_file():
+        raise UsageError(f"{output} is not empty and was not written by this command; choose another --output")
+    made = read_json(output / COMMIT)["settings"]
+    pairs = {name: (made.get(name, 0), wanted.get(name, 0)) for name in {**wanted, **made}}
+    differing = [f"{name} {there!r} there, {asked!r} asked" for name, (there, asked) in pairs.items() if there != asked]
+    if differing:
+        raise UsageError(f"{output} was made with other settings ({'; '.join(differing)}); choose another --output or delete it")
+    check(output, contents=True)
+    return True
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[Path]:
+    """Yield the empty folder to build in, held by this process alone; LeaseError if another one is at work."""
+    folder = output.with_name(f"{output.name}{TEMPORARY}")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LeaseError(f"another process is writing {output}; wait for it, then run the same command again") from error
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise LeaseError(f"another process has just finished {output}; run the same command again")
+        for leftover in folder.iterdir():  # of a killed run
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def predicted_bytes(config: PrepareConfig) -> int:
+    """Return how much room the data of a config take."""
+    scenes = config.train + config.val + config.retrieval + 2 * config.held_out * config.per_class
+    scenes += config.mllm_pretrain + config.mllm_instruct + TEST_COPIES * config.mllm_test
+    scenes += 2 * config.swapped + PNG_COPIES * config.segmentation
+    return scenes * BYTES_PER_SCENE
+
+
+def build(config: PrepareConfig, output: Path, world: World, wanted: dict[str, Any]) -> int:
+    """Render, write, commit and rename into place what `config` asks for; return its bytes. `wanted`: its settings."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    require_free(output.parent, predicted_bytes(config))
+    columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn())
+    timing = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with only_writer(output) as folder, disk_full_named(folder):
+        spawn = multiprocessing.get_context("spawn")
+        workers = ProcessPoolExecutor(config.workers or os.cpu_count(), mp_context=spawn, initializer=end_with_parent)
+        with workers as pool, Progress(*columns, *timing) as progress:
+            _write(config, folder, Renderer(world, pool, progress))
+        commit(folder, {"settings": wanted})
+        failpoint("prepare-rename")
+        if output.exists():
+            output.rmdir()  # empty: checked by is_done
+        os.rename(folder, output)
+        sync_folder(output.parent)
+    return sum(entry["bytes"] for entry in read_json(output / COMMIT)["files"].values())
+
+
+def _write(config: PrepareConfig, folder: Path, renderer: Renderer) -> None:
+    tasks = folder / "tasks"
+    write_captioned(renderer, folder / "train", "train", config.train)
+    write_captioned(renderer, folder / "val", "val", config.val)
+    for part in ("seen", "unseen"):
+        write_classification(renderer, tasks / f"sprites-{part}", part)
+    write_retrieval(renderer, tasks / "sprites-retrieval", config.retrieval)
+    if config.swapped:
+        write_swapped(renderer, tasks / "sprites-swapped", config.swapped)
+    if config.segmentation:
+        write_segmentation(renderer, tasks / "sprites-segmentation", config.segmentation)
+    if config.mllm_pretrain or config.mllm_instruct or config.mllm_test:
+        write_mllm(renderer, folder / "mllm", config.mllm_pretrain, config.mllm_instruct, config.mllm_test)
