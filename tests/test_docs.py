@@ -16,6 +16,8 @@ from align.assessment.config import AssessConfig
 from align.common import commandline as cli
 from align.curation.config import CurateConfig
 from align.demo.config import PrepareConfig
+from align.embedded.assets import EMBEDDED
+from align.encoders.families import VISION_ADAPTERS
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
@@ -26,7 +28,7 @@ from align.training.config import TrainConfig
 from eval.harness.config import LmmsConfig
 from eval.measures.config import EvalConfig
 from eval.page.config import ReportConfig
-from eval.tasks.registry import find_task
+from eval.tasks.registry import TASKS, find_task
 from mllm.assembly.config import UpgradeConfig
 from mllm.conversations.config import CheckConfig
 from mllm.conversations.templates import TEMPLATES
@@ -128,6 +130,17 @@ def test_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make ([\w-]+)", (ROOT / page).read_text(), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: make {target}"
+
+
+def test_pages_name_all_that_there_is_to_choose_from():
+    for page, names in (
+        ("docs/encoders.md", [*VISION_ADAPTERS, *EMBEDDED]),
+        ("docs/measure.md", TASKS),
+        ("docs/recipes.md", RECIPES),
+        ("docs/mllm.md", {"own", *TEMPLATES}),
+    ):
+        missing = [name for name in names if f"`{name}`" not in PAGES[page]]
+        assert not missing, f"{page} does not name {missing}"
 
 
 def test_the_yaml_task_of_the_pages_is_a_task(tmp_path):
