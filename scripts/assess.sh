@@ -5,7 +5,7 @@
 # PHOTOS: folder with train.jsonl (key, image, captions) and its images; LABELLED: photos in one folder a class (CIFAR-10).
 # Sprite scenes come from `make quickstart` (SPRITES, runs/quickstart/data), their labelled pictures are rendered, ten of each of 150
 # sprites. LIMIT: pairs of each experiment; CLASSES: labelled photos; STEPS: of a full training. About 40 minutes on one core. Features
-# and scores are kept: killed, it goes on where it was.
+# and scores are kept; interrupted, the same command resumes.
 # OUTPUT/{photos,sprites}/ get table.csv, assessment.json, heat-*.png and scatter-*.png; docs/assess/ holds those of docs/LOG.md.
 set -euo pipefail
 photos=$(cd "${1:?give the folder with train.jsonl}" && pwd)

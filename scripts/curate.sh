@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Does curation matter? Sprite scenes whose sprites are long-tailed (Zipf): curated pairs against the same number of random ones.
+# Curated pairs against the same number of random ones, on sprite scenes whose sprites are long-tailed (Zipf).
 #   bash scripts/curate.sh [OUTPUT_FOLDER]
 # 3,000 candidate scenes of one or two of 60 sprites, the sprite of rank r drawn in proportion to 1/r. 600 of them are chosen by
 # align/curate.py (10 a concept) or at random; `alike` is random with as many scenes of a single sprite as the curated ones have, since
-# captions that say one thing score best and the test shows one sprite a picture; `all` trains as long on all 3,000 (linear heads only).
+# captions that name one thing score best and the test shows one sprite a picture; `all` takes as many steps on all 3,000 (linear heads only).
 # Embedded encoders, two kinds of heads, three seeds.
 # Measured: zero-shot accuracy among the 60 sprites, eight new pictures each, by how frequent the sprite is among the candidates.
-# The concepts are the names of the sprites: the classes of this very test. The table is printed and kept in OUTPUT_FOLDER/table.txt;
-# what is complete is not repeated. About ten minutes on one core.
+# The concepts are the names of the sprites, that is, the classes of this test. The table is printed and kept in
+# OUTPUT_FOLDER/table.txt; finished runs are skipped. About ten minutes on one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/curate}

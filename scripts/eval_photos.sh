@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The kit's own heads on real photos, all kinds of task in one report: CIFAR-10, Flickr8k dev, CamVid (docs/LOG.md).
+# The kit's own heads on real photos in one report: classification (CIFAR-10), retrieval (Flickr8k dev), segmentation (CamVid); docs/LOG.md.
 #   bash scripts/eval_photos.sh DATA_FOLDER [OUTPUT_FOLDER] [NAME=MODEL ...]
 # DATA_FOLDER holds cifar10/ (a folder of photos a class), flickr8k/dev.jsonl (key, image, captions), camvid/ (images, labels, classes.txt).
 # Default models: the linear and glu heads of scripts/flickr8k.sh, and the quickstart's.

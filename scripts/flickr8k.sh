@@ -3,7 +3,7 @@
 #   bash scripts/flickr8k.sh DATA_FOLDER [OUTPUT_FOLDER]
 # 1. ablation of head, loss and positives on all photos (EfficientNet-Lite0 + MiniLM), three seeds each
 # 2. encoder pairs and layers on the first 1,500 photos and two captions each (SMALL_SEEDS, one by default)
-# Runs that are complete are not repeated. The tables are printed at the end and kept in OUTPUT_FOLDER/table.txt.
+# Finished runs are skipped. The tables are printed at the end and kept in OUTPUT_FOLDER/table.txt.
 set -euo pipefail
 data=$(cd "${1:?give the folder with train.jsonl and dev.jsonl}" && pwd)
 cd "$(dirname "$0")/.."

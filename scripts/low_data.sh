@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Which regularizer helps with few photos? Heads on 500, 1,000 and 3,500 Flickr8k photos, three draws of photos and seeds each.
+# Regularizers with few photos: heads on 500, 1,000 and 3,500 Flickr8k photos, three draws of photos and seeds each.
 #   bash scripts/low_data.sh FEATURES_FOLDER [OUTPUT_FOLDER]
 # FEATURES_FOLDER holds train/ and dev/ as scripts/flickr8k.sh leaves them in runs/flickr8k/features/lite0-minilm. Settings are those of
 # align/recipes/flickr8k.yaml. All variants of a seed see the same photos, batches and initial weights, so gains are paired.
 # HEADS, PHOTOS, SEEDS and VARIANTS (lists in quotes, VARIANTS with ";" between) choose a part; STEPS, WIDTH, BATCH and LR
 # another setting. Measured: the best validation (500 photos, every 20 steps) of each run, mean of R@1/5/10 both ways; dropout is
-# --feature-dropout. What is complete is not repeated; the table is printed and kept in OUTPUT_FOLDER/table.txt.
+# --feature-dropout. Finished runs are skipped; the table is printed and kept in OUTPUT_FOLDER/table.txt.
 # A linear run takes about 15 s of one free core, a glu run about ten times that.
 set -euo pipefail
 features=$(cd "${1:?give the folder with train/ and dev/ feature stores}" && pwd)
