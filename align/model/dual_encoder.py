@@ -23,7 +23,6 @@ from transformers import (
     BaseImageProcessor,
     BatchFeature,
     PreTrainedConfig,
-    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -36,6 +35,7 @@ from align.encoders.text import TextEncoder, load_text_encoder
 from align.encoders.trust import may_run_code
 from align.encoders.vision import VisionEncoder, load_transform, load_vision_encoder
 from align.model.heads import ImageTokenHead, TextTokenHead, build_head, initialize
+from align.model.strict_loading import StrictModel
 
 FORMAT_VERSION = 1
 VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded copies of the encoders lie
@@ -90,7 +90,7 @@ class SailOutput(ModelOutput):
     image_embeds: Tensor | None = None
 
 
-class SailModel(PreTrainedModel):
+class SailModel(StrictModel):
     """Heads, scale and bias; the frozen encoders are loaded, and checked against their fingerprints, when first used."""
 
     config_class = SailConfig
@@ -107,9 +107,6 @@ class SailModel(PreTrainedModel):
         self._encoders: dict[str, Any] = {}  # not submodules: their weights are no part of this model's state
         self.trust_remote_code = False  # of the encoders
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Leave every weight as it is: `initialize` and the strict `from_pretrained` set them all."""
 
     def initialize(self, seed: int) -> "SailModel":
         """Give the heads their initial weights (Xavier uniform, zero bias), a pure function of `seed`; return self."""
@@ -130,22 +127,15 @@ class SailModel(PreTrainedModel):
         return other.eval()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape.
 
         `trust_remote_code=True` lets code run that ships with its encoders, of local folders and of pinned commits.
         """
         trusted = bool(kwargs.pop("trust_remote_code", False))
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all reported in `info`, and refused below
-        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
-        model, info = loaded
-        wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-        if wrong:
-            raise DamagedError(f"{folder} does not hold the weights its config describes: {wrong}; restore it or train again")
-        model.eval()
-        model.trust_remote_code = trusted
-        return (model, info) if wants_info else model
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).trust_remote_code = trusted
+        return loaded
 
     def encoder_arguments(self, side: str) -> dict[str, Any]:
         """Return the arguments that load one encoder; a copy inside the model folder is found relative to it."""

@@ -25,9 +25,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from align.common.errors import DamagedError, UsageError
+from align.common.errors import UsageError
 from align.encoders.families import VISION_ADAPTERS, Backbone
 from align.model.heads import build_head
+from align.model.strict_loading import StrictModel
 
 HEAD_STATES = ("none", "random", "trained")
 FEATURES = ("cls_patch", "patch")
@@ -201,7 +202,7 @@ class SailLlavaModel(LlavaModel):
         )
 
 
-class SailLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGeneration):
     """SailLlavaModel with the language modeling head: everything that LlavaForConditionalGeneration can do."""
 
     config: SailLlavaConfig
@@ -212,22 +213,12 @@ class SailLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Leave every weight as it is: assembly and the strict `from_pretrained` set them all."""
-
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all reported in `info`, and refused below
-        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
-        model, info = loaded
-        wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-        if wrong:
-            raise DamagedError(f"{folder} does not hold the weights its config describes: {wrong}; restore it or make it again")
-        model.model.freeze_unread()
-        model.eval()
-        return (model, info) if wants_info else model
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).model.freeze_unread()
+        return loaded
 
     @can_return_tuple
     def forward(

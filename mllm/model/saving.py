@@ -19,7 +19,7 @@ from align.common.errors import UsageError
 from align.common.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
 from align.encoders import families
 from align.encoders.loading import load_errors_named
-from align.model import heads
+from align.model import heads, strict_loading
 from mllm.model import modeling, processing
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
@@ -29,6 +29,7 @@ CODE: dict[str, ModuleType] = {
     "modeling_sail_llava.py": modeling,
     "processing_sail_llava.py": processing,
     "heads.py": heads,
+    "strict_loading.py": strict_loading,
     "families.py": families,
     "errors.py": errors,
 }
