@@ -127,7 +127,7 @@ class SailModel(StrictModel):
         return other.eval()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape.
 
         `trust_remote_code=True` lets code run that ships with its encoders, of local folders and of pinned commits.

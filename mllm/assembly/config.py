@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.errors import UsageError
+from align.common.checks import check
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,19 @@ class UpgradeConfig:
     """Seed of the projector's and a random head's weights."""
 
     def __post_init__(self) -> None:
-        if (self.llm is None) == (self.llava is None):
-            raise UsageError("give exactly one of --llm (a causal LLM) and --llava (a LLaVA checkpoint)")
-        if (self.sail is None) == (self.vision is None):
-            raise UsageError("give exactly one of --sail (a stage-one run) and --vision (an encoder without a run)")
-        if self.sail is None and self.sail_head == "trained":
-            raise UsageError("--sail-head trained needs --sail RUN; with --vision use --sail-head random or none")
-        if self.projector is not None and self.captions:
-            raise UsageError("give --captions (solve the projector) or --projector (weights of a trained one), not both")
+        check((self.llm is None) != (self.llava is None), f"--llm {self.llm} --llava {self.llava}", "give exactly one: an LLM or a LLaVA")
+        check(
+            (self.sail is None) != (self.vision is None),
+            f"--sail {self.sail} --vision {self.vision}",
+            "give exactly one: a stage-one run, or an encoder without one",
+        )
+        check(
+            self.sail is not None or self.sail_head != "trained",
+            "--sail-head trained without --sail",
+            "name a stage-one run; with --vision use --sail-head random or none",
+        )
+        check(
+            self.projector is None or not self.captions,
+            f"--projector {self.projector} with --captions",
+            "give one: weights of a trained projector, or captions to solve it from",
+        )

@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.errors import UsageError
+from align.common.checks import check
+from align.common.hardware import Precision
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters on every linear layer of the LLM (Hu et al., arXiv 2106.09685)."""
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class FinetuneConfig:
     """Share of the steps with rising learning rate."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: not clipped."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """bf16: autocast with float32 masters of what is trained. auto asks the hardware."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
@@ -92,26 +102,26 @@ class FinetuneConfig:
     """Read the data, show what is trained, estimate memory and time; train nothing."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.micro_batch_size < 1 or self.max_length < 2:
-            raise UsageError("--batch-size and --micro-batch-size must be at least 1, --max-length at least 2")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"--steps {self.steps}: must be at least 1")
-        if self.epochs <= 0:
-            raise UsageError(f"--epochs {self.epochs}: must be above 0")
-        if min(self.log_every, self.save_every, self.keep) < 1:
-            raise UsageError("--log-every, --save-every and --keep must be at least 1")
-        if self.lora_rank and (self.lr_vision or 0) > 0:
-            raise UsageError("--lora-rank keeps everything but the LLM's adapters, projector and head frozen: leave --lr-vision out")
-        if self.lora_rank and self.stage == "pretrain":
-            raise UsageError("--lora-rank belongs to --stage instruct; pretrain trains the projector with a frozen LLM")
-        if not any(self.learning_rates().values()):
-            raise UsageError("every learning rate is 0: nothing would be trained")
+        lengths = f"--batch-size {self.batch_size} --micro-batch-size {self.micro_batch_size} --max-length {self.max_length}"
+        check(min(self.batch_size, self.micro_batch_size) >= 1 and self.max_length >= 2, lengths, "must be at least 1, 1 and 2")
+        check(self.steps is None or self.steps >= 1, f"--steps {self.steps}", "must be at least 1")
+        check(self.epochs > 0, f"--epochs {self.epochs}", "must be above 0")
+        intervals = f"--log-every {self.log_every} --save-every {self.save_every} --keep {self.keep}"
+        check(min(self.log_every, self.save_every, self.keep) >= 1, intervals, "must be at least 1")
+        given = f"--lora-rank {self.lora_rank} --stage {self.stage} --lr-vision {self.lr_vision}"
+        check(not self.lora_rank or not self.lr_vision, given, "LoRA keeps the vision encoder frozen: leave --lr-vision out")
+        check(not self.lora_rank or self.stage == "instruct", given, "LoRA belongs to --stage instruct; pretrain has a frozen LLM")
+        check(any(self.learning_rates().values()), "every learning rate is 0", "nothing would be trained")
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each part: projector, head, llm, vision; 0 is frozen (METHOD: LLaVA-1.5's recipe)."""
+        """Return the learning rate of each parameter group, 0 for a frozen one; the defaults are those of METHOD.md, section 7."""
         instruct = self.stage == "instruct"
         stage = {"projector": 2e-5 if instruct else 1e-3, "head": 2e-5 * instruct, "llm": 2e-5 * instruct, "vision": 2e-5 * instruct}
         if self.lora_rank:
             stage |= {"llm": 2e-4, "vision": 0.0}
         given = {"projector": self.lr_projector, "head": self.lr_head, "llm": self.lr_llm, "vision": self.lr_vision}
-        return {part: stage[part] if rate is None else rate for part, rate in given.items()}
+        return {group: stage[group] if rate is None else rate for group, rate in given.items()}
+
+    def lora(self) -> Lora | None:
+        """Return the settings of the adapters, None without."""
+        return Lora(self.lora_rank, self.lora_alpha or 2 * self.lora_rank, self.lora_dropout) if self.lora_rank else None

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from align.common.files import TEMPORARY, disk_full_named, put_in_place, sync_file
-from mllm.model.parts import Lora, load_trained, merged, prepare_parts
+from mllm.loop.config import Lora
+from mllm.loop.parameter_groups import load_trained, merged, set_trainable
 from mllm.model.saving import load_mllm, save_mllm
 
 
@@ -17,7 +18,7 @@ def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float
     `start` is the model folder that the run began with, `tensors` what `trained_tensors` gave, `rates` and `lora` the run's own.
     """
     model, processor = load_mllm(start)
-    prepared = prepare_parts(model, rates, lora, seed=0)
+    prepared = set_trainable(model, rates, lora, seed=0)
     load_trained(prepared, tensors, f"the run in {folder}")
     if hasattr(prepared, "merge_and_unload"):
         temporary, final = folder / f"adapter{TEMPORARY}", folder / "adapter"

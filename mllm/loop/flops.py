@@ -1,4 +1,4 @@
-"""How much a training step computes and how much memory it holds, from the model's shapes.
+"""How much a training step computes, from the model's shapes.
 
 FLOPs are the model's own (a multiplication and an addition are two): what gradient checkpointing recomputes and what padding
 wastes does not count. Legend: `L` tokens of a row, `H` width, `V` vocabulary.
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mllm.loop.parameter_groups import size, unwrapped
 from mllm.model.modeling import SailLlavaConfig, SailLlavaModel
-from mllm.model.parts import bare, part_table
 
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0, "RTX 4090": 165.0, "V100": 125.0}  # dense, 16 bit
 
@@ -37,19 +37,19 @@ def step_cost(model: nn.Module, image: float) -> StepCost:
 
     Attention counts all L^2 pairs, as is usual, though half of them are masked.
     """
-    inner = bare(model)
+    inner = unwrapped(model)
     text = inner.config.text_config
     linear = [module for module in inner.model.language_model.modules() if isinstance(module, nn.Linear)]
-    token = sum(2.0 * _entries(layer.weight) * (2 + layer.weight.requires_grad) for layer in linear)
+    token = sum(2.0 * size(layer.weight) * (2 + layer.weight.requires_grad) for layer in linear)
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     pair = 3 * 4.0 * heads * width * text.num_hidden_layers  # QK^T and AV, forward and twice backward
-    label = 2.0 * _entries(inner.lm_head.weight) * (2 + inner.lm_head.weight.requires_grad)
+    label = 2.0 * size(inner.lm_head.weight) * (2 + inner.lm_head.weight.requires_grad)
     return StepCost(token, pair, label, image)
 
 
 def image_flops(config: SailLlavaConfig, rates: Mapping[str, float]) -> float:
-    """Return the exact FLOPs of one image through tower, head and projector, counted on a model without memory.
+    """Return the exact FLOPs of one image through encoder, head and projector, counted on a model without memory.
 
     Call it before DeepSpeed's ZeRO-3 is set up, which would want to partition that model.
     """
@@ -75,40 +75,3 @@ def peak_tflops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
-
-
-def predicted_bytes(
-    model: nn.Module,
-    rates: Mapping[str, float],
-    tokens: int,
-    *,
-    bf16: bool,
-    checkpointing: bool,
-    optimizer: str,
-    zero_stage: int,
-    world: int,
-) -> dict[str, float]:
-    """Return the bytes a process needs: weights, gradients, optimizer state and activations of `tokens` in a forward pass.
-
-    Activations by Korthikanti et al. (arXiv 2205.05198) with fused attention: 34 bytes a token, layer and unit of width in 16 bit;
-    2 with checkpointing, plus one layer.
-    """
-    rows = part_table(model, rates)
-    total, trained = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    text = bare(model).config.text_config
-    layers, width = text.num_hidden_layers, text.hidden_size
-    share = 1 / world
-    size = 2 if bf16 else 4
-    weights = (total - trained) * size + trained * (2 if bf16 and zero_stage else 4)
-    state = trained * (8 if optimizer == "adamw" else 4) + (trained * 4 if bf16 and zero_stage else 0)
-    per_token = (34 * layers if not checkpointing else 2 * layers + 34) * width * (1 if bf16 else 2)
-    return {
-        "weights": weights * (share if zero_stage == 3 else 1),
-        "gradients": trained * (2 if bf16 and zero_stage else 4) * (share if zero_stage >= 2 else 1),
-        "optimizer": state * (share if zero_stage >= 1 else 1),
-        "activations": float(tokens * per_token),
-    }
-
-
-def _entries(weight: torch.Tensor) -> int:
-    return int(weight.ds_numel) if hasattr(weight, "ds_numel") else weight.numel()

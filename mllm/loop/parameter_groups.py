@@ -1,32 +1,27 @@
-"""The parts of a SailLlava that are trained at their own rates, LoRA on its LLM, and what a run has changed of a model.
+"""The parameter groups of a SailLlava, each with its own learning rate; LoRA on its LLM; what a run has changed of a model.
 
-Parts: `projector`, `head`, `llm` (language model and output layer, or its LoRA adapters), `vision`. A rate of 0 freezes a part.
+Groups: `projector`, `head`, `llm` (language model and output layer, or its LoRA adapters), `vision`. A rate of 0 freezes a group.
 """
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from align.common.errors import DamagedError, UsageError
+from mllm.loop.config import Lora
 from mllm.model.modeling import SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaProcessor
+from mllm.model.saving import load_mllm
 
-PARTS = ("projector", "head", "llm", "vision")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Adapters on every linear layer of the LLM."""
-
-    rank: int
-    alpha: int
-    dropout: float = 0.0
+GROUPS = ("projector", "head", "llm", "vision")
 
 
-def bare(model: nn.Module) -> SailLlavaForConditionalGeneration:
+def unwrapped(model: nn.Module) -> SailLlavaForConditionalGeneration:
     """Return the SailLlava inside a model that may be wrapped for LoRA."""
     found: Any = model
     if hasattr(found, "get_base_model"):
@@ -35,30 +30,30 @@ def bare(model: nn.Module) -> SailLlavaForConditionalGeneration:
     return found
 
 
-def parameters_of(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Return the named parameters of each part; names are those of `model` itself, each parameter once."""
-    inner = bare(model)
+def named_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Return the named parameters of each group; names are those of `model` itself, each parameter once."""
+    inner = unwrapped(model)
     modules = {
         "projector": [inner.model.multi_modal_projector],
         "head": [inner.model.sail_head],
         "llm": [inner.model.language_model, inner.lm_head],
         "vision": [inner.model.vision_tower],
     }
-    owner = {id(parameter): part for part, listed in modules.items() for module in listed for parameter in module.parameters()}
-    found: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
+    owner = {id(parameter): group for group, listed in modules.items() for module in listed for parameter in module.parameters()}
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         found[owner[id(parameter)]].append((name, parameter))
     return found
 
 
-def prepare_parts(model: SailLlavaForConditionalGeneration, rates: Mapping[str, float], lora: Lora | None, seed: int) -> nn.Module:
-    """Return the model (wrapped by peft if `lora`) with gradients on exactly the parts whose rate is above 0.
+def set_trainable(model: SailLlavaForConditionalGeneration, rates: Mapping[str, float], lora: Lora | None, seed: int) -> nn.Module:
+    """Return the model (wrapped by peft if `lora`) with gradients on exactly the groups whose rate is above 0.
 
     Vision parameters that no feature depends on stay frozen. With LoRA the head and projector are part of the adapter.
     """
-    for part, named in parameters_of(model).items():
+    for group, named in named_groups(model).items():
         for _, parameter in named:
-            parameter.requires_grad_(rates[part] > 0)
+            parameter.requires_grad_(rates[group] > 0)
     model.model.freeze_unread()
     if lora is None or rates["llm"] == 0:
         return model
@@ -66,7 +61,7 @@ def prepare_parts(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("model.language_model.")]
     whole = {"projector": ("multi_modal_projector", model.model.multi_modal_projector), "head": ("sail_head", model.model.sail_head)}
-    saved = [name for part, (name, module) in whole.items() if rates[part] > 0 and any(True for _ in module.parameters())]
+    saved = [name for group, (name, module) in whole.items() if rates[group] > 0 and any(True for _ in module.parameters())]
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, modules_to_save=saved or None
     )  # fmt: skip
@@ -75,28 +70,52 @@ def prepare_parts(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
         return get_peft_model(model, settings)
 
 
+def load_trainable(
+    folder: Path, rates: Mapping[str, float], lora: Lora | None, seed: int, *, bf16: bool, deepspeed: bool
+) -> tuple[nn.Module, SailLlavaProcessor]:
+    """Return (the model in `folder` as `set_trainable` makes it, its processor).
+
+    With `bf16`, frozen weights are bfloat16 and trained ones float32; under `deepspeed`, which keeps float32 masters, all are bfloat16.
+    """
+    model, processor = load_mllm(folder, dtype=torch.bfloat16 if bf16 and deepspeed else torch.float32)
+    model.config.text_config.use_cache = False  # a cache would hide the restarts of position ids from packed rows
+    trainable = set_trainable(model, rates, lora, seed)
+    if bf16 and not deepspeed:
+        for parameter in trainable.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    return trainable, processor
+
+
 def optimizer_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups, one or two a part: weight decay on matrices only. Each has the part's `name`."""
+    """Return the optimizer's groups, one or two for each of ours, which names it: weight decay on matrices only."""
     groups = []
-    for part, named in parameters_of(model).items():
+    for name, named in named_groups(model).items():
         trained = [parameter for _, parameter in named if parameter.requires_grad]
         matrices = [parameter for parameter in trained if _dimensions(parameter) > 1]
         vectors = [parameter for parameter in trained if _dimensions(parameter) <= 1]
         for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
             if parameters:
-                groups.append({"name": part, "params": parameters, "lr": rates[part], "weight_decay": decay})
+                groups.append({"name": name, "params": parameters, "lr": rates[name], "weight_decay": decay})
     if not groups:
-        raise UsageError("nothing is trained: this model has no parameters in the parts with a rate above 0 (it may have no head)")
+        raise UsageError("nothing is trained: the groups with a rate above 0 have no parameters (this model may have no head)")
     return groups
 
 
-def part_table(model: nn.Module, rates: Mapping[str, float]) -> list[tuple[str, int, int, float]]:
-    """Return, per part, (name, parameters, trained parameters, learning rate)."""
-    rows = []
-    for part, named in parameters_of(model).items():
-        trained = sum(_size(parameter) for _, parameter in named if parameter.requires_grad)
-        rows.append((part, sum(_size(parameter) for _, parameter in named), trained, rates[part] if trained else 0.0))
-    return rows
+def group_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return, per group, (parameters, trained parameters)."""
+    return {
+        group: (sum(size(each) for _, each in named), sum(size(each) for _, each in named if each.requires_grad))
+        for group, named in named_groups(model).items()
+    }
+
+
+def group_table(model: nn.Module, rates: Mapping[str, float]) -> Table:
+    """Return what is trained, at which rate, and what is frozen, as a table for the terminal."""
+    table = Table("parameters", "in all", "trained", "learning rate")
+    for group, (total, trained) in group_sizes(model).items():
+        table.add_row(group, f"{total:,}", f"{trained:,}" if trained else "frozen", f"{rates[group]:g}" if trained else "-")
+    return table
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -104,11 +123,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Where DeepSpeed keeps float32 masters of bf16 weights, the masters are returned.
     """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[name] = _whole(parameter)
-    return tensors
+    return {name: _whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], place: str) -> None:
@@ -127,23 +142,26 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], place: str) ->
 
 def merged(model: nn.Module) -> SailLlavaForConditionalGeneration:
     """Return the plain SailLlava, with LoRA adapters (if any) merged into its weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else bare(model)  # type: ignore[operator]
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else unwrapped(model)  # type: ignore[operator]
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
+    whole: Any = nullcontext()
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         import deepspeed
 
         master = deepspeed.utils.safe_get_full_fp32_param(parameter)
         if master is not None:
             return master.detach().to("cpu", torch.float32, copy=True)
-        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
-            return parameter.detach().to("cpu", torch.float32, copy=True)
-    return parameter.detach().to("cpu", torch.float32, copy=True)
+        if hasattr(parameter, "ds_id"):
+            whole = deepspeed.zero.GatheredParameters([parameter])
+    with whole:
+        return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
-def _size(parameter: nn.Parameter) -> int:
-    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()  # ZeRO-3 keeps a part here
+def size(parameter: Tensor) -> int:
+    """Return how many numbers a parameter has, over all processes: under ZeRO-3 each keeps a share."""
+    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with what stage two needs: exact order, rates by part, committed checkpoints, a guard, honest meters.
+"""Hugging Face's Trainer with what stage two needs: exact order, a rate for each parameter group, committed checkpoints, a guard.
 
 A checkpoint is Trainer's own folder, with the trained tensors in place of the whole model (DeepSpeed: its engine's files), and
 counts only once COMMIT, the hashes of all its files, is written. `B` rows of a micro-batch, `T` tokens.
@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from align.common.errors import DamagedError, NonFiniteError
 from align.common.files import atomic_json, failpoint, hash_file, read_json, sync_file, sync_folder
 from align.model.losses import any_rank
-from mllm.model.parts import load_trained, optimizer_groups, trained_tensors
+from mllm.loop.log import TrainingLog
+from mllm.loop.parameter_groups import load_trained, optimizer_groups, trained_tensors
 
 COMMIT = "COMMIT"
 TRAINED = "trained.safetensors"
@@ -38,8 +39,9 @@ class MicroBatches:
 
     def __init__(self, batches: Callable[[int], Sequence[Sequence[Item]]], steps: int, size: int, rank: int, world: int) -> None:
         self.batches, self.steps, self.size, self.rank, self.world = batches, steps, size, rank, world
-        self.per_epoch = len(batches(0))
-        self.accumulate = math.ceil(max(len(batch) for batch in batches(0)) / (size * world))
+        first = batches(0)
+        self.per_epoch = len(first)
+        self.accumulate = math.ceil(max(map(len, first)) / (size * world))
 
     def __len__(self) -> int:
         return self.steps * self.accumulate
@@ -58,7 +60,10 @@ class MicroBatches:
 
 
 class SailTrainer(Trainer):
-    """Trainer over `MicroBatches`; `rates` are the parts' learning rates, `optimizer_class(groups)` makes the optimizer."""
+    """Trainer over `MicroBatches`; `rates` are the learning rates of the parameter groups, `make_optimizer(groups)` the optimizer.
+
+    On SIGTERM it saves a checkpoint, stops after the step in hand and sets `stopped`.
+    """
 
     def __init__(
         self,
@@ -66,6 +71,9 @@ class SailTrainer(Trainer):
         micro_batches: MicroBatches,
         rates: dict[str, float],
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        log: TrainingLog,
+        log_every: int,
+        save_every: int,
         max_nonfinite: int,
         keep: int,
         train_dataset: Dataset[Any],
@@ -79,6 +87,9 @@ class SailTrainer(Trainer):
         self.nonfinite_in_a_row = 0
         self.seen: dict[str, float] = {}
         self.waited = 0.0
+        self.stopped = False
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Watch(self, log, log_every, save_every))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of this process's own micro-batches; Trainer skips finished ones on resume without reading them."""
@@ -95,7 +106,7 @@ class SailTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return the optimizer over the parts' groups."""
+        """Return the optimizer over the parameter groups."""
         if self.optimizer is None:
             chosen: Any = model if model is not None else self.model
             groups = optimizer_groups(chosen, self.rates, self.args.weight_decay)
@@ -132,7 +143,7 @@ class SailTrainer(Trainer):
         self.grad_norm = norm
         self.nonfinite_in_a_row = 0 if math.isfinite(norm) else self.nonfinite_in_a_row + 1
 
-    def finish_step(self, folder: Path) -> bool:
+    def finish_step(self) -> bool:
         """Return whether the step updated the weights; a step that did not is written down, too many in a row end the run.
 
         DeepSpeed skips such steps itself (`check_grad_overflow`) and reports the norm afterwards.
@@ -143,7 +154,7 @@ class SailTrainer(Trainer):
             self._judge(math.inf if skipped else float(norm if norm is not None else 0.0))
         if not self.nonfinite_in_a_row:
             return True
-        step = self.state.global_step
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.is_world_process_zero():
             atomic_json(folder / f"nonfinite-step-{step:08d}.json", {"step": step, "rows": _plain(self.micro_batches.items(step - 1))})
         if self.nonfinite_in_a_row >= self.max_nonfinite:
@@ -238,68 +249,26 @@ def remove_uncommitted(folder: Path) -> None:
 
 
 class Watch(TrainerCallback):
-    """Logs every step that is due, and stops cleanly on SIGTERM: a checkpoint is saved and `stopped` is set."""
+    """Judges every step, logs those that are due, and asks for checkpoints: when due, at the end, and on SIGTERM, to stop."""
 
-    def __init__(self, folder: Path, log: Callable[[dict[str, Any], dict[str, Any]], None], every: int, save_every: int) -> None:
-        self.folder, self.log, self.every, self.save_every = folder, log, every, save_every
-        self.trainer: SailTrainer | None = None
-        self.stopped = False
+    def __init__(self, trainer: SailTrainer, log: TrainingLog, every: int, save_every: int) -> None:
+        self.trainer, self.log, self.every, self.save_every = trainer, log, every, save_every
         self._signals: list[int] = []
-        self._clock = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start listening and the clock."""
         signal.signal(signal.SIGTERM, lambda number, frame: self._signals.append(number))
-        self._clock = time.monotonic()
+        self.log.start(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Judge the step, log it if due, ask for a checkpoint if due or if the run must stop."""
-        trainer = self.trainer
-        assert trainer is not None
-        updated = trainer.finish_step(self.folder)
+        updated = self.trainer.finish_step()
         if state.global_step % self.every == 0 or state.global_step == state.max_steps or not updated:
-            self._log(trainer, state, updated)
-        self.stopped = any_rank(bool(self._signals), args.device)
+            self.log.write(self.trainer, updated)
+        stopped = self.trainer.stopped = any_rank(bool(self._signals), args.device)
         final = state.global_step >= state.max_steps
-        control.should_save = self.stopped or final or state.global_step % self.save_every == 0
-        control.should_training_stop = self.stopped or final
-
-    def _log(self, trainer: SailTrainer, state: Any, updated: bool) -> None:
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        names = sorted(trainer.seen)
-        sums = torch.tensor([trainer.seen[name] for name in names], dtype=torch.float64, device=trainer.args.device)
-        sums = trainer.accelerator.reduce(sums, "sum")
-        loss = float(trainer.accelerator.reduce(trainer.step_loss.clone(), "mean"))
-        seen = dict(zip(names, sums.tolist(), strict=True))
-        optimizer: Any = trainer.optimizer
-        rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups if "name" in group}
-        row = {
-            "step": state.global_step,
-            "epoch": state.global_step / trainer.micro_batches.per_epoch,
-            "loss": loss if updated else None,
-            "grad_norm": trainer.grad_norm if updated else None,
-            **rates,
-        }
-        speed = {
-            "seconds": seconds,
-            "supervised_tokens_per_second": seen["supervised"] / seconds,
-            "tokens_per_second": seen["tokens"] / seconds,
-            "images_per_second": seen["images"] / seconds,
-            "padding": 1 - seen["tokens"] / max(seen["slots"], 1),
-            "data_wait": trainer.waited / seconds,
-            "flops_per_second": seen["flops"] / seconds,
-            "peak_memory": _peak_memory(trainer.args.device),
-        }
-        self.log(row, speed)
-        trainer.seen, trainer.waited, self._clock = {}, 0.0, time.monotonic()
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        control.should_save = stopped or final or state.global_step % self.save_every == 0
+        control.should_training_stop = stopped or final
 
 
 def _plain(items: Sequence[Item]) -> list[Any]:

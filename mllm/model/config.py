@@ -1,7 +1,8 @@
 """What mllm/chat_cli.py can be told. Every field is a flag; checked when it is made."""
 
 from dataclasses import dataclass
-from typing import Literal
+
+from align.common.hardware import Precision
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class ChatConfig:
     """0 picks the likeliest token; above 0 samples."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic; auto asks the hardware."""
     seed: int = 0
     """Seed of sampling."""

@@ -214,7 +214,7 @@ class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGenerati
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape."""
         loaded = super().from_pretrained(folder, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).model.freeze_unread()

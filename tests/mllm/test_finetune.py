@@ -16,9 +16,9 @@ from align.common.errors import NonFiniteError, UsageError
 from align.common.files import arm_failpoint
 from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import main, section
-from mllm.loop.config import FinetuneConfig
+from mllm.loop.config import FinetuneConfig, Lora
+from mllm.loop.parameter_groups import load_trained, merged, named_groups, set_trainable, trained_tensors
 from mllm.loop.trainer import committed_checkpoints, newest_committed
-from mllm.model.parts import Lora, load_trained, merged, parameters_of, prepare_parts, trained_tensors
 from mllm.model.saving import load_mllm, save_mllm
 from tests.support.tiny_mllm import tiny_model
 
@@ -191,12 +191,12 @@ def test_lora_merged_and_exported_equals_the_trained_model(world, forked, tmp_pa
 def test_trained_tensors_go_in_and_out_exactly():
     model, _ = tiny_model(seed=1)
     rates = {"projector": 1.0, "head": 1.0, "llm": 1.0, "vision": 0.0}
-    one = prepare_parts(model, rates, Lora(2, 4), seed=0)
+    one = set_trainable(model, rates, Lora(2, 4), seed=0)
     with torch.no_grad():
         for parameter in one.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
-    other = prepare_parts(tiny_model(seed=1)[0], rates, Lora(2, 4), seed=5)
+    other = set_trainable(tiny_model(seed=1)[0], rates, Lora(2, 4), seed=5)
     load_trained(other, trained_tensors(one), "here")
     inputs = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     with torch.no_grad():
@@ -204,11 +204,11 @@ def test_trained_tensors_go_in_and_out_exactly():
         assert torch.allclose(merged(other).eval()(**inputs).logits, one(**inputs).logits, atol=1e-5)
 
 
-def test_every_parameter_belongs_to_one_part():
+def test_every_parameter_belongs_to_one_group():
     for lora in (None, Lora(2, 4)):
         model, _ = tiny_model(tie=True)
-        prepared = prepare_parts(model, dict.fromkeys(("projector", "head", "llm", "vision"), 1.0), lora, seed=0)
-        named = [name for listed in parameters_of(prepared).values() for name, _ in listed]
+        prepared = set_trainable(model, dict.fromkeys(("projector", "head", "llm", "vision"), 1.0), lora, seed=0)
+        named = [name for listed in named_groups(prepared).values() for name, _ in listed]
         assert sorted(named) == sorted(name for name, _ in prepared.named_parameters()) and len(set(named)) == len(named)
 
 

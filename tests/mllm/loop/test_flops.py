@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm.model.flops import image_flops, step_cost
-from mllm.model.parts import Lora, prepare_parts
+from mllm.loop.config import Lora
+from mllm.loop.flops import image_flops, step_cost
+from mllm.loop.parameter_groups import set_trainable
 from tests.support.tiny_mllm import tiny_model
 
 
@@ -15,7 +16,7 @@ def test_a_step_costs_what_torch_counts(kind, rates, lora):
     model, _ = tiny_model(kind)
     model.set_attn_implementation("eager")
     rates = dict(zip(("projector", "head", "llm", "vision"), rates, strict=True))
-    prepared = prepare_parts(model, rates, lora, seed=0).train()
+    prepared = set_trainable(model, rates, lora, seed=0).train()
     tokens = model.config.image_tokens()
     ids = torch.cat([torch.full((1, tokens), model.config.image_token_id), torch.arange(30)[None]], dim=1)
     labels = ids.clone()

@@ -1,0 +1,77 @@
+"""One run of stage two: from the newest checkpoint, or the start model, to the exported model."""
+
+from functools import partial
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
+
+from align.common.errors import Preempted
+from align.common.files import atomic_bytes
+from align.common.recipes_yaml import to_recipe
+from align.common.runs import RunLog, add_launch
+from mllm.conversations.batches import ConversationDataset
+from mllm.loop.collate import Collate
+from mllm.loop.config import FinetuneConfig
+from mllm.loop.export import export
+from mllm.loop.flops import peak_tflops
+from mllm.loop.log import TrainingLog
+from mllm.loop.parameter_groups import trained_tensors
+from mllm.loop.settings import make_optimizer
+from mllm.loop.trainer import MicroBatches, SailTrainer, newest_committed, remove_uncommitted
+
+
+def train(
+    config: FinetuneConfig,
+    model: nn.Module,
+    dataset: ConversationDataset,
+    collate: Collate,
+    micro_batches: MicroBatches,
+    settings: TrainingArguments,
+    console: Console,
+) -> None:
+    """Go on from the newest checkpoint that verifies, train, and write model/ (with LoRA also adapter/) into the run's folder.
+
+    Raises Preempted after SIGTERM, NonFiniteError, DamagedError if no checkpoint verifies.
+    """
+    folder, steps, writing = Path(config.output), settings.max_steps, settings.process_index == 0
+    checkpoint, first, problems = newest_committed(folder)
+    for problem in problems:
+        console.print(f"passed over a checkpoint: {problem}")
+    if checkpoint is not None:
+        console.print(f"going on from {checkpoint}")
+    if writing:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_uncommitted(folder)
+        recipe = to_recipe(config, config.stage)
+        atomic_bytes(folder / "config.yaml", recipe.encode())
+        facts = {"rows": len(dataset), "data": dataset.index.fingerprint, "processes": settings.world_size}
+        precision = "bf16" if settings.bf16 else "fp32"
+        add_launch(folder, {"config": yaml.safe_load(recipe)[config.stage], **facts, "precision": precision})
+    peak = config.peak_tflops or peak_tflops(settings.device)
+    run_log = RunLog(folder, first or None, config.report_to, writing)
+    fused = settings.device.type == "cuda" and config.deepspeed is None
+    trainer = SailTrainer(
+        model=model, args=settings, data_collator=collate, train_dataset=dataset, micro_batches=micro_batches,
+        rates=config.learning_rates(), make_optimizer=partial(make_optimizer, name=config.optimizer, betas=config.betas, fused=fused),
+        log=TrainingLog(run_log, console, peak and peak * settings.world_size), log_every=config.log_every,
+        save_every=config.save_every, max_nonfinite=config.max_nonfinite, keep=config.keep,
+    )  # fmt: skip
+    if first >= steps and (folder / "model" / "config.json").is_file():
+        console.print(f"{folder}/model is complete; nothing to do")
+        return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)  # loads the weights even if there is no step left
+    run_log.close()
+    if trainer.stopped and trainer.state.global_step < steps:
+        raise Preempted(f"stopped by SIGTERM at step {trainer.state.global_step}, state saved; run the same command to go on")
+    assert trainer.model is not None
+    tensors = trained_tensors(trainer.model)
+    if config.deepspeed:
+        unset_hf_deepspeed_config()  # or the model that is exported would be partitioned again
+    if writing:
+        export(Path(config.model), tensors, config.learning_rates(), config.lora(), folder)
+    trainer.accelerator.wait_for_everyone()
+    console.print(f"done: {folder}/model")

@@ -1,0 +1,81 @@
+"""What Hugging Face's Trainer is told: its arguments, DeepSpeed's JSON and the optimizer."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from align.common.checks import check
+from align.common.hardware import Arithmetic
+from mllm.loop.config import FinetuneConfig
+
+
+def deepspeed_settings(name: str | None) -> str | None:
+    """Return the path of a DeepSpeed JSON: one that is shipped (zero2, zero3, zero3_offload) or a file of the user's."""
+    if name is None:
+        return None
+    folder = Path(str(files("mllm"))) / "zero"
+    path = folder / f"{name}.json" if (folder / f"{name}.json").is_file() else Path(name)
+    known = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
+    check(path.is_file(), f"--deepspeed {name}", f"neither a file nor one of {known}")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes at the first start, same numbers
+    return str(path)
+
+
+def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int) -> TrainingArguments:
+    """Return Trainer's arguments for `world` processes; making them starts the process group, and zero.Init if ZeRO-3 is asked for.
+
+    `max_steps` is set later where the data decides it. Trainer itself logs and saves nothing: `SailTrainer` does.
+    """
+    cpu = not torch.cuda.is_available()
+    rows = config.micro_batch_size * world
+    check(
+        config.batch_size % rows == 0,
+        f"--batch-size {config.batch_size}",
+        f"not a multiple of {config.micro_batch_size} rows x {world} process(es); change --micro-batch-size",
+    )
+    settings = TrainingArguments(
+        output_dir=config.output,
+        max_steps=config.steps or 1,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // rows,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=precision == "bf16",
+        use_cpu=cpu,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        deepspeed=deepspeed_settings(config.deepspeed),
+        dataloader_num_workers=config.workers,
+        remove_unused_columns=False,
+        seed=config.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        logging_nan_inf_filter=False,
+    )
+    if config.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if cpu else None)  # zero.Init must know the number of processes
+    return settings
+
+
+def make_optimizer(groups: list[dict[str, Any]], *, name: str, betas: tuple[float, float], fused: bool) -> torch.optim.Optimizer:
+    """Return AdamW or Lion (arXiv 2302.06675) over the groups, each of which has its own rate and weight decay."""
+    if name == "lion":
+        from lion_pytorch import Lion
+
+        return Lion(groups, lr=1e-4, betas=betas)
+    return torch.optim.AdamW(groups, lr=1e-3, betas=betas, fused=fused)
