@@ -11,30 +11,26 @@ Answers appear as they are written.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from PIL import Image
-from rich.console import Console
-from transformers import TextStreamer
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING, Any
 
 from align.common.commandline import run
-from align.common.console import plain_console
 from align.common.errors import DataError, KitError, UsageError
-from align.common.hardware import resolve_precision, use_cores
-from align.common.reject_codes import Reject
-from align.sources.gate import Limits, gate_image
-from mllm.conversations.tokens import Message
-from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.config import ChatConfig
-from mllm.model.saving import load_mllm
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.console import Console
+
+    from mllm.model.answering import ChatSession
 
 COMMANDS = "/image PATH, /new, /quit"
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str) -> "Image.Image":
     """Return the image at `path` as RGB; UsageError if there is none, DataError if the gate rejects it."""
+    from align.common.reject_codes import Reject
+    from align.sources.gate import Limits, gate_image
+
     try:
         content = Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -45,28 +41,7 @@ def read_image(path: str) -> Image.Image:
         raise DataError(f"{path} is no usable image ({reject})") from reject
 
 
-class Talk:
-    """A conversation: what was said, and the image that the first question shows."""
-
-    def __init__(self, answerer: Answerer, decoding: Decoding, image: Image.Image | None) -> None:
-        self.answerer, self.decoding, self.image = answerer, decoding, image
-        self.said: list[Message] = []
-
-    def restart(self) -> None:
-        """Forget what was said, not the image."""
-        self.said = []
-
-    def ask(self, question: str, streamer: Any = None) -> str:
-        """Return the answer to the next question; a question that fails is not kept."""
-        shown = [self.image] if self.image is not None else []
-        parts: Any = [*({"type": "image"} for _ in shown if not self.said), {"type": "text", "text": question}]
-        asked = [*self.said, {"role": "user", "content": parts}]
-        [answer] = self.answerer.generate([Conversation(asked, shown)], self.decoding, streamer)
-        self.said = [*asked, {"role": "assistant", "content": answer}] if answer else self.said  # no template takes an empty answer
-        return answer
-
-
-def questions(console: Console) -> Iterator[str]:
+def questions(console: "Console") -> Iterator[str]:
     """Yield what the user types, a line at a time, to the end of the input."""
     while True:
         try:
@@ -77,7 +52,7 @@ def questions(console: Console) -> Iterator[str]:
             yield line.strip()
 
 
-def converse(talk: Talk, console: Console, lines: Iterator[str], streamer: Any) -> None:
+def converse(session: "ChatSession", console: "Console", lines: Iterator[str], streamer: Any) -> None:
     """Answer line after line; what goes wrong with one is said, and the next is asked for."""
     for line in lines:
         command, _, rest = line.partition(" ")
@@ -85,22 +60,31 @@ def converse(talk: Talk, console: Console, lines: Iterator[str], streamer: Any) 
             if command in ("/quit", "/exit"):
                 return
             if command == "/image":
-                talk.image = read_image(rest.strip())
-                talk.restart()
+                session.image = read_image(rest.strip())
+                session.restart()
                 console.print(f"looking at {rest.strip()}")
             elif command == "/new":
-                talk.restart()
+                session.restart()
                 console.print("a new conversation")
             elif command.startswith("/"):
                 raise UsageError(f"unknown command {command}; there are {COMMANDS}")
             else:
-                talk.ask(line, streamer)
+                session.ask(line, streamer)
         except KitError as error:
             console.print(f"error: {error}")
 
 
 def main(config: ChatConfig) -> None:
     """Load the model, then answer one question or hold a conversation."""
+    import torch
+    from transformers import TextStreamer
+    from transformers.utils.logging import disable_progress_bar
+
+    from align.common.console import plain_console
+    from align.common.hardware import resolve_precision, use_cores
+    from mllm.model.answering import Answerer, ChatSession, Decoding
+    from mllm.model.saving import load_mllm
+
     disable_progress_bar()
     use_cores(1)
     torch.manual_seed(config.seed)
@@ -109,15 +93,15 @@ def main(config: ChatConfig) -> None:
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
     model, processor = load_mllm(Path(config.model), dtype=dtype, device=device)
-    talk = Talk(Answerer(model, processor), decoding, image)
+    session = ChatSession(Answerer(model, processor), decoding, image)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     if config.prompt is not None:
-        talk.ask(config.prompt, streamer)
+        session.ask(config.prompt, streamer)
         return
     console = plain_console()
     if sys.stdin.isatty():
         console.print(f"{COMMANDS}; everything else is a question")
-    converse(talk, console, questions(console), streamer)
+    converse(session, console, questions(console), streamer)
 
 
 if __name__ == "__main__":

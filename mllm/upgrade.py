@@ -11,72 +11,40 @@ The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelF
 
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING
 
 from align.common.commandline import run
-from align.common.console import plain_console
-from align.common.files import atomic_bytes
-from align.common.hardware import reuse_freed_memory, use_cores
-from align.common.recipes_yaml import to_recipe
-from align.common.runs import add_launch
 from mllm.assembly.config import UpgradeConfig
-from mllm.assembly.join import Part, assemble, load_projector
-from mllm.assembly.warmstart import fit_projector
-from mllm.conversations.table import open_conversations
-from mllm.model.modeling import SailLlavaForConditionalGeneration
-from mllm.model.processing import SailLlavaProcessor
-from mllm.model.saving import require_free_place, save_mllm
 
-PROGRESS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
-
-def report_table(parts: list[Part]) -> Table:
-    """Return what became of each part of the given model, with its number of parameters, as a table for the terminal."""
-    table = Table(title="kept, replaced and new parts", title_justify="left")
-    for heading in ("part", "state", "parameters", "weights"):
-        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
-    for part in parts:
-        table.add_row(part.name, part.state, f"{part.parameters:,}" if part.parameters else "", part.weights)
-    table.add_section()
-    table.add_row("in all", "", f"{sum(part.parameters for part in parts):,}", "")
-    return table
-
-
-def warm_start(config: UpgradeConfig, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, console: Console) -> str:
-    """Solve the projector from captioned images, say how well it fits, and return where its weights come from."""
-    with tempfile.TemporaryDirectory() as cache, Progress(*PROGRESS, console=console) as bar:
-        conversations = open_conversations(config.captions, config.image_root, Path(cache), seed=config.seed)
-        show = partial(bar.update, bar.add_task("images", total=None))
-        fit = fit_projector(
-            model, processor, conversations, config.caption_rows, config.seed, lambda done, total: show(completed=done, total=total)
-        )
-    console.print(
-        f"projector solved from {fit.images} captioned images ({fit.rejected} unusable); of {fit.held_out} held-out images "
-        f"{fit.found:.0%} are nearest to their own caption's words"
-    )
-    return f"solved from {fit.images} captions"
+    from mllm.assembly.join import Component
+    from mllm.model.modeling import SailLlavaForConditionalGeneration
+    from mllm.model.processing import SailLlavaProcessor
 
 
 def main(config: UpgradeConfig) -> None:
-    """Open the parts, join them, save the model and say what was kept."""
+    """Load the components, join them, start the projector, save the model and say what was kept."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from align.common.console import plain_console
+    from align.common.files import atomic_bytes
+    from align.common.hardware import reuse_freed_memory, use_cores
+    from align.common.recipes_yaml import to_recipe
+    from align.common.runs import add_launch
+    from mllm.assembly.join import load_projector
+    from mllm.model.saving import require_free_place, save_mllm
+
     reuse_freed_memory()
     use_cores(1)
     disable_progress_bar()  # of transformers, for every file it reads and writes
     console = plain_console()
     folder = Path(config.output)
     require_free_place(folder)
-    model, processor, parts = assemble(
-        llm=config.llm, llava=config.llava, sail=config.sail, vision=config.vision, sail_head=config.sail_head, head=config.head,
-        expansion=config.expansion, width=config.width, layer=config.layer, image_aspect_ratio=config.image_aspect_ratio,
-        image_size=config.image_size, grid=config.grid, template=config.template, gguf_file=config.gguf_file,
-        revision=config.revision, seed=config.seed,
-    )  # fmt: skip
+    model, processor, report = assembled(config)
     weights = ""
     if config.projector:
         load_projector(model, Path(config.projector))
@@ -84,16 +52,66 @@ def main(config: UpgradeConfig) -> None:
     elif config.captions:
         weights = warm_start(config, model, processor, console)
     if weights:
-        parts = [replace(part, weights=weights) if part.name == "projector" else part for part in parts]
+        report = [replace(line, weights=weights) if line.name == "projector" else line for line in report]
     save_mllm(model, processor, folder)
     atomic_bytes(folder / "config.yaml", to_recipe(config, "upgrade").encode())
-    add_launch(folder, {"parts": [vars(part) for part in parts]})
-    console.print(report_table(parts))
+    add_launch(folder, {"parts": [vars(line) for line in report]})
+    console.print(report_table(report))
     height, width = model.config.sail_image_size or (0, 0)
     console.print(
         f"{folder}: images of {height} x {width} pixels ({config.image_aspect_ratio}) become {model.config.image_tokens()} visual tokens; "
         f"train it with mllm/finetune.py --model {folder}"
     )
+
+
+def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor, list[Component]]":
+    """Return (model, processor, report): an LLM, or what a LLaVA has of one, with the encoder and head asked for."""
+    from mllm.assembly.join import assemble
+    from mllm.assembly.language import load_llava, load_llm
+    from mllm.assembly.vision import load_aligned_encoder
+
+    if config.llm is not None:
+        language = load_llm(config.llm, config.gguf_file, config.revision)
+    else:
+        language = load_llava(str(config.llava), config.revision)
+    vision = load_aligned_encoder(
+        sail=config.sail, vision=config.vision, sail_head=config.sail_head, head=config.head, expansion=config.expansion,
+        width=config.width, layer=config.layer, image_size=config.image_size, seed=config.seed,
+    )  # fmt: skip
+    aspect = config.image_aspect_ratio
+    return assemble(language, vision, image_aspect_ratio=aspect, grid=config.grid, template=config.template, seed=config.seed)
+
+
+def warm_start(
+    config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", processor: "SailLlavaProcessor", console: "Console"
+) -> str:
+    """Solve the projector from captioned images, say how well it fits, and return where its weights come from."""
+    from align.common.console import Progress
+    from mllm.assembly.warmstart import fit_projector
+    from mllm.conversations.table import open_conversations
+
+    with tempfile.TemporaryDirectory() as cache:
+        conversations = open_conversations(config.captions, config.image_root, Path(cache), seed=config.seed)
+        fit = fit_projector(model, processor, conversations, config.caption_rows, config.seed, Progress(console, "images"))
+    console.print(
+        f"projector solved from {fit.images} captioned images ({fit.rejected} unusable); of {fit.held_out} held-out images "
+        f"{fit.found:.0%} are nearest to their own caption's words"
+    )
+    return f"solved from {fit.images} captions"
+
+
+def report_table(report: "list[Component]") -> "Table":
+    """Return what became of each component of the given model, with its number of parameters, as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table(title="kept, replaced and new components", title_justify="left")
+    for heading in ("component", "state", "parameters", "weights"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+    for line in report:
+        table.add_row(line.name, line.state, f"{line.parameters:,}" if line.parameters else "", line.weights)
+    table.add_section()
+    table.add_row("in all", "", f"{sum(line.parameters for line in report):,}", "")
+    return table
 
 
 if __name__ == "__main__":

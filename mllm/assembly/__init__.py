@@ -1,4 +1,4 @@
-"""Parts to one untrained model: a language model, an aligned encoder, a projector, a warm start.
+"""Components to one untrained model: a language model, an aligned encoder, a projector, a warm start.
 
 Nothing is optimized by gradient here.
 """

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from align.common.errors import DamagedError, UsageError
-from mllm.assembly.language import Language, open_llava, open_llm, prepare_tokenizer
-from mllm.assembly.vision import Eyes, SailHead, image_processor_of, open_eyes
+from mllm.assembly.language import Language, prepare_tokenizer
+from mllm.assembly.vision import AlignedEncoder, image_processor_of
 from mllm.conversations.tokens import Chat
 from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration, SailProjector
 from mllm.model.processing import SailLlavaProcessor
 
 
 @dataclass(frozen=True)
-class Part:
-    """One line of the report: what became of a part of the given LLM or LLaVA, and where its weights are from."""
+class Component:
+    """One line of the report: what became of a component of the given LLM or LLaVA, and where its weights are from."""
 
     name: str
     state: Literal["kept", "replaced", "new"]
@@ -32,44 +32,28 @@ class Part:
 
 
 def assemble(
+    language: Language,
+    vision: AlignedEncoder,
     *,
-    llm: str | None = None,
-    llava: str | None = None,
-    sail: str | None = None,
-    vision: str | None = None,
-    sail_head: SailHead = "trained",
-    head: str = "glu",
-    expansion: int | None = None,
-    width: int = 1024,
-    layer: int = -1,
     image_aspect_ratio: Literal["pad", "resize"] = "pad",
-    image_size: int | None = None,
     grid: tuple[int, int] | None = None,
     template: str = "auto",
-    gguf_file: str | None = None,
-    revision: str | None = None,
     seed: int = 0,
-) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor, list[Part]]:
+) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor, list[Component]]:
     """Return (model in eval mode, processor, report): the LLM's weights bit for bit, in the types they were stored in.
 
-    Arguments are the fields of UpgradeConfig. Raises UsageError (unknown names, parts that do not fit together),
-    FingerprintError if the encoder is not the one that the head was trained on, OfflineError, DamagedError.
+    `grid` (rows, columns) averages the patches; `template` is a field of UpgradeConfig; `seed` draws the projector. The given
+    modules go into the model, not copies. UsageError for a grid that does not fit, or an LLM that LLaVA's class cannot hold.
     """
-    if llm is not None:
-        language = open_llm(llm, gguf_file, revision)
-    else:
-        assert llava is not None
-        language = open_llava(llava, revision)
-    eyes = open_eyes(sail, vision, sail_head, head, expansion, width, layer, image_size, seed)
-    rows, columns = eyes.encoder.patch_grid
+    rows, columns = vision.encoder.patch_grid
     if grid is not None and not (1 <= grid[0] <= rows and 1 <= grid[1] <= columns):
         raise UsageError(f"grid {grid[0]} x {grid[1]} does not fit: the encoder has {rows} x {columns} patches, which can only be averaged")
-    eyes.fields["sail_grid"] = list(grid) if grid is not None else None
+    vision.fields["sail_grid"] = list(grid) if grid is not None else None
     text, template_name = prepare_tokenizer(language, template)
     ids = torch.arange(1, 9)[None] % language.lm_head.weight.shape[0]
     with torch.no_grad():
         expected = language.whole.eval()(input_ids=ids).logits
-    model = join(language, eyes, seed)
+    model = join(language, vision, seed)
     with torch.no_grad():
         found = model(input_ids=ids).logits
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
@@ -77,9 +61,7 @@ def assemble(
             f"{language.source} ({language.whole.config.model_type}) does more between its last layer and its logits than a linear map "
             "(soft-capping, scaling), which LLaVA's class does not know; use another LLM"
         )
-    chat = Chat(language.tokenizer, text, language.image_token, model.config.image_tokens())
-    _set_generation(model, language, chat.stop_ids)
-    images = image_processor_of(eyes.encoder.transform, eyes.fields["sail_image_size"], image_aspect_ratio)
+    images = image_processor_of(vision.encoder.transform, vision.fields["sail_image_size"], image_aspect_ratio)
     processor = SailLlavaProcessor(
         images,
         language.tokenizer,
@@ -87,18 +69,20 @@ def assemble(
         image_token=language.image_token,
         image_seq_length=model.config.image_tokens(),
     )
-    return model, processor, _report(model, language, eyes, template_name, _stops(chat), seed)
+    chat = Chat.of_processor(processor)
+    _set_generation(model, language, chat.stop_ids)
+    return model, processor, _report(model, language, vision, template_name, _stops(chat), seed)
 
 
-def join(language: Language, eyes: Eyes, seed: int) -> SailLlavaForConditionalGeneration:
+def join(language: Language, vision: AlignedEncoder, seed: int) -> SailLlavaForConditionalGeneration:
     """Return the model made of the given modules, not copies, and of a projector drawn from `seed`; in eval mode."""
-    text_config, vision = language.base.config, eyes.encoder.backbone.model
+    text_config, backbone = language.base.config, vision.encoder.backbone.model
     text_config.tie_word_embeddings = language.tied
-    vision_config: Any = vision.config
+    vision_config: Any = backbone.config
     text_config.name_or_path = vision_config.name_or_path = ""  # folders of this machine
-    if vision_config.model_type == "timm_wrapper" and hasattr(vision.timm_model, "set_input_size"):
+    if vision_config.model_type == "timm_wrapper" and hasattr(backbone.timm_model, "set_input_size"):
         # its position embeddings have the size that was set, which the config has to repeat
-        vision_config.model_args = {**(vision_config.model_args or {}), "img_size": eyes.fields["sail_image_size"]}
+        vision_config.model_args = {**(vision_config.model_args or {}), "img_size": vision.fields["sail_image_size"]}
     config = SailLlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -107,7 +91,7 @@ def join(language: Language, eyes: Eyes, seed: int) -> SailLlavaForConditionalGe
         vision_feature_layer=-1,
         tie_word_embeddings=language.tied,
         dtype=language.lm_head.weight.dtype,
-        **eyes.fields,
+        **vision.fields,
     )
     with torch.device("meta"):
         model = SailLlavaForConditionalGeneration(config)
@@ -115,11 +99,11 @@ def join(language: Language, eyes: Eyes, seed: int) -> SailLlavaForConditionalGe
     # beside what no feature depends on: what the encoder's own class keeps fixed, such as MAE's position embeddings
     config.sail_unread = [name for name, parameter in inner.vision_tower.named_parameters() if not parameter.requires_grad]
     described = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    inner.vision_tower, inner.sail_head, inner.language_model = vision, eyes.head, language.base
-    inner.multi_modal_projector = _projector(eyes.width, text_config.hidden_size, seed)
+    inner.vision_tower, inner.sail_head, inner.language_model = backbone, vision.head, language.base
+    inner.multi_modal_projector = _projector(vision.width, text_config.hidden_size, seed)
     model.lm_head = language.lm_head
     if {name: tensor.shape for name, tensor in model.state_dict().items()} != described:
-        raise UsageError(f"{eyes.source} or {language.source} has other weights than its config describes; use a complete checkpoint")
+        raise UsageError(f"{vision.source} or {language.source} has other weights than its config describes; use a complete checkpoint")
     model.requires_grad_(True)
     inner.freeze_unread()
     return model.eval()
@@ -176,22 +160,22 @@ def _stops(chat: Chat) -> bool:
     return [label for label in labels if label >= 0][-1] in chat.stop_ids
 
 
-def _report(model: Any, language: Language, eyes: Eyes, template: str, stops: bool, seed: int) -> list[Part]:
+def _report(model: Any, language: Language, vision: AlignedEncoder, template: str, stops: bool, seed: int) -> list[Component]:
     inner, config = model.model, model.config
     swapped: Literal["replaced", "new"] = "replaced" if language.is_llava else "new"
     added = language.new_rows * config.text_config.hidden_size * (1 if language.tied else 2)
     output = 0 if language.tied else language.lm_head.weight.numel()
-    parts = [Part("language model", "kept", _count(inner.language_model) + output - added, language.source)]
+    report = [Component("language model", "kept", _count(inner.language_model) + output - added, language.source)]
     if added:
-        parts.append(Part("embedding rows", "new", added, f"mean of the others, for {', '.join(language.added)}"))
-    parts.append(Part("vision tower", swapped, _count(inner.vision_tower), f"{eyes.source}, layer {config.sail_layer}"))
+        report.append(Component("embedding rows", "new", added, f"mean of the others, for {', '.join(language.added)}"))
+    report.append(Component("vision tower", swapped, _count(inner.vision_tower), f"{vision.source}, layer {config.sail_layer}"))
     if config.sail_head != "none":
-        parts.append(Part("alignment head", "new", _count(inner.sail_head), eyes.head_weights))
-    parts.append(Part("projector", swapped, _count(inner.multi_modal_projector), f"random, seed {seed}"))
+        report.append(Component("alignment head", "new", _count(inner.sail_head), vision.head_weights))
+    report.append(Component("projector", swapped, _count(inner.multi_modal_projector), f"random, seed {seed}"))
     state: Literal["kept", "replaced", "new"] = "kept" if template == "own" else "replaced" if language.template else "new"
     note = "" if stops else "; a model trained with it does not learn to end answers"
-    parts.append(Part("chat template", state, 0, ("its own" if state == "kept" else template) + note))
-    return parts
+    report.append(Component("chat template", state, 0, ("its own" if state == "kept" else template) + note))
+    return report
 
 
 def _count(module: nn.Module) -> int:

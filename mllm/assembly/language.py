@@ -68,7 +68,7 @@ class Language:
         return self.lm_head.weight is self.base.get_input_embeddings().weight
 
 
-def open_llm(name: str, gguf_file: str | None = None, revision: str | None = None) -> Language:
+def load_llm(name: str, gguf_file: str | None = None, revision: str | None = None) -> Language:
     """Return the causal LLM `name` with its tokenizer; GGUF weights are unpacked to float32. No remote code."""
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if gguf_file is None:
@@ -97,7 +97,7 @@ def open_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
     return Language(whole, base, lm_head, tokenizer, _default(tokenizer.chat_template), recorded_id(name))
 
 
-def open_llava(name: str, revision: str | None = None) -> Language:
+def load_llava(name: str, revision: str | None = None) -> Language:
     """Return the text half of a Hugging Face LLaVA checkpoint (LlavaForConditionalGeneration), with its processor's template."""
     source = resolve_encoder(name, revision, trust_remote_code=False)
     options: dict[str, Any] = {"revision": revision} if revision else {}

@@ -1,4 +1,4 @@
-"""The image half of a model to be made: a vision encoder, the head that stage one trained for it, and its image processor.
+"""The image half of a model to be made: a vision encoder, the alignment head that stage one trained for it, its image processor.
 
 Legend: `F` width given to the head, `E` head width.
 """
@@ -22,38 +22,46 @@ SailHead = Literal["trained", "random", "none"]
 
 
 @dataclass
-class Eyes:
-    """The image half: an encoder with its head (an Identity without one), and the fields of the config that describe them."""
+class AlignedEncoder:
+    """A vision encoder with its alignment head (an Identity without one), and the fields of SailLlavaConfig that describe them."""
 
     encoder: VisionEncoder
     head: nn.Module
-    head_weights: str
-    source: str
+    head_weights: str  # where they are from
     fields: dict[str, Any]
 
     @property
+    def source(self) -> str:
+        """The encoder's id."""
+        return str(self.encoder.fingerprint["encoder"])
+
+    @property
     def width(self) -> int:
-        """Width of what the projector is given."""
+        """Width of what the projector is given: E, or F without a head."""
         return int(self.fields["sail_feature_width"] if self.fields["sail_head"] == "none" else self.fields["sail_width"])
 
 
-def open_eyes(
-    sail: str | None,
-    vision: str | None,
-    sail_head: SailHead,
-    head: str,
-    expansion: int | None,
-    width: int,
-    layer: int,
-    image_size: int | None,
-    seed: int,
-) -> Eyes:
-    """Return the encoder of a stage-one run with its head, the same with random weights, or an encoder with a random or no head."""
-    dropout = None
+def load_aligned_encoder(
+    *,
+    sail: str | None = None,
+    vision: str | None = None,
+    sail_head: SailHead = "trained",
+    head: str = "glu",
+    expansion: int | None = None,
+    width: int = 1024,
+    layer: int = -1,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> AlignedEncoder:
+    """Return the encoder of the stage-one run `sail` with its head, a random or no head, or the encoder `vision` with one of the latter.
+
+    `head`, `expansion`, `width` and `layer` describe what a run would: they count with `vision` only. Raises UsageError (unknown
+    names, token heads), FingerprintError if the encoder is not the one that the head was trained on, OfflineError, DamagedError.
+    """
+    dropout, trained = None, None
     if sail is not None:
-        folder = model_folder(Path(sail).expanduser())
-        stage_one = SailModel.from_pretrained(folder)
-        settings = stage_one.config
+        stage_one = SailModel.from_pretrained(model_folder(Path(sail).expanduser()))
+        settings, trained = stage_one.config, stage_one.vision_head
         if settings.head == "token":
             raise UsageError(
                 f"{sail} has token heads, which make one vector of an image; an MLLM needs one that maps each patch (glu, mlp)"
@@ -69,29 +77,30 @@ def open_eyes(
         encoder = load_vision_encoder(vision, layer=layer, image_size=image_size)
     module, weights = nn.Module(), ""
     if sail_head == "trained":
-        module, weights = stage_one.vision_head, f"trained in {sail}"
+        assert trained is not None
+        module, weights = trained, f"trained in {sail}"
     elif sail_head == "random":
         module, weights = build_head(head, encoder.feature_width, width, expansion=expansion, dropout=dropout), f"random, seed {seed}"  # type: ignore[arg-type]
         initialize(module, torch.Generator().manual_seed(seed))
     else:
         module = nn.Identity()
-    _, height, across = encoder.transform(Image.new("RGB", (64, 64))).shape
-    both = encoder.feature == "cls_mean"
+    _, rows, columns = encoder.transform(Image.new("RGB", (64, 64))).shape
+    with_cls = encoder.feature == "cls_mean"
     fields = {
         "sail_head": sail_head,
         "sail_head_kind": head,
         "sail_head_expansion": expansion,
         "sail_head_dropout": dropout,
         "sail_width": width,
-        "sail_feature": "cls_patch" if both else "patch",
-        "sail_feature_width": encoder.width * (2 if both else 1),
+        "sail_feature": "cls_patch" if with_cls else "patch",
+        "sail_feature_width": encoder.width * (2 if with_cls else 1),
         "sail_layer": encoder.layer,
-        "sail_image_size": [height, across],
+        "sail_image_size": [rows, columns],
         "sail_patch_grid": list(encoder.patch_grid),
-        "sail_unread": unread_parameters(encoder, (height, across)),
+        "sail_unread": unread_parameters(encoder, (rows, columns)),
         "sail_fingerprint": encoder.fingerprint,
     }
-    return Eyes(encoder, module, weights, str(encoder.fingerprint["encoder"]), fields)
+    return AlignedEncoder(encoder, module, weights, fields)
 
 
 @torch.enable_grad()

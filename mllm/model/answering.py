@@ -156,3 +156,24 @@ class Answerer:
         text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         cuts = [place for stop in stops if (place := text.find(stop)) >= 0]
         return text[: min(cuts, default=len(text))].strip()
+
+
+class ChatSession:
+    """A conversation that goes on: what was said, and the image that the first question shows."""
+
+    def __init__(self, answerer: Answerer, decoding: Decoding, image: Image.Image | None) -> None:
+        self.answerer, self.decoding, self.image = answerer, decoding, image
+        self.said: list[Message] = []
+
+    def restart(self) -> None:
+        """Forget what was said, not the image."""
+        self.said = []
+
+    def ask(self, question: str, streamer: Any = None) -> str:
+        """Return the answer to the next question; a question that fails is not kept."""
+        shown = [self.image] if self.image is not None else []
+        parts: Any = [*({"type": "image"} for _ in shown if not self.said), {"type": "text", "text": question}]
+        asked = [*self.said, {"role": "user", "content": parts}]
+        [answer] = self.answerer.generate([Conversation(asked, shown)], self.decoding, streamer)
+        self.said = [*asked, {"role": "assistant", "content": answer}] if answer else self.said  # no template takes an empty answer
+        return answer

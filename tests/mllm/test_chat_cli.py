@@ -11,9 +11,9 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from align.common.errors import DataError, UsageError
-from mllm.chat_cli import Talk, converse, main, questions, read_image
+from mllm.chat_cli import converse, main, questions, read_image
 from mllm.conversations.templates import resolve_template
-from mllm.model.answering import Answerer, Conversation, Decoding
+from mllm.model.answering import Answerer, ChatSession, Conversation, Decoding
 from mllm.model.config import ChatConfig
 from mllm.model.saving import load_mllm, save_mllm
 from tests.support.tiny_mllm import tiny_model
@@ -38,14 +38,14 @@ def answerer(folder):
     return Answerer(*load_mllm(folder / "model"))
 
 
-def talk_about(answerer, image=None):
-    return Talk(answerer, Decoding(6), image)
+def session_about(answerer, image=None):
+    return ChatSession(answerer, Decoding(6), image)
 
 
 def test_one_question_streams_its_answer(folder, capsys, answerer):
     main(ChatConfig(str(folder / "model"), image=str(folder / "red.png"), prompt="what is red?", max_new_tokens=6, device="cpu"))
     streamed = capsys.readouterr().out
-    expected = talk_about(answerer, read_image(str(folder / "red.png"))).ask("what is red?")
+    expected = session_about(answerer, read_image(str(folder / "red.png"))).ask("what is red?")
     assert streamed.strip() == expected and expected
     assert "USER" not in streamed and "</s>" not in streamed
 
@@ -58,29 +58,29 @@ def test_the_answer_is_printed_piece_by_piece(folder, answerer):
             self.seen.append(text)
 
     streamer = Pieces(answerer.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer = Talk(answerer, Decoding(20), None).ask("how many words are there?", streamer)
+    answer = ChatSession(answerer, Decoding(20), None).ask("how many words are there?", streamer)
     assert len(streamer.seen) > 2 and "".join(streamer.seen).strip() == answer
 
 
 def test_later_questions_remember_the_conversation_and_the_image(folder, answerer):
     red = read_image(str(folder / "red.png"))
-    talk = talk_about(answerer, red)
-    first = talk.ask("what is it?")
-    second = talk.ask("and left of it?")
-    assert [message["role"] for message in talk.said] == ["user", "assistant"] * 2
-    assert [part["type"] for part in talk.said[0]["content"]] == ["image", "text"]
-    assert [part["type"] for part in talk.said[2]["content"]] == ["text"]
-    alone = talk_about(answerer, red)
+    session = session_about(answerer, red)
+    first = session.ask("what is it?")
+    second = session.ask("and left of it?")
+    assert [message["role"] for message in session.said] == ["user", "assistant"] * 2
+    assert [part["type"] for part in session.said[0]["content"]] == ["image", "text"]
+    assert [part["type"] for part in session.said[2]["content"]] == ["text"]
+    alone = session_about(answerer, red)
     assert alone.ask("what is it?") == first and alone.ask("and left of it?") == second
-    blue = Conversation(talk.said[:1], [read_image(str(folder / "blue.png"))])
-    [seen, other] = answerer.score([Conversation(talk.said[:1], [red]), blue], [first, first])
+    blue = Conversation(session.said[:1], [read_image(str(folder / "blue.png"))])
+    [seen, other] = answerer.score([Conversation(session.said[:1], [red]), blue], [first, first])
     assert seen != other, "another image, other chances"
-    assert talk_about(answerer, red).ask("and left of it?") != second, "what was said before counts"
+    assert session_about(answerer, red).ask("and left of it?") != second, "what was said before counts"
 
 
 def test_commands(folder, answerer):
     console = Console(record=True, width=200, file=io.StringIO())
-    talk = talk_about(answerer, read_image(str(folder / "red.png")))
+    session = session_about(answerer, read_image(str(folder / "red.png")))
     lines = [
         "what?",
         f"/image {folder}/blue.png",
@@ -93,10 +93,10 @@ def test_commands(folder, answerer):
         "never",
     ]
     heard = []
-    talk.ask = lambda line, streamer: heard.append((line, talk.image.getpixel((5, 5)))) or talk.said.append(line)
-    converse(talk, console, iter(lines), None)
+    session.ask = lambda line, streamer: heard.append((line, session.image.getpixel((5, 5)))) or session.said.append(line)
+    converse(session, console, iter(lines), None)
     shown = console.export_text()
-    assert heard == [("what?", (255, 0, 0)), ("what?", (0, 0, 255))] and talk.said == []
+    assert heard == [("what?", (255, 0, 0)), ("what?", (0, 0, 255))] and session.said == []
     assert "looking at" in shown and "a new conversation" in shown
     assert "error: cannot read the image gone.png (No such file or directory)" in shown
     assert "is no usable image (image_format" in shown and "unknown command /help; there are /image PATH, /new, /quit" in shown
@@ -104,16 +104,16 @@ def test_commands(folder, answerer):
 
 def test_an_error_ends_one_question_not_the_conversation(folder, answerer):
     console = Console(record=True, width=400, file=io.StringIO())
-    talk = talk_about(answerer)
-    converse(talk, console, iter(["a dog " * 300, "how many?"]), None)
+    session = session_about(answerer)
+    converse(session, console, iter(["a dog " * 300, "how many?"]), None)
     assert "tokens, the model reads 512" in console.export_text()
-    assert len(talk.said) == 2 and talk.said[0]["content"][0]["text"] == "how many?"
+    assert len(session.said) == 2 and session.said[0]["content"][0]["text"] == "how many?"
 
 
 def test_special_tokens_in_questions_are_text(answerer):
-    talk = talk_about(answerer)
-    talk.ask("what does <image> mean, and </s>?")
-    ids = answerer.chat.prompt_ids(talk.said[:1])
+    session = session_about(answerer)
+    session.ask("what does <image> mean, and </s>?")
+    ids = answerer.chat.prompt_ids(session.said[:1])
     assert answerer.chat.tokenizer.convert_tokens_to_ids("<image>") not in ids
 
 

@@ -21,7 +21,7 @@ from align.common.errors import DamagedError, FingerprintError, UsageError
 from align.model.dual_encoder import SailModel
 from mllm import upgrade
 from mllm.assembly.config import UpgradeConfig
-from mllm.assembly.join import assemble, load_projector
+from mllm.assembly.join import load_projector
 from mllm.conversations.tokens import Chat
 from mllm.model.saving import load_mllm, save_mllm
 from tests.support.tiny_encoders import TIMM_CASES, VIT, save_timm, shake
@@ -74,8 +74,13 @@ def llava(parts):
     return parts / "llava"
 
 
+def assemble(**fields):
+    """Return (model, processor, report): what mllm/upgrade.py makes with these flags."""
+    return upgrade.assembled(UpgradeConfig(**fields))
+
+
 def state_of(report):
-    return {part.name: part.state for part in report}
+    return {line.name: line.state for line in report}
 
 
 @torch.no_grad()
@@ -96,8 +101,8 @@ def test_an_llm_is_kept_bit_for_bit_and_gets_one_row(parts):
         "language model": "kept", "embedding rows": "new", "vision tower": "new", "alignment head": "new", "projector": "new",
         "chat template": "new",
     }  # fmt: skip
-    assert sum(part.parameters for part in report) == sum(p.numel() for p in model.parameters())
-    assert next(part for part in report if part.name == "language model").parameters == sum(p.numel() for p in stock.parameters())
+    assert sum(line.parameters for line in report) == sum(p.numel() for p in model.parameters())
+    assert next(line for line in report if line.name == "language model").parameters == sum(p.numel() for p in stock.parameters())
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index == 400
     assert processor.tokenizer("<image>", add_special_tokens=False)["input_ids"] == [400]
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"model.vision_tower.embeddings.mask_token"}

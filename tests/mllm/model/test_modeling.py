@@ -12,7 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from align.common.errors import UsageError
 from align.model.dual_encoder import SailModel
-from mllm.assembly.vision import image_processor_of, open_eyes
+from mllm.assembly.vision import image_processor_of, load_aligned_encoder
 from mllm.model.modeling import SailLlavaConfig, SailLlavaModel
 from mllm.model.processing import SailLlavaImageProcessor
 from tests.support.tiny_mllm import SIZE, tiny_model, tiny_sail, tiny_vision
@@ -49,13 +49,13 @@ def assert_same(found, expected, tolerance=1e-6):
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def built(eyes):
+def built(aligned):
     """Return the image half as a SailLlavaModel holding the given encoder and head."""
     text, _ = tiny_model()
-    config = SailLlavaConfig(vision_config=eyes.encoder.backbone.model.config, text_config=text.config.text_config, **eyes.fields)
+    config = SailLlavaConfig(vision_config=aligned.encoder.backbone.model.config, text_config=text.config.text_config, **aligned.fields)
     model = SailLlavaModel(config)
-    model.vision_tower.load_state_dict(eyes.encoder.backbone.model.state_dict())
-    model.sail_head.load_state_dict(eyes.head.state_dict())
+    model.vision_tower.load_state_dict(aligned.encoder.backbone.model.state_dict())
+    model.sail_head.load_state_dict(aligned.head.state_dict())
     return model.eval()
 
 
@@ -64,8 +64,8 @@ def built(eyes):
 def test_patch_features_are_those_of_stage_one(tmp_path, case):
     kind, loader = CASES[case]
     folder = tiny_sail(tmp_path / "sail", tiny_vision(tmp_path / "vision", kind), **loader)
-    eyes = open_eyes(str(folder), None, "trained", "glu", None, 1, -1, None, 0)
-    model, stage_one = built(eyes), SailModel.from_pretrained(folder)
+    aligned = load_aligned_encoder(sail=str(folder))
+    model, stage_one = built(aligned), SailModel.from_pretrained(folder)
     pixels = torch.randn(2, 3, SIZE, SIZE)
     ours = model.get_patch_features(pixels)
     encoder = stage_one.vision_encoder
@@ -105,17 +105,17 @@ def test_token_heads_are_refused_by_name(tmp_path, monkeypatch):
     stage_one.config.head = "token"
     monkeypatch.setattr(SailModel, "from_pretrained", lambda folder: stage_one)
     with pytest.raises(UsageError, match="has token heads, which make one vector of an image"):
-        open_eyes(str(folder), None, "trained", "glu", None, 1, -1, None, 0)
+        load_aligned_encoder(sail=str(folder))
 
 
 @torch.no_grad()
 def test_without_a_head_the_projector_gets_the_features_themselves(tmp_path):
     vision = tiny_vision(tmp_path / "vision", "dinov2_with_registers")
-    eyes = open_eyes(None, str(vision), "none", "glu", None, 1024, -1, None, 0)
-    model = built(eyes)
+    aligned = load_aligned_encoder(vision=str(vision), sail_head="none")
+    model = built(aligned)
     pixels = torch.randn(2, 3, SIZE, SIZE)
-    torch.testing.assert_close(model.get_patch_features(pixels), eyes.encoder.dense(pixels))
-    assert model.multi_modal_projector.linear_1.in_features == eyes.width == 64 and not list(model.sail_head.parameters())
+    torch.testing.assert_close(model.get_patch_features(pixels), aligned.encoder.dense(pixels))
+    assert model.multi_modal_projector.linear_1.in_features == aligned.width == 64 and not list(model.sail_head.parameters())
 
 
 @torch.no_grad()
@@ -132,8 +132,8 @@ def test_a_grid_averages_the_heads_output():
 @torch.no_grad()
 def test_another_image_size_interpolates_positions_and_a_wrong_one_is_refused(tmp_path):
     vision = tiny_vision(tmp_path / "vision", "dinov2")
-    eyes = open_eyes(None, str(vision), "random", "linear", None, 8, -1, 70, 0)
-    model = built(eyes)
+    aligned = load_aligned_encoder(vision=str(vision), sail_head="random", head="linear", width=8, image_size=70)
+    model = built(aligned)
     assert model.config.sail_image_size == [70, 70] and model.config.sail_patch_grid == [5, 5]
     pixels = torch.randn(1, 3, 70, 70)
     stock = Dinov2Model.from_pretrained(vision).eval()(pixels).last_hidden_state
@@ -333,9 +333,9 @@ def test_every_kind_of_image_becomes_upright_rgb(photo):
 @pytest.mark.parametrize("kind", ["dinov2", "timm_cnn"])
 def test_mean_filter_and_size_are_the_encoders_own(tmp_path, kind):
     """On a square image that is already as large as the encoder's input, resizing does nothing and both must agree."""
-    eyes = open_eyes(None, str(tiny_vision(tmp_path / "vision", kind)), "none", "glu", None, 1, -1, None, 0)
-    ours = image_processor_of(eyes.encoder.transform, eyes.fields["sail_image_size"], "resize")
-    own = eyes.encoder.transform.processor
+    aligned = load_aligned_encoder(vision=str(tiny_vision(tmp_path / "vision", kind)), sail_head="none")
+    ours = image_processor_of(aligned.encoder.transform, aligned.fields["sail_image_size"], "resize")
+    own = aligned.encoder.transform.processor
     assert ours.resample == 3 and (ours.image_mean == [0.5] * 3) == (kind == "timm_cnn")
     assert ours.size == {"height": SIZE, "width": SIZE}
     values = torch.arange(256).repeat(3, 1)
