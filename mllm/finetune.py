@@ -14,7 +14,7 @@ it saves a checkpoint and exits with code 75.
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from align.common.commandline import run
 from align.common.errors import UsageError
@@ -22,7 +22,10 @@ from align.common.recipes_yaml import load_yaml, refuse_other_config
 from mllm.loop.config import FinetuneConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mllm.conversations.batches import ConversationDataset
+    from mllm.model.processing import SailLlavaProcessor
 
 STAGES = ("pretrain", "instruct")
 FREE_ON_RESUME = {
@@ -63,7 +66,7 @@ def main(config: FinetuneConfig) -> None:
     refuse_other_config(config, Path(config.output), config.stage, FREE_ON_RESUME)
     model, processor = load_trainable(start, rates, config.lora(), config.seed, bf16=settings.bf16, deepspeed=bool(config.deepspeed))
     with settings.main_process_first(desc="index of the data"):
-        dataset = read_data(config, processor)
+        dataset = read_data(config, processor, console)
     plan = EpochPlan(dataset.index, config.batch_size, packing=config.packing, seed=config.seed)
     steps = settings.max_steps = config.steps or max(1, round(config.epochs * len(plan.batches(0))))
     micro_batches = MicroBatches(plan.batches, steps, config.micro_batch_size, rank, world)
@@ -78,8 +81,9 @@ def main(config: FinetuneConfig) -> None:
         train(config, model, dataset, collate, micro_batches, settings, console)
 
 
-def read_data(config: FinetuneConfig, processor: Any) -> "ConversationDataset":
+def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: "Console") -> "ConversationDataset":
     """Return the conversations as token ids, labels and pixels, with their index."""
+    from align.common.console import Progress
     from mllm.conversations.batches import ConversationDataset
     from mllm.conversations.index import build_index
     from mllm.conversations.table import open_conversations
@@ -89,11 +93,13 @@ def read_data(config: FinetuneConfig, processor: Any) -> "ConversationDataset":
     cache = Path(config.cache) if config.cache else folder / "cache"
     chat = Chat.of_processor(processor, config.template or ("plain" if config.stage == "pretrain" else None))
     conversations = open_conversations(config.data, config.image_root, cache)
-    share = config.max_reject_fraction
-    index = build_index(conversations, chat, config.max_length, cache=cache, max_reject_fraction=share, workers=config.workers)
+    index = build_index(
+        conversations, chat, config.max_length, cache=cache, max_reject_fraction=config.max_reject_fraction, workers=config.workers,
+        progress=Progress(console, "tokenized"),
+    )  # fmt: skip
     return ConversationDataset(
         conversations, index, chat, processor.image_processor, max_pixels=config.max_pixels, rejects=folder / "rejects.jsonl",
-        max_reject_fraction=share,
+        max_reject_fraction=config.max_reject_fraction,
     )  # fmt: skip
 
 

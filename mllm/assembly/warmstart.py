@@ -20,6 +20,7 @@ from torch.nn import functional
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image
+from mllm.conversations.messages import texts_of
 from mllm.conversations.table import Conversations
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
@@ -97,7 +98,7 @@ def captions(conversations: Conversations, processor: SailLlavaProcessor, rows: 
     used, words = [], []
     for number in range(len(conversations)):
         row = conversations[number]
-        said = " ".join(_text(message) for message in row.messages if message["role"] == "assistant")
+        said = " ".join(texts_of([message for message in row.messages if message["role"] == "assistant"]))
         ids = torch.tensor(processor.tokenizer.encode(f" {said}", add_special_tokens=False), dtype=torch.long)
         ids = ids[~torch.isin(ids, special)]
         if len(row.images) == 1 and len(ids):
@@ -203,11 +204,3 @@ def _found(held: list[tuple[Tensor, Tensor]], matrix: Tensor, offset: Tensor, me
     predicted = functional.normalize(hidden @ matrix + offset - mean, dim=1)
     scores = predicted @ functional.normalize(targets - mean, dim=1).T
     return float((scores.argmax(1) == torch.arange(len(scores))).double().mean())
-
-
-def _text(message: dict[str, object]) -> str:
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    assert isinstance(content, list)
-    return " ".join(part["text"] for part in content if part["type"] == "text")

@@ -258,7 +258,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start listening and the clock."""
         signal.signal(signal.SIGTERM, lambda number, frame: self._signals.append(number))
-        self.log.start(state.global_step)
+        self.log.start(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Judge the step, log it if due, ask for a checkpoint if due or if the run must stop."""

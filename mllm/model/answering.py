@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from align.common.errors import DataError, UsageError
+from mllm.conversations.messages import count_images
 from mllm.conversations.tokens import IGNORED, Chat, Message
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
@@ -46,8 +47,7 @@ class Conversation:
     images: list[Image.Image]
 
     def __post_init__(self) -> None:
-        contents = [message["content"] for message in self.messages if not isinstance(message["content"], str)]
-        places = sum(part["type"] == "image" for parts in contents for part in parts)
+        places = count_images(self.messages)
         if places != len(self.images):
             raise UsageError(f"a conversation has {places} image parts and {len(self.images)} images; give one for each")
 
