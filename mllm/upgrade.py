@@ -18,9 +18,6 @@ from align.common.commandline import run
 from mllm.assembly.config import UpgradeConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from mllm.assembly.join import Component
     from mllm.model.modeling import SailLlavaForConditionalGeneration
     from mllm.model.processing import SailLlavaProcessor
@@ -30,12 +27,14 @@ def main(config: UpgradeConfig) -> None:
     """Load the components, join them, start the projector, save the model and say what was kept."""
     from transformers.utils.logging import disable_progress_bar
 
-    from align.common.console import plain_console
+    from align.common.console import Progress, plain_console
     from align.common.files import atomic_bytes
     from align.common.hardware import reuse_freed_memory, use_cores
     from align.common.recipes_yaml import to_recipe
     from align.common.runs import add_launch
-    from mllm.assembly.join import load_projector
+    from mllm.assembly.join import load_projector, report_table
+    from mllm.assembly.warmstart import fit_projector
+    from mllm.conversations.table import open_conversations
     from mllm.model.saving import require_free_place, save_mllm
 
     reuse_freed_memory()
@@ -50,7 +49,11 @@ def main(config: UpgradeConfig) -> None:
         load_projector(model, Path(config.projector))
         weights = f"trained, from {config.projector}"
     elif config.captions:
-        weights = warm_start(config, model, processor, console)
+        with tempfile.TemporaryDirectory() as cache:
+            captions = open_conversations(config.captions, config.image_root, Path(cache), seed=config.seed)
+            fit = fit_projector(model, processor, captions, config.caption_rows, config.seed, Progress(console, "images"))
+        console.print(fit.summary())
+        weights = f"solved from {fit.images} captions"
     if weights:
         report = [replace(line, weights=weights) if line.name == "projector" else line for line in report]
     save_mllm(model, processor, folder)
@@ -80,38 +83,6 @@ def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration
     )  # fmt: skip
     aspect = config.image_aspect_ratio
     return assemble(language, vision, image_aspect_ratio=aspect, grid=config.grid, template=config.template, seed=config.seed)
-
-
-def warm_start(
-    config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", processor: "SailLlavaProcessor", console: "Console"
-) -> str:
-    """Solve the projector from captioned images, say how well it fits, and return where its weights come from."""
-    from align.common.console import Progress
-    from mllm.assembly.warmstart import fit_projector
-    from mllm.conversations.table import open_conversations
-
-    with tempfile.TemporaryDirectory() as cache:
-        conversations = open_conversations(config.captions, config.image_root, Path(cache), seed=config.seed)
-        fit = fit_projector(model, processor, conversations, config.caption_rows, config.seed, Progress(console, "images"))
-    console.print(
-        f"projector solved from {fit.images} captioned images ({fit.rejected} unusable); of {fit.held_out} held-out images "
-        f"{fit.found:.0%} are nearest to their own caption's words"
-    )
-    return f"solved from {fit.images} captions"
-
-
-def report_table(report: "list[Component]") -> "Table":
-    """Return what became of each component of the given model, with its number of parameters, as a table for the terminal."""
-    from rich.table import Table
-
-    table = Table(title="kept, replaced and new components", title_justify="left")
-    for heading in ("component", "state", "parameters", "weights"):
-        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
-    for line in report:
-        table.add_row(line.name, line.state, f"{line.parameters:,}" if line.parameters else "", line.weights)
-    table.add_section()
-    table.add_row("in all", "", f"{sum(line.parameters for line in report):,}", "")
-    return table
 
 
 if __name__ == "__main__":

@@ -55,19 +55,9 @@ class UpgradeConfig:
     """Seed of the projector's and a random head's weights."""
 
     def __post_init__(self) -> None:
-        check((self.llm is None) != (self.llava is None), f"--llm {self.llm} --llava {self.llava}", "give exactly one: an LLM or a LLaVA")
-        check(
-            (self.sail is None) != (self.vision is None),
-            f"--sail {self.sail} --vision {self.vision}",
-            "give exactly one: a stage-one run, or an encoder without one",
-        )
-        check(
-            self.sail is not None or self.sail_head != "trained",
-            "--sail-head trained without --sail",
-            "name a stage-one run; with --vision use --sail-head random or none",
-        )
-        check(
-            self.projector is None or not self.captions,
-            f"--projector {self.projector} with --captions",
-            "give one: weights of a trained projector, or captions to solve it from",
-        )
+        check((self.llm is None) != (self.llava is None), f"--llm {self.llm} --llava {self.llava}", "give exactly one of them")
+        check((self.sail is None) != (self.vision is None), f"--sail {self.sail} --vision {self.vision}", "give exactly one of them")
+        given = f"--sail-head {self.sail_head} --vision {self.vision}"
+        check(self.vision is None or self.sail_head != "trained", given, "only a run has a trained head: use random or none, or --sail RUN")
+        given = f"--projector {self.projector} --captions {' '.join(self.captions)}"
+        check(not (self.projector and self.captions), given, "give weights of a trained projector or captions to solve it, not both")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -176,6 +177,18 @@ def _report(model: Any, language: Language, vision: AlignedEncoder, template: st
     note = "" if stops else "; a model trained with it does not learn to end answers"
     report.append(Component("chat template", state, 0, ("its own" if state == "kept" else template) + note))
     return report
+
+
+def report_table(report: list[Component]) -> Table:
+    """Return what became of each component of the given model, with its number of parameters, as a table for the terminal."""
+    table = Table(title="kept, replaced and new components", title_justify="left")
+    for heading in ("component", "state", "parameters", "weights"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+    for line in report:
+        table.add_row(line.name, line.state, f"{line.parameters:,}" if line.parameters else "", line.weights)
+    table.add_section()
+    table.add_row("in all", "", f"{sum(line.parameters for line in report):,}", "")
+    return table
 
 
 def _count(module: nn.Module) -> int:

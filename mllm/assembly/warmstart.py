@@ -43,6 +43,13 @@ class Fit:
     held_out: int
     found: float
 
+    def summary(self) -> str:
+        """Return the fit as a sentence."""
+        return (
+            f"projector solved from {self.images} captioned images ({self.rejected} unusable); of {self.held_out} held-out images "
+            f"{self.found:.0%} are nearest to their own caption's words"
+        )
+
 
 def fit_projector(
     model: SailLlavaForConditionalGeneration,

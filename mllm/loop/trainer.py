@@ -4,7 +4,6 @@ A checkpoint is Trainer's own folder, with the trained tensors in place of the w
 counts only once COMMIT, the hashes of all its files, is written. `B` rows of a micro-batch, `T` tokens.
 """
 
-import json
 import math
 import shutil
 import signal
@@ -156,7 +155,7 @@ class SailTrainer(Trainer):
             return True
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.is_world_process_zero():
-            atomic_json(folder / f"nonfinite-step-{step:08d}.json", {"step": step, "rows": _plain(self.micro_batches.items(step - 1))})
+            atomic_json(folder / f"nonfinite-step-{step:08d}.json", {"step": step, "rows": self.micro_batches.items(step - 1)})
         if self.nonfinite_in_a_row >= self.max_nonfinite:
             self._save_checkpoint(self.model_wrapped, None)
             raise NonFiniteError(
@@ -269,7 +268,3 @@ class Watch(TrainerCallback):
         final = state.global_step >= state.max_steps
         control.should_save = stopped or final or state.global_step % self.save_every == 0
         control.should_training_stop = stopped or final
-
-
-def _plain(items: Sequence[Item]) -> list[Any]:
-    return json.loads(json.dumps([list(map(int, item)) if not isinstance(item, int) else item for item in items], default=int))

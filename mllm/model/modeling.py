@@ -173,13 +173,11 @@ class SailLlavaModel(LlavaModel):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return LlavaModel's output. In training, a batch without images passes a blank one with weight 0.
+        """Return LlavaModel's output for its arguments. In training, a batch without images passes a blank one with weight 0.
 
         So every process of a distributed run computes, and reduces the gradients of, the same modules at each step.
         """
@@ -194,8 +192,6 @@ class SailLlavaModel(LlavaModel):
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
