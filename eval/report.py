@@ -11,11 +11,12 @@ from pathlib import Path
 from align.common.commandline import run
 from align.common.console import plain_console
 from eval.page.config import ReportConfig
-from eval.page.page import write_report
 
 
 def main(config: ReportConfig) -> None:
     """Write the page and say where it is."""
+    from eval.page.page import write_report
+
     output = Path(config.output or config.results)
     output.mkdir(parents=True, exist_ok=True)
     runs = [Path(folder) for folder in config.train_runs]

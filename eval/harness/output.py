@@ -5,20 +5,26 @@ lmms-eval ends with exit code 0 whatever happens, so a run counts only if every 
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from align.common.errors import DataError
 from align.common.files import hash_bytes, hash_file, read_json
 from align.common.intervals import wilson_interval
+from align.common.runs import git_commit, versions
+from align.common.seeds import generator
 from eval.measures.generation import YES_NO, estimate, normalized
-from eval.results.records import Entry, ModelRecord, TaskRecord
+from eval.results.examples import drawn_questions, generation_examples, save_examples
+from eval.results.records import Entry, ModelRecord, Results, TaskRecord, file_name, load_answers, save_answers
 
 KINDS = {"trained": "mllm", "random": "mllm_random", "none": "mllm_none"}  # sail_head -> kind of the column
 POINTS = " (points)"  # ends the name of a metric that is no fraction
@@ -159,6 +165,54 @@ def model_record(name: str, folder: Path) -> ModelRecord:
     shape = f"{text.get('num_hidden_layers', '?')} layers of width {text.get('hidden_size', '?')}"
     said = f"{text.get('model_type', 'LLM')} ({shape}) sees through {encoder} and {described}"
     return ModelRecord(name, KINDS[head], said, str(folder), fingerprint)
+
+
+def collect(
+    output: Path,
+    answered: Sequence[tuple[ModelRecord, Sequence[TaskRun]]],
+    command: str,
+    seconds: float,
+    seed: int,
+    confidence: float,
+    baseline: bool,
+) -> Results:
+    """Return what was measured by `command` in `seconds` as results and write the answers of all models to `output`.
+
+    `baseline` adds the majority rates.
+    """
+    entries: list[Entry] = []
+    for record, runs in answered:
+        for run in runs:
+            entries += run_entries(run, record.name, generator(seed, 11), confidence)
+            save_answers(output, run.task, record.name, answers_table(run))
+    first = answered[0][1]
+    majority = [entry for run in first for entry in majority_entry(run, confidence)] if baseline else []
+    records = [record for record, _ in answered]
+    if majority:
+        records.append(ModelRecord("majority", "majority", "always names the most frequent classes or answers", "", {}))
+    return Results(
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        command=command,
+        versions={**versions(), "lmms-eval": version("lmms-eval"), "source": git_commit() or "no git checkout"},
+        seed=seed,
+        confidence=confidence,
+        seconds={"generated answers": round(seconds, 2)},
+        models=tuple(records),
+        tasks=tuple(task_record(run) for run in first),
+        entries=(*entries, *majority),
+    )
+
+
+def write_examples(output: Path, results: Results, measured: Results, count: int, seed: int) -> None:
+    """Write `count` examples of each task just measured, with the answers of every model of `results` that was asked."""
+    for task in measured.tasks:
+        asked = {entry.model for entry in results.entries if entry.task == task.id} - {"majority"}
+        tables = {model.name: load_answers(output, task.id, model.name) for model in results.models if model.name in asked}
+        answers = {name: {int(row["key"]): row for row in table.to_pylist()} for name, table in tables.items()}
+        numbers = drawn_questions(task.id, next(iter(answers.values())), count, seed)
+        found = {path.stem: path for path in (output / "lmms").glob(f"*/thumbnails/{file_name(task.id)}/*.jpg")}
+        pictures = {number: Image.open(found[str(number)]) for number in numbers if str(number) in found}
+        save_examples(output, task.id, generation_examples(numbers, answers, pictures), pictures.items())
 
 
 def _prompts(config: dict[str, Any]) -> tuple[str, str]:

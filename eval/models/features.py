@@ -107,7 +107,7 @@ def select_rows(data: TaskData, store: FeatureStore, rejects: pa.Table, max_reje
 
 
 @torch.inference_mode()
-def aligned(head: Callable[[Tensor], Tensor], features: np.ndarray | Tensor, device: torch.device, chunk: int = 8192) -> Tensor:
+def projected(head: Callable[[Tensor], Tensor], features: np.ndarray | Tensor, device: torch.device, chunk: int = 8192) -> Tensor:
     """Return (N, E) float32 embeddings on the CPU: `head` (a model's project_image or project_text) over rows of features."""
     rows = torch.as_tensor(features)
     parts = [head(rows[start : start + chunk].to(device).float()).cpu() for start in range(0, len(rows), chunk)]

@@ -30,34 +30,8 @@ from eval.results.anchors import Anchor, anchors_of, prompts_note, shown_anchor
 from eval.results.compare import Comparison, load_comparison, verdict
 from eval.results.examples import load_examples
 from eval.results.records import SUBJECTS, TASK_KINDS, Entry, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_results
+from eval.results.tables import POINTS, shown_metrics, shown_value
 
-SHOWN_METRICS = {
-    "classification": {"acc@1": "top-1 accuracy", "acc@5": "top-5 accuracy", "mean_per_class": "mean per class"},
-    "retrieval": {
-        f"{direction}_{metric}": f"{name} {label}"
-        for direction, name in (("t2i", "text to image"), ("i2t", "image to text"))
-        for metric, label in (("r@1", "R@1"), ("r@5", "R@5"), ("r@10", "R@10"), ("median_rank", "median rank"))
-    },
-    "compositional": {
-        "text_score": "text score",
-        "image_score": "image score",
-        "group_score": "group score",
-        "pair_accuracy": "right pairs",
-    },
-    "segmentation": {"miou": "mean IoU", "pixel_accuracy": "right pixels", "mean_class_accuracy": "mean per class"},
-    "generation": {  # the main one of a task is the first that it has; metrics of other benchmarks come after these
-        "accuracy": "accuracy",
-        "exact_match": "exact match",
-        "cider": "CIDEr-D",
-        "rouge_l": "ROUGE-L",
-        "f1": "F1 of yes",
-        "precision": "precision of yes",
-        "recall": "recall of yes",
-        "yes_ratio": "answers that are yes",
-        "accuracy_exists": "accuracy, is it there",
-        "accuracy_relation": "accuracy, is the relation true",
-    },
-}
 BARS = {  # kind -> figures: (title, metric -> name below its bars)
     "classification": {"accuracy": {"acc@1": "top-1", "acc@5": "top-5", "mean_per_class": "mean per class"}},
     "retrieval": {
@@ -79,7 +53,6 @@ HEADLINE = {  # the first that was measured; of generation tasks the first that 
     "compositional": ("group_score", "pair_accuracy"),
     "segmentation": ("miou",),
 }
-POINTS = "(points)"  # ends the name of a metric that is no fraction and has its own scale
 KIND_ORDER = ("trained", "mllm", "clip", "untrained", "mllm_random", "mllm_none", "majority", "chance")  # of columns
 SECTIONS = {  # kind -> heading of a task's own section
     "retrieval": "What it sees",
@@ -109,10 +82,10 @@ def write_report(
     )
     examples = {task.id: load_examples(results_folder, task.id) for task in results.tasks}
     drawn = Figures(output / "figures", dark)
-    of_kind = {kind: [task for task in results.tasks if task.kind == kind] for kind in TASK_KINDS}
     tables = [_table(results, task, drawn) for task in results.tasks]
-    if len(of_kind["generation"]) > 1:
-        _overview(results, of_kind["generation"], drawn)
+    generated = [task for task in results.tasks if task.kind == "generation"]
+    if len(generated) > 1:
+        _overview(results, generated, drawn)
     comparison = load_comparison(results_folder)
     context = {
         "title": title,
@@ -123,21 +96,12 @@ def write_report(
         "headlines": [line for task in results.tasks if (line := _headline(results, task))],
         "confidence": f"{100 * results.confidence:g}%",
         "tables": tables,
-        "answers": _answers_table(results, of_kind["generation"]),
+        "answers": _answers_table(results, generated),
         "clip": _named_clip(results),
         "published": any(table["anchors"] or table["more"] for table in tables),
         "comparison": _compared(comparison, drawn) if comparison and results.created in comparison.created else None,
         "training": training(train_runs or found_runs(results), drawn),
-        **{
-            kind: [section(results, task, examples[task.id], results_folder, drawn) for task in of_kind[kind]]
-            for kind, section in (
-                ("retrieval", retrieval),
-                ("classification", classification),
-                ("compositional", compositional),
-                ("segmentation", segmentation),
-            )
-        },
-        "generation": [found for task in of_kind["generation"] if (found := generation(results, task, examples[task.id]))["items"]],
+        **_sections(results, examples, results_folder, drawn),
         "sections": SECTIONS,
         "thumbs": {task.id: pictures(results_folder, examples[task.id]) for task in results.tasks},
         "figures": drawn.uris,
@@ -152,6 +116,20 @@ def write_report(
     csv.writer(text, lineterminator="\n").writerows(csv_rows(results))
     atomic_bytes(output / "entries.csv", text.getvalue().encode())
     return output / "report.html"
+
+
+def _sections(
+    results: Results, examples: dict[str, dict[str, Any] | None], folder: Path, drawn: Figures
+) -> dict[str, list[dict[str, Any]]]:
+    """Return what is shown of each task, by kind."""
+    kinds = {"retrieval": retrieval, "classification": classification, "compositional": compositional, "segmentation": segmentation}
+    shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TASK_KINDS}
+    for task in results.tasks:
+        if task.kind != "generation":
+            shown[task.kind].append(kinds[task.kind](results, task, examples[task.id], folder, drawn))
+        elif (answered := generation(results, task, examples[task.id]))["items"]:
+            shown["generation"].append(answered)
+    return shown
 
 
 def write_comparison(comparison: Comparison, output: Path, dark: bool = True) -> Path:
@@ -178,20 +156,6 @@ def found_runs(results: Results) -> list[Path]:
             near = [place for place in (folder, *folder.parents[:2]) if (place / "metrics.jsonl").is_file()]
             runs += [place for place in near[:1] if place not in runs]
     return runs
-
-
-def shown_value(entry: Entry) -> tuple[str, str]:
-    """Return value and interval as shown in tables: percents, or plain ranks and points; a constant has no interval."""
-    factor = 1 if "rank" in entry.metric or entry.metric.endswith(POINTS) else 100
-    low, high = f"{factor * entry.low:.1f}", f"{factor * entry.high:.1f}"
-    return f"{factor * entry.value:.1f}", "" if entry.low == entry.high == entry.value else f"{low} – {high}"
-
-
-def shown_metrics(results: Results, task: TaskRecord) -> dict[str, str]:
-    """Return the metrics that were measured on a task, in the order of the table, with the names shown: the main one first."""
-    found = dict.fromkeys(entry.metric for entry in results.entries if entry.task == task.id)
-    known = {metric: label for metric, label in SHOWN_METRICS[task.kind].items() if metric in found}
-    return known | {metric: metric for metric in found if task.kind == "generation" and metric not in known}
 
 
 def _named_clip(results: Results) -> str:

@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import numpy as np
 import xxhash
+from PIL import Image
 
 from align.common.errors import DataError
 from align.common.recipes_yaml import nearest
 from align.common.reject_codes import Reject
-from align.sources.gate import Limits, gate_captions
+from align.sources.gate import Limits, gate_captions, gate_image
 from align.sources.plan import Plan, Source, open_shard, plan
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS, read_official
@@ -161,6 +162,16 @@ def read_images(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, b
         if reader is None or shard != opened:
             opened, reader = shard, open_shard(data.source, data.plan, shard)
         yield number, next(iter(reader.rows(row, row + 1))).image
+
+
+def pictures(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+    """Yield (number, RGB picture) of samples that were good when they were encoded; DataError if one no longer is."""
+    for number, encoded in read_images(data, numbers):
+        try:
+            yield number, gate_image(encoded, Limits())
+        except Reject as reject:
+            changed = f"image {data.keys[number]!r} of {data.task.id} changed while it was measured"
+            raise DataError(f"{changed} ({reject}); run again") from reject
 
 
 @dataclass(frozen=True)

@@ -114,13 +114,7 @@ def load_segmentation(
     is an error: it would falsify the result. `report(done, total)` is called after each image.
     """
     folder, limits = data_root / task.path, limits or Limits()
-    if task.kind != "segmentation" or task.layout not in LAYOUTS:
-        raise UsageError(f"task {task.id!r}: segmentation reads the layouts {', '.join(LAYOUTS)}, not {task.kind} in {task.layout}")
-    if task.protocol not in ("", "background"):
-        raise UsageError(f"task {task.id!r}: protocol {task.protocol!r} is unknown; allowed: background, or none")
-    if not folder.is_dir():
-        raise DataError(f"task {task.id!r} has no data: put {SEGMENTATION_FILES[task.layout]} in {folder}, or give another --data-root")
-    found = LAYOUTS[task.layout](task, folder)
+    found = _layout(task, folder)
     classes_of = np.full(1 << 16, _UNKNOWN, dtype=np.int16)
     classes_of[list(found.values)] = list(found.values.values())
     image_root, label_root = str(found.images.resolve()), str(found.labels.resolve())
@@ -160,6 +154,16 @@ def load_segmentation(
         images_digest=pixels.hexdigest(),
         digest=content.hexdigest(),
     )
+
+
+def _layout(task: Task, folder: Path) -> _Layout:
+    if task.kind != "segmentation" or task.layout not in LAYOUTS:
+        raise UsageError(f"task {task.id!r}: segmentation reads the layouts {', '.join(LAYOUTS)}, not {task.kind} in {task.layout}")
+    if task.protocol not in ("", "background"):
+        raise UsageError(f"task {task.id!r}: protocol {task.protocol!r} is unknown; allowed: background, or none")
+    if not folder.is_dir():
+        raise DataError(f"task {task.id!r} has no data: put {SEGMENTATION_FILES[task.layout]} in {folder}, or give another --data-root")
+    return LAYOUTS[task.layout](task, folder)
 
 
 def gate_labels(data: bytes, limits: Limits) -> np.ndarray:

@@ -17,7 +17,9 @@ from align.common.errors import DataError, UsageError
 from align.common.intervals import wilson_interval
 from align.demo.writing import question_row, write_questions
 from eval import lmms
+from eval.harness import launch
 from eval.harness.config import LmmsConfig
+from eval.harness.launch import asked_models
 from eval.harness.output import answers_table, majority_entry, model_record, read_run, run_entries, task_record
 from eval.page.page import write_report
 from eval.results.examples import drawn_questions, save_thumbnail
@@ -321,7 +323,7 @@ def fake_run(monkeypatch):
         log.write_text("junk\n\x1b[31mValueError: too sad\x1b[0m\nit/s\n" if failing else "fine")
         return 0
 
-    monkeypatch.setattr(lmms, "_run", run)
+    monkeypatch.setattr(launch, "_run", run)
     return failing, seen
 
 
@@ -331,17 +333,17 @@ def config(models, data, **changes) -> LmmsConfig:
 
 
 def test_models_become_columns_with_what_they_are_made_of(models):
-    first, second = lmms.candidates([f"good={models / 'one'}", f"bad={models / 'two'}"])
+    first, second = asked_models([f"good={models / 'one'}", f"bad={models / 'two'}"])
     assert (first.record.name, first.record.kind, second.record.kind) == ("MLLM good", "mllm", "mllm_random")
     assert second.folder == models / "two" / "model"
     assert first.record.description == "llama (2 layers of width 32) sees through tiny-dino and a trained glu head"
     assert (
         first.record.fingerprint["weights"] != second.record.fingerprint["weights"] and first.record.fingerprint["encoder"] == "tiny-dino"
     )
-    assert lmms.candidates([str(models / "one")])[0].record.name == "MLLM trained"
+    assert asked_models([str(models / "one")])[0].record.name == "MLLM trained"
     for given, says in ((["a=x", "a=y"], "same name"), ([str(models)], "neither an MLLM folder")):
         with pytest.raises(UsageError, match=says):
-            lmms.candidates(given)
+            asked_models(given)
 
 
 def test_a_folder_without_weights_is_no_model(models, tmp_path):

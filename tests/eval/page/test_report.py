@@ -14,11 +14,12 @@ from PIL import Image
 
 from align.common.errors import DamagedError, UsageError
 from eval.page.figures import DARK, LIGHT, class_bars, class_gains, curves, forest, model_color, plain
-from eval.page.page import _notes, found_runs, shown_value, write_report
+from eval.page.page import _notes, found_runs, write_report
 from eval.page.sections import Figures, segmentation
 from eval.results.anchors import published
 from eval.results.calibration import calibration
 from eval.results.records import load_answers, load_results
+from eval.results.tables import shown_value
 from tests.support.synthetic_results import make_results
 
 HOSTILE = '<script>alert({number})</script> & "q" $x_{{$ \x07 {color} 🐕 كلب'

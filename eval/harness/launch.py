@@ -1,0 +1,151 @@
+"""lmms-eval as a child process: its jobs file, its console output as a log, and what each model was measured at."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from align.common.errors import DataError, UsageError
+from align.common.files import atomic_bytes
+from eval.harness.config import LmmsConfig
+from eval.harness.local import LocalTask
+from eval.harness.output import TaskRun, model_record, read_run
+from eval.results.records import RESULTS, ModelRecord, file_name, load_results
+
+NAME = "MLLM"  # before the name of every column, so that both halves may have a model called trained
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """A model to ask: its column in the results, and its folder."""
+
+    record: ModelRecord
+    folder: Path
+
+    def place(self, output: Path) -> Path:
+        """Return where lmms-eval's files of this model lie below a results folder."""
+        return output / "lmms" / file_name(self.record.name)
+
+
+def asked_models(given: Sequence[str]) -> list[AskedModel]:
+    """Return the models of `--mllm`; UsageError for a folder that is none and for names that are not different."""
+    pairs = [one.rpartition("=")[::2] for one in given]
+    names = [name or ("trained" if len(pairs) == 1 else path) for name, path in pairs]
+    if len({file_name(name) for name in names}) < len(names):
+        raise UsageError(f"two models have the same name ({', '.join(names)}); name them: --mllm NAME=PATH NAME=PATH")
+    found = []
+    for name, (_, path) in zip(names, pairs, strict=True):
+        folder = next((place for place in (Path(path), Path(path) / "model") if (place / "config.json").is_file()), None)
+        if folder is None:
+            raise UsageError(f"{path} is neither an MLLM folder (config.json) nor a run with model/; make one with mllm/finetune.py")
+        found.append(AskedModel(model_record(f"{NAME} {name}", folder), folder))
+    return found
+
+
+def check_ready(config: LmmsConfig, known: dict[str, LocalTask]) -> None:
+    """Raise before any model is loaded: lmms-eval missing, data missing, results that cannot be extended."""
+    if not any(point.name == "sail_llava" for point in entry_points(group="lmms_eval.models")):
+        raise UsageError("lmms-eval does not know sail_llava; install this project again: pip install -e '.[mllm,lmms]'")
+    for task in config.tasks:
+        for path in known[task].data if task in known else ():
+            if not path.is_file():
+                made = " (`make quickstart` makes it)" if task.startswith("sprites_") else ""
+                raise DataError(f"task {task} has no data: put {path} there{made}, or give --data FOLDER")
+    if (Path(config.output) / RESULTS).is_file():
+        there = load_results(Path(config.output))
+        if (there.seed, there.confidence) != (config.seed, config.confidence):
+            said = f"--seed {there.seed} --confidence {there.confidence:g}"
+            raise UsageError(f"the results in {config.output} were made with {said}; give the same, or another --output")
+
+
+def ask(
+    config: LmmsConfig, models: Sequence[AskedModel], tasks: Path, console: Console
+) -> tuple[list[tuple[ModelRecord, list[TaskRun]]], list[str]]:
+    """Run lmms-eval on all models, in one process, and return what it measured and, a sentence each, which models are incomplete.
+
+    `tasks` is the folder of local YAML tasks. lmms-eval goes on with the next model if one fails, so what is complete can be kept.
+    """
+    output = Path(config.output)
+    jobs_file, log = output / "lmms" / "jobs.yaml", output / "lmms" / "log.txt"
+    jobs = [_job(config, model, tasks) for model in models]
+    atomic_bytes(jobs_file, yaml.safe_dump(jobs, sort_keys=False).encode())
+    spread = ["-m", "torch.distributed.run", "--nproc_per_node", str(config.processes)] if config.processes > 1 else []
+    names = ", ".join(model.record.name for model in models)
+    console.print(f"lmms-eval asks {names}: {', '.join(config.tasks)} (log: {log})")
+    code = _run([sys.executable, *spread, "-m", "lmms_eval", "--config", str(jobs_file)], log, console)
+    answered, failures = [], []
+    for model in models:
+        try:
+            answered.append((model.record, read_run(model.place(output), config.tasks, config.limit)))
+        except DataError as error:
+            failures.append(f"{model.record.name}: {error}")
+    if failures:
+        failures.append(f"lmms-eval ended with exit code {code}. {_last_error(log)}")
+    return answered, failures
+
+
+def _job(config: LmmsConfig, model: AskedModel, tasks: Path) -> dict[str, Any]:
+    """Return what lmms-eval is told of one model, whose folder of results is emptied."""
+    place = model.place(Path(config.output))
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    settings = {
+        "pretrained": model.folder,
+        "dtype": config.precision,
+        "device": config.device,
+        "max_new_tokens": config.max_new_tokens,
+        "thumbnails": place / "thumbnails",
+        "examples": config.examples,
+        "seed": config.seed,
+        **({"template": config.template} if config.template else {}),
+    }
+    for name, value in settings.items():
+        if re.search(r"[,'\"{}\[\]]", str(value)):
+            raise UsageError(f"{name} is {str(value)!r}: lmms-eval cannot be given commas, quotes and brackets; rename the folder")
+    return {
+        "model": "sail_llava",
+        "model_args": ",".join(f"{name}={value}" for name, value in settings.items()),
+        "tasks": ",".join(config.tasks),
+        "include_path": str(tasks),
+        "batch_size": config.batch_size,
+        "output_path": str(place),
+        "log_samples": True,
+        **({"limit": config.limit} if config.limit else {}),
+    }
+
+
+def _run(command: Sequence[str], log: Path, console: Console) -> int:
+    """Run a command, write what it says to `log`, show the newest progress line, and return its exit code."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    assert process.stdout is not None
+    try:
+        with log.open("wb") as file, console.status("starting lmms-eval") as status:
+            while block := process.stdout.read1(1 << 16):  # type: ignore[attr-defined]
+                file.write(block)
+                lines = [line for line in re.split(r"[\r\n]+", block.decode(errors="replace")) if "it/s" in line or "s/it" in line]
+                if lines:
+                    status.update(lines[-1].strip()[:100])
+        return process.wait()
+    finally:
+        if process.poll() is None:  # interrupted
+            process.terminate()
+            process.wait()
+
+
+def _last_error(log: Path) -> str:
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in log.read_text(errors="replace").splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line) and "RetryError" not in line]
+    return f"Its last error: {errors[-1][:500]} (all of it: {log})" if errors else f"See {log}"

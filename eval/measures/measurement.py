@@ -1,0 +1,214 @@
+"""A measurement: every model on every task, all of them on exactly the same samples, gathered into results.
+
+Beside each number go what every model said to each sample (answers/) and a few examples for the report (examples/).
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from align.common.console import Progress
+from align.common.runs import git_commit, versions
+from align.common.seeds import generator
+from eval.measures.compositional import (
+    compositional,
+    compositional_chance,
+    compositional_entries,
+    compositional_examples,
+    compositional_table,
+)
+from eval.measures.retrieval import retrieval_chance, retrieval_entries, retrieval_examples, retrieval_table, retrieve
+from eval.measures.segmentation import (
+    Prompted,
+    label_maps,
+    majority_answers,
+    segmentation_answers,
+    segmentation_entries,
+    segmentation_examples,
+    segmentation_table,
+)
+from eval.measures.windows import Windows
+from eval.measures.zeroshot import (
+    class_weights,
+    classification_chance,
+    classification_entries,
+    classification_examples,
+    classification_table,
+    majority_entries,
+    zero_shot_classification,
+)
+from eval.models.features import FeatureCache, projected
+from eval.models.measured import MeasuredModel
+from eval.results.examples import save_examples, shown_images
+from eval.results.records import Entry, ModelRecord, Results, TaskRecord, save_answers
+from eval.tasks.data import TaskData, load_task, pictures, protocol_note
+from eval.tasks.masks import SegmentationData, load_segmentation
+from eval.tasks.prompts import prompt_set
+from eval.tasks.registry import Task
+
+DESCRIPTIONS = {"majority": "always names the most frequent class", "chance": "a random order"}
+
+
+def read_task(task: Task, root: Path, cache: Path, max_reject_fraction: float) -> TaskData | SegmentationData:
+    """Return the samples of a task, read as its kind is; DataError, saying what to put where, if its data is missing or unusable."""
+    if task.kind == "segmentation":
+        return load_segmentation(task, root, max_reject_fraction=max_reject_fraction)
+    return load_task(task, root, cache=cache)
+
+
+@dataclass
+class Measurement:
+    """Measures models task by task; `results` are all of it so far. Answers and examples are written to `output`.
+
+    `templates` replace those of the tasks. `baseline` adds majority and chance rates. `examples` are how many each task shows.
+    """
+
+    models: Sequence[MeasuredModel]
+    cache: FeatureCache
+    output: Path
+    console: Console
+    templates: str | None = None
+    windows: Windows = Windows()
+    baseline: bool = True
+    examples: int = 8
+    seed: int = 0
+    confidence: float = 0.95
+    entries: list[Entry] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "scores": 0.0})
+
+    def measure(self, data: TaskData | SegmentationData) -> None:
+        """Measure every model on one task."""
+        began = time.monotonic()
+        if isinstance(data, SegmentationData):
+            self._segmentation(data, began)
+            return
+        for one in self.models:  # each in turn drops what its own encoder could not read
+            data, _ = self.cache.images(data, one.model, Progress(self.console, f"{data.task.id}: encoded images", data.plan.rows))
+        features = {one.record.name: self.cache.images(data, one.model)[1] for one in self.models}
+        of_kind = {"classification": self._classification, "retrieval": self._retrieval, "compositional": self._compositional}
+        of_kind[data.task.kind](data, features, began)
+
+    def results(self, command: str) -> Results:
+        """Return everything measured so far; `command` is the one that asked for it."""
+        used = {entry.model for entry in self.entries}
+        constant = [ModelRecord(name, name, text, "", {}) for name, text in DESCRIPTIONS.items() if name in used]
+        return Results(
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            command=command,
+            versions={**versions(), "source": git_commit() or "no git checkout"},
+            seed=self.seed,
+            confidence=self.confidence,
+            seconds={name: round(value, 2) for name, value in self.seconds.items()},
+            models=(*(one.record for one in self.models), *constant),
+            tasks=tuple(self.tasks),
+            entries=tuple(self.entries),
+        )
+
+    def _classification(self, data: TaskData, features: dict[str, np.ndarray], began: float) -> None:
+        task, classes, answers = data.task.id, len(data.class_names), {}
+        prompts = prompt_set(self.templates or data.task.templates, data.class_names, data.folder)
+        sentences = [sentence for of_class in prompts.sentences for sentence in of_class]
+        texts = {one.record.name: self.cache.texts(sentences, one.model) for one in self.models}
+        began = self._clock("features", began)
+        for one, images, embedded in self._embeddings(features, texts):
+            weights = class_weights(embedded, [len(of_class) for of_class in prompts.sentences])
+            said = zero_shot_classification(images, weights, torch.from_numpy(data.labels), scale=one.model.scale)
+            answers[name := one.record.name] = said
+            self.entries += classification_entries(said, data.labels, classes, task, name, generator(self.seed, 11), self.confidence)
+            save_answers(self.output, task, name, classification_table(said, data.keys, data.labels, data.class_names))
+        if self.baseline:
+            self.entries += majority_entries(data.labels, classes, task, "majority", self.confidence)
+            self.entries += classification_chance(len(data.keys), classes, task, "chance")
+        chosen = classification_examples(answers, data.labels, data.class_names, self.examples, generator(self.seed, 12))
+        self._finish(data, classes, prompts.id, chosen, began)
+
+    def _retrieval(self, data: TaskData, features: dict[str, np.ndarray], began: float) -> None:
+        task, owner, answers = data.task.id, data.caption_image, {}
+        embeddings = self._of_captions(data, features)
+        began = self._clock("features", began)
+        for name, (images, captions) in embeddings.items():
+            answers[name] = retrieve(images, captions, torch.from_numpy(owner))
+            self.entries += retrieval_entries(answers[name], task, name, generator(self.seed, 11), self.confidence)
+            save_answers(self.output, task, name, retrieval_table(answers[name], data.keys, owner))
+        if self.baseline:
+            self.entries += retrieval_chance(np.bincount(owner), task, "chance")
+        chosen = retrieval_examples(answers, embeddings, data.captions, owner, self.examples, generator(self.seed, 12))
+        self._finish(data, len(data.captions), "", chosen, began)
+
+    def _compositional(self, data: TaskData, features: dict[str, np.ndarray], began: float) -> None:
+        task, protocol, answers = data.task.id, data.task.protocol, {}
+        embeddings = self._of_captions(data, features)
+        began = self._clock("features", began)
+        for name, (images, captions) in embeddings.items():
+            answers[name] = compositional(images, captions)
+            self.entries += compositional_entries(answers[name], protocol, task, name, self.confidence)
+            save_answers(self.output, task, name, compositional_table(answers[name], data.groups, data.categories))
+        if self.baseline:
+            self.entries += compositional_chance(len(data.keys) // 2, protocol, task, "chance")
+        chosen = compositional_examples(answers, data.groups, data.categories, data.captions, self.examples, generator(self.seed, 12))
+        self._finish(data, len(data.captions), "", chosen, began)
+
+    def _segmentation(self, data: SegmentationData, began: float) -> None:
+        task, answers = data.task.id, {}
+        prompts = prompt_set(self.templates or data.task.templates, data.names, data.folder)
+        report = Progress(self.console, f"{task}: images segmented", first=None)
+        found = label_maps(data, self._prompted(prompts.sentences), self.cache.folder, windows=self.windows, report=report)
+        maps = {one.record.name: of_model for one, of_model in zip(self.models, found, strict=True)}
+        began = self._clock("features", began)
+        for name, predicted in maps.items():
+            answers[name] = segmentation_answers(data, predicted)
+            self.entries += segmentation_entries(answers[name], task, name, generator(self.seed, 11), self.confidence)
+            table = segmentation_table(answers[name], data.keys)
+            save_answers(self.output, task, name, table.replace_schema_metadata({"classes": json.dumps(data.class_names)}))
+        if self.baseline:
+            most = majority_answers(next(iter(answers.values())))
+            self.entries += segmentation_entries(most, task, "majority", generator(self.seed, 11), self.confidence)
+        chosen = segmentation_examples(self.output, data, maps, self.examples, generator(self.seed, 12))
+        noted = protocol_note(data.task, len(data.keys))
+        if self.windows != Windows():
+            noted = replace(noted, note=f"{self.windows}, not the default. {noted.note}".strip())
+        self._finish(replace(data, task=noted), len(data.class_names), prompts.id, chosen, began)
+
+    def _prompted(self, sentences: Sequence[Sequence[str]]) -> list[Prompted]:
+        """Return every model with its embedding of each name, the mean of the name's `sentences`."""
+        texts = [sentence for of_name in sentences for sentence in of_name]
+        found = []
+        for one in self.models:
+            embedded = projected(one.model.project_text, self.cache.texts(texts, one.model), one.model.device)
+            weights = class_weights(embedded, [len(of_name) for of_name in sentences])
+            found.append(Prompted(one.model, one.record.fingerprint, weights, sentences))
+        return found
+
+    def _embeddings(self, features: dict[str, np.ndarray], texts: dict[str, Tensor]) -> Iterator[tuple[MeasuredModel, Tensor, Tensor]]:
+        """Yield each model with its embeddings of images (N, E) and texts (T, E), given its features of both."""
+        for one in self.models:
+            images = projected(one.model.project_image, features[one.record.name], one.model.device)
+            yield one, images, projected(one.model.project_text, texts[one.record.name], one.model.device)
+
+    def _of_captions(self, data: TaskData, features: dict[str, np.ndarray]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return every model's embeddings of the images (N, E) and captions (M, E) of a task."""
+        texts = {one.record.name: self.cache.texts(data.captions, one.model) for one in self.models}
+        return {one.record.name: (images, captions) for one, images, captions in self._embeddings(features, texts)}
+
+    def _finish(self, data: TaskData | SegmentationData, targets: int, prompts: str, chosen: dict[str, Any], began: float) -> None:
+        """Write the examples of a task, note what it was measured on, and how long scoring took."""
+        task, numbers = data.task, shown_images(chosen)
+        images = ((n, data.image(n)) for n in numbers) if isinstance(data, SegmentationData) else pictures(data, numbers)
+        save_examples(self.output, task.id, chosen, images)
+        digest = data.digest[:16]
+        self.tasks.append(TaskRecord(task.id, task.kind, len(data.keys), targets, prompts, digest, task.note, task.credit, data.rejected))
+        self._clock("scores", began)
+
+    def _clock(self, part: str, began: float) -> float:
+        now = time.monotonic()
+        self.seconds[part] += now - began
+        return now
