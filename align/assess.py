@@ -13,7 +13,7 @@ the experiments of docs/LOG.md. OUTPUT gets table.csv, assessment.json, heat-TEX
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,9 @@ from align.common.errors import DataError, UsageError
 from align.common.files import atomic_bytes, atomic_json, hash_bytes, human_bytes
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.runs import add_launch
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
-from align.encoders.trust import may_run_code, split_revision
+from align.encoders.trust import split_revision
 from align.encoders.vision import load_vision_encoder
 from align.features.extract import Extraction
 from align.features.layers import LayerExtraction, LayerFeatures
@@ -86,6 +87,7 @@ class Assessment:
         self.config, self.console, self.folder = config, console, Path(config.output)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = resolve_precision(config.precision, self.device)
+        self.options: Any = {"precision": self.precision, "trust_remote_code": config.trust_remote_code}
         self.pairs = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
         self.plans = {"pairs": sampled_plan(self.pairs, config.rows, config.seed, config.captions, self.folder / "pairs")}
         self.labelled = None
@@ -108,7 +110,7 @@ class Assessment:
         """Encode what is missing, one encoder in memory at a time; return the vision encoders with their layers, and the texts' names."""
         found = []
         for name, random in self.encoders():
-            encoder = load_vision_encoder(**self._reference(name))
+            encoder = load_vision_encoder(VisionSpec(*split_revision(name), **self.options), self.device)
             layers = chosen_layers(("last",) if random else self.config.layers, name, encoder.backbone.first, encoder.layers)
             features = chosen_features(("auto",) if random else self.config.features, encoder.has_cls)
             found.append(Vision(folder_name(name), layers, features, encoder.has_cls, random))
@@ -119,34 +121,25 @@ class Assessment:
                 outputs = LayerFeatures(encoder, layers, with_patches=patches > 0)
                 options: dict[str, Any] = {"batch_size": self.config.batch_size, "workers": self.config.workers}
                 folder = self.folder / part / folder_name(name)
-                self._fill(LayerExtraction(source, self.plans[part], folder, outputs, name, patches, **options), self.plans[part])
+                self._fill(LayerExtraction(source, self.plans[part], folder, outputs, patches, **options), self.plans[part])
         texts: list[str] = []
         for name in self.config.text:
-            text: Any = load_text_encoder(**self._reference(name))
+            spec = TextSpec(*split_revision(name), **self.options)
+            text: Any = load_text_encoder(spec, self.device)
             last: int = text.layers
             if not last and set(self.config.text_layers) - {"last", "all", "-1"}:
                 raise UsageError(f"{name}: its blocks are not one list, so its inner layers cannot be read; give --text-layers last")
             for layer in reversed(chosen_layers(self.config.text_layers, name, 1, last) if last else [last]):
-                inner: dict[str, Any] = {"layer": -1 if layer == last else layer}
                 if layer != last:
                     text = None  # one in memory at a time
-                    text = load_text_encoder(**self._reference(name), **inner)
-                identity, revision = split_revision(name)
-                loader = {"text": {"name": identity, "revision": revision, "prompt": "", "max_length": None, "feature": "pooled", **inner}}
-                options = {"text": text, "columns": self.config.captions, "loaders": loader, "text_batch_size": self.config.text_batch_size}
+                    text = load_text_encoder(replace(spec, layer=layer), self.device)
+                options = {"text": text, "columns": self.config.captions, "text_batch_size": self.config.text_batch_size}
                 texts.append(text_name(name, layer, last))
                 if len({*texts, *(v.name for v in found)}) < len(texts) + len(found):
                     raise UsageError(f"two candidates would share the name {texts[-1]}; rename one folder")
                 folder = self.folder / "pairs" / texts[-1]
                 self._fill(Extraction(self.pairs, self.plans["pairs"], folder, workers=0, **options), self.plans["pairs"])
         return found, texts
-
-    def _reference(self, name: str) -> dict[str, Any]:
-        """Return the arguments that load one encoder."""
-        name, revision = split_revision(name)
-        trusted = may_run_code(name, revision, self.config.trust_remote_code)
-        where: dict[str, Any] = {"precision": self.precision, "device": self.device}
-        return {"name": name, "revision": revision, "trust_remote_code": trusted, **where}
 
     def _fill(self, job: Extraction, plan: Plan) -> None:
         """Encode the shards that are missing in one folder, and say what was rejected."""

@@ -27,8 +27,8 @@ from align.common.errors import UsageError
 from align.common.files import human_bytes, require_free
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.locks import Lease
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
-from align.encoders.trust import may_run_code
 from align.encoders.vision import load_vision_encoder
 from align.features.imported import Embeddings, find_files, import_embeddings
 from align.model.config import ConvertConfig
@@ -40,18 +40,17 @@ from align.model.saving import model_folder, save_model
 def open_encoders(config: ConvertConfig, tokenizer: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Return what SailConfig says of the named encoders, and the widths of their features; the tokenizer's files go to `tokenizer`."""
     precision = resolve_precision(config.precision, torch.device("cpu"))
+    options: Any = {"precision": precision, "trust_remote_code": config.trust_remote_code}
     said: dict[str, Any] = {"precision": precision}
     widths = {}
     if config.vision:
-        said["vision"] = {"name": config.vision, "revision": config.vision_revision, "feature": config.feature, "layer": config.layer}
-        trusted = may_run_code(config.vision, config.vision_revision, config.trust_remote_code)
-        vision = load_vision_encoder(**said["vision"], precision=precision, trust_remote_code=trusted)
-        said["vision_fingerprint"], widths["vision"] = vision.fingerprint, vision.feature_width
+        vision_spec = VisionSpec(config.vision, config.vision_revision, feature=config.feature, layer=config.layer, **options)
+        vision = load_vision_encoder(vision_spec)
+        said["vision"], said["vision_fingerprint"], widths["vision"] = vision_spec.stored(), vision.fingerprint, vision.feature_width
     if config.text:
-        said["text"] = {"name": config.text, "revision": config.text_revision, "prompt": "", "max_length": config.max_length}
-        trusted = may_run_code(config.text, config.text_revision, config.trust_remote_code)
-        text = load_text_encoder(**said["text"], precision=precision, trust_remote_code=trusted)
-        said["text_fingerprint"], widths["text"] = text.fingerprint, text.width
+        text_spec = TextSpec(config.text, config.text_revision, max_length=config.max_length, **options)
+        text = load_text_encoder(text_spec)
+        said["text"], said["text_fingerprint"], widths["text"] = text_spec.stored(), text.fingerprint, text.width
         text.tokenizer.save_pretrained(tokenizer)
     return said, widths
 

@@ -50,8 +50,8 @@ from align.curation.coverage import coverage_table, write_coverage
 from align.curation.duplicates import Distinct
 from align.curation.scoring import Candidates, Projection, chunk_rows, normalize, score_shard, scored_chunks
 from align.curation.toplists import Assignment, Picker, TopLists, assign, first_ones
+from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
-from align.encoders.trust import may_run_code
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
 
@@ -102,9 +102,9 @@ class Space:
             raise UsageError(
                 f"{self.candidates.stores[0].folder} names no encoder (it was imported); give --model, or concepts as a --concept-store"
             )
-        trusted = may_run_code(header.loader["name"], header.loader.get("revision"), self.config.trust_remote_code)
         precision = header.fingerprint.get("precision", "fp32")
-        encoder = load_text_encoder(**header.loader, precision=precision, device=self.device, trust_remote_code=trusted)
+        spec = TextSpec(**header.loader, precision=precision, trust_remote_code=self.config.trust_remote_code)
+        encoder = load_text_encoder(spec, self.device)
         compare_encoders(encoder.fingerprint, header.fingerprint, str(self.candidates.stores[0].folder))
         return normalize(encoder.encode(texts, self.config.text_batch_size).to(self.device))
 

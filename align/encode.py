@@ -27,8 +27,8 @@ from align.common.files import human_bytes, remove_temporaries, require_free
 from align.common.fingerprints import compare_fingerprints
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
 from align.common.locks import Lease
+from align.encoders.spec import TextFeature, TextSpec, VisionSpec
 from align.encoders.text import TextEncoder, load_text_encoder
-from align.encoders.trust import may_run_code
 from align.encoders.vision import VisionEncoder, load_vision_encoder
 from align.features.config import EncodeConfig
 from align.features.extract import Extraction, Stopping
@@ -36,26 +36,21 @@ from align.features.store import FeatureStore
 from align.sources.gate import Limits
 from align.sources.plan import Plan, Source, plan
 
-Loaders = dict[str, dict[str, Any]]
 MAX_SHARD_BYTES = 2 << 30  # of a shard of tokens while it is gathered
 
 
-def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEncoder | None, TextEncoder | None, Loaders]:
-    """Return both encoders (None where not asked for) and the arguments that load them again."""
-    loaders: Loaders = {}
+def load_encoders(config: EncodeConfig, device: torch.device) -> tuple[VisionEncoder | None, TextEncoder | None]:
+    """Return both encoders, None where not asked for."""
+    asked: Any = {"precision": resolve_precision(config.precision, device), "trust_remote_code": config.trust_remote_code}
     vision, text = None, None
-    precision = resolve_precision(config.precision, device)
     if config.vision:
-        loaders["vision"] = {"name": config.vision, "revision": config.vision_revision, "feature": config.feature, "layer": config.layer}
-        loaders["vision"]["image_size"] = config.image_size
-        trusted = may_run_code(config.vision, config.vision_revision, config.trust_remote_code)
-        vision = load_vision_encoder(**loaders["vision"], precision=precision, device=device, trust_remote_code=trusted)
+        asked_vision = {"feature": config.feature, "layer": config.layer, "image_size": config.image_size, **asked}
+        vision = load_vision_encoder(VisionSpec(config.vision, config.vision_revision, **asked_vision), device)
     if config.text:
-        loaders["text"] = {"name": config.text, "revision": config.text_revision, "prompt": config.prompt, "max_length": config.max_length}
-        loaders["text"] |= {"feature": "tokens" if config.feature == "tokens" else "pooled", "layer": config.text_layer}
-        trusted = may_run_code(config.text, config.text_revision, config.trust_remote_code)
-        text = load_text_encoder(**loaders["text"], precision=precision, device=device, trust_remote_code=trusted)
-    return vision, text, loaders
+        feature: TextFeature = "tokens" if config.feature == "tokens" else "pooled"
+        asked_text = {"prompt": config.prompt, "max_length": config.max_length, "feature": feature, "layer": config.text_layer, **asked}
+        text = load_text_encoder(TextSpec(config.text, config.text_revision, **asked_text), device)
+    return vision, text
 
 
 def shared_plan(config: EncodeConfig, source: Source, state: PartialState) -> Plan:
@@ -80,9 +75,9 @@ def main(config: EncodeConfig) -> None:
     console = plain_console(quiet=not state.is_main_process)
     source = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
     chosen = shared_plan(config, source, state)
-    vision, text, loaders = load_encoders(config, state.device)
+    vision, text = load_encoders(config, state.device)
     job = Extraction(
-        source, chosen, Path(config.output), vision=vision, text=text, columns=config.captions, loaders=loaders,
+        source, chosen, Path(config.output), vision=vision, text=text, columns=config.captions,
         batch_size=config.batch_size, text_batch_size=config.text_batch_size, workers=config.workers,
         limits=Limits(max_pixels=config.max_pixels), stopping=Stopping(config.max_reject_fraction, config.max_rejects_in_a_row),
     )  # fmt: skip

@@ -21,8 +21,9 @@ from align.common.files import TEMPORARY, put_in_place
 from align.common.fingerprints import compare_fingerprints
 from align.common.seeds import generator
 from align.encoders.loading import VISION_FILES, load_errors_named, recorded_id, resolve_encoder
+from align.encoders.spec import VisionSpec
+from align.encoders.transforms import load_transform
 from align.encoders.trust import split_revision
-from align.encoders.vision import load_transform
 from align.features.store import FeatureStore
 from align.sources.plan import Plan, Source, open_shard, plan
 
@@ -70,12 +71,12 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
     temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    name, revision = split_revision(name)
-    source = resolve_encoder(name, revision, trust_remote_code=False)
-    with load_errors_named(name, VISION_FILES), torch.random.fork_rng(devices=[]):
+    spec = VisionSpec(*split_revision(name))
+    source = resolve_encoder(spec.name)
+    with load_errors_named(spec.name, VISION_FILES), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModel.from_config(AutoConfig.from_pretrained(source, revision=revision), dtype=torch.float32)
-        transform = load_transform(name, revision=revision)
+        model = AutoModel.from_config(AutoConfig.from_pretrained(source, **spec.from_pretrained), dtype=torch.float32)
+        transform = load_transform(spec)
         normalizers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if normalizers:  # their statistics are not drawn but measured; without, activations die out over the layers
             size = transform(Image.new("RGB", (64, 64))).shape

@@ -22,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 
 from align.common.errors import DamagedError, KitError, OfflineError, UsageError
 from align.common.hardware import Arithmetic
-from align.encoders.trust import COMMIT_ID
 
 CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "modules.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -30,7 +29,7 @@ VISION_FILES = "needed are config.json, preprocessor_config.json (timm: only con
 TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors and, for its own pooling, modules.json"
 
 
-def resolve_encoder(name: str, revision: str | None, trust_remote_code: bool) -> str:
+def resolve_encoder(name: str) -> str:
     """Return the local folder or hub id to open."""
     if name.startswith("embedded:"):
         from align.embedded.assets import resolve
@@ -43,8 +42,6 @@ def resolve_encoder(name: str, revision: str | None, trust_remote_code: bool) ->
         return str(folder)
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise UsageError(f"{name!r} is not a folder; give an existing folder, a hub id (owner/name) or an embedded: id")
-    if trust_remote_code and not COMMIT_ID.fullmatch(revision or ""):
-        raise UsageError(f"{name}: remote code runs only from a pinned commit; pass revision= with the 40 hex digits of one")
     return name
 
 
@@ -107,11 +104,6 @@ def recorded_id(name: str) -> str:
     return folder.resolve().name if folder.is_dir() else name
 
 
-def require_precision(precision: str) -> None:
-    if precision not in ("fp32", "bf16"):
-        raise UsageError(f"precision={precision!r} is unknown; allowed: fp32, bf16")
-
-
 def require_complete(name: str, missing: Iterable[str], unused: tuple[str, ...]) -> None:
     """Refuse a checkpoint that lacks weights a feature depends on: they would be random."""
     lacking = sorted(key for key in missing if is_used(key, unused))
@@ -143,7 +135,7 @@ def copy_encoder(name: str, folder: Path, revision: str | None = None) -> None:
 
     The copy's code runs as the encoder's: only with `trust_remote_code`.
     """
-    source = Path(resolve_encoder(name, revision, trust_remote_code=False))
+    source = Path(resolve_encoder(name))
     if not source.is_dir():
         with load_errors_named(name, "a downloaded snapshot"):
             source = Path(snapshot_download(name, revision=revision, local_files_only=True))

@@ -4,14 +4,13 @@ Shapes: `B` batch, `T` tokens, `D` width. A closing `Normalize` is left out: fea
 """
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
 from align.common.errors import UsageError
-from align.common.hardware import Arithmetic
 from align.encoders.loading import (
     TEXT_FILES,
     autocast,
@@ -20,14 +19,13 @@ from align.encoders.loading import (
     recorded_id,
     require_complete,
     require_own_code,
-    require_precision,
     resolve_encoder,
 )
+from align.encoders.spec import TextSpec
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-TextFeature = Literal["pooled", "tokens"]
 TEXT_UNUSED = ("pooler.",)  # BERT's pooler is not part of any sentence-transformers pooling
 
 
@@ -41,19 +39,16 @@ class TextEncoder(nn.Module):
 
     model: Any  # a SentenceTransformer
 
-    def __init__(self, model: "SentenceTransformer", *, prompt: str, precision: Arithmetic, feature: TextFeature = "pooled") -> None:
+    def __init__(self, model: "SentenceTransformer", spec: TextSpec) -> None:
         super().__init__()
-        self.model = model
-        self.prompt = prompt
-        self.precision = precision
-        self.feature = feature
-        self.id = ""
+        self.model, self.spec = model, spec
+        self.id, self.prompt, self.precision, self.feature = spec.name, spec.prompt, spec.precision, spec.feature
         self.fingerprint: dict[str, Any] = {}
         self.max_length: int = self.model.max_seq_length
         self.layers = len(_blocks(model[0].auto_model) or ())
         self.tokenizer = model.tokenizer
         self.requires_grad_(False).eval()
-        blank = model.preprocess(["a"], prompt=prompt)
+        blank = model.preprocess(["a"], prompt=spec.prompt)
         # a pooling that leaves the prompt out needs to know its length
         self._prompt = {key: blank[key] for key in ("prompt_length",) if key in blank}
         self.width = self.encode(["a"], batch_size=1).shape[1]
@@ -114,39 +109,52 @@ def _token_rows(tokens: Tensor, mask: Tensor) -> Tensor:
     return (tokens * mask[..., None]).flatten(1)
 
 
-def load_text_encoder(
-    name: str,
-    *,
-    prompt: str = "",
-    max_length: int | None = None,
-    feature: TextFeature = "pooled",
-    layer: int = -1,
-    precision: Arithmetic = "fp32",
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> TextEncoder:
-    """Return the frozen text encoder `name`: a hub id, a local folder or an `embedded:` id.
+def load_text_encoder(spec: TextSpec | str, device: str | torch.device = "cpu") -> TextEncoder:
+    """Return the frozen text encoder that `spec` describes; a name alone stands for its last layer, pooled, in float32.
 
     A sentence-transformers folder is read with its own modules, without a closing `Normalize`; a plain Hugging Face folder gets
-    sentence-transformers' default, the masked mean (decoders: the last token). A default prompt of the model is not applied.
-    `layer` k stops after block k (from 1; a closing norm is applied), -1 is the last.
-    Raises UsageError (unknown id, missing files or weights, max_length, layer), OfflineError, DamagedError.
+    sentence-transformers' default, the masked mean (decoders: the last token). A default prompt of the model is not applied. A closing
+    norm is applied to inner layers, too. Raises UsageError (unknown id, missing files or weights, max_length, layer), OfflineError,
+    DamagedError.
     """
+    spec = TextSpec(spec) if isinstance(spec, str) else spec
+    model = _open(spec)
+    language_model = model[0].auto_model
+    blocks = len(_blocks(language_model) or ())
+    _stop_after(spec.name, language_model, spec.layer)
+    _limit_length(spec.name, model, spec.max_length)
+    encoder = TextEncoder(model.to(device), spec)
+    pooling = [{"type": type(module).__name__, **module.get_config_dict()} for module in list(model)[1:]]
+    encoder.fingerprint = {
+        "encoder": recorded_id(spec.name),
+        "weights": hash_weights(model, tuple(f"0.model.{key}" for key in TEXT_UNUSED)),
+        "preprocessing": f"tokenizer {hash_tokenizer(model.tokenizer)}",
+        "pooling": "tokens" if spec.feature == "tokens" else json.dumps(pooling, default=str),
+        "prompt": spec.prompt,
+        "max_length": encoder.max_length,
+        "truncation_side": model.tokenizer.truncation_side,
+        "precision": spec.precision,
+        "normalized": "no",
+    }
+    if encoder.layers < blocks:
+        encoder.fingerprint["layer"] = spec.layer
+    return encoder
+
+
+def _open(spec: TextSpec) -> Any:
+    """Return the complete SentenceTransformer of `spec` in float32 on the CPU, without a closing Normalize."""
     # imported here as it takes seconds, which vision users need not wait for
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize, Transformer
 
-    require_precision(precision)
-    source = resolve_encoder(name, revision, trust_remote_code)
-    remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with load_errors_named(name, TEXT_FILES):
-        if trust_remote_code:
-            require_own_code(name, source, revision)
+    source, remote = resolve_encoder(spec.name), spec.from_pretrained
+    with load_errors_named(spec.name, TEXT_FILES):
+        if remote["trust_remote_code"]:
+            require_own_code(spec.name, source, spec.revision)
         kwargs = {"dtype": torch.float32, "use_safetensors": True}
         model: Any = SentenceTransformer(source, device="cpu", model_kwargs=kwargs, **remote)
         if not isinstance(model[0], Transformer):
-            raise UsageError(f"{name}: its first module is {type(model[0]).__name__}; choose a text encoder that is a transformer")
+            raise UsageError(f"{spec.name}: its first module is {type(model[0]).__name__}; choose a text encoder that is a transformer")
         language_model = model[0].auto_model
         # sentence-transformers does not tell which weights were missing; loading without data does
         _, report = type(language_model).from_pretrained(
@@ -157,30 +165,10 @@ def load_text_encoder(
             output_loading_info=True,
             **remote,
         )
-    require_complete(name, report["missing_keys"], TEXT_UNUSED)
-    blocks = len(_blocks(language_model) or ())
-    _stop_after(name, language_model, layer)
+    require_complete(spec.name, report["missing_keys"], TEXT_UNUSED)
     if isinstance(model[-1], Normalize):
         del model[-1]
-    _limit_length(name, model, max_length)
-    encoder = TextEncoder(model.to(device), prompt=prompt, precision=precision, feature=feature)
-    encoder.id = name
-    encoder.fingerprint = {
-        "encoder": recorded_id(name),
-        "weights": hash_weights(model, tuple(f"0.model.{key}" for key in TEXT_UNUSED)),
-        "preprocessing": f"tokenizer {_hash_tokenizer(model.tokenizer)}",
-        "pooling": json.dumps([{"type": type(module).__name__, **module.get_config_dict()} for module in list(model)[1:]], default=str),
-        "prompt": prompt,
-        "max_length": encoder.max_length,
-        "truncation_side": model.tokenizer.truncation_side,
-        "precision": precision,
-        "normalized": "no",
-    }
-    if feature == "tokens":
-        encoder.fingerprint["pooling"] = "tokens"
-    if encoder.layers < blocks:
-        encoder.fingerprint["layer"] = layer
-    return encoder
+    return model
 
 
 def _blocks(language_model: Any) -> nn.ModuleList | None:
@@ -220,7 +208,8 @@ def _limit_length(name: str, model: "SentenceTransformer", max_length: int | Non
             raise UsageError(f"max_length={max_length} is more than {name} has positions for; {own} is sure to work") from error
 
 
-def _hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Return the xxh3-128 of a tokenizer's rules, of a slow one its vocabulary."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         content = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # these follow the calls

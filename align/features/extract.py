@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +113,6 @@ class Extraction:
         vision: VisionEncoder | None = None,
         text: TextEncoder | None = None,
         columns: tuple[str, ...] = (),
-        loaders: dict[str, dict[str, Any]] | None = None,
         batch_size: int = 64,
         text_batch_size: int = 256,
         workers: int = 2,
@@ -126,20 +125,20 @@ class Extraction:
         self.limits, self.stopping = limits or Limits(), stopping or Stopping()
         self.progress = Progress()
         self.rows = self.rejected = self._in_a_row = 0  # of this process
-        loaders = loaders or {}
         self.image_writer = None
         if vision is not None:
-            header = self._header("image", vision.fingerprint, vision.feature_width, loaders.get("vision", {}))
+            header = self._header("image", vision, vision.feature_width)
             self.image_writer = StoreWriter(output / "images", header)
         self.caption_writers = {}
         for column in columns:
             assert text is not None
-            header = self._header("caption", text.fingerprint, text.width, loaders.get("text", {}))
+            header = self._header("caption", text, text.width)
             self.caption_writers[column] = StoreWriter(output / f"captions-{column}", header)
             text.tokenizer.save_pretrained(output / f"captions-{column}" / "tokenizer")  # so that training needs no encoder
 
-    def _header(self, kind: str, fingerprint: dict[str, Any], width: int, loader: dict[str, Any]) -> StoreHeader:
-        return StoreHeader(kind, fingerprint, loader, width, self.plan.digest, len(self.plan.shards), self.plan.rows)  # type: ignore[arg-type]
+    def _header(self, kind: Literal["image", "caption"], encoder: VisionEncoder | TextEncoder, width: int) -> StoreHeader:
+        loader = encoder.spec.stored() if encoder.spec else {}
+        return StoreHeader(kind, encoder.fingerprint, loader, width, self.plan.digest, len(self.plan.shards), self.plan.rows)
 
     @property
     def writers(self) -> list[StoreWriter]:

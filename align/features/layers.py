@@ -10,7 +10,7 @@ Shapes: `B` batch, `P` patches, `D` encoder width, `N` rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from align.common.reject_codes import RejectedRow
-from align.encoders.trust import split_revision
+from align.encoders.spec import VisionFeature
 from align.encoders.vision import VisionEncoder
 from align.features.extract import Extraction
 from align.features.store import StoreHeader, StoreWriter
@@ -112,20 +112,17 @@ class LayerStores:
 class LayerExtraction(Extraction):
     """An extraction whose forward fills the stores of several layers at once."""
 
-    def __init__(
-        self, source: Source, plan: Plan, output: Path, features: LayerFeatures, name: str, patch_images: int = 0, **options: Any
-    ) -> None:
-        """`output`: folder of the encoder's stores; `name`: the id that loads it again; `options` as of Extraction."""
+    def __init__(self, source: Source, plan: Plan, output: Path, features: LayerFeatures, patch_images: int = 0, **options: Any) -> None:
+        """`output`: folder of the encoder's stores; `options` as of Extraction."""
         super().__init__(source, plan, output, **options)
         encoder, writers, limits = features.encoder, [], []
-        feature = "cls_mean" if encoder.has_cls else "mean"
+        feature: VisionFeature = "cls_mean" if encoder.has_cls else "mean"
         for kind, count in {"layer": plan.rows, **({"patches": min(plan.rows, patch_images)} if features.with_patches else {})}.items():
             for layer, width in features.widths(kind == "patches").items():
                 fingerprint = {**encoder.fingerprint, "feature": feature, "layer": layer}
                 if kind == "patches":
                     fingerprint |= {"feature": f"patches {features.shapes[layer].kept}", "images": count}
-                identity, revision = split_revision(name)
-                loader = {"name": identity, "revision": revision, "feature": feature, "layer": layer, "image_size": None}
+                loader = replace(encoder.spec, feature=feature, layer=layer).stored()
                 header = StoreHeader("image", fingerprint, loader, width, plan.digest, len(plan.shards), count)
                 writers.append(StoreWriter(output / f"{kind}-{layer:02d}", header))
                 limits.append(count)

@@ -9,7 +9,7 @@ Shapes: `B` images, `T` texts, `P` patches, `F` image feature width, `D` caption
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,10 @@ from transformers.utils import ModelOutput
 from align.common.errors import DamagedError, UsageError
 from align.common.fingerprints import compare_encoders
 from align.common.hardware import Arithmetic
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import TextEncoder, load_text_encoder
-from align.encoders.trust import may_run_code
-from align.encoders.vision import VisionEncoder, load_transform, load_vision_encoder
+from align.encoders.transforms import load_transform
+from align.encoders.vision import VisionEncoder, load_vision_encoder
 from align.model.heads import ImageTokenHead, TextTokenHead, build_head, initialize
 from align.model.strict_loading import StrictModel
 
@@ -42,7 +43,7 @@ VISION_FOLDER, TEXT_FOLDER = "vision_encoder", "text_encoder"  # where embedded 
 
 
 class SailConfig(PreTrainedConfig):
-    """What a SailModel is made of. `vision` and `text` are the arguments that load the frozen encoders.
+    """What a SailModel is made of. `vision` and `text` describe the frozen encoders, as `EncoderSpec.stored`.
 
     `vision_width` and `text_width` are what a head is given: the width of a pooled feature or, for token heads, of one token;
     `vision_cls` says whether the first token of an image is its CLS. `bias` is None for a model trained with InfoNCE, which has none.
@@ -137,15 +138,15 @@ class SailModel(StrictModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).trust_remote_code = trusted
         return loaded
 
-    def encoder_arguments(self, side: str) -> dict[str, Any]:
-        """Return the arguments that load one encoder; a copy inside the model folder is found relative to it."""
-        arguments = dict(getattr(self.config, side))
-        if not arguments:
+    def encoder_spec(self, side: Literal["vision", "text"]) -> Any:
+        """Return the VisionSpec or TextSpec that loads one encoder; a copy inside the model folder is found relative to it."""
+        stored = dict(getattr(self.config, side))
+        if not stored:
             raise UsageError(f"this model names no {side} encoder; it can only align features that are already encoded")
-        if arguments["name"] in (VISION_FOLDER, TEXT_FOLDER):
-            arguments["name"] = str(Path(str(self.config.name_or_path)) / arguments["name"])
-        trusted = may_run_code(arguments["name"], arguments.get("revision"), self.trust_remote_code)
-        return {**arguments, "trust_remote_code": trusted}
+        if stored["name"] in (VISION_FOLDER, TEXT_FOLDER):
+            stored["name"] = str(Path(str(self.config.name_or_path)) / stored["name"])
+        kind = VisionSpec if side == "vision" else TextSpec
+        return kind(**stored, precision=self.config.precision, trust_remote_code=self.trust_remote_code)
 
     @property
     def vision_encoder(self) -> VisionEncoder:
@@ -157,9 +158,9 @@ class SailModel(StrictModel):
         """The frozen text encoder, loaded at first use; FingerprintError if it is not the one the heads were trained on."""
         return self._encoder("text", load_text_encoder)
 
-    def _encoder(self, side: str, load: Callable[..., Any]) -> Any:
+    def _encoder(self, side: Literal["vision", "text"], load: Callable[..., Any]) -> Any:
         if side not in self._encoders:
-            encoder = load(**self.encoder_arguments(side), precision=self.config.precision)
+            encoder = load(self.encoder_spec(side))
             trained_on = getattr(self.config, f"{side}_fingerprint")
             compare_encoders(encoder.fingerprint, trained_on, f"the model in {self.config.name_or_path}")
             self._encoders[side] = encoder
@@ -250,7 +251,7 @@ class SailImageProcessor(BaseImageProcessor):
         if self._transform is None:
             name = self.vision["name"]
             name = str(Path(self.folder) / name) if name == VISION_FOLDER else name
-            self._transform = load_transform(name, image_size=self.vision.get("image_size"), revision=self.vision.get("revision"))
+            self._transform = load_transform(VisionSpec(**{**self.vision, "name": name}))
         listed = images if isinstance(images, (list, tuple)) else [images]
         pixels = torch.stack([self._transform(image.convert("RGB")) for image in listed])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)

@@ -21,6 +21,7 @@ class VisionWithHead:
     def __init__(self, encoder: VisionEncoder, head: ImageTokenHead, fingerprint: dict[str, Any]) -> None:
         self.encoder, self.head, self.fingerprint = encoder, head, fingerprint
         self.id, self.transform, self.precision = encoder.id, encoder.transform, encoder.precision
+        self.spec = None  # the encoder alone does not give these features
         self.image_size, self.patch_grid, self.patch_size = encoder.image_size, encoder.patch_grid, encoder.patch_size
         self.feature_width = head.width
 

@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from align.common.errors import UsageError
 from align.common.hardware import resolve_precision
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.store import FeatureStore
@@ -55,14 +56,19 @@ def from_data(config: TrainConfig, state: PartialState) -> Features:
     """Return the pairs of --data with both encoders loaded; what files there are is found out once, by the first process."""
     assert config.data and config.vision and config.text
     precision, tokens = resolve_precision(config.precision, state.device), config.head == "token"
-    loaders: dict[str, dict[str, Any]] = {
-        "vision": {"name": config.vision, "revision": config.vision_revision, "image_size": config.image_size},
-        "text": {"name": config.text, "revision": config.text_revision, "max_length": config.max_length},
-    }
-    for side, pooled in (("vision", "auto"), ("text", "pooled")):
-        loaders[side]["feature"] = "tokens" if tokens else pooled
-    vision = load_vision_encoder(**loaders["vision"], precision=precision, device=state.device)
-    text = load_text_encoder(**loaders["text"], precision=precision, device=state.device)
+    vision = load_vision_encoder(
+        VisionSpec(
+            config.vision, config.vision_revision, image_size=config.image_size, feature="tokens" if tokens else "auto", precision=precision
+        ),
+        state.device,
+    )
+    text = load_text_encoder(
+        TextSpec(
+            config.text, config.text_revision, max_length=config.max_length, feature="tokens" if tokens else "pooled", precision=precision
+        ),
+        state.device,
+    )
+    loaders = {"vision": vision.spec.stored(), "text": text.spec.stored()}
     opened = []
     for name, data in (("data", config.data), ("val-data", config.val_data)):
         source = Source(str(data), config.layout, config.image_column, config.key_column, config.image_root)

@@ -29,7 +29,8 @@ from align.common.reject_codes import Reject
 from align.common.runs import JsonLines
 from align.common.seeds import generator
 from align.encoders.text import TextEncoder
-from align.encoders.vision import PixelNormalizer, Transform, VisionEncoder, pixel_normalizer
+from align.encoders.transforms import PixelNormalizer, Transform, pixel_normalizer
+from align.encoders.vision import VisionEncoder
 from align.sources.gate import Limits, gate_captions, gate_image
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader

@@ -20,6 +20,7 @@ from bench_loss import machine
 from PIL import Image
 
 from align.common.hardware import Precision, resolve_precision, reuse_freed_memory, use_cores
+from align.encoders.spec import VisionSpec
 from align.encoders.vision import load_vision_encoder
 
 
@@ -44,7 +45,7 @@ def measure(config: BenchConfig, batch: int, keep: bool) -> float:
     use_cores(1)
     if keep:
         reuse_freed_memory()
-    encoder = load_vision_encoder(config.encoder, precision=resolve_precision(config.precision, torch.device("cpu")))
+    encoder = load_vision_encoder(VisionSpec(config.encoder, precision=resolve_precision(config.precision, torch.device("cpu"))))
     pixels = encoder.transform(Image.new("RGB", (256, 256)))[None].repeat(batch, 1, 1, 1)
     encoder(pixels)
     begin = time.perf_counter()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from align.common.errors import NonFiniteError, UsageError
-from align.encoders.vision import pixel_normalizer
+from align.encoders.transforms import pixel_normalizer
 from eval.models.dual_encoder import DualEncoder
 
 _BYTES = 64 << 20  # of interpolated cosines held at a time, whatever the numbers of names and pixels

@@ -22,7 +22,7 @@ from align.common.errors import OfflineError, UsageError
 from align.common.files import hash_bytes
 from align.common.recipes_yaml import nearest
 from align.encoders.loading import first_line, hash_weights, load_errors_named, recorded_id
-from align.encoders.text import _hash_tokenizer
+from align.encoders.text import hash_tokenizer
 from eval.models.reference import ReferenceModel, fingerprint_of
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -110,7 +110,7 @@ def load_openclip(source: str) -> OpenClip:
     clip = OpenClip(model, tokenizer, transform, f"open_clip {architecture}, {named}")
     name, parts = recorded_id(source), {"arch": open_clip.get_model_config(described), "quick": bool(tag.get("quick_gelu"))}
     clip.vision_fingerprint = fingerprint_of(name, parts, hash_weights(model.visual, ()), json.dumps(preprocessing, sort_keys=True))
-    rules = _hash_tokenizer(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else hash_bytes(json.dumps(tokenizer.encoder).encode())
+    rules = hash_tokenizer(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else hash_bytes(json.dumps(tokenizer.encoder).encode())
     text = hash_weights(model, ("visual.", "logit_"))
     clip.text_fingerprint = fingerprint_of(name, parts, text, f"{type(tokenizer).__name__} {rules}")
     clip.text_fingerprint["max_length"] = tokenizer.context_length

@@ -100,6 +100,7 @@ class Images:
     """The image side of a reference model, as `align.features.extract.Extraction` takes it."""
 
     model: ReferenceModel
+    spec = None  # no loader of this kit's encoders opens it again
 
     @property
     def transform(self) -> Callable[..., Tensor]:

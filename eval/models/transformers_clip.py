@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from align.common.errors import UsageError
 from align.encoders.loading import hash_weights, load_errors_named, recorded_id, require_complete, resolve_encoder
-from align.encoders.text import _hash_tokenizer
-from align.encoders.vision import Transform
+from align.encoders.text import hash_tokenizer
+from align.encoders.transforms import Transform
 from eval.models.reference import ReferenceModel, fingerprint_of
 
 NEEDED = "needed are config.json, preprocessor_config.json, the tokenizer's files and model.safetensors"
@@ -76,7 +76,7 @@ FAMILIES = {"clip": _CLIP, "metaclip_2": _CLIP, "siglip": Family("max_length", (
 
 def load_transformers_clip(source: str) -> TransformersClip:
     """Return the model of a local folder or hub id; UsageError unless its model_type is one of FAMILIES."""
-    place = resolve_encoder(source, None, trust_remote_code=False)
+    place = resolve_encoder(source)
     with load_errors_named(source, NEEDED):
         config = AutoConfig.from_pretrained(place)
         if config.model_type not in FAMILIES:
@@ -85,7 +85,7 @@ def load_transformers_clip(source: str) -> TransformersClip:
             raise UsageError(f"{source}: model_type {config.model_type!r} is not a dual encoder known here; {known}")
         transform = Transform(AutoImageProcessor.from_pretrained(place))
         tokenizer: Any = AutoTokenizer.from_pretrained(place)
-        tokens = _hash_tokenizer(tokenizer)  # before a call sets how it pads
+        tokens = hash_tokenizer(tokenizer)  # before a call sets how it pads
         model, report = AutoModel.from_pretrained(place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     require_complete(source, report["missing_keys"], ())
     name = recorded_id(source)

@@ -72,7 +72,7 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
     """Return the causal LLM `name` with its tokenizer; GGUF weights are unpacked to float32. No remote code."""
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if gguf_file is None:
-        source = resolve_encoder(name, revision, trust_remote_code=False)
+        source = resolve_encoder(name)
         weights: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
     else:
         source = str(Path(name).expanduser())
@@ -99,7 +99,7 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
 
 def load_llava(name: str, revision: str | None = None) -> Language:
     """Return the text half of a Hugging Face LLaVA checkpoint (LlavaForConditionalGeneration), with its processor's template."""
-    source = resolve_encoder(name, revision, trust_remote_code=False)
+    source = resolve_encoder(name)
     options: dict[str, Any] = {"revision": revision} if revision else {}
     with load_errors_named(name, LLM_FILES.replace("tokenizer", "processor")):
         config = AutoConfig.from_pretrained(source, **options)

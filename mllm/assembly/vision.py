@@ -3,7 +3,7 @@
 Legend: `F` width given to the head, `E` head width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ from PIL import Image
 from torch import nn
 
 from align.common.errors import UsageError
-from align.encoders.vision import Transform, VisionEncoder, load_vision_encoder, pixel_normalizer
+from align.encoders.spec import VisionSpec
+from align.encoders.transforms import Transform, pixel_normalizer
+from align.encoders.vision import VisionEncoder, load_vision_encoder
 from align.model.dual_encoder import SailModel
 from align.model.heads import build_head, initialize
 from align.model.saving import model_folder
@@ -68,13 +70,13 @@ def load_aligned_encoder(
             )
         encoder = stage_one.vision_encoder
         if image_size is not None:
-            encoder = load_vision_encoder(**{**stage_one.encoder_arguments("vision"), "image_size": image_size})
+            encoder = load_vision_encoder(replace(stage_one.encoder_spec("vision"), image_size=image_size, precision="fp32"))
         head, expansion, dropout, width = settings.head, settings.expansion, settings.dropout, settings.width
         if head == "sharelock":  # its options are those of the text side
             head, expansion, dropout = "identity", None, None
     else:
         assert vision is not None
-        encoder = load_vision_encoder(vision, layer=layer, image_size=image_size)
+        encoder = load_vision_encoder(VisionSpec(vision, layer=layer, image_size=image_size))
     module, weights = nn.Module(), ""
     if sail_head == "trained":
         assert trained is not None

@@ -32,6 +32,7 @@ from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
 from align.common.intervals import bootstrap_weights
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.layers import LayerFeatures
@@ -106,7 +107,7 @@ def content(output):
 def test_each_layer_store_is_what_encode_writes(world, assessed):
     for layer in (1, 2, 3):
         store = FeatureStore(assessed[0] / f"pairs/vit/layer-{layer:02d}")
-        encoder = load_vision_encoder(str(world / "vit"), layer=layer)
+        encoder = load_vision_encoder(VisionSpec(str(world / "vit"), layer=layer))
         assert store.fingerprint == encoder.fingerprint and store.header.loader["layer"] == layer
         assert len(store) == IMAGES - 1 and "k7" not in store.keys.to_pylist()
         for row in (0, 50, 118):
@@ -118,7 +119,7 @@ def test_each_layer_store_is_what_encode_writes(world, assessed):
 @pytest.mark.parametrize("feature", ["cls", "mean", "cls_mean"])
 def test_features_are_columns_of_the_layer_store(world, assessed, feature):
     store = FeatureStore(assessed[0] / "pairs/vit/layer-03")
-    encoder = load_vision_encoder(str(world / "vit"), feature=feature)
+    encoder = load_vision_encoder(VisionSpec(str(world / "vit"), feature=feature))
     image = Image.open(world / f"images/{store.keys[0].as_py()[1:]}.png")
     expected = encoder(encoder.transform(image)[None]).numpy()
     np.testing.assert_allclose(feature_columns(store.features(np.array([0])), feature, True), expected, rtol=3e-3, atol=3e-3)
@@ -131,7 +132,7 @@ def test_patches_are_kept_of_the_first_images(world, assessed):
         95 <= len(store) <= 100
         and store.keys.to_pylist() == FeatureStore(assessed[0] / "pairs/vit/layer-02").keys.to_pylist()[: len(store)]
     )
-    encoder = load_vision_encoder(str(world / "vit"), layer=2)
+    encoder = load_vision_encoder(VisionSpec(str(world / "vit"), layer=2))
     _, patches = encoder.encode(encoder.transform(Image.open(world / f"images/{store.keys[3].as_py()[1:]}.png"))[None])
     np.testing.assert_allclose(store.features(np.array([3]))[0], patches[0].flatten().numpy(), rtol=3e-3, atol=3e-3)
 
@@ -176,7 +177,7 @@ def test_layers_of_text_encoders_are_candidates_too(world, tmp_path):
     content = json.loads((tmp_path / "out/assessment.json").read_text())
     assert {row["candidate"]["text"] if "candidate" in row else row["text"] for row in content["candidates"]} == {"st", "st-layer-01"}
     inner = FeatureStore(tmp_path / "out/pairs/st-layer-01/captions-short")
-    again = load_text_encoder(**inner.header.loader)
+    again = load_text_encoder(TextSpec(**inner.header.loader))
     assert again.fingerprint == inner.fingerprint and inner.header.loader["layer"] == 1
     assert FeatureStore(tmp_path / "out/pairs/st/captions-short").fingerprint != inner.fingerprint
 

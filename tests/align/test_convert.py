@@ -181,18 +181,18 @@ class Encoder:
 
 def test_encoders_are_opened_compared_and_recorded(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(align.convert, "load_vision_encoder", lambda name, **given: asked.update(vision=(name, given)) or Encoder(F))
-    monkeypatch.setattr(align.convert, "load_text_encoder", lambda name, **given: asked.update(text=(name, given)) or Encoder(D))
+    monkeypatch.setattr(align.convert, "load_vision_encoder", lambda spec: asked.update(vision=spec) or Encoder(F))
+    monkeypatch.setattr(align.convert, "load_text_encoder", lambda spec: asked.update(text=spec) or Encoder(D))
     torch.save(published(), tmp_path / "h.pt")
     named = {"heads": str(tmp_path / "h.pt"), "vision": "some/eye", "text": "some/ear", "precision": "fp32", "text_revision": "a" * 40}
     main(ConvertConfig(**named, output=str(tmp_path / "m"), trust_remote_code=True, max_length=9))
     config = SailModel.from_pretrained(tmp_path / "m").config
-    assert config.vision == {"name": "some/eye", "revision": None, "feature": "auto", "layer": -1}
-    assert config.text == {"name": "some/ear", "revision": "a" * 40, "prompt": "", "max_length": 9}
+    assert config.vision == {"name": "some/eye", "revision": None, "feature": "auto", "layer": -1, "image_size": None}
+    assert config.text == asked["text"].stored() and (config.text["name"], config.text["max_length"]) == ("some/ear", 9)
     assert config.vision_fingerprint["weights"] == str(F) and config.text_fingerprint["weights"] == str(D)
-    assert not asked["vision"][1]["trust_remote_code"] and asked["text"][1]["trust_remote_code"]
+    assert not asked["vision"].from_pretrained["trust_remote_code"] and asked["text"].from_pretrained["trust_remote_code"]
     assert (tmp_path / "m" / "tokenizer.json").is_file() and (tmp_path / "m" / "preprocessor_config.json").is_file()
-    monkeypatch.setattr(align.convert, "load_text_encoder", lambda name, **given: Encoder(D + 1))
+    monkeypatch.setattr(align.convert, "load_text_encoder", lambda spec: Encoder(D + 1))
     with pytest.raises(UsageError, match=f"features of {D + 1}, but the published head takes {D}"):
         main(ConvertConfig(**named, output=str(tmp_path / "other")))
     with pytest.raises(UsageError, match="there already"):

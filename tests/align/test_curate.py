@@ -18,6 +18,7 @@ from align.common.files import arm_failpoint, hash_file
 from align.curate import main
 from align.curation.concepts import evaluation_sets, read_names
 from align.curation.config import CurateConfig
+from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
 from align.features.store import FeatureStore, StoreHeader, StoreWriter
 from align.model.dual_encoder import SailConfig, SailModel
@@ -210,7 +211,7 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     save_bert(folder / "text")
     loader = {"name": str(folder / "text" / "st"), "revision": None, "prompt": "", "max_length": None}
-    encoder = load_text_encoder(**loader)
+    encoder = load_text_encoder(TextSpec(**loader))
     captions = ["a dog", "the red cat", "a cat runs", "the dog runs", "red", "a red dog", "dog dog", "the cat"]
     header = StoreHeader("caption", encoder.fingerprint, loader, encoder.width, "plan-t", 1, len(captions))
     writer = StoreWriter(folder / "captions", header)

@@ -37,7 +37,7 @@ def loads(monkeypatch):
     counts = {"vision": 0, "text": 0}
 
     def loader(side, kind):
-        def load(**_):
+        def load(*_):
             counts[side] += 1
             return kind()
 

@@ -32,7 +32,7 @@ def see(image):
 class Eye(nn.Module):
     """Sees the mean color of a picture."""
 
-    feature_width = 4
+    feature_width, spec = 4, None
     transform = staticmethod(see)
     fingerprint = VISION_FINGERPRINT
 

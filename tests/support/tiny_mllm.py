@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from align.encoders.spec import VisionSpec
 from align.encoders.vision import load_vision_encoder
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
@@ -102,9 +103,9 @@ def tiny_vision(folder: Path, kind: str = "dinov2") -> Path:
 def tiny_sail(folder: Path, vision: Path, head: str = "glu", width: int = 24, **loader: object) -> Path:
     """Return a stage-one model folder (no text encoder behind it) whose image head reads `vision`; weights are not trained.
 
-    `loader` are arguments of `load_vision_encoder`: layer, feature, image_size.
+    `loader` are fields of VisionSpec: layer, feature, image_size.
     """
-    encoder = load_vision_encoder(str(vision), **loader)  # type: ignore[arg-type]
+    encoder = load_vision_encoder(VisionSpec(str(vision), **loader))  # type: ignore[arg-type]
     settings = SailConfig(
         vision={"name": str(vision), **loader},
         vision_fingerprint=encoder.fingerprint,

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, ViTIm
 from align.common.errors import DamagedError, OfflineError, UsageError
 from align.encoders import vision as encoders
 from align.encoders.families import VISION_ADAPTERS
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import VisionEncoder, feature_width, load_vision_encoder
 from tests.support.tiny_encoders import (
@@ -92,7 +93,7 @@ def test_tokens_are_those_of_timm(tmp_path, case):
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", VITS)
 def test_patches_are_in_row_major_order(tmp_path, model_type):
-    encoder = load_vision_encoder(save(tmp_path / "m", model_type), layer=0)
+    encoder = load_vision_encoder(VisionSpec(save(tmp_path / "m", model_type), layer=0))
     blank = torch.zeros(1, 3, SIZE, SIZE)
     for row, column in ((0, 0), (0, 2), (1, 0), (2, 1)):
         bright = blank.clone()
@@ -111,12 +112,12 @@ def test_inner_layers_pass_the_final_norm_and_drop_later_blocks(tmp_path, model_
     pixels = pixels_of(whole)
     every = whole.encode_layers(pixels, range(4))
     for layer, (cls, patches) in enumerate(every):
-        part = load_vision_encoder(folder, layer=layer)
+        part = load_vision_encoder(VisionSpec(folder, layer=layer))
         assert sum(p.numel() for p in part.parameters()) <= sum(p.numel() for p in whole.parameters()) - (layer in (0, 1, 2))
         close(part.encode(pixels)[0], cls, 1e-6)
         close(part.encode(pixels)[1], patches, 1e-6)
     close(every[3][1], whole.encode(pixels)[1], 0)
-    assert load_vision_encoder(folder, layer=-2).layer == 2
+    assert load_vision_encoder(VisionSpec(folder, layer=-2)).layer == 2
 
 
 @torch.no_grad()
@@ -136,11 +137,11 @@ def test_inner_layers_of_cnns_are_stage_maps(tmp_path):
     encoder = load_vision_encoder(folder)
     pixels = pixels_of(encoder)
     hidden = AutoModel.from_pretrained(folder).eval()(pixels, output_hidden_states=True).hidden_states
-    second = load_vision_encoder(folder, layer=2)
+    second = load_vision_encoder(VisionSpec(folder, layer=2))
     assert (second.width, encoder.width, encoder.layers) == (12, 20, 4)
     close(second.encode(pixels)[1], tokens_of(hidden[2]))
     with pytest.raises(UsageError, match="allowed: 1 to 4, or -4 to -1"):
-        load_vision_encoder(folder, layer=0)
+        load_vision_encoder(VisionSpec(folder, layer=0))
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ def test_inner_layers_of_timm_cnns_are_stage_maps(tmp_path):
     together = encoder.encode_layers(pixels, [*range(1, len(maps) + 1), -1])
     for (_, patches), expected in zip(together, [*maps, stock.forward_features(pixels)], strict=True):
         close(patches, tokens_of(expected))
-    third = load_vision_encoder(folder, layer=3)
+    third = load_vision_encoder(VisionSpec(folder, layer=3))
     assert third.width == maps[2].shape[1]
     assert third.patch_grid == tuple(maps[2].shape[2:])
     close(third.encode(pixels)[1], tokens_of(maps[2]))
@@ -163,8 +164,8 @@ def test_inner_layers_of_timm_cnns_are_stage_maps(tmp_path):
 def test_layers_out_of_range_are_refused(dinov2):
     for layer in (4, -5):
         with pytest.raises(UsageError, match=r"allowed: 0 to 3, or -4 to -1"):
-            load_vision_encoder(dinov2, layer=layer)
-    inner = load_vision_encoder(dinov2, layer=1)
+            load_vision_encoder(VisionSpec(dinov2, layer=layer))
+    inner = load_vision_encoder(VisionSpec(dinov2, layer=1))
     with pytest.raises(UsageError, match="load it with layer=-1"):
         inner.encode_layers(torch.zeros(1, 3, SIZE, SIZE), [2])
 
@@ -172,14 +173,14 @@ def test_layers_out_of_range_are_refused(dinov2):
 @pytest.mark.parametrize("feature", ["cls", "cls_mean"])
 def test_cls_features_need_a_cls(tmp_path, feature):
     with pytest.raises(UsageError, match="feature='mean'"):
-        load_vision_encoder(save(tmp_path / "m", "siglip_vision_model"), feature=feature)
+        load_vision_encoder(VisionSpec(save(tmp_path / "m", "siglip_vision_model"), feature=feature))
     assert (feature_width(8, "auto", True), feature_width(8, "auto", False), feature_width(8, "cls", True)) == (16, 8, 8)
 
 
 @torch.no_grad()
 def test_bf16_is_close_and_returns_float32(dinov2, tmp_path):
     for folder in (dinov2, save_timm(tmp_path / "t", "test_resnet", {})):
-        exact, fast = load_vision_encoder(folder), load_vision_encoder(folder, precision="bf16")
+        exact, fast = load_vision_encoder(folder), load_vision_encoder(VisionSpec(folder, precision="bf16"))
         pixels = pixels_of(exact, 4)
         expected, actual = exact(pixels), fast(pixels)
         assert actual.dtype == torch.float32
@@ -223,24 +224,24 @@ def test_the_backend_of_the_processor_is_recorded(dinov2, tmp_path):
 
 
 def test_image_size_scales_resize_and_crop(dinov2, tmp_path, photo):
-    larger = load_vision_encoder(dinov2, image_size=70)
+    larger = load_vision_encoder(VisionSpec(dinov2, image_size=70))
     assert larger.transform(photo).shape == (3, 70, 70)
     assert larger.patch_grid == (5, 5)
     values = json.loads(larger.fingerprint["preprocessing"])
     assert (values["size"], values["crop_size"]) == ({"shortest_edge": 80}, {"height": 70, "width": 70})
-    timm = load_vision_encoder(save_timm(tmp_path / "t", *TIMM_CASES["vit with cls and registers"][:2]), image_size=70)
+    timm = load_vision_encoder(VisionSpec(save_timm(tmp_path / "t", *TIMM_CASES["vit with cls and registers"][:2]), image_size=70))
     assert timm.patch_grid == (5, 5)
     assert timm(timm.transform(photo)[None]).shape == (1, 64)
 
 
 @pytest.mark.parametrize("model_type", ["vit", "clip", "siglip", "vit_mae", "ijepa", "dinov3_vit"])
 def test_position_embeddings_are_interpolated(tmp_path, model_type):
-    assert load_vision_encoder(save(tmp_path / "m", model_type), image_size=56).patch_grid == (4, 4)
+    assert load_vision_encoder(VisionSpec(save(tmp_path / "m", model_type), image_size=56)).patch_grid == (4, 4)
 
 
 def test_sizes_that_a_model_cannot_take_are_refused(tmp_path):
     with pytest.raises(UsageError, match="does not take images of 56 x 56"):
-        load_vision_encoder(save(tmp_path / "m", "aimv2_vision_model"), image_size=56)
+        load_vision_encoder(VisionSpec(save(tmp_path / "m", "aimv2_vision_model"), image_size=56))
 
 
 def test_processors_with_varying_output_are_refused(dinov2, tmp_path):
@@ -293,11 +294,11 @@ def test_fingerprint_follows_the_folder(dinov2, tmp_path, change):
 def test_fingerprint_follows_the_settings(dinov2):
     before = load_vision_encoder(dinov2).fingerprint
     for setting, value in {"feature": "cls", "layer": 2, "precision": "bf16"}.items():
-        after = load_vision_encoder(dinov2, **{setting: value}).fingerprint
+        after = load_vision_encoder(VisionSpec(dinov2, **{setting: value})).fingerprint
         assert {key for key in before if before[key] != after[key]} == {setting}
-    larger = load_vision_encoder(dinov2, image_size=70).fingerprint
+    larger = load_vision_encoder(VisionSpec(dinov2, image_size=70)).fingerprint
     assert {key for key in before if before[key] != larger[key]} == {"preprocessing"}
-    assert load_vision_encoder(dinov2, layer=3, feature="cls_mean").fingerprint == before  # the same, said otherwise
+    assert load_vision_encoder(VisionSpec(dinov2, layer=3, feature="cls_mean")).fingerprint == before  # the same, said otherwise
 
 
 def test_weights_hash_ignores_storage_and_unused_parameters(tmp_path):
@@ -382,13 +383,11 @@ def test_names_that_lead_nowhere_are_refused(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(OfflineError):
         load_text_encoder("nobody/has-this-model")
-    with pytest.raises(UsageError, match="pinned commit"):
-        load_vision_encoder("nobody/has-this-model", trust_remote_code=True, revision="main")
 
 
 def test_precision_is_checked(dinov2):
     with pytest.raises(UsageError, match="allowed: fp32, bf16"):
-        load_vision_encoder(dinov2, precision="fp16")
+        load_vision_encoder(VisionSpec(dinov2, precision="fp16"))
     assert isinstance(load_vision_encoder(dinov2), VisionEncoder)
 
 
@@ -437,7 +436,7 @@ def test_text_embeddings_do_not_depend_on_the_batch(bert):
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", ["", "a photo of "])
 def test_text_forward_is_encode(bert, prompt):
-    encoder = load_text_encoder(bert[0], prompt=prompt)
+    encoder = load_text_encoder(TextSpec(bert[0], prompt=prompt))
     batch = encoder.tokenizer([prompt + text for text in CAPTIONS], padding=True, truncation=True, return_tensors="pt")
     close(encoder(batch["input_ids"], batch["attention_mask"]), encoder.encode(CAPTIONS, 8))
     close(encoder.encode(CAPTIONS, 8), load_text_encoder(bert[0]).encode([prompt + text for text in CAPTIONS], 8))
@@ -445,7 +444,7 @@ def test_text_forward_is_encode(bert, prompt):
 
 @torch.no_grad()
 def test_text_tokens_average_to_the_embedding(bert):
-    encoder = load_text_encoder(bert[0], prompt="the ")
+    encoder = load_text_encoder(TextSpec(bert[0], prompt="the "))
     tokens, mask = encoder.encode_tokens(CAPTIONS)
     assert (tokens.ndim, mask.dtype, tokens.shape[:2]) == (3, torch.bool, mask.shape)
     close((tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), encoder.encode(CAPTIONS, 8))
@@ -454,7 +453,7 @@ def test_text_tokens_average_to_the_embedding(bert):
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [1, 2, -1])
 def test_an_inner_layer_of_a_text_encoder_is_that_hidden_state(bert, layer):
-    encoder = load_text_encoder(bert[0], layer=layer)
+    encoder = load_text_encoder(TextSpec(bert[0], layer=layer))
     tokenizer, stock = transformers.AutoTokenizer.from_pretrained(bert[1]), transformers.BertModel.from_pretrained(bert[1]).eval()
     for text, found in zip(CAPTIONS, encoder.encode(CAPTIONS, 8), strict=True):
         batch = tokenizer(text, truncation=True, max_length=16, return_tensors="pt")
@@ -467,34 +466,34 @@ def test_an_inner_layer_of_a_decoder_goes_through_its_closing_norm(tmp_path):
     from tests.support.tiny_mllm import tiny_llm
 
     folder = tiny_llm(tmp_path / "llm")
-    encoder = load_text_encoder(str(folder), layer=1, max_length=16)
+    encoder = load_text_encoder(TextSpec(str(folder), layer=1, max_length=16))
     model, tokenizer = transformers.AutoModel.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
     batch = tokenizer("a dog", return_tensors="pt")
     hidden = model(**batch, output_hidden_states=True).hidden_states[1]
     close(encoder.encode(["a dog"], 1)[0], model.norm(hidden)[0, -1])  # sentence-transformers pools a decoder's last token
-    assert encoder.layers == 1 < model.config.num_hidden_layers == load_text_encoder(str(folder), max_length=16).layers
+    assert encoder.layers == 1 < model.config.num_hidden_layers == load_text_encoder(TextSpec(str(folder), max_length=16)).layers
 
 
 @pytest.mark.parametrize("layer", [0, 3, -2])
 def test_text_layers_that_are_not_there_are_refused(bert, layer):
     with pytest.raises(UsageError, match="has blocks 1 to 2"):
-        load_text_encoder(bert[0], layer=layer)
+        load_text_encoder(TextSpec(bert[0], layer=layer))
 
 
 @torch.no_grad()
 def test_text_is_truncated_at_max_length_on_the_recorded_side(bert, tmp_path):
     long = "a dog and a cat and a car and a tree"
-    short = load_text_encoder(bert[0], max_length=5)
+    short = load_text_encoder(TextSpec(bert[0], max_length=5))
     close(short.encode([long], 1)[0], stock_mean(bert[1], long, max_length=5))
     assert (short.max_length, short.fingerprint["max_length"]) == (5, 5)
-    left = load_text_encoder(save_bert(tmp_path, truncation_side="left")[0], max_length=5)
+    left = load_text_encoder(TextSpec(save_bert(tmp_path, truncation_side="left")[0], max_length=5))
     assert left.fingerprint["truncation_side"] == "left"
     close(left.encode([long], 1)[0], stock_mean(bert[1], long, max_length=5, side="left"))
-    assert load_text_encoder(bert[0], max_length=24).max_length == 24  # more than the tokenizer says, within the positions
+    assert load_text_encoder(TextSpec(bert[0], max_length=24)).max_length == 24  # more than the tokenizer says, within the positions
     with pytest.raises(UsageError, match="max_length=25 is more than"):
-        load_text_encoder(bert[0], max_length=25)
+        load_text_encoder(TextSpec(bert[0], max_length=25))
     with pytest.raises(UsageError, match="at least 1"):
-        load_text_encoder(bert[0], max_length=0)
+        load_text_encoder(TextSpec(bert[0], max_length=0))
 
 
 @torch.no_grad()
@@ -541,7 +540,7 @@ def test_decoders_are_pooled_at_their_last_token(tmp_path):
 
 @torch.no_grad()
 def test_text_bf16_is_close_and_frozen(bert):
-    exact, fast = load_text_encoder(bert[0]), load_text_encoder(bert[0], precision="bf16")
+    exact, fast = load_text_encoder(bert[0]), load_text_encoder(TextSpec(bert[0], precision="bf16"))
     expected, actual = exact.encode(CAPTIONS, 4), fast.encode(CAPTIONS, 4)
     assert actual.dtype == torch.float32
     assert 0 < (actual - expected).norm() / expected.norm() < 0.02
@@ -560,7 +559,7 @@ def test_text_fingerprint_follows_settings_and_folder(bert, tmp_path):
     assert before["normalized"] == "no"
 
     def changed(name=bert[0], **settings):
-        after = load_text_encoder(name, **settings).fingerprint
+        after = load_text_encoder(TextSpec(name, **settings)).fingerprint
         return {key for key in before if before[key] != after[key]}
 
     assert changed(prompt="query: ") == {"prompt"}

@@ -13,8 +13,9 @@ from align.assessment.config import AssessConfig
 from align.common.errors import UsageError
 from align.curate import Space, open_candidates
 from align.curation.config import CurateConfig
+from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
-from align.encoders.trust import may_run_code, split_revision
+from align.encoders.trust import split_revision
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
 from align.features.store import StoreHeader, StoreWriter
@@ -52,7 +53,7 @@ def aligned(own, tmp_path_factory):
     """A model folder aligned with that encoder."""
     folder = tmp_path_factory.mktemp("aligned")
     image = load_vision_encoder(vision := str(save(folder / "vision", "dinov2")))
-    text = load_text_encoder(own, trust_remote_code=True)
+    text = load_text_encoder(TextSpec(own, trust_remote_code=True))
     settings = SailConfig(
         vision={"name": vision}, text={"name": own, "revision": None}, width=8, head="linear", vision_fingerprint=image.fingerprint,
         text_fingerprint=text.fingerprint, vision_width=image.feature_width, text_width=text.width,
@@ -65,7 +66,7 @@ def aligned(own, tmp_path_factory):
 def test_its_code_runs_only_when_asked_for(own):
     with pytest.raises(UsageError, match="code of its own.*--trust-remote-code"):
         load_text_encoder(own)
-    encoder = load_text_encoder(own, trust_remote_code=True)
+    encoder = load_text_encoder(TextSpec(own, trust_remote_code=True))
     assert type(encoder.model[0].auto_model).__name__ == "OwnModel"
     assert encoder.encode(["a dog"], 1).shape == (1, encoder.width)
 
@@ -81,21 +82,6 @@ def test_a_model_aligned_with_it_is_measured_when_asked_for(aligned):
 def test_the_pipeline_passes_the_wish_on(aligned):
     classify = pipeline("zero-shot-image-classification", model=str(aligned), trust_remote_code=True)
     assert classify.model.trust_remote_code
-
-
-@pytest.mark.parametrize(
-    ("name", "revision", "asked", "may"),
-    [
-        ("owner/model", None, True, False),
-        ("owner/model", COMMIT, True, True),
-        ("owner/model", "main", True, False),
-        ("owner/model", COMMIT, False, False),
-        ("{folder}", None, True, True),
-        ("{folder}", None, False, False),
-    ],
-)
-def test_code_runs_from_a_pinned_commit_or_a_local_folder(tmp_path, name, revision, asked, may):
-    assert may_run_code(name.format(folder=tmp_path), revision, asked) is may
 
 
 def test_a_commit_may_stand_behind_an_id(tmp_path):
@@ -120,7 +106,7 @@ def test_code_of_another_repository_is_refused(own, tmp_path, file, content):
     before = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps(content if isinstance(content, list) else {**before, **content}))
     with pytest.raises(UsageError, match="code of another repository.*take 'some-owner/new-impl--' out of"):
-        load_text_encoder(str(folder), trust_remote_code=True)
+        load_text_encoder(TextSpec(str(folder), trust_remote_code=True))
 
 
 def test_copies_of_the_encoders_hold_their_code(aligned, tmp_path):

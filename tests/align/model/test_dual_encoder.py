@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from align.common.errors import DamagedError, FingerprintError, UsageError
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.model.dual_encoder import SailConfig, SailModel
@@ -33,7 +34,8 @@ def encoders(tmp_path_factory):
 
 def token_model(encoders, seed=0, **changes):
     """A model with token heads whose every parameter is random, in evaluation mode."""
-    vision, text = load_vision_encoder(encoders[0], feature="tokens"), load_text_encoder(encoders[1], feature="tokens", max_length=12)
+    vision = load_vision_encoder(VisionSpec(encoders[0], feature="tokens"))
+    text = load_text_encoder(TextSpec(encoders[1], feature="tokens", max_length=12))
     config = SailConfig(
         vision={"name": encoders[0], "feature": "tokens"}, text={"name": encoders[1], "feature": "tokens", "max_length": 12},
         vision_fingerprint=vision.fingerprint, text_fingerprint=text.fingerprint, vision_width=vision.width, text_width=32,
@@ -205,7 +207,7 @@ def saved_tokens(encoders, saved, tmp_path_factory):
 
 def test_a_token_model_embeds_all_tokens_of_image_and_text(encoders, saved_tokens, photo):
     model = SailModel.from_pretrained(saved_tokens)
-    vision, text = load_vision_encoder(encoders[0]), load_text_encoder(encoders[1], max_length=12)
+    vision, text = load_vision_encoder(encoders[0]), load_text_encoder(TextSpec(encoders[1], max_length=12))
     pixels = vision.transform(photo)[None]
     cls, patches = vision.encode(pixels)
     head = model.vision_head

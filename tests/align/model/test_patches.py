@@ -12,7 +12,9 @@ from transformers import AutoModel, BitImageProcessor
 
 from align.common.errors import UsageError
 from align.encoders.families import VISION_ADAPTERS
-from align.encoders.vision import Transform, load_vision_encoder, pixel_normalizer
+from align.encoders.spec import VisionSpec
+from align.encoders.transforms import Transform, pixel_normalizer
+from align.encoders.vision import load_vision_encoder
 from tests.support.tiny_encoders import CASES, PATCH, SIZE, TIMM_CASES, VITS, close, save, save_timm
 
 ASKED = ("vit", "vit_mae", "ijepa", "clip", "clip_vision_model", "siglip", "siglip_vision_model")  # interpolate only if told to
@@ -45,7 +47,7 @@ def test_larger_images_have_more_patches_as_in_the_stock_model(tmp_path, model_t
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", [name for name in VITS if name not in FIXED])
 def test_patches_of_a_wide_image_are_in_row_major_order(tmp_path, model_type):
-    encoder = load_vision_encoder(save(tmp_path / "m", model_type), layer=0)
+    encoder = load_vision_encoder(VisionSpec(save(tmp_path / "m", model_type), layer=0))
     blank = torch.zeros(1, 3, 2 * PATCH, 5 * PATCH)
     bright = blank.clone()
     bright[..., PATCH:, 3 * PATCH : 4 * PATCH] = 5.0
@@ -113,7 +115,7 @@ def test_dense_features_are_what_a_head_takes(tmp_path):
     cls, patches = load_vision_encoder(folder).encode(pixels)
     both = torch.cat([cls[:, None].expand_as(patches), patches], -1)
     for feature, expected in (("cls_mean", both), ("mean", patches), ("cls", patches)):
-        encoder = load_vision_encoder(folder, feature=feature)
+        encoder = load_vision_encoder(VisionSpec(folder, feature=feature))
         close(encoder.dense(pixels), expected, 0)
         assert expected.shape[-1] == encoder.feature_width
 

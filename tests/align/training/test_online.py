@@ -21,8 +21,10 @@ from align.common.errors import DataError, FingerprintError, Preempted, UsageErr
 from align.common.files import arm_failpoint
 from align.common.runs import JsonLines
 from align.encode import main as encode_main
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
-from align.encoders.vision import load_vision_encoder, pixel_normalizer
+from align.encoders.transforms import pixel_normalizer
+from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
@@ -102,7 +104,8 @@ def stores(world):
 
 @pytest.fixture(scope="module")
 def encoders(world):
-    return load_vision_encoder(str(world / "vision"), feature="tokens"), load_text_encoder(str(world / "text/st"), feature="tokens")
+    vision = load_vision_encoder(VisionSpec(str(world / "vision"), feature="tokens"))
+    return vision, load_text_encoder(TextSpec(str(world / "text/st"), feature="tokens"))
 
 
 def opened(world, encoders, slots=("short",), file="data.jsonl", **options):

@@ -31,8 +31,8 @@ from tests.support.tiny_clip import save_hugging_face
 @pytest.fixture
 def encoders(monkeypatch):
     """Encoders that see and hear colors."""
-    monkeypatch.setattr(align.model.dual_encoder, "load_vision_encoder", lambda **_: Eye())
-    monkeypatch.setattr(align.model.dual_encoder, "load_text_encoder", lambda **_: Ear())
+    monkeypatch.setattr(align.model.dual_encoder, "load_vision_encoder", lambda *_: Eye())
+    monkeypatch.setattr(align.model.dual_encoder, "load_text_encoder", lambda *_: Ear())
 
 
 def measure(folder, *tasks):

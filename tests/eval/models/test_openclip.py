@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from align.common.errors import DamagedError, OfflineError, UsageError
-from align.encoders.vision import pixel_normalizer
+from align.encoders.transforms import pixel_normalizer
 from eval.models.openclip import load_openclip
 from tests.support.tiny_clip import TEXTS, shake
 
