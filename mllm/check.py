@@ -28,7 +28,7 @@ EXAMPLES = 3  # rows named for each code
 def main(config: CheckConfig) -> None:
     """Read, tokenize, decode; then show and write what was found."""
     from align.common.console import Progress, plain_console
-    from align.common.files import atomic_json, atomic_path
+    from align.common.files import atomic_bytes, atomic_json, atomic_path
     from align.sources.gate import Limits
     from mllm.conversations.checking import bins_of, conversation_problems, draw_histogram, epoch_facts, image_problems
     from mllm.conversations.index import build_index
@@ -55,7 +55,7 @@ def main(config: CheckConfig) -> None:
     atomic_json(folder / "check.json", {**facts, "problems": dict(Counter(problem.code for problem in problems).most_common())})
     counts, edges = bins_of(index.lengths[index.good], config.max_length)
     show_epoch(console, facts, counts, edges)
-    draw_histogram(folder / "lengths.png", counts, edges, config.max_length)
+    atomic_bytes(folder / "lengths.png", draw_histogram(counts, edges, config.max_length))
     if not problems:
         console.print("no problems")
         return

@@ -12,6 +12,7 @@ from align.common.reject_codes import Reject
 
 MAX_FILE_BYTES = 256 << 20  # of one image, as a file, archive member or cell
 MAX_ROW_BYTES = 64 << 20  # of one line of JSONL or CSV, or of a sample's text or JSON file
+_MAX_DIGITS = 4000  # Python refuses to convert longer numbers
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -91,11 +92,15 @@ def json_line(line: bytes, length: int) -> dict[str, Any] | Reject:
 def parse_json(data: bytes) -> dict[str, Any]:
     """Return the JSON object in `data`; raise Reject for what JSON does not allow and for names given twice."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_names, parse_constant=_no_constant)
+        return require_object(STRICT_JSON.decode(data.decode("utf-8")))
     except UnicodeDecodeError as error:
         raise Reject("row_utf8", str(error)) from error
     except (ValueError, RecursionError) as error:
         raise Reject("row_syntax", str(error)[:200]) from error
+
+
+def require_object(value: Any) -> dict[str, Any]:
+    """Return a JSON value; raise Reject if it is no object."""
     if not isinstance(value, dict):
         raise Reject("row_type", f"a JSON {type(value).__name__}, expected an object")
     return value
@@ -105,12 +110,21 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
-        raise Reject("row_duplicate_name", repr(next(name for name in names if names.count(name) > 1)))
+        raise Reject("row_duplicate_name", repr(next(name for name in names if names.count(name) > 1))[:100])
     return values
 
 
 def _no_constant(name: str) -> None:
     raise Reject("row_nonfinite", name)
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise Reject("row_syntax", f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique_names, parse_constant=_no_constant, parse_int=_short_integer)  # raises Reject
 
 
 def image_cell(value: Any) -> bytes | str:

@@ -2,16 +2,13 @@
 
 from array import array
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Dataset
 
-from align.common.files import atomic_path
+from align.common.charts import INK, SERIES, new_figure, png, style_axes
 from align.common.reject_codes import Reject, RejectedRow
 from align.common.seeds import generator
 from align.sources.gate import Limits, gate_image
@@ -104,13 +101,12 @@ def bins_of(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarra
     return np.histogram(lengths, bins=np.arange(0, lengths.max(initial=1) + width + 1, width))
 
 
-def draw_histogram(path: Path, counts: np.ndarray, edges: np.ndarray, max_length: int) -> None:
-    """Write the histogram as a PNG."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw_histogram(counts: np.ndarray, edges: np.ndarray, max_length: int) -> bytes:
+    """Return the histogram as a PNG."""
+    figure = new_figure(7, 3.5, dpi=120)
     axes = figure.add_subplot()
-    axes.stairs(counts, edges, fill=True)
-    axes.axvline(max_length, color="black", linestyle="--", linewidth=1)
+    style_axes(axes)
+    axes.stairs(counts, edges, fill=True, color=SERIES[0])
+    axes.axvline(max_length, color=INK, linestyle="--", linewidth=1)
     axes.set(xlabel=f"tokens of a conversation (dashed: maximum {max_length})", ylabel="conversations")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return png(figure)

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
-from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, json_line, text_start
+from align.sources.safe_files import MAX_ROW_BYTES, STRICT_JSON, bounded_lines, json_line, require_object, text_start
 
 COLUMNS = ("id", "conversations", "messages", "image", "images")
 _SPACE = " \t\r\n"
-_MAX_DIGITS = 4000  # Python refuses to convert longer numbers
+_ANY_JSON = json.JSONDecoder(parse_int=str)  # finds the end of what is rejected
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any] | Reject]:
@@ -55,10 +55,6 @@ class _ArrayReader:
         self.text, self.place, self.ended = "", 0, False
         self.decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode  # bad bytes cost one row
         self.number = 0  # of the element in hand
-        self.problem: Reject | None = None  # of the element in hand
-        self.decoder = json.JSONDecoder(
-            object_pairs_hook=self._unique_names, parse_constant=self._no_constant, parse_int=self._short_integer
-        )
 
     def elements(self) -> Iterator[dict[str, Any] | Reject]:
         if self._next() != "[":
@@ -87,9 +83,13 @@ class _ArrayReader:
         self._next()
         step = self.step
         while True:
-            self.problem = None
+            value: dict[str, Any] | Reject
             try:
-                value, end = self.decoder.raw_decode(self.text, self.place)
+                try:
+                    found, end = STRICT_JSON.raw_decode(self.text, self.place)
+                    value = require_object(found)
+                except Reject as reject:
+                    value, end = reject, _ANY_JSON.raw_decode(self.text, self.place)[1]
                 if self.ended or len(self.text) - end > 2:  # else a number such as 1.5 or 1e+5 may go on after the buffer
                     break
             except json.JSONDecodeError as error:
@@ -100,9 +100,7 @@ class _ArrayReader:
             self._refill(step)
             step *= 2
         self.place = end
-        if self.problem is not None:
-            return self.problem
-        return value if isinstance(value, dict) else Reject("row_type", f"a JSON {type(value).__name__}, expected an object")
+        return value
 
     def _next(self) -> str:
         """Skip white space and return the character there, or "" at the end of the file."""
@@ -127,22 +125,6 @@ class _ArrayReader:
         return DataError(
             f"{self.path}: row {self.number}: {why}. The rows after it cannot be found; mend the file, or write one object a line (.jsonl)"
         )
-
-    def _unique_names(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            names = [name for name, _ in pairs]
-            self.problem = Reject("row_duplicate_name", repr(next(name for name in names if names.count(name) > 1))[:100])
-        return values
-
-    def _no_constant(self, name: str) -> None:
-        self.problem = Reject("row_nonfinite", name)
-
-    def _short_integer(self, digits: str) -> int | None:
-        if len(digits) <= _MAX_DIGITS:
-            return int(digits)
-        self.problem = Reject("row_syntax", f"a number of {len(digits)} digits")
-        return None
 
 
 def _parquet(path: str) -> Iterator[dict[str, Any] | Reject]:
