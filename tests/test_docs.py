@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import shlex
 import shutil
@@ -205,6 +206,17 @@ def test_the_python_of_readme_runs_on_models_where_it_looks_for_them(tmp_path, m
 def test_generated_pages_are_current():
     ran = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, f"run `make docs` (or `python docs/generate.py`) and commit what it writes: {ran.stderr[-400:]}"
+
+
+def test_planned_figures_start_from_the_published_sizes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    planned = importlib.import_module("planned")
+    for text, expansion, published in ((1024, 4, 54.55e6), (1024, 8, 109.10e6), (4096, 8, 385.98e6)):  # parameters of both glu heads
+        ours = planned.glu(2048, expansion, 1024)[0] + planned.glu(text, expansion, 1024)[0]
+        assert ours == pytest.approx(published, rel=1e-3)
+    assert "188 GB" in planned.stage_one("sail_l_gte").row and "471 GB" in planned.stage_one("sail_l_nv2").row
+    encoding = planned.hours(2 * planned.DINOV2_L.parameters * planned.DINOV2_L.tokens * 23e6)
+    assert 6 < encoding < 9, "about 7 A100 hours for 23M images"
 
 
 def test_a_page_that_is_not_current_is_named(tmp_path):
