@@ -7,7 +7,7 @@
     python align/assess.py ... --trained runs/a runs/b      # how well was the ranking after full training predicted?
 
 All layers of an encoder come from one forward pass. The stores in OUTPUT/pairs are those of align/encode.py: train on the winner's.
-Killed at any moment, the same command goes on; more encoders or layers add to what is there. `bash scripts/assess.sh` repeats
+Interrupted runs resume with the same command; more encoders or layers add to what is there. `bash scripts/assess.sh` repeats
 the experiments of docs/LOG.md. OUTPUT gets table.csv, assessment.json, heat-TEXT.png, scatter-TEXT.png and manifest.json.
 """
 

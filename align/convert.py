@@ -10,7 +10,7 @@
 
 This is the only command that reads .pt and .bin files, and it reads nothing but tensors from them. --vision and --text are opened, so
 that their fingerprints are known and other encoders are refused later; without them the model can only align features that are
-already encoded. The encoder of imported embeddings cannot be checked: --encoder-name and --stated are believed.
+already encoded. The encoder of imported embeddings cannot be checked: --encoder-name and --stated are taken as given.
 """
 
 import tempfile

@@ -13,7 +13,7 @@ Leaves in --output: chosen.parquet (key, data, store, concept, score, rank), cov
 before and after), manifest.json, config.yaml, prototypes/ and lists/, from which other --per-concept, --duplicates and --exclude are
 served without scoring again.
 
-Killed at any moment, the same command goes on from the last committed shards, to the same result. To share the work, run
+Interrupted runs resume with the same command from the last committed shards, to the same result. To share the work, run
 `--parts 8 --part 0` to `--part 7` anywhere, then the same command without --part.
 """
 

@@ -6,7 +6,7 @@
     python align/encode.py --config recipe.yaml --dry-run          # rows, disk and settings, nothing encoded
     python align/encode.py --config recipe.yaml --verify           # compare every byte with its committed hash
 
-Killed at any moment, the same command goes on with the shards that are not committed. SLURM array tasks or several hosts
+Interrupted runs resume with the same command: only shards that are not committed are encoded. SLURM array tasks or several hosts
 share the work if they are given the same `--job` name and see the same `--output`.
 """
 

@@ -18,7 +18,7 @@ Written below --output:
         yesno.parquet, open.parquet, caption.parquet    test questions: id, image (bytes, path), question, answer, kind
     COMMIT.json                  settings and hashes, written last
 
-The same settings give the same bytes. Run again, it verifies what is there; killed half-way, run the same command again.
+The same settings give the same bytes. A second run verifies what is there; after an interruption run the same command again.
 """
 
 from pathlib import Path

@@ -8,7 +8,7 @@
     python align/train.py --config recipe.yaml --dry-run
 
 Leaves in --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml.
-Killed at any moment, the same command goes on from the newest checkpoint that verifies, to the same weights. On SIGTERM it
+Interrupted runs resume with the same command from the newest checkpoint that verifies, to the same weights. On SIGTERM it
 saves a checkpoint and exits with code 75.
 """
 

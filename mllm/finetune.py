@@ -7,7 +7,7 @@
     python mllm/finetune.py --config mllm/recipes/quickstart.yaml --stage pretrain --dry-run   # memory and time; trains nothing
 
 Leaves in --output: model/ (opens anywhere), adapter/ (LoRA), checkpoint-N/, metrics.jsonl, speed.jsonl, tensorboard/,
-manifest.json, config.yaml. Killed at any moment, the same command goes on from the newest checkpoint that verifies. On SIGTERM
+manifest.json, config.yaml. Interrupted runs resume with the same command from the newest checkpoint that verifies. On SIGTERM
 it saves a checkpoint and exits with code 75.
 """
 

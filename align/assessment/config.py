@@ -16,17 +16,17 @@ class AssessConfig:
     data: str
     """Image-caption pairs: a folder, a file or a quoted glob ('shards/*.tar'), as for align/encode.py."""
     output: str
-    """Folder for features, scores, tables and figures. The same command goes on where it was killed; more candidates add to it."""
+    """Folder for features, scores, tables and figures. Interrupted runs resume with the same command; more candidates add to it."""
     vision: tuple[str, ...]
     """Vision encoders: hub ids, `id@COMMIT`, local folders or `embedded:` ids."""
     text: tuple[str, ...]
-    """Text encoders, likewise."""
+    """Text encoders: hub ids, `id@COMMIT`, local folders or `embedded:` ids."""
     captions: tuple[str, ...]
     """Caption columns; a column may hold a list. All captions of an image count."""
     layers: tuple[str, ...] = ("last",)
-    """Layers of each vision encoder: numbers (-1 is the last), `last` or `all`. One that an encoder does not have is left out for it."""
+    """Layers of each vision encoder: numbers (-1 is the last), `last` or `all`. Layers that an encoder does not have are skipped."""
     text_layers: tuple[str, ...] = ("last",)
-    """Layers of each text encoder, likewise; each is encoded by itself."""
+    """Layers of each text encoder: numbers, `last` or `all`. Each layer takes a pass of its own."""
     features: tuple[Literal["auto", "cls", "mean", "cls_mean"], ...] = ("auto",)
     """What is pooled, as in align/encode.py; auto is cls_mean. Encoders without a CLS token have the mean only."""
     random_weights: tuple[str, ...] | None = None
@@ -68,9 +68,9 @@ class AssessConfig:
     probe_steps: int = 600
     """Steps of a probe at most; convergence on the validation images ends it earlier."""
     probe_every: int = 20
-    """Steps between two looks at the validation images."""
+    """Steps between two validations."""
     probe_patience: int = 4
-    """Looks without a better recall before a probe is taken for converged."""
+    """Validations without a better recall after which a probe counts as converged."""
     resamples: int = 1000
     """Bootstrap resamples behind each interval."""
     precision: Precision = "auto"

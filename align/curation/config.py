@@ -45,7 +45,7 @@ class CurateConfig:
     part: int | None = None
     """Score only this part (from 0), then stop. One process a part, on any host that sees --output."""
     save_every: int = 64
-    """Shards of a part between commits of its lists: what a killed run loses at most."""
+    """Shards of a part between commits of its lists; an interrupted run repeats at most so many."""
     text_batch_size: int = 64
     """Concept prompts a forward pass."""
     trust_remote_code: bool = False

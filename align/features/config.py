@@ -38,7 +38,7 @@ class EncodeConfig:
     image_size: int | None = None
     """Input side in pixels, if not the encoder's own."""
     text_layer: int = -1
-    """Layer of the text encoder, likewise."""
+    """Layer of the text encoder; -1 is the last."""
     prompt: str = ""
     """Text put before every caption."""
     max_length: int | None = None

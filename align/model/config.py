@@ -29,7 +29,7 @@ class ConvertConfig:
     vision: str | None = None
     """Vision encoder of the heads: hub id, local folder or `embedded:` id. None: the model takes encoded features only."""
     text: str | None = None
-    """Text encoder of the heads, likewise."""
+    """Text encoder of the heads: hub id, local folder or `embedded:` id."""
     vision_revision: str | None = None
     """Commit of the vision encoder on the hub."""
     text_revision: str | None = None

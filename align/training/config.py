@@ -13,7 +13,7 @@ class TrainConfig:
 
     captions: tuple[str, ...]
     """Caption slots: each is one caption store per data set, joined by '+', or a caption column of --data. Each slot gives every
-    image one positive; one with several captions a key gives another one each step, and listed twice it gives two different ones."""
+    image one positive. If a store has several captions per image, one is sampled at each step; list it twice to sample two."""
     output: str
     """Run folder."""
     images: tuple[str, ...] = ()
@@ -25,7 +25,7 @@ class TrainConfig:
     text: str | None = None
     """With --data, the text encoder: hub id, local folder or an `embedded:` id."""
     augment: bool = False
-    """With --data: random crop of 20 to 100% of the image, flip and RandAugment(2, 7), another one in each epoch."""
+    """With --data: random crop of 20 to 100% of the image, flip and RandAugment(2, 7), drawn anew in each epoch."""
     layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
     """How --data lies on disk."""
     image_column: str = "image"
@@ -51,7 +51,7 @@ class TrainConfig:
     val_data: str | None = None
     """With --data: data for validation retrieval, with the same columns; its features are kept in memory."""
     keys: str | None = None
-    """Parquet file of the samples to train on, as align/curate.py writes it (chosen.parquet); other pairs are left out."""
+    """Parquet file of the samples to train on, as align/curate.py writes it (chosen.parquet); other pairs are not used."""
     val_images: str | None = None
     """Image store for validation retrieval."""
     val_captions: tuple[str, ...] = ()
