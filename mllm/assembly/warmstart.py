@@ -9,6 +9,7 @@ captions it replaces most of what the pretrain stage learns slowly (docs/decisio
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,22 +163,17 @@ def _features(
     device = next(model.parameters()).device
     start = 0
     while start < len(used):
-        stop = start + (BATCH if start else STANDARDIZE_IMAGES)
-        places, parts = [], []
-        pixels: list[Tensor] = []
-        for place in range(start, min(stop, len(used))):
-            try:
+        stop = min(start + (BATCH if start else STANDARDIZE_IMAGES), len(used))
+        pixels: dict[int, Tensor] = {}
+        for place in range(start, stop):
+            with suppress(Reject):
                 encoded = conversations.read_image(conversations[used[place]].images[0])
-                pixels.append(processor.image_processor.to_pixels(gate_image(encoded, Limits())))
-                places.append(place)
-            except Reject:
-                continue
-        for first in range(0, len(pixels), BATCH):
-            parts.append(model.model.get_patch_features(torch.stack(pixels[first : first + BATCH]).to(device)))
-        if parts:
-            yield places, torch.cat(parts)
+                pixels[place] = processor.image_processor.to_pixels(gate_image(encoded, Limits()))
+        if pixels:
+            batches = torch.stack(list(pixels.values())).split(BATCH)
+            yield list(pixels), torch.cat([model.model.get_patch_features(batch.to(device)) for batch in batches])
         start = stop
-        progress(min(start, len(used)))
+        progress(start)
 
 
 def _first_layer(projector: Any, features: Tensor, seed: int) -> None:

@@ -16,8 +16,7 @@ from align.common.errors import NonFiniteError, UsageError
 from align.common.files import arm_failpoint
 from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import main, section
-from mllm.loop.config import FinetuneConfig, Lora
-from mllm.loop.parameter_groups import load_trained, merged, named_groups, set_trainable, trained_tensors
+from mllm.loop.config import FinetuneConfig
 from mllm.loop.trainer import committed_checkpoints, newest_committed
 from mllm.model.saving import load_mllm, save_mllm
 from tests.support.tiny_mllm import tiny_model
@@ -188,30 +187,6 @@ def test_lora_merged_and_exported_equals_the_trained_model(world, forked, tmp_pa
     assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5) and not torch.allclose(ours, plain, atol=1e-2)
 
 
-def test_trained_tensors_go_in_and_out_exactly():
-    model, _ = tiny_model(seed=1)
-    rates = {"projector": 1.0, "head": 1.0, "llm": 1.0, "vision": 0.0}
-    one = set_trainable(model, rates, Lora(2, 4), seed=0)
-    with torch.no_grad():
-        for parameter in one.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
-    other = set_trainable(tiny_model(seed=1)[0], rates, Lora(2, 4), seed=5)
-    load_trained(other, trained_tensors(one), "here")
-    inputs = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
-    with torch.no_grad():
-        assert torch.equal(one.eval()(**inputs).logits, other.eval()(**inputs).logits)
-        assert torch.allclose(merged(other).eval()(**inputs).logits, one(**inputs).logits, atol=1e-5)
-
-
-def test_every_parameter_belongs_to_one_group():
-    for lora in (None, Lora(2, 4)):
-        model, _ = tiny_model(tie=True)
-        prepared = set_trainable(model, dict.fromkeys(("projector", "head", "llm", "vision"), 1.0), lora, seed=0)
-        named = [name for listed in named_groups(prepared).values() for name, _ in listed]
-        assert sorted(named) == sorted(name for name, _ in prepared.named_parameters()) and len(set(named)) == len(named)
-
-
 def poisoned(world, output, persistent):
     from mllm.loop.trainer import SailTrainer
 
@@ -237,6 +212,33 @@ def test_a_non_finite_step_is_skipped_and_three_in_a_row_stop_the_run(world, for
     assert forked(poisoned, world, tmp_path / "always", True) == 8
     path, step, _ = newest_committed(tmp_path / "always")
     assert step == 7 and all(torch.isfinite(value).all() for value in load_file(path / "trained.safetensors").values())
+
+
+def tracked(world, output):
+    from accelerate import tracking
+
+    class Recorder:
+        def __init__(self, name):
+            self.rows = []
+
+        def start(self):
+            pass
+
+        def log(self, values, step):
+            self.rows.append([step, values["loss"], values["tokens_per_second"]])
+
+        def finish(self):
+            (output / "tracked.json").write_text(json.dumps(self.rows))
+
+    tracking.LOGGER_TYPE_TO_CLASS["trackio"] = Recorder
+    train(world, output, steps=2, **{"report-to": "trackio"})
+
+
+def test_a_tracker_gets_every_row(world, forked, tmp_path):
+    assert forked(tracked, world, tmp_path / "run") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    found = json.loads((tmp_path / "run/tracked.json").read_text())
+    assert [row[:2] for row in found] == [[row["step"], row["loss"]] for row in rows] and all(row[2] > 0 for row in found)
 
 
 def test_settings_that_cannot_work_are_refused(world, tmp_path):

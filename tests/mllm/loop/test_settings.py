@@ -1,0 +1,41 @@
+"""Trainer is told what the flags say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.common.errors import UsageError
+from mllm.loop.config import FinetuneConfig
+from mllm.loop.settings import deepspeed_settings, make_optimizer, training_arguments
+
+
+def config(folder, **changes):
+    return FinetuneConfig(data=("a.json",), output=str(folder), **changes)
+
+
+def test_a_step_is_accumulated_over_processes(tmp_path):
+    settings = training_arguments(config(tmp_path, batch_size=12, micro_batch_size=2, steps=7, schedule="linear"), "fp32", world=3)
+    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps, settings.max_steps) == (2, 2, 7)
+    assert settings.lr_scheduler_type == "linear" and not settings.bf16
+    with pytest.raises(UsageError, match=r"--batch-size 12: not a multiple of 8 rows x 3 process\(es\)"):
+        training_arguments(config(tmp_path, batch_size=12, micro_batch_size=8), "fp32", world=3)
+
+
+def test_deepspeed_takes_a_shipped_name_or_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # without a GPU DeepSpeed itself would be set up
+    shipped = [json.loads(Path(deepspeed_settings(name)).read_text()) for name in ("zero2", "zero3", "zero3_offload")]
+    assert [settings["zero_optimization"]["stage"] for settings in shipped] == [2, 3, 3] and deepspeed_settings(None) is None
+    (tmp_path / "mine.json").write_text("{}")
+    assert deepspeed_settings(str(tmp_path / "mine.json")) == str(tmp_path / "mine.json")
+    with pytest.raises(UsageError, match="--deepspeed zero9: neither a file nor one of zero2, zero3, zero3_offload"):
+        deepspeed_settings("zero9")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("lion", "Lion")])
+def test_the_optimizer_is_the_one_asked_for(name, kind):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.5, "weight_decay": 0.1}]
+    made = make_optimizer(groups, name=name, betas=(0.8, 0.9), fused=False)
+    assert type(made).__name__ == kind
+    assert [made.param_groups[0][key] for key in ("lr", "weight_decay", "betas")] == [0.5, 0.1, (0.8, 0.9)]
