@@ -22,28 +22,19 @@ import pyarrow as pa
 import torch
 from align.common.commandline import parse
 from align.training.config import TrainConfig
-from align.training.inputs import from_stores, model_for
-from align.training.pairs import BatchOrder
 from align.common.runs import JsonLines
 from align.common.seeds import generator
-from align.training.step import Objective, Schedule, Stepper, batches, build_optimizer, validate
+from align.training.data import build_model, from_stores
+from align.training.order import BatchOrder
+from align.training.step import Objective, Schedule, Stepper, build_optimizer, validate
 
 VARIANTS = {
     "baseline": [],
     "one positive": ["--captions", "captions"],
     "five positives": ["--captions", *["captions"] * 5],
-    "same_key": ["--positives", "same_key"],
     "dropout 0.1": ["--feature-dropout", "0.1"],
     "dropout 0.3": ["--feature-dropout", "0.3"],
     "dropout 0.5": ["--feature-dropout", "0.5"],
-    "fusemix 0.3": ["--fusemix", "0.3"],
-    "fusemix 1": ["--fusemix", "1"],
-    "structure 1": ["--structure", "1"],
-    "structure 3": ["--structure", "3"],
-    "structure 10": ["--structure", "10"],
-    "structure 10, 2 levels": ["--structure", "10", "--structure-levels", "2"],
-    "fusemix 0.3 + structure 10": ["--fusemix", "0.3", "--structure", "10"],
-    "dropout 0.3 + structure 10": ["--feature-dropout", "0.3", "--structure", "10"],
 }
 features, out = Path(sys.argv[1]), Path(sys.argv[2])
 chosen = lambda name, default: os.environ.get(name, default).split()
@@ -59,7 +50,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_thread
 
 def best(head, count, seed, variant):
     flags = ["--config", "align/recipes/flickr8k.yaml", "--head", head, "--expansion", "2" if head == "glu" else "None"]
-    flags += ["--fusemix", "0", "--structure", "0", "--feature-dropout", "0", "--images", str(features / "train/images")]
+    flags += ["--feature-dropout", "0", "--images", str(features / "train/images")]
     flags += ["--captions", "captions", "captions", "--val-images", str(features / "dev/images"), "--val-captions"]
     flags += [str(features / "dev/captions-captions"), *VARIANTS[variant]]
     flags += ["--steps", str(steps), "--seed", str(seed), "--lr", str(setting["lr"])]
@@ -69,15 +60,12 @@ def best(head, count, seed, variant):
     pairs = opened.pairs
     drawn = generator(seed, 31).permutation(len(pairs))[:count]
     pairs.only(pa.table({"key": pairs.keys(np.sort(drawn))}))
-    model = model_for(config, opened)
-    objective = Objective(
-        config.loss, config.reduction, config.positives, config.tile,
-        config.fusemix, config.structure, config.structure_levels, config.feature_dropout,
-    )
+    model = build_model(config, opened)
+    objective = Objective(config.loss, config.reduction, config.tile, config.feature_dropout)
     optimizer = build_optimizer(model, config.optimizer, config.lr, config.betas, config.weight_decay)
     stepper = Stepper(model, optimizer, Schedule(config.lr, steps, config.warmup), objective, seed=seed, precision="fp32")
     order, found = BatchOrder(len(pairs), config.batch_size, seed), []
-    for step, batch in enumerate(batches(pairs, order, seed, range(steps), slice(None))):
+    for step, batch in enumerate(pairs.batches(order, range(steps), slice(None))):
         last = stepper.step(batch, step)
         if (step + 1) % 20 == 0 or step + 1 == steps:
             found.append({"at": step + 1, **validate(model, opened.held_out, 500, "fp32")})

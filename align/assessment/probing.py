@@ -20,7 +20,8 @@ from align.common.errors import DataError
 from align.common.seeds import generator
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.ranking import best_ranks
-from align.training.pairs import BatchOrder, PairBatch
+from align.training.order import BatchOrder
+from align.training.pairs import PairBatch
 from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
 RECALL_AT = 10
@@ -52,7 +53,7 @@ class CaptionedFeatures:
         first = np.searchsorted(self.owners, rows)
         count = np.searchsorted(self.owners, rows, side="right") - first
         drawn = first + (generator(seed, 2, step).random(len(rows)) * count).astype(np.int64)
-        return PairBatch(self.images[rows], [self.captions[drawn]], rows)
+        return PairBatch(self.images[rows], [self.captions[drawn]])
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,8 @@ class Extraction:
             with self.progress.spend("forward"):
                 features = self.text.encode([text for _, _, text in flat], self.text_batch_size).numpy(force=True)
             rejects = [reject for reject in shard.rejects if reject.column in ("row", column)]
-            self._write(self.caption_writers[column], task.shard, features, [f[0] for f in flat], [f[1] for f in flat], rejects)
+            keys, items, texts = ([caption[place] for caption in flat] for place in range(3))
+            self._write(self.caption_writers[column], task.shard, features, keys, items, rejects, texts)
 
     def _write(self, writer: StoreWriter, *shard: Any) -> None:
         with self.progress.spend("write"):

@@ -3,7 +3,8 @@
     store/
       store.json               what made the features (fingerprint), their width, how many shards the plan has
       shards/000000.safetensors  "features" (N, W) float16
-      shards/000000.parquet      key (string), item (int16: which caption of the sample), one row a feature
+      shards/000000.parquet      key (string), item (int16: which caption of the sample), one row a feature; of captions also
+                                 text (int64 hash of the words, see `hash64`) if they were at hand
       shards/000000.rejects.parquet
       commits/000000.json      rows, rejects and the xxh3-128 of each file; written last
       rejects.parquet          all rejects, written when every shard is committed
@@ -13,7 +14,7 @@ Shapes: `N` rows of a shard, `W` width. A shard without its commit record does n
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from safetensors.numpy import save as safetensors_bytes
 
 from align.common.errors import DamagedError, DataError, UsageError
@@ -87,8 +89,16 @@ class StoreWriter:
         shards = self.folder / "shards"
         return all((shards / name).exists() and (shards / name).stat().st_size == size for name, size in sizes.items())
 
-    def write(self, shard: int, features: np.ndarray, keys: Sequence[str], items: Sequence[int], rejects: list[RejectedRow]) -> None:
-        """Write and commit one shard: features (N, W) floats, keys and item numbers (N), what was rejected.
+    def write(
+        self,
+        shard: int,
+        features: np.ndarray,
+        keys: Sequence[str],
+        items: Sequence[int],
+        rejects: list[RejectedRow],
+        texts: Sequence[str] | None = None,
+    ) -> None:
+        """Write and commit one shard: features (N, W) floats, keys and item numbers (N), what was rejected, the captions if known.
 
         A row that is not finite in fp16, or all zero, is rejected here (`nonfinite_feature`, `zero_feature`).
         """
@@ -106,9 +116,11 @@ class StoreWriter:
         name = f"{shard:06d}"
         shards = self.folder / "shards"
         atomic_bytes(shards / f"{name}.safetensors", safetensors_bytes({"features": np.ascontiguousarray(half[kept])}))
-        table = {"key": [keys[row] for row in kept], "item": [items[row] for row in kept]}
+        table = pa.table({"key": [keys[row] for row in kept], "item": [items[row] for row in kept]}, schema=KEYS_SCHEMA)
+        if texts is not None:
+            table = table.append_column("text", pa.array(hash64(texts[row] for row in kept)))
         with atomic_path(shards / f"{name}.parquet") as temporary:
-            pq.write_table(pa.table(table, schema=KEYS_SCHEMA), temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd")
         with atomic_path(shards / f"{name}.rejects.parquet") as temporary:
             rows = [{"shard": shard, **asdict(reject)} for reject in rejects]
             pq.write_table(pa.Table.from_pylist(rows, schema=REJECTS_SCHEMA), temporary, compression="zstd")
@@ -137,6 +149,12 @@ class StoreWriter:
         """Return the space the missing shards need, from rows, width and 40 bytes a key."""
         missing = sum(not self.done(shard) for shard in range(self.header.shards))
         return int(self.header.rows * (2 * self.header.width + 40) * missing / max(1, self.header.shards))
+
+
+def hash64(texts: Iterable[str]) -> np.ndarray:
+    """Return (n,) int64 hashes of strings: xxh3-64 of their UTF-8 bytes. Among a billion strings a collision has a chance of 3%."""
+    hashes = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return np.fromiter(hashes, dtype=np.uint64).view(np.int64)
 
 
 def _flat(header: StoreHeader) -> dict[str, Any]:
@@ -198,9 +216,24 @@ class FeatureStore:
         """Sample keys, one a row."""
         return self.key_table["key"]
 
-    def _read_keys(self, path: Path, rows: int) -> pa.Table:
+    @cached_property
+    def key_ids(self) -> np.ndarray:
+        """Hashes of the sample keys (N,) int64."""
+        return hash64(key for chunk in self.keys.chunks for key in chunk.to_pylist())
+
+    @cached_property
+    def text_ids(self) -> np.ndarray:
+        """Hashes of the captions' words (N,) int64; UsageError if the store has none: it is of an older version, or was imported."""
+        paths = [self.folder / "shards" / f"{shard:06d}.parquet" for shard in range(self.header.shards)]
+        schema = KEYS_SCHEMA.append(pa.field("text", pa.int64()))
+        tables = [self._read_keys(path, commit["rows"], schema)["text"] for path, commit in zip(paths, self._commits, strict=True)]
+        if any(column.null_count for column in tables):
+            raise UsageError(f"{self.folder} does not know which captions have the same words; encode them again with align/encode.py")
+        return np.concatenate([column.to_numpy() for column in tables] or [np.empty(0, dtype=np.int64)])
+
+    def _read_keys(self, path: Path, rows: int, schema: pa.Schema = KEYS_SCHEMA) -> pa.Table:
         try:
-            table = pq.read_table(path, schema=KEYS_SCHEMA)
+            table = pq.read_table(path, schema=schema)
         except (OSError, pa.ArrowException) as error:
             raise DamagedError(f"{path} cannot be read ({error}); delete its commit record and encode again") from error
         if len(table) != rows:

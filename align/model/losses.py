@@ -25,7 +25,6 @@ from torch.nn import functional
 
 from align.common.errors import UsageError
 
-Positives = Literal["diagonal", "same_key"]
 Reduction = Literal["mean", "sum_over_batch"]
 
 
@@ -35,8 +34,8 @@ def sigmoid_loss(
     log_scale: Tensor,
     bias: Tensor,
     *,
-    ids: Tensor | None = None,
-    positives: Positives = "diagonal",
+    image_ids: Tensor | None = None,
+    caption_ids: Sequence[Tensor] | None = None,
     reduction: Reduction = "mean",
     tile: int = 4096,
     matmul_dtype: torch.dtype | None = None,
@@ -45,8 +44,9 @@ def sigmoid_loss(
     """Return the sigmoid loss `-sum_ij log sigmoid(Z_ij S_ij)`, a scalar: the mean over the caption sets.
 
     `images` (N, E) and each of `captions` (N, E) are L2-normalized, row i of one belonging to row i of the others;
-    `log_scale` and `bias` are scalars. Z is +1 on positives and -1 elsewhere. Positives are the diagonal, or with `same_key`
-    also all pairs of equal `ids` (N,) int64, so that a second row of the same image is no false negative.
+    `log_scale` and `bias` are scalars. Z is +1 on positives and -1 elsewhere. Positives are the diagonal; with `image_ids` (N,) int64
+    also all pairs of rows with equal ones, so that a second row of the same image is no false negative; with `caption_ids`, one (N,)
+    int64 for each caption set, also all pairs of rows with equal ones in that set, such as captions of the same words.
     `mean` divides by B^2 (SAIL), `sum_over_batch` by B (SigLIP): the update of Lion, a sign, is the same with both; that of
     AdamW is not once dividing by B^2 makes gradients smaller than its epsilon (1e-8).
     The loss is float32 (float64 for such inputs); gradients have the inputs' dtypes; there is no second derivative.
@@ -55,7 +55,7 @@ def sigmoid_loss(
     """
     _check_choice("reduction", reduction, Reduction)
     _check_scalar("bias", bias)
-    task = _plan(images, captions, log_scale, ids, positives, tile, matmul_dtype, group)
+    task = _plan(images, captions, log_scale, image_ids, caption_ids, tile, matmul_dtype, group)
     pairs = task.ranks.total**2 if reduction == "mean" else task.ranks.total
     with torch.autocast(images.device.type, enabled=False):
         return _SigmoidLoss.apply(task, 1 / (pairs * len(captions)), images, log_scale, bias, *captions)
@@ -66,18 +66,18 @@ def info_nce_loss(
     captions: Sequence[Tensor],
     log_scale: Tensor,
     *,
-    ids: Tensor | None = None,
-    positives: Positives = "diagonal",
+    image_ids: Tensor | None = None,
+    caption_ids: Sequence[Tensor] | None = None,
     tile: int = 4096,
     matmul_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return the symmetric cross-entropy (image to caption and caption to image, averaged), a scalar: the mean over caption sets.
 
-    An anchor's term is minus the mean log-probability of its positives: its own row, or with `same_key` all rows with its id.
+    An anchor's term is minus the mean log-probability of its positives.
     Arguments, dtypes, processes and errors are those of `sigmoid_loss`, without bias and reduction.
     """
-    task = _plan(images, captions, log_scale, ids, positives, tile, matmul_dtype, group)
+    task = _plan(images, captions, log_scale, image_ids, caption_ids, tile, matmul_dtype, group)
     with torch.autocast(images.device.type, enabled=False):
         return _InfoNceLoss.apply(task, 1 / (2 * task.ranks.total * len(captions)), images, log_scale, *captions)
 
@@ -96,24 +96,24 @@ def logit_stats(
     log_scale: Tensor,
     bias: Tensor | None = None,
     *,
-    ids: Tensor | None = None,
-    positives: Positives = "diagonal",
+    image_ids: Tensor | None = None,
+    caption_ids: Sequence[Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> LossStats:
     """Return the mean positive and mean negative logit of a batch, in O(B E): the mean of a sum of products needs no pair.
 
     Arguments as in `sigmoid_loss` (`bias` None is 0). All processes of the group must call it; all get the same values.
     """
-    task = _plan(images, captions, log_scale, ids, positives, 1, None, group)
+    task = _plan(images, captions, log_scale, image_ids, caption_ids, 1, None, group)
     rows = images.to(task.wide)
     cosines = rows.new_zeros(2)  # sums over positive pairs, over all pairs
-    for own in captions:
+    for positives, own in zip(task.positives, captions, strict=True):
         wide_own = own.to(task.wide)
-        cosines[0] += (rows * task.positive_sums(wide_own)).sum()
+        cosines[0] += (rows * task.positive_sums(positives, wide_own)).sum()
         cosines[1] += (rows.sum(0) * task.ranks.add(wide_own.sum(0))).sum()
     positive_sum, whole_sum = task.ranks.add(cosines).tolist()
     scale, shift = log_scale.exp().item(), 0.0 if bias is None else bias.item()
-    count = int(task.positive_counts().sum()) * len(captions)
+    count = sum(int(task.positive_counts(positives).sum()) for positives in task.positives)
     negatives = task.ranks.total**2 * len(captions) - count
     return LossStats(
         positive_mean_logit=scale * positive_sum / count + shift,
@@ -176,7 +176,7 @@ class _Task:
     """What the losses need besides the tensors that they differentiate."""
 
     ranks: _Ranks
-    keys: Tensor | None  # (B,) int64 below B, equal for rows of one id; None when only the diagonal is positive
+    positives: list["_Positives"]  # of each caption set
     tile: int
     matmul: torch.dtype
     wide: torch.dtype  # of logits, sums and stored gradients
@@ -191,31 +191,41 @@ class _Task:
                 logits.diagonal(self.ranks.here.start + top - left).fill_(-torch.inf)
                 yield rows, columns, logits
 
-    def off_diagonal_positives(self, rows: slice, columns: slice) -> Tensor | None:
+    def off_diagonal_positives(self, positives: "_Positives", rows: slice, columns: slice) -> Tensor | None:
         """Return a boolean mask of a tile's positives that are not on the diagonal, or None if there cannot be any."""
-        if self.keys is None:
+        if not positives:
             return None
-        mask = self.keys[self.ranks.here][rows, None] == self.keys[columns]  # (rows, columns)
-        mask.diagonal(self.ranks.here.start + rows.start - columns.start).fill_(False)
+        here = self.ranks.here
+        alike = [labels[here][rows, None] == labels[columns] for sign, labels in positives if sign > 0]  # (rows, columns) each
+        mask = alike[0] if len(alike) == 1 else alike[0].logical_or_(alike[1])
+        mask.diagonal(here.start + rows.start - columns.start).fill_(False)
         return mask
 
-    def positive_counts(self) -> Tensor:
+    def positive_counts(self, positives: "_Positives") -> Tensor:
         """Return how many positives each row of the global batch has (B,) int64, at least 1."""
-        if self.keys is None:
+        if not positives:
             return torch.ones(self.ranks.total, dtype=torch.int64)
-        return torch.bincount(self.keys)[self.keys]
+        return torch.stack([sign * torch.bincount(labels)[labels] for sign, labels in positives]).sum(0)
 
-    def positive_sums(self, captions: Tensor) -> Tensor:
+    def positive_sums(self, positives: "_Positives", captions: Tensor) -> Tensor:
         """Return for each image of this process the sum of its positive captions (N, E), given this process's captions (N, E)."""
-        if self.keys is None:
+        if not positives:
             return captions
-        return self.ranks.add(self.sums_by_key(captions))[self.ranks.here]
+        return self.ranks.add(self.sums_of_alike(positives, captions))[self.ranks.here]
 
-    def sums_by_key(self, own: Tensor) -> Tensor:
-        """Return for each row of the global batch the sum (B, E) of this process's rows `own` (N, E) that have its key."""
-        assert self.keys is not None
-        sums = own.new_zeros(self.ranks.total, own.shape[1])
-        return sums.index_add_(0, self.keys[self.ranks.here], own)[self.keys]
+    def sums_of_alike(self, positives: "_Positives", own: Tensor) -> Tensor:
+        """Return for each row of the global batch the sum (B, E) of those of this process's rows `own` (N, E) that are its positives."""
+        total = own.new_zeros(self.ranks.total, own.shape[1])
+        for sign, labels in positives:
+            sums = torch.zeros_like(total).index_add_(0, labels[self.ranks.here], own)
+            total += sign * sums[labels]
+        return total
+
+
+# Which rows of the global batch are positives of each other: signed labels (B,) int64 below B. Rows are if they are equal in labels of
+# sign +1; two of these come with a third of sign -1, equal for rows that are equal in both, so that signed counts and sums are those of
+# the union. Empty: the diagonal alone.
+_Positives = list[tuple[int, Tensor]]
 
 
 class _StoredGradients(torch.autograd.Function):
@@ -242,12 +252,12 @@ class _SigmoidLoss(_StoredGradients):
         x, x_wide = images.to(task.matmul), images.to(task.wide)  # (N, E)
         loss, bias_grad = torch.zeros_like(scale), torch.zeros_like(scale)
         image_grad, caption_grads = torch.zeros_like(x_wide), []  # both still to be multiplied by `scale`
-        for own in captions:
+        for positives, own in zip(task.positives, captions, strict=True):
             y, own_wide = task.ranks.gather(own.to(task.matmul)), own.to(task.wide)  # (B, E), (N, E)
             caption_grad = torch.zeros_like(y, dtype=task.wide)
             for rows, columns, logits in task.tiles(x, y, scale):
                 logits += shift
-                flipped = task.off_diagonal_positives(rows, columns)
+                flipped = task.off_diagonal_positives(positives, rows, columns)
                 if flipped is not None:
                     logits = torch.where(flipped, -logits, logits)
                 loss += functional.softplus(logits).sum()
@@ -278,7 +288,7 @@ class _InfoNceLoss(_StoredGradients):
         x, x_wide = images.to(task.matmul), images.to(task.wide)  # (N, E)
         loss = torch.zeros_like(scale)
         image_grad, caption_grads = torch.zeros_like(x_wide), []  # both still to be multiplied by `scale`
-        for own in captions:
+        for positives, own in zip(task.positives, captions, strict=True):
             y, own_wide = task.ranks.gather(own.to(task.matmul)), own.to(task.wide)  # (B, E), (N, E)
             caption_grad = torch.zeros_like(y, dtype=task.wide)
             # Log of the sum of each anchor's other logits (N,), (B,). With s = its diagonal logit and o = this, minus the
@@ -297,13 +307,14 @@ class _InfoNceLoss(_StoredGradients):
             slope = -(torch.sigmoid(image_margin) + torch.sigmoid(caption_margin))[:, None]  # (N, 1)
             image_grad += slope * own_wide
             caption_grad[here] += slope * x_wide
-            if task.keys is not None:  # the target is the mean of several positives, not the diagonal: once for each direction
-                counts = task.positive_counts().to(task.wide)[:, None]  # (B, 1)
-                shift = own_wide - task.positive_sums(own_wide) / counts[here]  # (N, E)
-                loss += 2 * scale * (x_wide * shift).sum()
-                image_grad += 2 * shift
+            if positives:  # the target is the mean of several positives, not the diagonal
+                counts = task.positive_counts(positives).to(task.wide)[:, None]  # (B, 1)
+                wanted = task.positive_sums(positives, own_wide) / counts[here] + task.positive_sums(positives, own_wide / counts[here])
+                shift = 2 * own_wide - wanted  # of both directions' targets, (N, E)
+                loss += scale * (x_wide * shift).sum()
+                image_grad += shift
                 caption_grad[here] += 2 * x_wide
-                caption_grad -= 2 * task.sums_by_key(x_wide) / counts
+                caption_grad -= task.sums_of_alike(positives, x_wide) / counts + task.sums_of_alike(positives, x_wide / counts[here])
             caption_grads.append(task.ranks.add_own(caption_grad).mul_(scale))
         image_grad *= scale
         scale_grad = (image_grad * x_wide).sum()
@@ -325,14 +336,13 @@ def _plan(
     images: Tensor,
     captions: Sequence[Tensor],
     log_scale: Tensor,
-    ids: Tensor | None,
-    positives: Positives,
+    image_ids: Tensor | None,
+    caption_ids: Sequence[Tensor] | None,
     tile: int,
     matmul_dtype: torch.dtype | None,
     group: dist.ProcessGroup | None,
 ) -> _Task:
-    """Return the checked plan of a loss; processes exchange their row counts and, with `same_key`, their ids."""
-    _check_choice("positives", positives, Positives)
+    """Return the checked plan of a loss; processes exchange their row counts and, if given, their ids."""
     _check_scalar("log_scale", log_scale)
     if isinstance(captions, Tensor) or not captions:
         raise UsageError("captions must be a list of tensors (N, E), one for each caption set: pass [captions] for one set")
@@ -341,21 +351,35 @@ def _plan(
             raise UsageError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}: expected floating-point (N, E)")
         if tensor.shape != images.shape:
             raise UsageError(f"{name} has shape {tuple(tensor.shape)} but images {tuple(images.shape)}: rows must be pairs")
-    if positives == "same_key" and (ids is None or ids.shape != images.shape[:1] or ids.is_floating_point()):
-        given = "none" if ids is None else f"{ids.dtype} of shape {tuple(ids.shape)}"
-        raise UsageError(f"positives='same_key' needs ids, whole numbers of shape ({images.shape[0]},), but got {given}")
+    if caption_ids is not None and len(caption_ids) != len(captions):
+        raise UsageError(f"{len(caption_ids)} caption_ids for {len(captions)} caption sets: give one for each")
+    for name, ids in [("image_ids", image_ids), *((f"caption_ids[{k}]", ids) for k, ids in enumerate(caption_ids or ()))]:
+        if ids is not None and (ids.shape != images.shape[:1] or ids.is_floating_point()):
+            raise UsageError(f"{name} is {ids.dtype} of shape {tuple(ids.shape)}: expected whole numbers ({images.shape[0]},)")
     if tile < 1:
         raise UsageError(f"tile is {tile}: expected a whole number of at least 1")
     ranks = _find_ranks(images, group)
     if ranks.total == 0:
         raise UsageError("the batch is empty: the loss of no pairs is undefined")
-    keys = None
-    if positives == "same_key" and ids is not None:
-        keys = torch.unique(ranks.gather(ids), return_inverse=True)[1]
+    shared = [] if image_ids is None else [_labels(ranks.gather(image_ids))]
+    own = [[] for _ in captions] if caption_ids is None else [[_labels(ranks.gather(ids))] for ids in caption_ids]
+    positives = [_alike(shared + labels) for labels in own]
     wide = torch.float32
     for tensor in (images, *captions):
         wide = torch.promote_types(wide, tensor.dtype)
-    return _Task(ranks, keys, tile, matmul_dtype or images.dtype, wide)
+    return _Task(ranks, positives, tile, matmul_dtype or images.dtype, wide)
+
+
+def _labels(ids: Tensor) -> Tensor:
+    """Return whole numbers below B (B,) int64, equal where `ids` (B,) are."""
+    return torch.unique(ids, return_inverse=True)[1]
+
+
+def _alike(labels: list[Tensor]) -> _Positives:
+    signed = [(1, one) for one in labels]
+    if len(labels) == 2:
+        signed.append((-1, _labels(labels[0] * len(labels[0]) + labels[1])))
+    return signed
 
 
 def _find_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> _Ranks:

@@ -6,6 +6,8 @@ from typing import Literal
 from align.common.checks import check
 from align.common.hardware import Precision
 
+Positives = Literal["diagonal", "same_key", "same_caption"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -73,14 +75,9 @@ class TrainConfig:
     """Contrastive loss over all pairs of the global batch."""
     reduction: Literal["mean", "sum_over_batch"] = "mean"
     """Sigmoid loss over B^2 (SAIL) or over B (SigLIP). With Lion the factor does not matter, with AdamW it does."""
-    positives: Literal["diagonal", "same_key"] = "diagonal"
-    """Which pairs are positive: only the drawn ones, or all that share a sample key."""
-    fusemix: float = 0.0
-    """Mix each pair's features with another's, s : 1 - s, s ~ Beta(FUSEMIX, FUSEMIX) and partners common to both sides. 0: off."""
-    structure: float = 0.0
-    """Weight of what keeps the neighbourhoods of the frozen features in the aligned space (STRUCTURE). 0: off."""
-    structure_levels: int = 1
-    """How many steps wide the widest neighbourhood of --structure is."""
+    positives: Positives = "diagonal"
+    """Which rows of a batch are positives of each other. diagonal: none. same_key: rows with the same sample key, in whichever data set,
+    as they are of the same image. same_caption: these, and rows whose captions in a slot have the same words."""
     feature_dropout: float = 0.0
     """Share of the frozen features' values that are set to 0 before the heads, anew in each step; for every kind of head."""
     log_scale: float = 2.995732273553991
@@ -138,11 +135,7 @@ class TrainConfig:
         check(bool(self.captions), "no --captions", "name caption stores, or caption columns of --data")
         check(bool(self.images) != bool(self.data), f"--images {self.images} --data {self.data}", "give stores or data, exactly one")
         self._check_online()
-        check(min(self.fusemix, self.structure) >= 0, f"--fusemix {self.fusemix} --structure {self.structure}", "must be at least 0")
-        check(self.structure_levels >= 1, f"--structure-levels {self.structure_levels}", "must be at least 1")
         check(0 <= self.feature_dropout < 1, f"--feature-dropout {self.feature_dropout}", "must lie in [0, 1)")
-        pooled = self.head != "token" or not (self.fusemix or self.structure)
-        check(pooled, "--fusemix or --structure with --head token", "both compare pooled features: leave them out")
         check(self.batch_size >= 2, f"--batch-size {self.batch_size}", "a contrastive loss needs at least 2 pairs")
         check(self.accumulate >= 1 and self.tile >= 1, f"--accumulate {self.accumulate} --tile {self.tile}", "must be at least 1")
         check(0 <= self.warmup < 1, f"--warmup {self.warmup}", "is a share of the steps in [0, 1)")

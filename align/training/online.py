@@ -31,10 +31,13 @@ from align.common.seeds import generator
 from align.encoders.text import TextEncoder
 from align.encoders.transforms import PixelNormalizer, Transform, pixel_normalizer
 from align.encoders.vision import VisionEncoder
+from align.features.store import hash64
 from align.sources.gate import Limits, gate_captions, gate_image
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
-from align.training.pairs import BatchOrder, PairBatch
+from align.training.config import Positives
+from align.training.order import BatchOrder
+from align.training.pairs import PairBatch
 
 SHARD_ROWS = 1024  # samples a shard: opening one reads where its samples are
 KEPT_READERS = 64  # open shards a worker keeps
@@ -73,19 +76,18 @@ def _steps(size: tuple[int, int], resample: str) -> Any:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Samples that a worker decodes in one go: their numbers in the batch order and their rows in the data, both (n,) int64."""
+    """Samples that a worker decodes in one go: their rows in the data (n,) int64."""
 
     step: int  # -1: validation
-    indices: np.ndarray
     rows: np.ndarray
 
 
 @dataclass
 class _Decoded:
-    """A piece's usable samples, by their `places` in it: pixels (n, 3, H, W), captions; and the rejects."""
+    """A piece's usable samples: their keys, pixels (n, 3, H, W) and captions; and the rejects."""
 
     piece: _Piece
-    places: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     pixels: Tensor | None = None
     captions: list[list[Any]] = field(default_factory=list)  # of a sample: one text a slot; in validation: all texts of each column
     rejects: list[tuple[int, str, str, str]] = field(default_factory=list)  # row, key, code, detail
@@ -104,7 +106,7 @@ class _Samples(Dataset):
 
     def __getitem__(self, piece: _Piece) -> _Decoded:
         decoded, good = _Decoded(piece), []
-        for place, row in enumerate(piece.rows.tolist()):
+        for row in piece.rows.tolist():
             key = ""
             try:
                 key, image, cells = self.read(row)
@@ -113,7 +115,7 @@ class _Samples(Dataset):
             except Reject as reject:
                 decoded.rejects.append((row, key or self.key(row), reject.code, reject.detail[:500]))
                 continue
-            decoded.places.append(place)
+            decoded.keys.append(key)
             good.append(pixels)
             if piece.step < 0:
                 decoded.captions.append([texts for number, texts in enumerate(captions) if self.slots[number] not in self.slots[:number]])
@@ -169,7 +171,7 @@ class OnlinePairs:
     `feature` decides what heads are given: pooled features, or all tokens for token heads.
     """
 
-    unpaired = 0  # nothing is known to be left out before it is read
+    unpaired = repeated = 0  # nothing is known of samples before they are read
     nbytes = 0  # nothing is stored
 
     def __init__(
@@ -185,7 +187,9 @@ class OnlinePairs:
         batch_size: int = 64,
         workers: int = 2,
         max_reject_fraction: float = 0.05,
+        positives: Positives = "diagonal",
     ) -> None:
+        self.positives: Positives = positives
         self.plan, self.slots, self.vision, self.text = plan, tuple(slots), vision, text
         self.batch_size, self.workers, self.max_reject_fraction = batch_size, workers, max_reject_fraction
         augmentation = Augmentation(vision.image_size, pixel_normalizer(vision.transform)) if augment else None
@@ -215,7 +219,7 @@ class OnlinePairs:
         chosen[generator(seed, 4).choice(len(self), held_out, replace=False)] = True
         other = OnlinePairs(
             samples.source, self.plan, self.slots, self.vision, self.text, seed=samples.seed,
-            batch_size=self.batch_size, workers=self.workers, max_reject_fraction=self.max_reject_fraction,
+            batch_size=self.batch_size, workers=self.workers, max_reject_fraction=self.max_reject_fraction, positives=self.positives,
         )  # fmt: skip
         self._rows, other._rows = self._rows[~chosen], self._rows[chosen]
         return other
@@ -259,14 +263,17 @@ class OnlinePairs:
         for step, decoded in zip(steps, _grouped(self._decoded(pieces), -(-count // self.batch_size)), strict=True):
             began = time.monotonic()
             self._count(step, decoded)
-            ids = np.concatenate([one.piece.indices[one.places] for one in decoded if one.places] or [np.empty(0)])
-            if len(ids) == 0:
+            keys = [key for one in decoded for key in one.keys]
+            if not keys:
                 raise DataError(f"step {step + 1}: none of the {count} samples of this process can be used; give a larger --batch-size")
             images = torch.cat([self._images(one.pixels) for one in decoded if one.pixels is not None])
             texts = [captions for one in decoded for captions in one.captions]
-            captions = [self._texts([chosen[slot] for chosen in texts]).to(images.device) for slot in range(len(self.slots))]
+            slots = [[chosen[slot] for chosen in texts] for slot in range(len(self.slots))]
+            captions = [self._texts(chosen).to(images.device) for chosen in slots]
             self._encoding += time.monotonic() - began
-            yield PairBatch(images, captions, ids)  # type: ignore[arg-type]
+            image_ids = None if self.positives == "diagonal" else hash64(keys)
+            caption_ids = [hash64(chosen) for chosen in slots] if self.positives == "same_caption" else None
+            yield PairBatch(images, captions, image_ids, caption_ids)  # type: ignore[arg-type]
 
     def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return images (n, F), all their captions (T, D) of all columns, float16, and each caption's image number (T,); kept in memory.
@@ -290,7 +297,7 @@ class OnlinePairs:
 
     def _cut(self, step: int, indices: np.ndarray) -> list[_Piece]:
         parts = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
-        return [_Piece(step, part, self._rows[part]) for part in parts]
+        return [_Piece(step, self._rows[part]) for part in parts]
 
     def _decoded(self, pieces: Iterator[_Piece]) -> Iterator[_Decoded]:
         prefetch = 4 if self.workers else None

@@ -1,10 +1,12 @@
-"""Pairs of image and caption features, joined by key, in a batch order that is a pure function of (seed, step).
+"""Pairs of image and caption features, joined by key, and their batches, each a pure function of (seed, step).
 
 Shapes: `B` global batch, `F` image feature width, `D` caption feature width, `N` images that have their captions.
 """
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,18 +19,25 @@ from align.common.errors import DataError, UsageError
 from align.common.fingerprints import compare_fingerprints
 from align.common.seeds import generator
 from align.features.store import FeatureStore
+from align.training.config import Positives
+from align.training.order import BatchOrder
 
 BLOCK_BYTES = 1 << 20  # what is read in one piece when features do not fit in memory
 MEMORY_SHARE = 0.5  # of the available memory that features may take before batches are read in blocks
+NAMESAKES = 64  # keys that two data sets share, of which the images are compared
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Features of one batch: images (B, F) float16, one (B, D) float16 a caption slot, ids (B,) int64 of the samples."""
+    """Features of one batch: images (B, F) float16, one (B, D) float16 a caption slot; ids say which rows are positives of each other.
+
+    Rows with equal `image_ids` (B,) int64 are of one image; those with equal `caption_ids[k]` have the same words in slot k.
+    """
 
     images: np.ndarray
     captions: list[np.ndarray]
-    ids: np.ndarray
+    image_ids: np.ndarray | None = None
+    caption_ids: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,11 @@ class _Dataset:
     first: np.ndarray  # (slots, n) row in the slot's store
     count: np.ndarray  # (slots, n)
 
+    @property
+    def image_ids(self) -> np.ndarray:
+        """Hashes of the images' keys (n,) int64."""
+        return self.images.key_ids[self.image_rows]
+
     def only(self, mask: np.ndarray) -> "_Dataset":
         """Return the images where `mask` (n,) is True."""
         return replace(self, image_rows=self.image_rows[mask], first=self.first[:, mask], count=self.count[:, mask])
@@ -51,10 +65,11 @@ class PairedFeatures:
 
     `images[d]` is the image store of data set d and `slots[c][d]` the caption store that slot c uses for it. A slot gives
     each image one caption; if its store holds several for a key, one is drawn for each step. The same store in two slots
-    gives two different captions of an image, as long as it has two.
+    gives two different captions of an image, as long as it has two. `positives` decides which ids batches have: with `same_key` those
+    of the images, by their keys over all data sets; with `same_caption` also those of the captions drawn, by their words.
     """
 
-    def __init__(self, images: Sequence[FeatureStore], slots: Sequence[Sequence[FeatureStore]]) -> None:
+    def __init__(self, images: Sequence[FeatureStore], slots: Sequence[Sequence[FeatureStore]], positives: Positives = "diagonal") -> None:
         if not images or not slots:
             raise UsageError("pairs need at least one image store and one caption slot")
         for slot in slots:
@@ -68,6 +83,7 @@ class PairedFeatures:
             compare_fingerprints(slot[0].fingerprint, text.fingerprint, str(text.folder))
         self.image_fingerprint, self.image_width = images[0].fingerprint, images[0].width
         self.text_fingerprint, self.text_width = text.fingerprint, text.width
+        self.positives = positives
         self.unpaired = 0  # images left out: no caption in a slot, or an ambiguous key
         self._datasets = [self._join(store, [slot[d] for slot in slots]) for d, store in enumerate(images)]
         self._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in self._datasets)])
@@ -76,6 +92,10 @@ class PairedFeatures:
                 f"no image of {', '.join(str(store.folder) for store in images)} has a caption with its key in every slot "
                 f"({', '.join(str(slot[0].folder) for slot in slots)}); were they made from the same data?"
             )
+        if positives != "diagonal":
+            self._refuse_namesakes()
+        if positives == "same_caption":  # a store without them is refused now and not when a batch needs it
+            assert all(len(store.text_ids) == len(store) for slot in slots for store in slot)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -102,6 +122,32 @@ class PairedFeatures:
         rows = np.flatnonzero(usable)
         self.unpaired += len(keys) - len(rows)
         return _Dataset(images, slots, rows, np.stack(firsts)[:, rows], np.stack(counts)[:, rows])
+
+    def _refuse_namesakes(self) -> None:
+        """Raise UsageError if two data sets use the same keys for different images, as downloads with running numbers do."""
+        for one, other in itertools.combinations(self._datasets, 2):
+            _, here, there = np.intersect1d(one.image_ids, other.image_ids, return_indices=True)
+            drawn = np.linspace(0, len(here) - 1, min(len(here), NAMESAKES)).astype(np.int64)
+            ours = _unit(one.images.features(one.image_rows[here[drawn]]))
+            theirs = _unit(other.images.features(other.image_rows[there[drawn]]))
+            similarity = ours @ theirs.T  # (n, n) cosines; an image's nearest should be itself
+            if 2 * np.count_nonzero(similarity.diagonal() >= similarity.max(axis=1, initial=-1)) < len(drawn):
+                raise UsageError(
+                    f"--positives {self.positives}: {one.images.folder} and {other.images.folder} share {len(here)} keys, but they "
+                    "name different images; encode with keys that differ, or train with --positives diagonal"
+                )
+
+    @property
+    def repeated(self) -> int:
+        """How many pairs share their image with an earlier pair."""
+        return len(self) - len(np.unique(np.concatenate([dataset.image_ids for dataset in self._datasets])))
+
+    @property
+    def block_rows(self) -> int:
+        """How many neighbors to read together: 1 if the features fit in half of the available memory, else a block of at least 1 MiB."""
+        if self.nbytes < MEMORY_SHARE * psutil.virtual_memory().available:
+            return 1
+        return max(1, BLOCK_BYTES // (2 * min(self.image_width, self.text_width)))
 
     def only(self, chosen: pa.Table) -> int:
         """Leave out every pair whose key is not in the column `key` of `chosen`; return how many of its rows are no pair.
@@ -150,6 +196,8 @@ class PairedFeatures:
         indices, draws = indices[part], draws[part]
         images = np.empty((len(indices), self.image_width), dtype=np.float16)
         captions = [np.empty((len(indices), self.text_width), dtype=np.float16) for _ in self._datasets[0].slots]
+        image_ids = None if self.positives == "diagonal" else np.empty(len(indices), dtype=np.int64)
+        caption_ids = [np.empty(len(indices), dtype=np.int64) for _ in captions] if self.positives == "same_caption" else None
         home = np.searchsorted(self._starts, indices, side="right") - 1
         for number, dataset in enumerate(self._datasets):
             here = np.flatnonzero(home == number)
@@ -157,9 +205,31 @@ class PairedFeatures:
                 continue
             local = indices[here] - self._starts[number]
             images[here] = dataset.images.features(dataset.image_rows[local])
+            if image_ids is not None:
+                image_ids[here] = dataset.images.key_ids[dataset.image_rows[local]]
             for slot, rows in enumerate(_draw(dataset, local, draws[here])):
                 captions[slot][here] = dataset.slots[slot].features(rows)
-        return PairBatch(images, captions, indices.astype(np.int64))
+                if caption_ids is not None:
+                    caption_ids[slot][here] = dataset.slots[slot].text_ids[rows]
+        return PairBatch(images, captions, image_ids, caption_ids)
+
+    def batches(self, order: BatchOrder, steps: range, part: slice) -> Iterator[PairBatch]:
+        """Yield this process's part of each batch of `steps`, reading the next one while the current one is used."""
+
+        def read(step: int) -> PairBatch:
+            return self.batch(order.indices(step), order.seed, step, part)
+
+        with ThreadPoolExecutor(1) as reader:
+            following = reader.submit(read, steps.start) if len(steps) else None
+            for step in steps:
+                assert following is not None
+                current = following.result()
+                following = reader.submit(read, step + 1) if step + 1 < steps.stop else None
+                yield current
+
+    def encode_seconds(self) -> float | None:
+        """Return None: the encoders ran before."""
+        return None
 
     def keys(self, indices: np.ndarray) -> list[str]:
         """Return the sample keys of pairs, prefixed with their image store when there are several data sets."""
@@ -191,11 +261,11 @@ class PairedFeatures:
         return np.concatenate(images), np.concatenate(captions), np.concatenate(owners)
 
 
-def open_pairs(images: Sequence[str], slots: Sequence[str]) -> PairedFeatures:
+def open_pairs(images: Sequence[str], slots: Sequence[str], positives: Positives = "diagonal") -> PairedFeatures:
     """Return the pairs of image stores and caption slots ('+' joins the stores of one slot), opening each store once."""
     stores: dict[str, FeatureStore] = {}
     opened = [[stores.setdefault(name, FeatureStore(name)) for name in names] for names in (images, *(slot.split("+") for slot in slots))]
-    return PairedFeatures(opened[0], opened[1:])
+    return PairedFeatures(opened[0], opened[1:], positives)
 
 
 def read_keys(path: str) -> pa.Table:
@@ -205,6 +275,11 @@ def read_keys(path: str) -> pa.Table:
         return pq.read_table(path, columns=names).cast(pa.schema([(name, pa.string()) for name in names]))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a parquet file with a column key, such as align/curate.py's chosen.parquet ({error})") from error
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    wide = rows.astype(np.float32)
+    return wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
 
 
 def _occurs_once(keys: pa.Array) -> np.ndarray:
@@ -250,41 +325,3 @@ def _draw(dataset: _Dataset, local: np.ndarray, draws: np.ndarray) -> list[np.nd
         uses[name] = uses.get(name, 0) + 1
         chosen.append(dataset.first[slot, local] + order[np.arange(len(local)), turn])
     return chosen
-
-
-class BatchOrder:
-    """Which pairs make batch number `step`: a pure function of (rows, batch size, seed, block rows, step).
-
-    Each epoch is a fresh permutation of blocks of `block_rows` neighbors; the last, incomplete batch is left out. With
-    `block_rows=1` it is a permutation of all pairs.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, block_rows: int = 1) -> None:
-        if batch_size > rows:
-            raise UsageError(f"a batch of {batch_size} is larger than the data ({rows} pairs); give a smaller --batch-size")
-        self.rows, self.batch_size, self.seed, self.block_rows = rows, batch_size, seed, block_rows
-        self.steps_per_epoch = rows // batch_size
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def indices(self, step: int) -> np.ndarray:
-        """Return the (B,) int64 pair numbers of batch `step` (from 0)."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._permutation(epoch)
-        return self._order[within * self.batch_size : (within + 1) * self.batch_size]
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        random = generator(self.seed, 1, epoch)
-        if self.block_rows == 1:
-            return random.permutation(self.rows)
-        shift = int(random.integers(self.block_rows))  # other neighbors meet in a block in each epoch
-        edges = np.arange(shift - self.block_rows, self.rows + self.block_rows, self.block_rows).clip(0, self.rows)
-        blocks = [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
-        return np.concatenate([blocks[number] for number in random.permutation(len(blocks))])
-
-
-def block_rows_for(pairs: PairedFeatures) -> int:
-    """Return 1 if the features fit in half of the available memory, else the rows of one block of at least 1 MiB."""
-    if pairs.nbytes < MEMORY_SHARE * psutil.virtual_memory().available:
-        return 1
-    return max(1, BLOCK_BYTES // (2 * min(pairs.image_width, pairs.text_width)))

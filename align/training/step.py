@@ -5,8 +5,6 @@ A step is a pure function of (state, seed, step number): a killed run goes on to
 """
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +19,7 @@ from align.common.seeds import generator
 from align.model.dual_encoder import SailModel
 from align.model.losses import LossStats, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
 from align.model.ranking import best_ranks, recalls
-from align.training.pairs import BatchOrder, PairBatch, PairedFeatures
-from align.training.regularizers import fusemix, structure
+from align.training.pairs import PairBatch
 
 MAX_LOG_SCALE = math.log(100)
 CHUNK_VALUES = 1 << 24  # feature values embedded at once in validation
@@ -30,15 +27,11 @@ CHUNK_VALUES = 1 << 24  # feature values embedded at once in validation
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss and how it is computed (see `align.model.losses`), and what regularizes it (see `align.training.regularizers`; 0 is off)."""
+    """The loss and how it is computed (see `align.model.losses`), and the share of feature values that are dropped before the heads."""
 
     loss: str = "sigmoid"
     reduction: str = "mean"
-    positives: str = "diagonal"
     tile: int = 4096
-    fusemix: float = 0.0
-    structure: float = 0.0
-    structure_levels: int = 1
     feature_dropout: float = 0.0
 
 
@@ -59,10 +52,6 @@ class Schedule:
         share = (step - rising) / max(1, self.steps - rising)
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * share))
 
-    def risen(self, step: int) -> float:
-        """Return which share of the warm-up is over after step number `step`, in (0, 1]."""
-        return min(1.0, (step + 1) / max(1, round(self.warmup * self.steps)))
-
 
 def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
     """Return Lion or AdamW over the parameters of `model`; weight decay acts on matrices only, never on scale, bias or norms."""
@@ -75,17 +64,13 @@ def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did: loss and mean logits of the whole batch, gradient norm, and whether the weights were updated.
-
-    `loss` is the contrastive loss alone; `structure` is the regularizer's value, unweighted, on this process's share (0 if off).
-    """
+    """What one step did: loss and mean logits of the whole batch, gradient norm, and whether the weights were updated."""
 
     loss: float
     positive_logit: float
     negative_logit: float
     grad_norm: float
     updated: bool
-    structure: float = 0.0
 
 
 class Stepper:
@@ -114,20 +99,19 @@ class Stepper:
         device = self.model.device
         images = torch.as_tensor(batch.images, device=device)  # (b, F); on the device already if encoded there just now
         captions = [torch.as_tensor(c, device=device) for c in batch.captions]  # (b, D) each
-        ids = torch.as_tensor(batch.ids, device=device)
+        ids = {
+            "image_ids": None if batch.image_ids is None else torch.as_tensor(batch.image_ids, device=device),
+            "caption_ids": None if batch.caption_ids is None else [torch.as_tensor(c, device=device) for c in batch.caption_ids],
+        }
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
-        if self.objective.fusemix:
-            images, *captions = fusemix([images, *captions], self.objective.fusemix, seed=self.seed, step=step, rank=self.rank)
         if self.accumulate == 1:
-            embeddings = self._embed(images, captions, step, 0)
-            loss, stats = self._loss(embeddings, ids)
-            kept = self._structure([images, *captions], embeddings, step)
-            self._weighted(loss, kept, step).backward()
+            loss, stats = self._loss(self._embed(images, captions, step, 0), ids)
+            loss.backward()
         else:
-            loss, stats, kept = self._accumulate(images, captions, ids, step)
+            loss, stats = self._accumulate(images, captions, ids, step)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in parameters:  # the bias has none under InfoNCE
             if parameter.grad is None:
@@ -141,7 +125,7 @@ class Stepper:
             self.optimizer.step()
             with torch.no_grad():
                 self.model.logit_scale.clamp_(*self.log_scale_range)
-        return StepResult(value, stats.positive_mean_logit, stats.negative_mean_logit, norm, finite, float(kept.detach()))
+        return StepResult(value, stats.positive_mean_logit, stats.negative_mean_logit, norm, finite)
 
     def _embed(self, images: Tensor, captions: list[Tensor], step: int, piece: int) -> list[Tensor]:
         """Return [x, y_1, ..., y_K], each (b, E), L2-normalised; dropout depends on (seed, step, rank, piece) only."""
@@ -151,28 +135,17 @@ class Stepper:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return [self.model.project_image(images), *(self.model.project_text(caption) for caption in captions)]
 
-    def _loss(self, embeddings: list[Tensor], ids: Tensor) -> tuple[Tensor, LossStats]:
+    def _loss(self, embeddings: list[Tensor], ids: dict[str, Any]) -> tuple[Tensor, LossStats]:
         images, captions = embeddings[0], embeddings[1:]
-        options: dict[str, Any] = {"ids": ids, "positives": self.objective.positives}
         bias = self.model.logit_bias if self.objective.loss == "sigmoid" else None
-        stats = logit_stats(images, captions, self.model.logit_scale, bias, **options)
-        options |= {"tile": self.objective.tile, "matmul_dtype": torch.bfloat16 if self.precision == "bf16" else None}
+        stats = logit_stats(images, captions, self.model.logit_scale, bias, **ids)
+        options = ids | {"tile": self.objective.tile, "matmul_dtype": torch.bfloat16 if self.precision == "bf16" else None}
         if bias is None:
             return info_nce_loss(images, captions, self.model.logit_scale, **options), stats
         options["reduction"] = self.objective.reduction
         return sigmoid_loss(images, captions, self.model.logit_scale, bias, **options), stats
 
-    def _structure(self, features: list[Tensor], embeddings: list[Tensor], step: int) -> Tensor:
-        """Return the regularizer of this share; averaging gradients over processes averages it over their shares."""
-        if not self.objective.structure:
-            return embeddings[0].new_zeros(())
-        return structure(features, embeddings, self.objective.structure_levels, seed=self.seed, step=step, rank=self.rank)
-
-    def _weighted(self, loss: Tensor, kept: Tensor, step: int) -> Tensor:
-        """Return what is minimized; the regularizer's weight rises as the learning rate does."""
-        return loss + self.objective.structure * self.schedule.risen(step) * kept if self.objective.structure else loss
-
-    def _accumulate(self, images: Tensor, captions: list[Tensor], ids: Tensor, step: int) -> tuple[Tensor, LossStats, Tensor]:
+    def _accumulate(self, images: Tensor, captions: list[Tensor], ids: dict[str, Any], step: int) -> tuple[Tensor, LossStats]:
         """Give the parameters the gradient of the whole batch while holding the activations of one piece.
 
         A contrastive loss does not split into pieces; its gradient with respect to the embeddings does. So: embed all pieces
@@ -184,13 +157,12 @@ class Stepper:
             parts = [self._embed(images[r], [c[r] for c in captions], step, n) for n, r in enumerate(rows)]
         leaves = [torch.cat(side).requires_grad_() for side in zip(*parts, strict=True)]
         loss, stats = self._loss(leaves, ids)
-        kept = self._structure([images, *captions], leaves, step)
-        self._weighted(loss, kept, step).backward()
+        loss.backward()
         for number, r in enumerate(rows):
             embeddings = self._embed(images[r], [c[r] for c in captions], step, number)
             trained = [(e, leaf.grad[r]) for e, leaf in zip(embeddings, leaves, strict=True) if e.requires_grad and leaf.grad is not None]
             torch.autograd.backward([e for e, _ in trained], [g for _, g in trained])
-        return loss, stats, kept
+        return loss, stats
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and JSON values that `load_state` needs to go on exactly."""
@@ -213,21 +185,6 @@ class Stepper:
             self.optimizer.load_state_dict({"state": entries, "param_groups": values["param_groups"]})
         except (RuntimeError, ValueError, KeyError) as error:
             raise DamagedError(f"the checkpoint is not of this model: {error}") from error
-
-
-def batches(pairs: PairedFeatures, order: BatchOrder, seed: int, steps: range, part: slice) -> Iterator[PairBatch]:
-    """Yield this process's part of each batch of `steps`, reading the next one while the current one is used."""
-
-    def read(step: int) -> PairBatch:
-        return pairs.batch(order.indices(step), seed, step, part)
-
-    with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(read, steps.start) if len(steps) else None
-        for step in steps:
-            assert following is not None
-            current = following.result()
-            following = reader.submit(read, step + 1) if step + 1 < steps.stop else None
-            yield current
 
 
 class Measured(Protocol):

@@ -20,7 +20,7 @@ from align.common.locks import Lease
 from align.encode import main
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
-from align.features.store import FeatureStore
+from align.features.store import FeatureStore, hash64
 from align.model.dual_encoder import SailModel
 from align.train import main as train
 from align.training.config import TrainConfig
@@ -87,6 +87,8 @@ def test_features_are_those_of_the_encoder_by_key(world, straight):
     many = FeatureStore(straight / "captions-many").key_table.to_pylist()
     assert many[:3] == [{"key": "k0", "item": 0}, {"key": "k0", "item": 1}, {"key": "k1", "item": 0}] and len(many) == 80
     assert "k21" not in FeatureStore(straight / "captions-short").keys.to_pylist()
+    words = [text for n in range(40) for text in (f"cat {n}", f"the red cat {n} runs")]
+    assert np.array_equal(FeatureStore(straight / "captions-many").text_ids, hash64(words))
 
 
 def test_every_reject_is_listed_with_its_code(straight):

@@ -10,7 +10,7 @@ import pytest
 from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
 from align.common.reject_codes import RejectedRow
-from align.features.store import FeatureStore, StoreHeader, StoreWriter
+from align.features.store import FeatureStore, StoreHeader, StoreWriter, hash64
 
 
 def rows(count, start=0, width=8):
@@ -72,6 +72,25 @@ def test_rows_that_do_not_fit_fp16_or_are_zero_are_rejected_not_stored(tmp_path,
     assert [(r["key"], r["code"]) for r in rejects] == [
         ("bad", "image_empty"), ("key-1", "zero_feature"), ("key-2", "nonfinite_feature"), ("key-3", "nonfinite_feature"),
     ]  # fmt: skip
+
+
+def test_captions_of_the_same_words_have_one_id_and_rejected_rows_none(tmp_path):
+    shard = rows(4)
+    shard[1][2][:] = 0
+    writer = StoreWriter(tmp_path / "s", StoreHeader("caption", {}, {}, 8, "plan", 2, 8))
+    for number, words in enumerate((["a dog", "rejected", "a cat", "a dog"], ["a bird", "rejected", "a dog", "\udcff"])):
+        writer.write(number, np.array([row[2] for row in shard]), ["k0", "k1", "k2", "k3"], [0] * 4, [], words)
+    store = FeatureStore(tmp_path / "s")
+    assert np.array_equal(store.text_ids, hash64(["a dog", "a cat", "a dog", "a bird", "a dog", "\udcff"]))
+    assert len(np.unique(store.text_ids)) == 4 and store.key_table.column_names == ["key", "item"]
+    assert np.array_equal(store.key_ids, hash64(["k0", "k2", "k3"] * 2))
+
+
+def test_a_store_written_before_captions_had_ids_opens_but_says_that_it_has_none(tmp_path, make_store):
+    store = make_store(tmp_path / "s", [rows(4)], kind="caption")
+    assert pq.read_schema(tmp_path / "s/shards/000000.parquet").names == ["key", "item"] and len(store.key_table) == 4
+    with pytest.raises(UsageError, match="does not know which captions have the same words"):
+        _ = store.text_ids
 
 
 def test_every_flipped_bit_is_found_and_none_is_invented(tmp_path, make_store):

@@ -17,7 +17,19 @@ from torch.utils._pytree import tree_leaves
 from align.common.errors import UsageError
 from align.model.losses import any_rank, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
 
-IDS = torch.tensor([5, 3, 5, 1, 9, 3, 5, 8, 2, 7, 1, 6, 4])  # repeats, not sorted
+IDS = torch.tensor([5, 3, 5, 1, 9, 3, 5, 8, 2, 7, 1, 6, 4])  # of images: repeats, not sorted
+TEXTS = [torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 7, 6, 9, 6, -8]), torch.tensor([2, 2, 4, 4, 5, 6, 4, 8, 9, 10, 11, 12, 13])]
+KINDS = ["diagonal", "image", "caption", "either"]  # what makes two rows positives of each other
+
+
+def alike(positives, rows=slice(None), sets=2):
+    """Return the losses' options for positives of a kind: image ids, caption ids of each of `sets` caption sets, both or none."""
+    options = {}
+    if positives in ("image", "either"):
+        options["image_ids"] = IDS[rows]
+    if positives in ("caption", "either"):
+        options["caption_ids"] = [TEXTS[number % 2][rows] for number in range(sets)]
+    return options
 
 
 def unit_rows(generator, rows, width):
@@ -35,28 +47,29 @@ def batch(rows, width=5, sets=1, seed=0, t=4.0, b=-1.5, dtype=torch.float64):
     return images, captions, log_scale, bias
 
 
-def is_positive(i, j, ids, positives):
-    return i == j or (positives == "same_key" and int(ids[i]) == int(ids[j]))
+def is_positive(i, j, number, image_ids=None, caption_ids=None):
+    same_image = image_ids is not None and int(image_ids[i]) == int(image_ids[j])
+    return i == j or same_image or (caption_ids is not None and int(caption_ids[number][i]) == int(caption_ids[number][j]))
 
 
-def sigmoid_by_loops(images, captions, log_scale, bias, ids, positives, reduction):
+def sigmoid_by_loops(images, captions, log_scale, bias, reduction, **ids):
     rows, total = len(images), 0.0
-    for caption_set in captions:
+    for number, caption_set in enumerate(captions):
         for i in range(rows):
             for j in range(rows):
-                sign = 1 if is_positive(i, j, ids, positives) else -1
+                sign = 1 if is_positive(i, j, number, **ids) else -1
                 logit = log_scale.exp() * (images[i] * caption_set[j]).sum() + bias
                 total = total - torch.log(1 / (1 + torch.exp(-sign * logit)))
     return total / len(captions) / (rows**2 if reduction == "mean" else rows)
 
 
-def info_nce_by_loops(images, captions, log_scale, ids, positives):
+def info_nce_by_loops(images, captions, log_scale, **ids):
     rows, total = len(images), 0.0
-    for caption_set in captions:
+    for number, caption_set in enumerate(captions):
         for anchors, targets in ((images, caption_set), (caption_set, images)):
             for i in range(rows):
                 weights = [torch.exp(log_scale.exp() * (anchors[i] * target).sum()) for target in targets]
-                chosen = [j for j in range(rows) if is_positive(i, j, ids, positives)]
+                chosen = [j for j in range(rows) if is_positive(i, j, number, **ids)]
                 total = total - sum(torch.log(weights[j] / sum(weights)) for j in chosen) / len(chosen)
     return total / (2 * rows * len(captions))
 
@@ -73,26 +86,26 @@ def assert_same(ours, expected, rtol=1e-10):
 
 @pytest.mark.parametrize("tile", [1, 3, 4, 100])
 @pytest.mark.parametrize("sets", [1, 2, 3])
-@pytest.mark.parametrize("positives", ["diagonal", "same_key"])
+@pytest.mark.parametrize("positives", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum_over_batch"])
 def test_sigmoid_loss_and_gradients_equal_a_double_loop(tile, sets, positives, reduction):
     rows = 13 if sets == 1 else 6
     images, captions, log_scale, bias = batch(rows, sets=sets)
-    inputs, ids = [images, log_scale, bias, *captions], IDS[:rows]
-    loops = sigmoid_by_loops(images, captions, log_scale, bias, ids, positives, reduction)
-    ours = sigmoid_loss(images, captions, log_scale, bias, ids=ids, positives=positives, reduction=reduction, tile=tile)
+    inputs, ids = [images, log_scale, bias, *captions], alike(positives, slice(rows), sets)
+    loops = sigmoid_by_loops(images, captions, log_scale, bias, reduction, **ids)
+    ours = sigmoid_loss(images, captions, log_scale, bias, **ids, reduction=reduction, tile=tile)
     assert_same([ours, *gradients(ours, inputs)], [loops, *gradients(loops, inputs)])
 
 
 @pytest.mark.parametrize("tile", [1, 3, 4, 100])
 @pytest.mark.parametrize("sets", [1, 2, 3])
-@pytest.mark.parametrize("positives", ["diagonal", "same_key"])
+@pytest.mark.parametrize("positives", KINDS)
 def test_info_nce_loss_and_gradients_equal_a_double_loop(tile, sets, positives):
     rows = 13 if sets == 1 else 6
     images, captions, log_scale, _ = batch(rows, sets=sets)
-    inputs, ids = [images, log_scale, *captions], IDS[:rows]
-    loops = info_nce_by_loops(images, captions, log_scale, ids, positives)
-    ours = info_nce_loss(images, captions, log_scale, ids=ids, positives=positives, tile=tile)
+    inputs, ids = [images, log_scale, *captions], alike(positives, slice(rows), sets)
+    loops = info_nce_by_loops(images, captions, log_scale, **ids)
+    ours = info_nce_loss(images, captions, log_scale, **ids, tile=tile)
     assert_same([ours, *gradients(ours, inputs)], [loops, *gradients(loops, inputs)])
 
 
@@ -102,7 +115,7 @@ def test_a_hand_worked_sigmoid_loss():
     term = math.log(1 + math.exp(-1))
     assert sigmoid_loss(images, [images], log_scale, bias).item() == pytest.approx(term)
     assert sigmoid_loss(images, [images], log_scale, bias, reduction="sum_over_batch").item() == pytest.approx(2 * term)
-    all_positive = sigmoid_loss(images, [images], log_scale, bias, ids=torch.tensor([7, 7]), positives="same_key")
+    all_positive = sigmoid_loss(images, [images], log_scale, bias, image_ids=torch.tensor([7, 7]))
     assert all_positive.item() == pytest.approx((term + math.log(1 + math.e)) / 2)
 
 
@@ -115,10 +128,10 @@ def test_one_pair_alone_has_no_negatives():
     assert stats.positive_mean_logit == pytest.approx(positive) and math.isnan(stats.negative_mean_logit)
 
 
-@pytest.mark.parametrize("positives", ["diagonal", "same_key"])
+@pytest.mark.parametrize("positives", KINDS)
 def test_gradients_pass_finite_differences(positives):
     images, captions, log_scale, bias = batch(7, sets=2)
-    options = {"ids": IDS[:7], "positives": positives, "tile": 3}
+    options = {**alike(positives, slice(7)), "tile": 3}
     inputs = (images, log_scale, bias, *captions)
     assert torch.autograd.gradcheck(lambda x, s, b, *y: 3 * sigmoid_loss(x, y, s, b, **options), inputs)
     inputs = (images, log_scale, *captions)
@@ -229,38 +242,41 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "info_nce"])
-@pytest.mark.parametrize("positives", ["diagonal", "same_key"])
+@pytest.mark.parametrize("positives", KINDS)
 def test_nothing_larger_than_the_embeddings_or_a_tile_is_allocated(kind, positives):
     rows, width, tile = 256, 4, 32  # B E = 1024 = tile^2, tile B = 8192, B^2 = 65536
     inputs = batch(rows, width=width, sets=2)
     with LargestTensor() as record:
-        all_results(inputs, kind, tile=tile, ids=torch.arange(rows) // 3, positives=positives)
+        ids = {"image_ids": torch.arange(rows) // 3, "caption_ids": [torch.arange(rows) // 5, torch.arange(rows) % 50]}
+        all_results(inputs, kind, tile=tile, **{name: ids[name] for name in alike(positives)})
     assert record.largest == tile**2
 
 
-@pytest.mark.parametrize("positives", ["diagonal", "same_key"])
+@pytest.mark.parametrize("positives", KINDS)
 def test_logit_stats_are_the_means_over_pairs(positives):
     images, captions, log_scale, bias = batch(13, sets=2)
     logits = [(log_scale.exp() * images @ caption_set.T + bias).detach().numpy() for caption_set in captions]
-    mask = np.array([[is_positive(i, j, IDS, positives) for j in range(13)] for i in range(13)])
-    stats = logit_stats(images, captions, log_scale, bias, ids=IDS, positives=positives)
-    assert stats.positive_mean_logit == pytest.approx(np.mean([matrix[mask].mean() for matrix in logits]))
-    assert stats.negative_mean_logit == pytest.approx(np.mean([matrix[~mask].mean() for matrix in logits]))
+    ids, numbers = alike(positives), range(13)
+    masks = [np.array([[is_positive(i, j, number, **ids) for j in numbers] for i in numbers]) for number in (0, 1)]
+    stats = logit_stats(images, captions, log_scale, bias, **ids)
+    for value, negative in ((stats.positive_mean_logit, False), (stats.negative_mean_logit, True)):
+        chosen = [matrix[mask != negative] for matrix, mask in zip(logits, masks, strict=True)]
+        assert value == pytest.approx(np.concatenate(chosen).mean())
 
 
 def test_wrong_arguments_are_refused():
     images, captions, log_scale, bias = batch(4)
     cases = [
         (lambda: sigmoid_loss(images, captions, log_scale, bias, reduction="sum"), "'sum'.*mean, sum_over_batch"),
-        (lambda: sigmoid_loss(images, captions, log_scale, bias, positives="same"), "'same'.*diagonal, same_key"),
         (lambda: sigmoid_loss(images, [], log_scale, bias), "captions must be a list"),
         (lambda: sigmoid_loss(images, captions[0], log_scale, bias), r"pass \[captions\]"),
         (lambda: sigmoid_loss(images, [captions[0][:3]], log_scale, bias), r"captions\[0\] has shape \(3, 5\)"),
         (lambda: sigmoid_loss(images[0], [captions[0][0]], log_scale, bias), r"expected floating-point \(N, E\)"),
         (lambda: sigmoid_loss(images, captions, log_scale, bias[None]), r"bias has shape \(1,\)"),
         (lambda: info_nce_loss(images, captions, log_scale[None]), r"log_scale has shape \(1,\)"),
-        (lambda: info_nce_loss(images, captions, log_scale, positives="same_key"), "needs ids.*got none"),
-        (lambda: info_nce_loss(images, captions, log_scale, ids=IDS, positives="same_key"), r"shape \(4,\), but got"),
+        (lambda: info_nce_loss(images, captions, log_scale, image_ids=IDS), r"image_ids is .*expected whole numbers \(4,\)"),
+        (lambda: info_nce_loss(images, captions, log_scale, caption_ids=[images[:, 0]]), r"caption_ids\[0\] is torch.float64"),
+        (lambda: info_nce_loss(images, captions, log_scale, caption_ids=TEXTS), "2 caption_ids for 1 caption sets"),
         (lambda: info_nce_loss(images, captions, log_scale, tile=0), "tile is 0"),
         (lambda: info_nce_loss(images[:0], [captions[0][:0]], log_scale), "batch is empty"),
     ]
@@ -283,13 +299,13 @@ class Towers(nn.Module):
     def forward(self, kind, images, captions, ids):
         images = functional.normalize(images @ self.image, dim=1)
         captions = [functional.normalize(caption_set @ self.text, dim=1) for caption_set in captions]
-        options = {"ids": ids, "positives": "same_key", "tile": 3}
+        options = {**ids, "tile": 3}
         if kind == "sigmoid":
             return sigmoid_loss(images, captions, self.log_scale, self.bias, **options)
         return info_nce_loss(images, captions, self.log_scale, **options) + 0 * self.bias
 
 
-CASES = [(kind, positives) for kind in ("sigmoid", "info_nce") for positives in ("diagonal", "same_key")]
+CASES = [(kind, positives) for kind in ("sigmoid", "info_nce") for positives in KINDS]
 SPLITS = [[13], [7, 6], [4, 4, 0, 5], [0, 1]]  # rows of each process: uneven, one of them empty, one row in all
 
 
@@ -316,15 +332,15 @@ def run_rank(rank, folder, split, threads):
     for kind, positives in CASES:
         for dtype in (torch.float64, torch.bfloat16):
             mine = take(batch(total, sets=2, dtype=dtype), rows)
-            found[kind, positives, dtype] = all_results(mine, kind, ids=IDS[rows], positives=positives, tile=3)
-            found["stats", positives] = logit_stats(*mine, ids=IDS[rows], positives=positives)
+            found[kind, positives, dtype] = all_results(mine, kind, **alike(positives, rows), tile=3)
+            found["stats", positives] = logit_stats(*mine, **alike(positives, rows))
     images, captions, _, _ = take(batch(total, sets=2), rows)
     for kind in ("sigmoid", "info_nce"):
         towers = DistributedDataParallel(Towers())
-        towers(kind, images, captions, IDS[rows]).backward()
+        towers(kind, images, captions, alike("either", rows)).backward()
         found["towers", kind] = [parameter.grad for parameter in towers.parameters()]
         plain = Towers()
-        plain(kind, images, captions, IDS[rows]).backward()
+        plain(kind, images, captions, alike("either", rows)).backward()
         average_gradients(list(plain.parameters()))
         found["averaged", kind] = [parameter.grad for parameter in plain.parameters()]
     found["any"] = [any_rank(rank == len(split) - 1, torch.device("cpu")), any_rank(False, torch.device("cpu"))]
@@ -335,13 +351,12 @@ def run_rank(rank, folder, split, threads):
 @pytest.mark.parametrize("split", SPLITS)
 def test_any_number_of_processes_gives_the_loss_and_gradients_of_one(split, tmp_path):
     processes, total = len(split), sum(split)
-    ids = IDS[:total]
     mp.start_processes(run_rank, (tmp_path, split, 1), nprocs=processes, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(processes)]
     for kind, positives in CASES:
         for dtype, rtol in ((torch.float64, 1e-10), (torch.bfloat16, 5e-3)):
             whole = batch(total, sets=2, dtype=dtype)
-            loss, *single = all_results(whole, kind, ids=ids, positives=positives, tile=3)
+            loss, *single = all_results(whole, kind, **alike(positives, slice(total)), tile=3)
             results = [rank[kind, positives, dtype] for rank in ranks]
             assert_same([result[0] for result in results], [loss.detach().double()] * processes, rtol)
             for place in (1, 2, 3):  # images and both caption sets: each process has its rows, times the number of processes
@@ -350,12 +365,12 @@ def test_any_number_of_processes_gives_the_loss_and_gradients_of_one(split, tmp_
             for place in range(4, len(single) + 1):  # scalars: DistributedDataParallel averages them
                 mean = torch.stack([result[place] for result in results]).mean(0)
                 assert_same([mean], [single[place - 1].double()], rtol)
-            stats = logit_stats(*batch(total, sets=2, dtype=torch.bfloat16), ids=ids, positives=positives)
+            stats = logit_stats(*batch(total, sets=2, dtype=torch.bfloat16), **alike(positives, slice(total)))
             assert all(rank["stats", positives] == pytest.approx(stats, rel=1e-5, nan_ok=True) for rank in ranks)
     images, captions, _, _ = batch(total, sets=2)
     for kind in ("sigmoid", "info_nce"):
         towers = Towers()
-        towers(kind, images, captions, ids).backward()
+        towers(kind, images, captions, alike("either", slice(total))).backward()
         for rank in ranks:
             assert_same(rank["towers", kind], [parameter.grad for parameter in towers.parameters()])
             assert_same(rank["averaged", kind], [parameter.grad for parameter in towers.parameters()])

@@ -26,13 +26,13 @@ from align.encoders.text import load_text_encoder
 from align.encoders.transforms import pixel_normalizer
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
-from align.features.store import FeatureStore
+from align.features.store import FeatureStore, hash64
 from align.model.dual_encoder import SailModel
 from align.sources.plan import Source, plan
 from align.train import main
 from align.training.config import TrainConfig
 from align.training.online import Augmentation, OnlinePairs
-from align.training.pairs import BatchOrder
+from align.training.order import BatchOrder
 from align.training.step import Stepper
 from tests.support.forking import exit_codes, fork
 from tests.support.tiny_encoders import save, save_bert
@@ -205,20 +205,35 @@ def test_augmentation_is_a_pure_function_of_image_and_seed(world):
 
 
 def test_batches_follow_the_order_and_draw_anew_each_epoch(world, encoders):
-    pairs = opened(world, encoders, ("many", "short", "many"), augment=True, seed=3)
+    pairs = opened(world, encoders, ("many", "short", "many"), augment=True, seed=3, positives="same_key")
     order = BatchOrder(len(pairs), 14, seed=3)
     first, second, third, fourth = list(pairs.batches(order, range(4), slice(None)))
-    assert all(np.array_equal(batch.ids, order.indices(step)) for step, batch in enumerate((first, second, third, fourth)))
+    for step, batch in enumerate((first, second, third, fourth)):
+        assert np.array_equal(batch.image_ids, hash64(pairs.keys(order.indices(step))))
+    assert first.caption_ids is None
     assert not torch.equal(first.captions[0], first.captions[2])  # a column named twice gives both of its captions
     texts = {text: encoders[1].encode([text], 1).half()[0] for text in ("dog", "red cat")}
     for one, two in zip(first.captions[0], first.captions[2], strict=True):
         drawn = {name for row in (one, two) for name, value in texts.items() if torch.allclose(row, value, atol=1e-3)}
         assert drawn == {"dog", "red cat"}
-    epochs = [torch.cat([a.images, b.images])[np.argsort(np.concatenate([a.ids, b.ids]))] for a, b in ((first, second), (third, fourth))]
+    epochs = [
+        torch.cat([a.images, b.images])[np.argsort(np.concatenate([a.image_ids, b.image_ids]))]
+        for a, b in ((first, second), (third, fourth))
+    ]
     assert (epochs[0] != epochs[1]).any(1).all()  # another crop of every image
     part = list(pairs.batches(order, range(1, 2), slice(5, 12)))[0]
-    assert np.array_equal(part.ids, second.ids[5:12]) and torch.equal(part.captions[0], second.captions[0][5:12])
+    assert np.array_equal(part.image_ids, second.image_ids[5:12]) and torch.equal(part.captions[0], second.captions[0][5:12])
     torch.testing.assert_close(part.images, second.images[5:12], rtol=1e-2, atol=1e-2)
+
+
+def test_captions_of_the_same_words_have_one_id(world, encoders):
+    pairs = opened(world, encoders, ("many", "short", "many"), positives="same_caption")
+    batch = next(pairs.batches(BatchOrder(ROWS, ROWS, seed=0), range(1), slice(None)))
+    first, second = hash64(["dog", "red cat"])
+    assert set(batch.caption_ids[0]) == {first, second} and np.array_equal(batch.caption_ids[0] == first, batch.caption_ids[2] == second)
+    rows = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]
+    texts = dict(zip(hash64(row["key"] for row in rows), hash64(row["short"].strip() for row in rows), strict=True))
+    assert batch.caption_ids[1].tolist() == [texts[key] for key in batch.image_ids]
 
 
 def test_held_out_samples_are_apart_and_validated_with_all_captions(world, encoders):
@@ -256,12 +271,13 @@ def spoiled(world):
 
 
 def test_bad_samples_are_left_out_and_listed_once(spoiled, encoders, tmp_path):
-    pairs = opened(spoiled, encoders, file="spoiled.jsonl")
+    pairs = opened(spoiled, encoders, file="spoiled.jsonl", positives="same_key")
     pairs.resume(JsonLines(tmp_path / "rejects.jsonl"), 0)
     order = BatchOrder(ROWS, 14, seed=0)
     batches = list(pairs.batches(order, range(4), slice(None)))
-    assert sorted(np.concatenate([batch.ids for batch in batches[:2]]).tolist()) == [n for n in range(ROWS) if n not in (7, 11, 20)]
-    assert all(len(batch.images) == len(batch.ids) == len(batch.captions[0]) for batch in batches)
+    good = hash64(f"k{n}" for n in range(ROWS) if n not in (7, 11, 20))
+    assert sorted(np.concatenate([batch.image_ids for batch in batches[:2]])) == sorted(good)
+    assert all(len(batch.images) == len(batch.image_ids) == len(batch.captions[0]) for batch in batches)
     listed = {row["key"]: row["code"] for row in pairs.rejects.rows()}
     assert listed == {"k7": "image_damaged", "k11": "caption_empty", "k20": "file_missing"} and len(pairs.rejects.rows()) == 3
     again = opened(spoiled, encoders, file="spoiled.jsonl")

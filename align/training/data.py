@@ -1,9 +1,5 @@
-"""What a training run reads: pairs from feature stores, or from images and captions with the encoders in the loop; and its model.
+"""What a training run reads: pairs from feature stores, or from images and captions with the encoders in the loop; and its model."""
 
-Shapes: `b` this process's share of a batch, `F` image feature width, `D` caption feature width, `E` aligned width.
-"""
-
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +8,7 @@ from accelerate import PartialState
 
 from align.common.errors import UsageError
 from align.common.hardware import resolve_precision
+from align.common.runs import JsonLines
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
@@ -20,12 +17,11 @@ from align.model.dual_encoder import SailConfig, SailModel
 from align.sources.plan import Plan, Source, plan
 from align.training.config import TrainConfig
 from align.training.online import SHARD_ROWS, OnlinePairs, keep_plan
-from align.training.pairs import BatchOrder, PairBatch, PairedFeatures, open_pairs
-from align.training.step import batches
+from align.training.pairs import PairedFeatures, open_pairs
 
 
 @dataclass
-class Features:
+class TrainingData:
     """What is trained and validated on, the arguments that load the encoders, and the folder with the text encoder's tokenizer."""
 
     pairs: PairedFeatures | OnlinePairs
@@ -33,26 +29,23 @@ class Features:
     loaders: dict[str, dict[str, Any]]
     tokenizer: Path
 
-    def batches(self, order: BatchOrder, seed: int, steps: range, part: slice) -> Iterator[PairBatch]:
-        """Yield this process's part of each batch of `steps`."""
-        if isinstance(self.pairs, OnlinePairs):
-            return self.pairs.batches(order, steps, part)
-        return batches(self.pairs, order, seed, steps, part)
-
-    def encode_seconds(self) -> float:
-        """Return how long the encoders ran for batches since this was last asked."""
-        return self.pairs.encode_seconds() if isinstance(self.pairs, OnlinePairs) else 0.0
+    def list_rejects(self, folder: Path, rank: int, step: int) -> None:
+        """List samples rejected from now on in files of `folder`; what steps after `step` of a killed run listed is dropped."""
+        for pairs, name in ((self.pairs, "rejects"), (self.held_out, "rejects-val")):
+            if isinstance(pairs, OnlinePairs):
+                pairs.resume(JsonLines(folder / f"{name}-{rank}.jsonl"), step)
 
 
-def from_stores(config: TrainConfig) -> Features:
+def from_stores(config: TrainConfig) -> TrainingData:
     """Return the pairs of the feature stores."""
     images, captions = config.images[0], config.captions[0].split("+")[0]
     held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
     loaders = {"vision": FeatureStore(images).header.loader, "text": FeatureStore(captions).header.loader}
-    return Features(open_pairs(config.images, config.captions), held_out, loaders, Path(captions) / "tokenizer")
+    pairs = open_pairs(config.images, config.captions, config.positives)
+    return TrainingData(pairs, held_out, loaders, Path(captions) / "tokenizer")
 
 
-def from_data(config: TrainConfig, state: PartialState) -> Features:
+def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     """Return the pairs of --data with both encoders loaded; what files there are is found out once, by the first process."""
     assert config.data and config.vision and config.text
     precision, tokens = resolve_precision(config.precision, state.device), config.head == "token"
@@ -79,23 +72,24 @@ def from_data(config: TrainConfig, state: PartialState) -> Features:
         if data:
             options: dict[str, Any] = {"augment": config.augment and data is config.data, "seed": config.seed, "workers": config.workers}
             options |= {"batch_size": config.encoder_batch_size, "max_reject_fraction": config.max_reject_fraction}
+            options["positives"] = config.positives
             opened.append(OnlinePairs(source, Plan.load(folder), config.captions, vision, text, **options))
     tokenizer = Path(config.output) / "tokenizer"
     if state.is_main_process:
         text.tokenizer.save_pretrained(tokenizer)
-    return Features(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer)
+    return TrainingData(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer)
 
 
-def model_for(config: TrainConfig, features: Features) -> SailModel:
+def build_model(config: TrainConfig, data: TrainingData) -> SailModel:
     """Return the untrained model for these features: heads of the configured kind between their widths and E."""
-    pairs = features.pairs
+    pairs = data.pairs
     vision, text = pairs.image_fingerprint, pairs.text_fingerprint
     tokens = vision.get("feature") == "tokens"
     if tokens != (config.head == "token") or tokens != (text.get("pooling") == "tokens"):
         held = "all tokens" if tokens else "pooled features"
         raise UsageError(f"--head {config.head}, but the image store holds {held}; token heads need stores encoded with --feature tokens")
     settings = SailConfig(
-        vision=features.loaders["vision"], text=features.loaders["text"], vision_fingerprint=vision, text_fingerprint=text,
+        vision=data.loaders["vision"], text=data.loaders["text"], vision_fingerprint=vision, text_fingerprint=text,
         vision_width=pairs.image_width // vision["tokens"] if tokens else pairs.image_width, vision_cls=vision.get("has_cls", True),
         text_width=pairs.text_width // text["max_length"] if tokens else pairs.text_width, width=config.width,
         head=config.head, expansion=config.expansion, dropout=config.dropout, log_scale=config.log_scale,

@@ -1,0 +1,171 @@
+"""One training run: its steps, and what they leave in the run folder (log rows, validations, checkpoints, models)."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+
+from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.common.console import Progress
+from align.common.errors import NonFiniteError, Preempted
+from align.common.files import atomic_json
+from align.common.runs import RunLog
+from align.model.losses import any_rank
+from align.model.saving import save_model
+from align.training.data import TrainingData
+from align.training.order import BatchOrder
+from align.training.pairs import PairBatch
+from align.training.step import Stepper, StepResult, validate
+
+
+class Run:
+    """Trains and writes to `folder`; silent on all processes but the first.
+
+    `steps` of `batch_size` pairs over all processes. `embed_encoders` copies the encoders into the saved models; `val_limit` counts
+    images, `keep` checkpoints. `every` is how many steps lie between "log" rows, "val" validations and "save" checkpoints.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data: TrainingData,
+        stepper: Stepper,
+        state: PartialState,
+        console: Console,
+        *,
+        steps: int,
+        batch_size: int,
+        every: dict[str, int],
+        val_limit: int,
+        keep: int,
+        max_nonfinite: int,
+        embed_encoders: bool,
+    ) -> None:
+        self.folder, self.data, self.stepper, self.process, self.console = folder, data, stepper, state, console
+        self.steps, self.batch_size, self.every = steps, batch_size, every
+        self.val_limit, self.keep, self.max_nonfinite, self.embed_encoders = val_limit, keep, max_nonfinite, embed_encoders
+        self.state: dict[str, Any] = {"best": -1.0, "best_step": 0, "skipped": 0, "block_rows": data.pairs.block_rows}
+        self._nonfinite_in_a_row = self._logged = 0
+
+    def train(self) -> None:
+        """Do the steps that are left; on SIGTERM save a checkpoint and raise Preempted. NonFiniteError after too many bad steps."""
+        first = self._resume()
+        stopping: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+        self.order = BatchOrder(len(self.data.pairs), self.batch_size, self.stepper.seed, self.state["block_rows"])
+        share = self.batch_size // self.process.num_processes
+        part = slice(self.process.process_index * share, (self.process.process_index + 1) * share)
+        self._logged = first
+        if first == 0:
+            self._validate(0)
+        self.progress = Progress(self.console, "step", self.steps, first)
+        for step, batch in enumerate(self._timed(self.data.pairs.batches(self.order, range(first, self.steps), part)), first):
+            result = self.stepper.step(batch, step)
+            done, final = step + 1, step + 1 == self.steps
+            if not result.updated:
+                self._skip(result, done)
+            else:
+                self._nonfinite_in_a_row = 0
+                if done % self.every["log"] == 0 or final:
+                    self._log(result, done)
+            if done % self.every["val"] == 0 or final:
+                self._validate(done)
+            stop = any_rank(bool(stopping), self.process.device)
+            if done % self.every["save"] == 0 or final or stop:
+                self._checkpoint(done)
+            if stop and not final:
+                raise Preempted(f"stopped by SIGTERM at step {done}, state saved; run the same command to go on")
+        self._finish()
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint that verifies and return its step; 0 if there is none."""
+        path, tensors, values, problems = newest_checkpoint(self.folder / "checkpoints")
+        for problem in problems:
+            self.console.print(f"passed over a checkpoint: {problem}")
+        if path is not None:
+            self.stepper.load_state(tensors, values["optimizer"])
+            self.state = values["run"]
+            self.console.print(f"going on from {path} (step {values['step']})")
+        if self.process.is_main_process:
+            clean_checkpoints(self.folder / "checkpoints")
+        self.log = RunLog(self.folder, values.get("step"), writing=self.process.is_main_process)
+        step = values.get("step", 0)
+        self.data.list_rejects(self.folder, self.process.process_index, step)
+        return step
+
+    def _timed(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+        """Yield batches, counting the time that each was waited for, without that of the encoders if they are in the loop."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            waited, encoding = time.monotonic() - asked, self.data.pairs.encode_seconds()
+            self.progress.add("data_wait", waited - (encoding or 0.0))
+            if encoding is not None:
+                self.progress.add("encode", encoding)
+            yield batch
+
+    def _log(self, result: StepResult, done: int) -> None:
+        """Write a row of metrics and of speed, and a line to the console."""
+        model, (seconds, shares) = self.stepper.model, self.progress.lap()
+        row = {
+            "step": done, "epoch": done / self.order.steps_per_epoch, "loss": result.loss, "lr": self.stepper.schedule.at(done - 1),
+            "scale": model.logit_scale.exp().item(), "bias": 0.0 if model.logit_bias is None else model.logit_bias.item(),
+            "positive_logit": result.positive_logit, "negative_logit": result.negative_logit, "grad_norm": result.grad_norm,
+            "skipped": self.state["skipped"],
+        }  # fmt: skip
+        rate, self._logged = (done - self._logged) * self.batch_size / seconds, done
+        self.log.log(row, {"pairs_per_second": rate, **shares})
+        logits = f"mean logit of positives {result.positive_logit:.2f}, negatives {result.negative_logit:.2f}"
+        note = f"loss {result.loss:.4g} t {row['scale']:.1f} b {row['bias']:.2f} {logits}, {rate:.0f} pairs/s"
+        self.progress(done, note=note, now=True)
+
+    def _validate(self, done: int) -> None:
+        """Log a validation, if there is data for it, and keep the model as `best/` if it is the best so far."""
+        if self.data.held_out is None:
+            return
+        values = validate(self.stepper.model, self.data.held_out, self.val_limit, self.stepper.precision)
+        self.log.log({"step": done, **values})
+        if values["val_mean_recall"] > self.state["best"]:
+            self.state |= {"best": values["val_mean_recall"], "best_step": done}
+            self._save("best")
+        if done:
+            i2t, t2i = values["val_i2t_r1"], values["val_t2i_r1"]
+            self.console.print(f"step {done}: validation R@1 image-to-text {i2t:.1%}, text-to-image {t2i:.1%}")
+
+    def _skip(self, result: StepResult, done: int) -> None:
+        """Count a non-finite step and list its samples; after too many in a row save the last good state and raise NonFiniteError."""
+        self.state["skipped"] += 1
+        self._nonfinite_in_a_row += 1
+        if self.process.is_main_process:
+            keys = self.data.pairs.keys(self.order.indices(done - 1))
+            atomic_json(self.folder / f"nonfinite-step-{done:08d}.json", {"step": done, "keys": keys})
+        self.console.print(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, weights left as they were")
+        if self._nonfinite_in_a_row >= self.max_nonfinite:
+            self._checkpoint(done - self._nonfinite_in_a_row)
+            count = self._nonfinite_in_a_row
+            raise NonFiniteError(f"{count} non-finite steps in a row; the last good state and the batches' keys are in {self.folder}")
+
+    def _checkpoint(self, step: int) -> None:
+        """Commit the whole state at `step`."""
+        if self.process.is_main_process:
+            tensors, values = self.stepper.state()
+            save_checkpoint(self.folder / "checkpoints", step, tensors, {"optimizer": values, "run": self.state}, self.keep)
+
+    def _save(self, name: str) -> None:
+        """Write the model folder `name`."""
+        if self.process.is_main_process:
+            save_model(self.stepper.model, self.folder / name, self.data.tokenizer, self.embed_encoders)
+
+    def _finish(self) -> None:
+        """Write the last model, which is also the best one if nothing was validated."""
+        self._save("last")
+        if self.data.held_out is None:
+            self._save("best")
+        self.process.wait_for_everyone()
+        self.console.print(f"done: {self.folder}/best (step {self.state['best_step'] or self.steps}) and {self.folder}/last")
