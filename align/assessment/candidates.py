@@ -4,7 +4,6 @@ Shapes: `N` rows, `D` encoder width, `F` width of a feature, `T` captions.
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel
 
 from align.common.errors import DataError, UsageError
-from align.common.files import TEMPORARY, put_in_place
 from align.common.fingerprints import compare_fingerprints
+from align.common.folders import replaced_folder
 from align.common.seeds import generator
 from align.encoders.loading import VISION_FILES, load_errors_named, recorded_id, resolve_encoder
 from align.encoders.spec import VisionSpec
@@ -68,12 +67,9 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
     """
     if folder.exists():
         return str(folder)
-    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     spec = VisionSpec(*split_revision(name))
     source = resolve_encoder(spec.name)
-    with load_errors_named(spec.name, VISION_FILES), torch.random.fork_rng(devices=[]):
+    with replaced_folder(folder, "random") as temporary, load_errors_named(spec.name, VISION_FILES), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, **spec.from_pretrained), dtype=torch.float32)
         transform = load_transform(spec)
@@ -87,7 +83,6 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
         model.save_pretrained(temporary)
         if not transform.is_timm:  # timm's is in the config
             transform.processor.save_pretrained(temporary)
-    put_in_place(temporary, folder, "random")
     return str(folder)
 
 

@@ -1,10 +1,14 @@
-"""Checkpoints of a training run: `folder/step-N/` with tensors.safetensors, state.json and COMMIT (their hashes), written last."""
+"""Checkpoints: a folder a step, which counts once COMMIT, the hashes of all its files, is written; and the newest one that verifies.
+
+The checkpoints of the heads are `step-N/` with tensors.safetensors and state.json, those of an MLLM `checkpoint-N/` as Trainer writes it.
+"""
 
 import json
-import os
+import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
@@ -12,88 +16,112 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.common.errors import DamagedError
-from align.common.files import (
-    TEMPORARY,
-    atomic_json,
-    disk_full_named,
-    failpoint,
-    hash_bytes,
-    hash_file,
-    read_json,
-    sync_file,
-    sync_folder,
-)
+from align.common.files import TEMPORARY, atomic_json, failpoint, read_json, sync_folder
+from align.common.folders import RETIRED, damage, hashes_below, replaced_folder, sync_tree
 
 COMMIT = "COMMIT"
+TENSORS, STATE = "tensors.safetensors", "state.json"
+Content = TypeVar("Content")
+
+
+def step_of(path: Path) -> int:
+    """Return the step that the folder of a checkpoint is named for, -1 if it is none."""
+    found = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    return int(found[1]) if found else -1
+
+
+def checkpoints(folder: Path, committed: bool = False) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first; `committed`: only those with a COMMIT."""
+    found = [path for path in folder.glob("*-*") if step_of(path) >= 0 and ((path / COMMIT).is_file() or not committed)]
+    return sorted(found, key=step_of)
+
+
+def commit_checkpoint(folder: Path) -> None:
+    """Flush every file of a checkpoint to the disk, then write their hashes into COMMIT."""
+    sync_tree(folder)
+    atomic_json(folder / COMMIT, hashes_below(folder, COMMIT))
+    sync_folder(folder.parent)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raise DamagedError unless every file of the checkpoint has its committed hash."""
+    record = read_json(folder / COMMIT) if (folder / COMMIT).is_file() else None
+    if not isinstance(record, dict) or not record:
+        raise DamagedError(f"{folder} has no usable COMMIT record")
+    for name, digest in record.items():
+        problem = damage(folder / name, digest)
+        if problem:
+            raise DamagedError(problem)
+
+
+def newest_readable(folder: Path, found: Sequence[Path], read: Callable[[Path], Content]) -> tuple[Path | None, Content | None, list[str]]:
+    """Return (path, content, problems) of the newest of `found` that `read` gives without DamagedError; None if there are none at all.
+
+    `problems` says, one sentence each, which newer checkpoints were passed over and why. DamagedError if none can be read.
+    """
+    problems: list[str] = []
+    for path in reversed(found):
+        try:
+            return path, read(path), problems
+        except DamagedError as error:
+            problems.append(str(error))
+    if problems:
+        raise DamagedError(f"no checkpoint in {folder} verifies: {'; '.join(problems)}. Delete the folder to start again.")
+    return None, None, []
+
+
+def newest_committed(folder: Path) -> tuple[Path | None, int, list[str]]:
+    """Return (checkpoint, its step, problems) of the newest with a COMMIT that verifies, (None, 0, []) if none has one."""
+    path, _, problems = newest_readable(folder, checkpoints(folder, committed=True), verify_checkpoint)
+    return path, step_of(path) if path else 0, problems
+
+
+def delete_all_but(keep: int, found: Sequence[Path]) -> None:
+    """Delete all but the newest `keep` of the checkpoints, which are given oldest first."""
+    for old in found[:-keep]:
+        shutil.rmtree(old)
+
+
+def clean_checkpoints(folder: Path, uncommitted: bool = False) -> None:
+    """Remove what killed processes left half-written or half-removed; `uncommitted`: also checkpoints without a COMMIT."""
+    leftovers = [path for suffix in (TEMPORARY, RETIRED) for path in folder.glob(f"step-*{suffix}")]
+    if uncommitted:
+        leftovers += [path for path in checkpoints(folder) if not (path / COMMIT).is_file()]
+    for leftover in leftovers:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write and commit `folder/step-N`, then delete all but the newest `keep` checkpoints; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f"{final.name}.{os.getpid()}{TEMPORARY}"
     clean_checkpoints(folder)
-    with disk_full_named(final, sum(tensor.nbytes for tensor in tensors.values())):
-        temporary.mkdir()
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "tensors.safetensors")
-            failpoint("checkpoint-tensors")
-            atomic_json(temporary / "state.json", {**state, "step": step})
-            failpoint("checkpoint-state")
-            atomic_json(temporary / COMMIT, {name: hash_file(temporary / name) for name in ("tensors.safetensors", "state.json")})
-            sync_file(temporary / "tensors.safetensors")
-            failpoint("checkpoint-commit")
-            if final.exists():  # an older attempt at the same step that did not verify
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            sync_folder(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    final = folder / f"step-{step:08d}"
+    with replaced_folder(final, "checkpoint-folder", sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+        failpoint("checkpoint-tensors")
+        atomic_json(temporary / STATE, {**state, "step": step})
+        failpoint("checkpoint-state")
+        commit_checkpoint(temporary)
+        failpoint("checkpoint-commit")
     failpoint("checkpoint-saved")
-    for old in sorted(folder.glob("step-????????"))[:-keep]:
-        shutil.rmtree(old)
+    delete_all_but(keep, checkpoints(folder))
     return final
-
-
-def clean_checkpoints(folder: Path) -> None:
-    """Remove half-written checkpoints of killed processes."""
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and state of one checkpoint; DamagedError unless every file has its committed hash."""
-    commit = read_json(path / COMMIT) if (path / COMMIT).exists() else None
-    if not isinstance(commit, dict) or set(commit) != {"tensors.safetensors", "state.json"}:
-        raise DamagedError(f"{path} has no usable COMMIT record")
-    contents = {}
-    for name, digest in commit.items():
-        try:
-            contents[name] = (path / name).read_bytes()
-        except OSError as error:
-            raise DamagedError(f"{path / name} cannot be read ({error.strerror})") from error
-        if hash_bytes(contents[name]) != digest:
-            raise DamagedError(f"{path / name} does not have its committed hash")
+    verify_checkpoint(path)
     try:
-        return tensors_from_bytes(contents["tensors.safetensors"]), json.loads(contents["state.json"])
-    except (SafetensorError, ValueError) as error:
+        return tensors_from_bytes((path / TENSORS).read_bytes()), json.loads((path / STATE).read_bytes())
+    except (OSError, SafetensorError, ValueError) as error:
         raise DamagedError(f"{path} cannot be read ({error})") from error
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Tensor], dict[str, Any], list[str]]:
     """Return (path, tensors, state, problems) of the newest checkpoint that verifies; path is None if there is none.
 
-    `problems` says, one sentence each, which newer checkpoints were passed over and why. DamagedError if there are
-    checkpoints but none verifies.
+    DamagedError if there are checkpoints but none verifies; see `newest_readable`.
     """
-    problems: list[str] = []
-    for path in sorted(folder.glob("step-????????"), reverse=True):
-        try:
-            tensors, state = load_checkpoint(path)
-        except DamagedError as error:
-            problems.append(str(error))
-            continue
-        return path, tensors, state, problems
-    if problems:
-        raise DamagedError(f"no checkpoint in {folder} verifies: {'; '.join(problems)}. Delete the folder to start again.")
-    return None, {}, {}, []
+    path, content, problems = newest_readable(folder, checkpoints(folder), load_checkpoint)
+    tensors, state = content or ({}, {})
+    return path, tensors, state, problems

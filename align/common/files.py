@@ -117,20 +117,21 @@ def remove_temporaries(folder: Path) -> int:
     return len(leftovers)
 
 
-def put_in_place(temporary: Path, folder: Path, name: str) -> None:
-    """Rename the finished folder `temporary` to `folder`, so that a crash leaves the old one (perhaps as NAME.retired) or the new.
+def save_hashed(stem: Path, suffix: str, data: bytes) -> None:
+    """Write `data` atomically to STEM-HASH.SUFFIX, in place of what was there with another hash: a cache that knows if it is damaged."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for other in stem.parent.glob(f"{stem.name}-*{suffix}"):
+        other.unlink(missing_ok=True)
+    atomic_bytes(stem.with_name(f"{stem.name}-{hash_bytes(data)}{suffix}"), data)
 
-    The failpoints are `<name>-saved` and `<name>-retired`.
-    """
-    retired = folder.with_name(f"{folder.name}.retired")
-    shutil.rmtree(retired, ignore_errors=True)
-    failpoint(f"{name}-saved")
-    if folder.exists():
-        folder.rename(retired)
-    failpoint(f"{name}-retired")
-    temporary.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+
+def load_hashed(stem: Path, suffix: str) -> bytes | None:
+    """Return what `save_hashed` wrote if it is there and has the hash in its name, else None: it is then to be made again."""
+    for path in stem.parent.glob(f"{stem.name}-*{suffix}"):
+        data = path.read_bytes()
+        if path.name == f"{stem.name}-{hash_bytes(data)}{suffix}":
+            return data
+    return None
 
 
 @contextmanager

@@ -1,27 +1,50 @@
-"""Who may write to a folder: one job at a time (lease), its workers sharing the shards among them (claims).
+"""Who may write: one process at a time (locked), or one job at a time (lease) whose workers share the shards among them (claims).
 
-A lease names its holder and is kept alive by touching the file. A holder that died, or was silent for `STALE_SECONDS` on
-another machine, loses it. Claims only save work: two workers that encode the same shard write the same bytes.
+A lock is the kernel's, which frees it when its holder dies. A lease names its holder and is kept alive by touching the file, so that
+workers on several machines can hold it together: a holder that died, or was silent for `STALE_SECONDS` on another machine, loses it.
+Claims only save work: two workers that encode the same shard write the same bytes.
 """
 
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from align.common.errors import LeaseError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-PATIENCE_SECONDS = 4.0  # how long to wait for the lock file of a lease
+PATIENCE_SECONDS = 4.0  # how long a lock is waited for before its holder is told of
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] | None = None, keep: bool = True) -> Iterator[None]:
+    """Be the only process inside the block, by the lock file `path`; it stays if `keep`.
+
+    While another process is inside: `waiting` is called once and its end awaited; without it, LeaseError after `PATIENCE_SECONDS`.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=PATIENCE_SECONDS if waiting is None else 0)
+    except Timeout:
+        if waiting is None:
+            raise LeaseError(f"another process holds {path}; wait for it to end, then run the same command again") from None
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if not keep:
+            path.unlink()  # while it is held: whoever waits for it looks at its name again
+        lock.release()
 
 
 def _myself(job: str) -> dict[str, Any]:
@@ -45,21 +68,6 @@ def _is_stale(path: Path) -> bool:
         return True
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LeaseError(f"{path} is locked by another process; wait for it to end, then run again") from None
-                time.sleep(0.05)
-        yield
-
-
 class Lease:
     """Held while a job writes to `folder`; processes that give the same `job` share it. Use it as a context manager."""
 
@@ -74,7 +82,7 @@ class Lease:
         """Take the lease; LeaseError within seconds, naming the holder, if a living process of another job has one."""
         self._leases.mkdir(parents=True, exist_ok=True)
         self._claims.mkdir(parents=True, exist_ok=True)
-        with _locked(self._leases / "lock"):
+        with locked(self._leases / "lock"):
             for path in self._leases.glob("*.json"):
                 if _is_stale(path):
                     path.unlink(missing_ok=True)

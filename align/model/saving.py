@@ -6,7 +6,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from align.common.errors import UsageError
-from align.common.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
+from align.common.files import read_json
+from align.common.folders import replaced_folder
 from align.encoders.loading import copy_encoder
 from align.model.dual_encoder import TEXT_FOLDER, VISION_FOLDER, SailConfig, SailImageProcessor, SailModel
 
@@ -25,12 +26,10 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
     `tokenizer` is a folder with the text encoder's tokenizer files, which are copied; `embed_encoders` copies the encoders
     themselves, so that the folder can be moved to a machine that has neither.
     """
-    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk_full_named(folder):
+    with replaced_folder(folder, "model") as temporary:
         config = SailConfig.from_dict(model.config.to_dict())
         if tokenizer is not None and tokenizer.is_dir():
-            shutil.copytree(tokenizer, temporary)
+            shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
         if embed_encoders:
             for side, name in (("vision", VISION_FOLDER), ("text", TEXT_FOLDER)):
                 reference = getattr(model.config, side)
@@ -43,7 +42,3 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
         save_file(weights, temporary / "model.safetensors", {"format": "pt"})
         if config.vision:
             SailImageProcessor(config.vision).save_pretrained(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-    put_in_place(temporary, folder, "model")

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from align.common.errors import DamagedError, DataError
-from align.common.files import atomic_bytes, hash_bytes, remove_temporaries
+from align.common.files import hash_bytes, load_hashed, remove_temporaries, save_hashed
 from align.common.intervals import kind_bootstrap, percentiles
 from align.common.locks import Lease
 from eval.measures.windows import Windows, segment
@@ -291,16 +291,10 @@ def _decoded(encoded: bytes) -> np.ndarray:
 def _write_shard(folder: Path, start: int, maps: list[bytes]) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.table({"map": pa.array(maps, pa.binary())}), buffer, compression="none")
-    data = buffer.getvalue()
-    for damaged in folder.glob(f"{start:06d}-*.parquet"):
-        damaged.unlink()
-    atomic_bytes(folder / f"{start:06d}-{hash_bytes(data)}.parquet", data)
+    save_hashed(folder / f"{start:06d}", ".parquet", buffer.getvalue())
 
 
 def _read_shard(folder: Path, start: int) -> list[bytes] | None:
     """Return the encoded maps of a shard if it is there and its content has the hash in its name."""
-    for path in folder.glob(f"{start:06d}-*.parquet"):
-        data = path.read_bytes()
-        if hash_bytes(data) == path.stem.partition("-")[2]:
-            return pq.read_table(pa.BufferReader(data))["map"].to_pylist()
-    return None
+    data = load_hashed(folder / f"{start:06d}", ".parquet")
+    return None if data is None else pq.read_table(pa.BufferReader(data))["map"].to_pylist()

@@ -1,7 +1,7 @@
 """Frozen features of a task, computed once: images in a feature store by content and encoder, texts by content and encoder.
 
     <cache>/images/<images digest>/<encoder digest>/images/    a feature store
-    <cache>/texts/<encoder digest>/<texts digest>.safetensors  "features" (T, D) float16, with their hash
+    <cache>/texts/<encoder digest>/<texts digest>-<hash>.safetensors  "features" (T, D) float16
 
 Models that share an encoder share its features, so before and after cost one forward pass, and a second run none: the encoders of
 a SailModel are not even loaded (baselines are, to hash their weights, but not run).
@@ -21,14 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 from torch import Tensor
 
 from align.common.console import Progress
 from align.common.errors import DataError, NonFiniteError
-from align.common.files import atomic_bytes, hash_bytes
+from align.common.files import hash_bytes, load_hashed, save_hashed
 from align.common.fingerprints import compare_encoders, fingerprint_digest
 from align.encoders.vision import VisionEncoder
 from align.features.extract import Extraction, Stopping
@@ -71,18 +70,18 @@ class FeatureCache:
         """Return features (T, D) float16 of `texts`, in order; equal texts are encoded once."""
         unique = sorted(set(texts))
         fingerprint = model.text_fingerprint
-        path = self.folder / "texts" / fingerprint_digest(fingerprint) / f"{hash_bytes(json.dumps(unique).encode())}.safetensors"
-        features = _read_texts(path, len(unique))
-        if features is None:
+        stem = self.folder / "texts" / fingerprint_digest(fingerprint) / hash_bytes(json.dumps(unique).encode())
+        cached = load_hashed(stem, ".safetensors")
+        if cached is None:
             encoded = model.text_encoder.encode(unique, self.text_batch_size).numpy(force=True)
             with np.errstate(over="ignore"):
                 features = encoded.astype(np.float16)
             finite = np.isfinite(features).all(axis=1)
             if not finite.all():
                 raise NonFiniteError(f"the text encoder gave features beyond fp16 for {unique[int(np.argmin(finite))]!r}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {"xxh3": hash_bytes(features.tobytes()), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
-            atomic_bytes(path, tensors_to_bytes({"features": features}, metadata))
+            cached = tensors_to_bytes({"features": features}, {"fingerprint": json.dumps(fingerprint, sort_keys=True)})
+            save_hashed(stem, ".safetensors", cached)
+        features = tensors_from_bytes(cached)["features"]
         rows = np.searchsorted(np.array(unique, dtype=object), np.array(texts, dtype=object))
         return torch.from_numpy(features[rows.astype(np.int64)])
 
@@ -119,17 +118,3 @@ def _open_complete(folder: Path) -> FeatureStore | None:
     if not (folder / "store.json").exists() or not (folder / "rejects.parquet").exists():
         return None
     return FeatureStore(folder)
-
-
-def _read_texts(path: Path, rows: int) -> np.ndarray | None:
-    """Return cached text features if the file is there and its content has the hash it was written with."""
-    if not path.exists():
-        return None
-    data = path.read_bytes()
-    try:
-        features = tensors_from_bytes(data)["features"]
-        length = int.from_bytes(data[:8], "little")
-        expected = json.loads(data[8 : 8 + length])["__metadata__"]["xxh3"]
-    except (SafetensorError, KeyError, ValueError):
-        return None  # a damaged cache is made again
-    return features if len(features) == rows and hash_bytes(features.tobytes()) == expected else None

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from align.common.errors import DamagedError, DataError
-from align.common.files import atomic_bytes, atomic_json, hash_bytes, read_json
+from align.common.errors import DataError
+from align.common.files import hash_bytes, load_hashed, save_hashed
 from align.common.reject_codes import CONVERSATION_CODES, Reject
 from mllm.conversations.table import Conversations
 from mllm.conversations.tokens import IGNORED, Chat
@@ -76,12 +76,12 @@ def build_index(
     and an example, if more than `max_reject_fraction` are rejected or none is left (1: never).
     """
     fingerprint = hash_bytes(repr((STATUS, conversations.fingerprint, chat.fingerprint, max_length)).encode())
-    stem = (cache or conversations.folder) / f"index-{fingerprint[:16]}"
-    arrays = _load(stem, fingerprint)
-    if arrays is None:
-        arrays = _measure(conversations, chat, max_length, workers, progress)
-        _save(stem, fingerprint, arrays)
-    index = ConversationIndex(**arrays, max_length=max_length, unread=dict(conversations.codes), fingerprint=fingerprint)
+    stem = (cache or conversations.folder) / f"index-{fingerprint}"
+    cached = load_hashed(stem, ".npz")
+    if cached is None:
+        cached = _to_bytes(_measure(conversations, chat, max_length, workers, progress))
+        save_hashed(stem, ".npz", cached)
+    index = ConversationIndex(**_from_bytes(cached), max_length=max_length, unread=dict(conversations.codes), fingerprint=fingerprint)
     _require_good(index, conversations, chat, max_reject_fraction)
     return index
 
@@ -120,22 +120,13 @@ class _Chunks(Dataset):
         return measured
 
 
-def _save(stem: Path, fingerprint: str, arrays: dict[str, np.ndarray]) -> None:
+def _to_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    atomic_bytes(stem.with_suffix(".npz"), buffer.getvalue())
-    atomic_json(stem.with_suffix(".json"), {"fingerprint": fingerprint, "hash": hash_bytes(buffer.getvalue())})
+    return buffer.getvalue()
 
 
-def _load(stem: Path, fingerprint: str) -> dict[str, np.ndarray] | None:
-    """Return the cached arrays, or None unless they are there with their committed hash."""
-    try:
-        facts, data = read_json(stem.with_suffix(".json")), stem.with_suffix(".npz").read_bytes()
-    except (OSError, DamagedError):
-        return None
-    if facts != {"fingerprint": fingerprint, "hash": hash_bytes(data)}:
-        return None
+def _from_bytes(data: bytes) -> dict[str, np.ndarray]:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in _ARRAYS}
 

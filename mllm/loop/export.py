@@ -1,12 +1,11 @@
 """The result of a training run as a model folder: the start model, with what was trained put into it."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from align.common.files import TEMPORARY, disk_full_named, put_in_place, sync_file
+from align.common.folders import replaced_folder
 from mllm.loop.config import Lora
 from mllm.loop.parameter_groups import load_trained, merged, set_trainable
 from mllm.model.saving import load_mllm, save_mllm
@@ -21,14 +20,8 @@ def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float
     prepared = set_trainable(model, rates, lora, seed=0)
     load_trained(prepared, tensors, f"the run in {folder}")
     if hasattr(prepared, "merge_and_unload"):
-        temporary, final = folder / f"adapter{TEMPORARY}", folder / "adapter"
-        shutil.rmtree(temporary, ignore_errors=True)
-        with disk_full_named(final):
+        with replaced_folder(folder / "adapter", "adapter") as temporary:
             prepared.save_pretrained(str(temporary))  # type: ignore[operator]
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    sync_file(file)
-        put_in_place(temporary, final, "adapter")
     plain = merged(prepared)
     plain.config.text_config.use_cache = True
     save_mllm(plain, processor, folder / "model")

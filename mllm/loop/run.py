@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
+from align.common.checkpoints import clean_checkpoints, newest_committed
 from align.common.errors import Preempted
 from align.common.files import atomic_bytes
 from align.common.recipes_yaml import to_recipe
@@ -21,7 +22,7 @@ from mllm.loop.flops import peak_tflops
 from mllm.loop.log import TrainingLog
 from mllm.loop.parameter_groups import trained_tensors
 from mllm.loop.settings import make_optimizer
-from mllm.loop.trainer import MicroBatches, SailTrainer, newest_committed, remove_uncommitted
+from mllm.loop.trainer import MicroBatches, SailTrainer
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
         console.print(f"going on from {checkpoint}")
     if writing:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_uncommitted(folder)
+        clean_checkpoints(folder, uncommitted=True)
         recipe = to_recipe(config, config.stage)
         atomic_bytes(folder / "config.yaml", recipe.encode())
         facts = {"rows": len(dataset), "data": dataset.index.fingerprint, "processes": settings.world_size}

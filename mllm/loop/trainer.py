@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from align.common.errors import DamagedError, NonFiniteError
-from align.common.files import atomic_json, failpoint, hash_file, read_json, sync_file, sync_folder
+from align.common.checkpoints import checkpoints, commit_checkpoint, delete_all_but
+from align.common.errors import NonFiniteError
+from align.common.files import atomic_json, failpoint
 from align.model.losses import any_rank
 from mllm.loop.log import TrainingLog
 from mllm.loop.parameter_groups import load_trained, optimizer_groups, trained_tensors
 
-COMMIT = "COMMIT"
 TRAINED = "trained.safetensors"
 Item = int | Sequence[int]  # a row, or the rows of a pack
 
@@ -190,61 +190,8 @@ class SailTrainer(Trainer):
             failpoint("mllm-written")
             commit_checkpoint(folder)
             failpoint("mllm-committed")
-            for old in committed_checkpoints(folder.parent)[: -self.keep]:
-                shutil.rmtree(old)
+            delete_all_but(self.keep, checkpoints(folder.parent, committed=True))
         self.accelerator.wait_for_everyone()
-
-
-def commit_checkpoint(folder: Path) -> None:
-    """Flush every file of a checkpoint to the disk, then write their hashes into COMMIT."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != COMMIT)
-    for file in files:
-        sync_file(file)
-    atomic_json(folder / COMMIT, {str(file.relative_to(folder)): hash_file(file) for file in files})
-    sync_folder(folder.parent)
-
-
-def committed_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints with a COMMIT, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / COMMIT).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def verify_checkpoint(folder: Path) -> None:
-    """Raise DamagedError unless every file of the checkpoint has its committed hash."""
-    record = read_json(folder / COMMIT)
-    if not isinstance(record, dict) or not record:
-        raise DamagedError(f"{folder} has no usable COMMIT record")
-    for name, digest in record.items():
-        if not (folder / name).is_file():
-            raise DamagedError(f"{folder / name} is missing")
-        if hash_file(folder / name) != digest:
-            raise DamagedError(f"{folder / name} does not have its committed hash")
-
-
-def newest_committed(folder: Path) -> tuple[Path | None, int, list[str]]:
-    """Return (checkpoint, its step, problems): the newest that verifies, or (None, 0, []) if there is none at all.
-
-    DamagedError if there are committed checkpoints but none verifies.
-    """
-    problems = []
-    for path in reversed(committed_checkpoints(folder)):
-        try:
-            verify_checkpoint(path)
-        except DamagedError as error:
-            problems.append(str(error))
-            continue
-        return path, int(path.name.rpartition("-")[2]), problems
-    if problems:
-        raise DamagedError(f"no checkpoint in {folder} verifies: {'; '.join(problems)}. Delete the folder to start again.")
-    return None, 0, []
-
-
-def remove_uncommitted(folder: Path) -> None:
-    """Remove checkpoints that a killed process left without COMMIT, or half removed."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / COMMIT).is_file():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 class Watch(TrainerCallback):

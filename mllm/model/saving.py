@@ -6,7 +6,6 @@ model, processor = load_mllm("runs/mine/mllm")                                  
 
 import json
 import re
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from align.common import errors
 from align.common.errors import UsageError
-from align.common.files import TEMPORARY, disk_full_named, put_in_place, read_json, sync_file
+from align.common.files import read_json
+from align.common.folders import replaced_folder
 from align.encoders import families
 from align.encoders.loading import load_errors_named
 from align.model import heads, strict_loading
@@ -56,10 +56,7 @@ def save_mllm(
     """
     folder = Path(folder)
     require_free_place(folder)
-    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk_full_named(folder):
-        temporary.mkdir(parents=True)
+    with replaced_folder(folder, "mllm") as temporary:
         model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(temporary)
         held = model.state_dict() if state_dict is None else state_dict
@@ -67,11 +64,6 @@ def save_mllm(
         if code:
             for name, module in CODE.items():
                 (temporary / name).write_text(portable_source(module), encoding="utf-8")
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes files that only their owner can read
-                sync_file(file)
-    put_in_place(temporary, folder, "mllm")
 
 
 def load_mllm(

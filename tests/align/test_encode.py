@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from align.common.commandline import parse
-from align.common.errors import DataError, FingerprintError, LeaseError
+from align.common.errors import DataError, FingerprintError
 from align.common.files import arm_failpoint
-from align.common.locks import Lease
 from align.encode import main
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
@@ -24,7 +22,6 @@ from align.features.store import FeatureStore, hash64
 from align.model.dual_encoder import SailModel
 from align.train import main as train
 from align.training.config import TrainConfig
-from tests.support.forking import fork
 from tests.support.tiny_encoders import save, save_bert
 
 SHARDS = 3
@@ -176,29 +173,6 @@ def test_verify_and_dry_run_touch_nothing(world, straight, tmp_path, capsys):
     main(parse(EncodeConfig, "encode", [*flags(world, tmp_path / "dry"), "--dry-run"]))
     assert "40 samples in 3 shards, 3 to encode" in capsys.readouterr().out
     assert not list((tmp_path / "dry").rglob("*.safetensors"))
-
-
-def hold(folder, job, ready):
-    with Lease(folder, job):
-        ready.write_text("")
-        signal.pause()
-
-
-def test_a_second_job_is_refused_naming_the_holder_and_a_dead_one_is_taken_over(tmp_path):
-    ready = tmp_path / "ready"
-    holder = fork(hold, tmp_path / "store", "first", ready)
-    while not ready.exists():
-        assert psutil.pid_exists(holder)
-    with pytest.raises(LeaseError, match=f"process {holder} on .* .job first"), Lease(tmp_path / "store", "second"):
-        pass
-    with Lease(tmp_path / "store", "first") as shared:  # the same job shares the work
-        assert shared.claim(3) and not shared.claim(3)
-        shared.release(3)
-        assert shared.claim(3)
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-    with Lease(tmp_path / "store", "second") as lease:
-        assert lease.claim(3)
 
 
 def test_space_is_asked_for_all_stores_together(world, tmp_path, monkeypatch):

@@ -17,8 +17,9 @@ from PIL import Image
 
 from align.common import files
 from align.common.errors import DamagedError, DataError, LeaseError, UsageError
+from align.common.locks import locked
 from align.demo import rendering
-from align.demo.building import BYTES_PER_SCENE, is_done, only_writer
+from align.demo.building import BYTES_PER_SCENE, is_done
 from align.demo.config import PrepareConfig
 from align.demo.scenes import SpriteScenes, read_sprites, split_sprites
 from align.demo.writing import write_retrieval, write_tars
@@ -294,12 +295,12 @@ def test_a_kill_leaves_nothing_that_is_taken_for_done(config, made, tmp_path, fo
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
 
 
-def test_a_second_writer_is_refused(config, tmp_path):
+def test_a_second_writer_is_refused(config, tmp_path, monkeypatch):
     output = tmp_path / "run" / "data"
-    with only_writer(output) as folder:
-        assert folder.is_dir() and not any(folder.iterdir())
-        with pytest.raises(LeaseError, match="another process is writing"):
-            main(config)
+    output.parent.mkdir(parents=True)
+    monkeypatch.setattr("align.common.locks.PATIENCE_SECONDS", 0.1)
+    with locked(tmp_path / "run" / "data.lock"), pytest.raises(LeaseError, match="another process holds .*data.lock"):
+        main(config)
     assert not is_done(output, {})
 
 

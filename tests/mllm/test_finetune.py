@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from align.common.checkpoints import checkpoints, newest_committed
 from align.common.commandline import parse
 from align.common.errors import NonFiniteError, UsageError
 from align.common.files import arm_failpoint
 from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import main, section
 from mllm.loop.config import FinetuneConfig
-from mllm.loop.trainer import committed_checkpoints, newest_committed
 from mllm.model.saving import load_mllm, save_mllm
 from tests.support.tiny_mllm import tiny_model
 
@@ -117,14 +117,14 @@ def test_a_killed_pretrain_stage_resumes_exactly_and_trains_the_projector_only(w
 
 def test_a_damaged_checkpoint_is_passed_over(world, straight, forked, tmp_path):
     assert forked(train, world, tmp_path / "run", "mllm-committed:3") == -signal.SIGKILL
-    newest = committed_checkpoints(tmp_path / "run")[-1]
+    newest = checkpoints(tmp_path / "run", committed=True)[-1]
     with open(newest / "trained.safetensors", "r+b") as file:
         file.seek(-5, os.SEEK_END)
         byte = file.read(1)
         file.seek(-5, os.SEEK_END)
         file.write(bytes([byte[0] ^ 1]))
     path, step, problems = newest_committed(tmp_path / "run")
-    assert path != newest and step < int(newest.name.split("-")[1]) and "committed hash" in problems[0]
+    assert path != newest and step < int(newest.name.split("-")[1]) and "that was committed" in problems[0]
     assert forked(train, world, tmp_path / "run") == 0
     same(result(tmp_path / "run")[0], straight[0])
 

@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from align.common.checkpoints import newest_committed
 from align.common.commandline import parse
 from align.demo.writing import question_row, write_questions
 from eval.results.records import load_answers, load_results
 from mllm import finetune, upgrade
 from mllm.assembly.config import UpgradeConfig
 from mllm.loop.config import FinetuneConfig
-from mllm.loop.trainer import newest_committed
 from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.saving import load_mllm
 from tests.support.tiny_mllm import tiny_llm, tiny_sail, tiny_vision

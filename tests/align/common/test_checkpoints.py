@@ -5,7 +5,14 @@ import random
 import pytest
 import torch
 
-from align.common.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from align.common.checkpoints import (
+    clean_checkpoints,
+    commit_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    newest_committed,
+    save_checkpoint,
+)
 from align.common.errors import DamagedError
 from align.common.files import arm_failpoint
 
@@ -88,3 +95,29 @@ def test_a_kill_inside_a_checkpoint_write_leaves_the_one_before(tmp_path, forked
 def test_a_kill_after_the_commit_keeps_the_new_one(tmp_path, forked):
     assert forked(save_and_die, tmp_path, "checkpoint-saved") == -9
     assert newest_checkpoint(tmp_path)[2]["step"] == 20
+
+
+def test_checkpoints_written_in_place_count_once_they_are_committed(tmp_path):
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text(str(step))
+        assert newest_committed(tmp_path)[1] == (9 if step == 10 else 0), "the newest by its number, not by its name"
+        commit_checkpoint(folder)
+    assert newest_committed(tmp_path) == (tmp_path / "checkpoint-10", 10, [])
+    (tmp_path / "checkpoint-10" / "weights").write_text("11")
+    path, step, problems = newest_committed(tmp_path)
+    assert path.name == "checkpoint-9" and step == 9 and "does not have the content that was committed" in problems[0]
+    (tmp_path / "checkpoint-9" / "weights").unlink()
+    with pytest.raises(DamagedError, match="no checkpoint .* verifies: .*weights is missing"):
+        newest_committed(tmp_path)
+
+
+def test_cleaning_removes_what_does_not_count_and_nothing_that_is_not_a_checkpoint(tmp_path):
+    save(tmp_path, 10)
+    for name in ("step-00000020.partial", "step-00000010.retired", "checkpoint-5", "model.retired", "cache"):
+        (tmp_path / name).mkdir()
+    clean_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "checkpoint-5", "model.retired", "step-00000010"]
+    clean_checkpoints(tmp_path, uncommitted=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "model.retired", "step-00000010"]
