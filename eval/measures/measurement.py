@@ -52,7 +52,7 @@ from eval.results.records import Entry, ModelRecord, Results, TaskRecord, save_a
 from eval.tasks.data import TaskData, load_task, pictures, protocol_note
 from eval.tasks.masks import SegmentationData, load_segmentation
 from eval.tasks.prompts import prompt_set
-from eval.tasks.registry import Task
+from eval.tasks.task import Task
 
 DESCRIPTIONS = {"majority": "always names the most frequent class", "chance": "a random order"}
 

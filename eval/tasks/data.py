@@ -24,9 +24,8 @@ from align.sources.plan import Plan, Source, open_shard, plan
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS, read_official
 from eval.tasks.prompts import TEMPLATES, read_lines, read_templates
-from eval.tasks.registry import DEMONSTRATION, OWN_TEMPLATES, TASKS, PlainLayout, Task, describe, find_task
-
-__all__ = ["TASKS", "Task", "TaskData", "describe", "find_task", "load_task", "protocol_note", "read_images"]
+from eval.tasks.registry import DEMONSTRATION, OWN_TEMPLATES, TASKS
+from eval.tasks.task import PlainLayout, Task
 
 SHARD_ROWS = 4096  # samples encoded between two commits
 _GROUP_LOST = "group_incomplete"  # reject code of a good sample whose partner is not
@@ -97,7 +96,7 @@ class TaskData:
         )
 
 
-def load_task(task: Task, data_root: Path, limits: Limits | None = None, cache: Path | None = None) -> TaskData:
+def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskData:
     """Return the samples of `task`; DataError, saying what to put where, if its data is missing or unusable.
 
     Every image's bytes are read once, for the digest, and none is decoded. Samples that cannot be used are left out and
@@ -117,7 +116,7 @@ def load_task(task: Task, data_root: Path, limits: Limits | None = None, cache: 
         names = read_lines(folder / task.classes) if task.classes else ()
     made = plan(source, SHARD_ROWS, (task.column,))
     layout_digest = b"" if task.layout in READERS else made.digest.encode()  # a manifest's size depends on labels and on pyarrow
-    rows = list(_read(task, source, made, limits or Limits()))
+    rows = list(_read(task, source, made))
     rejected, usable = _usable(rows)
     pixels, content = xxhash.xxh3_128(layout_digest), xxhash.xxh3_128()
     for row in rows:
@@ -186,7 +185,7 @@ class _Sample:
     group: tuple[str, ...] = ()  # of compositional tasks: group and category
 
 
-def _read(task: Task, source: Source, made: Plan, limits: Limits) -> Iterator[_Sample]:
+def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
     for shard in range(len(made.shards)):
         for row in open_shard(source, made, shard).rows():
             place = (shard, row.index)
@@ -200,7 +199,7 @@ def _read(task: Task, source: Source, made: Plan, limits: Limits) -> Iterator[_S
                     raise Reject("missing_column", f"no {task.column!r}")
                 value = row.fields[task.column]
                 if task.kind != "classification":
-                    texts = gate_captions(value, limits)
+                    texts = gate_captions(value, Limits())
                     value = [task.prefix + text for text in texts[: task.captions_each or None]]
                 elif isinstance(value, bool) or not isinstance(value, int | str):
                     raise DataError(f"task {task.id!r}: {row.key!r} has the label {value!r}; expected a class number or name")

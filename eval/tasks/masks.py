@@ -26,9 +26,8 @@ from align.common.files import hash_bytes
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image
 from align.sources.safe_files import MAX_FILE_BYTES, read_below
-from eval.tasks.data import Task
 from eval.tasks.prompts import read_lines
-from eval.tasks.registry import SEGMENTATION_FILES
+from eval.tasks.task import MASKS, Task
 
 IGNORED = -1  # class of pixels that do not count
 _UNKNOWN = -2
@@ -64,7 +63,6 @@ class SegmentationData:
     names: tuple[str, ...]
     owner: np.ndarray
     classes_of: np.ndarray = field(repr=False)  # (65536,) int16: the class of each label value, IGNORED or _UNKNOWN
-    limits: Limits
     rejected: dict[str, int]
     images_digest: str
     digest: str
@@ -72,7 +70,7 @@ class SegmentationData:
     def image(self, number: int) -> Image.Image:
         """Return image `number` as RGB; DataError if it is no longer as it was."""
         try:
-            return gate_image(read_below(self.image_root, self.files[number][0], MAX_FILE_BYTES), self.limits)
+            return gate_image(read_below(self.image_root, self.files[number][0], MAX_FILE_BYTES), Limits())
         except Reject as reject:
             raise self._changed(number, reject) from reject
 
@@ -80,7 +78,7 @@ class SegmentationData:
         """Return the classes (H, W) int16 of image `number`, IGNORED where pixels do not count; DataError as `image`."""
         path = self.files[number][1]
         try:
-            return _classes(gate_labels(read_below(self.label_root, path, MAX_FILE_BYTES), self.limits), self.classes_of, path)
+            return _classes(gate_labels(read_below(self.label_root, path, MAX_FILE_BYTES), Limits()), self.classes_of, path)
         except Reject as reject:
             raise self._changed(number, reject) from reject
 
@@ -102,18 +100,16 @@ class _Layout:
 def load_segmentation(
     task: Task,
     data_root: Path,
-    limits: Limits | None = None,
     *,
     max_reject_fraction: float = 0.05,
-    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> SegmentationData:
     """Return the images of a segmentation task; DataError, saying what to put where, if its data is missing or unusable.
 
     Every image and label map is decoded once and checked. Images without a label map, with one of another size, or with a damaged
     file are left out and counted (`label_missing`, `label_size`, ...), up to `max_reject_fraction`. A label value that is no class
-    is an error: it would falsify the result. `report(done, total)` is called after each image.
+    is an error: it would falsify the result.
     """
-    folder, limits = data_root / task.path, limits or Limits()
+    folder = data_root / task.path
     found = _layout(task, folder)
     classes_of = np.full(1 << 16, _UNKNOWN, dtype=np.int16)
     classes_of[list(found.values)] = list(found.values.values())
@@ -121,8 +117,8 @@ def load_segmentation(
     good, rejected = list[tuple[str, tuple[str, str]]](), Counter[str]()
     pixels, content = xxhash.xxh3_128(), xxhash.xxh3_128(repr((found.names, sorted(found.values.items()))).encode())
     stems = Counter(_stem(image) for image, _ in found.files)
-    for done, (image, label) in enumerate(found.files, start=1):
-        code, hashes = _check(image_root, image, label_root, label, classes_of, limits)
+    for image, label in found.files:
+        code, hashes = _check(image_root, image, label_root, label, classes_of)
         code = "duplicate_key" if stems[_stem(image)] > 1 else code
         if code:
             rejected[code] += 1
@@ -130,12 +126,11 @@ def load_segmentation(
             good.append((_stem(image), (image, label)))
             pixels.update(f"{_stem(image)}\0{hashes[0]}\0".encode())
             content.update(hashes[1].encode())
-        report(done, len(found.files))
     if not good or len(good) < (1 - max_reject_fraction) * len(found.files):
         shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common()) or "there is none"
         raise DataError(
             f"task {task.id!r}: {len(good)} of {len(found.files)} images in {found.images} are usable ({shown}); expected "
-            f"{SEGMENTATION_FILES[task.layout]}. Mend the data, or raise --max-reject-fraction"
+            f"{MASKS[task.layout]}. Mend the data, or raise --max-reject-fraction"
         )
     content.update(pixels.digest())
     return SegmentationData(
@@ -149,7 +144,6 @@ def load_segmentation(
         names=tuple(name for names in found.names for name in names),
         owner=np.repeat(np.arange(len(found.names)), [len(names) for names in found.names]),
         classes_of=classes_of,
-        limits=limits,
         rejected=dict(rejected),
         images_digest=pixels.hexdigest(),
         digest=content.hexdigest(),
@@ -162,7 +156,7 @@ def _layout(task: Task, folder: Path) -> _Layout:
     if task.protocol not in ("", "background"):
         raise UsageError(f"task {task.id!r}: protocol {task.protocol!r} is unknown; allowed: background, or none")
     if not folder.is_dir():
-        raise DataError(f"task {task.id!r} has no data: put {SEGMENTATION_FILES[task.layout]} in {folder}, or give another --data-root")
+        raise DataError(f"task {task.id!r} has no data: put {MASKS[task.layout]} in {folder}, or give another --data-root")
     return LAYOUTS[task.layout](task, folder)
 
 
@@ -184,16 +178,16 @@ def split_names(line: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in re.split("[,;]", line) if name.strip())
 
 
-def _check(image_root: str, image: str, label_root: str, label: str, classes_of: np.ndarray, limits: Limits) -> tuple[str, tuple[str, str]]:
+def _check(image_root: str, image: str, label_root: str, label: str, classes_of: np.ndarray) -> tuple[str, tuple[str, str]]:
     """Return (reject code or "", hashes of image and label map) of one pair."""
     try:
         encoded = read_below(image_root, image, MAX_FILE_BYTES)
-        size = gate_image(encoded, limits).size
+        size = gate_image(encoded, Limits()).size
     except Reject as reject:
         return reject.code, ("", "")
     try:
         labels = read_below(label_root, label, MAX_FILE_BYTES)
-        numbers = gate_labels(labels, limits)
+        numbers = gate_labels(labels, Limits())
     except Reject as reject:
         return f"label_{reject.code.partition('_')[2]}", ("", "")
     except DataError as error:
@@ -237,7 +231,7 @@ def _listed(folder: Path, pattern: str = "**/*") -> list[str]:
 
 def _required(task: Task, path: Path) -> Path:
     if not path.exists():
-        raise DataError(f"task {task.id!r} lacks {path}; expected {SEGMENTATION_FILES[task.layout]}")
+        raise DataError(f"task {task.id!r} lacks {path}; expected {MASKS[task.layout]}")
     return path
 
 

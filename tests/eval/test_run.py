@@ -17,7 +17,8 @@ from eval.models.dual_encoder import SailDualEncoder
 from eval.models.features import FeatureCache
 from eval.results.records import load_answers, load_results
 from eval.run import main
-from eval.tasks.data import find_task, load_task
+from eval.tasks.data import load_task
+from eval.tasks.registry import find_task
 from tests.support.color_world import (
     NAMES,
     RGB,

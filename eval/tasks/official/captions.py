@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.common.errors import DataError
-from eval.tasks.official.layout import Official, OfficialLayout, Row
+from eval.tasks.official.layout import ManifestRow, Official, OfficialLayout
 
 VAL2017 = (
     "COCO val2017 is not the Karpathy test split: it has 5,000 images too, but others; dataset_coco.json names the right ones, of val2014"
@@ -35,7 +35,7 @@ def _karpathy(path: Path, below: str) -> Official:
     if not isinstance(content, dict) or "annotations" in content or not isinstance(content.get("images"), list):
         said = "COCO's own captions" if isinstance(content, dict) and "annotations" in content else "something else"
         raise DataError(f"{path} holds {said}, not a Karpathy split ({VAL2017}); take the file of that name from caption_datasets.zip")
-    rows: list[Row] = []
+    rows: list[ManifestRow] = []
     for image in content["images"]:
         if image is None:
             continue

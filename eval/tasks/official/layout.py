@@ -19,7 +19,7 @@ from align.common.recipes_yaml import nearest
 from align.sources.row import IMAGE_SUFFIXES
 from eval.tasks.prompts import read_lines
 
-Row = dict[str, Any]
+ManifestRow = dict[str, Any]
 _MAT_SECONDS = 300
 _READ_MAT = """
 import json, sys
@@ -41,7 +41,7 @@ class Official:
     folder that was read, or an encoded file (bytes).
     """
 
-    rows: Iterable[Row]
+    rows: Iterable[ManifestRow]
     class_names: tuple[str, ...] = ()
 
 
@@ -114,7 +114,7 @@ def class_folders(place: Path, count: int, ignored: str = "") -> list[str]:
     return found
 
 
-def images_of_folders(place: Path, below: str, labels: Mapping[str, int]) -> Iterator[Row]:
+def images_of_folders(place: Path, below: str, labels: Mapping[str, int]) -> Iterator[ManifestRow]:
     """Yield the images of each class folder of `place`, in order of class and name; paths begin with `below`."""
     for folder, label in labels.items():
         for name in sorted(os.listdir(place / folder)):
@@ -122,7 +122,7 @@ def images_of_folders(place: Path, below: str, labels: Mapping[str, int]) -> Ite
                 yield image_row(f"{folder}/{name}", below, label)
 
 
-def image_row(name: str, below: str, label: int) -> Row:
+def image_row(name: str, below: str, label: int) -> ManifestRow:
     """Return the row of the image file `below`/`name`; its key is the name without the suffix."""
     return {"key": os.path.splitext(name)[0], "image": os.path.join(below, name), "label": label}
 

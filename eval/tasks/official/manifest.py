@@ -17,7 +17,7 @@ from align.common.errors import DataError
 from align.common.files import atomic_path
 from align.sources.plan import Source
 from eval.tasks.official.captions import CAPTIONS
-from eval.tasks.official.layout import Official, OfficialLayout, Row
+from eval.tasks.official.layout import ManifestRow, Official, OfficialLayout
 from eval.tasks.official.pairs import PAIRS
 from eval.tasks.official.photos import PHOTOS
 
@@ -37,7 +37,7 @@ def read_official(layout: str, place: Path, task_id: str, cache: Path) -> tuple[
     return Source(str(path), "parquet" if path.suffix == ".parquet" else "jsonl", image_root=str(folder)), official
 
 
-def write_manifest(rows: Iterable[Row], folder: Path, name: str) -> Path:
+def write_manifest(rows: Iterable[ManifestRow], folder: Path, name: str) -> Path:
     """Write rows to `folder`/`name`.jsonl, or .parquet if images are bytes, and return the path; DataError if there are none."""
     rows = iter(rows)
     first = next(rows, None)
@@ -56,13 +56,13 @@ def write_manifest(rows: Iterable[Row], folder: Path, name: str) -> Path:
     return path
 
 
-def _write_lines(rows: Iterator[Row], path: Path) -> None:
+def _write_lines(rows: Iterator[ManifestRow], path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")  # ASCII: file names need not be UTF-8
 
 
-def _write_parquet(rows: Iterator[Row], path: Path) -> None:
+def _write_parquet(rows: Iterator[ManifestRow], path: Path) -> None:
     table = pa.Table.from_pylist(list(islice(rows, GROUP_ROWS)))
     with pq.ParquetWriter(path, table.schema) as writer:
         while len(table):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from align.common.errors import DataError
 from align.common.reject_codes import Reject
 from align.sources.safe_files import parse_json
-from eval.tasks.official.layout import Official, OfficialLayout, Row
+from eval.tasks.official.layout import ManifestRow, Official, OfficialLayout
 
 MMVP_IMAGES = "MLLM_VLM Images"
 
@@ -44,14 +44,14 @@ def mmvp_vlm(folder: Path) -> Official:
     return Official(_mmvp(folder / "Questions.csv"))
 
 
-def _group(key: Any, images: list[Any], captions: list[Any], category: Any) -> list[Row]:
+def _group(key: Any, images: list[Any], captions: list[Any], category: Any) -> list[ManifestRow]:
     """Return the two rows of a group."""
     shared = {"group": str(key), "category": str(category)}
     both = zip(images, captions, strict=True)
     return [{"key": f"{key}/{n}", "image": image, "captions": [caption], **shared} for n, (image, caption) in enumerate(both)]
 
 
-def _json_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, ManifestRow]]:
     """Yield (line number, object) of a JSONL file; DataError for a line that is none or lacks one of `wanted`."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -64,7 +64,7 @@ def _json_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, Row]]
             yield number, row
 
 
-def _pairs(path: Path) -> Iterator[Row]:
+def _pairs(path: Path) -> Iterator[ManifestRow]:
     for number, row in _json_rows(path, ("key", "images", "captions")):
         for name in ("images", "captions"):
             if not isinstance(row[name], list) or len(row[name]) != 2 or not all(isinstance(one, str) for one in row[name]):
@@ -72,13 +72,13 @@ def _pairs(path: Path) -> Iterator[Row]:
         yield from _group(row["key"], row["images"], row["captions"], row.get("category", ""))
 
 
-def _winoground_files(path: Path, images: Path) -> Iterator[Row]:
+def _winoground_files(path: Path, images: Path) -> Iterator[ManifestRow]:
     for _, row in _json_rows(path, ("id", "image_0", "image_1", "caption_0", "caption_1")):
         names = [str(images / (name if "." in name else f"{name}.png")) for name in (str(row["image_0"]), str(row["image_1"]))]
         yield from _group(row["id"], names, [row["caption_0"], row["caption_1"]], row.get("collapsed_tag", ""))
 
 
-def _winoground_parquet(path: Path) -> Iterator[Row]:
+def _winoground_parquet(path: Path) -> Iterator[ManifestRow]:
     wanted = ["id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag"]
     try:
         file = pq.ParquetFile(path)
@@ -90,7 +90,7 @@ def _winoground_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} cannot be read as Winoground ({error}); expected {', '.join(wanted)}, images with bytes") from error
 
 
-def _mmvp(path: Path) -> Iterator[Row]:
+def _mmvp(path: Path) -> Iterator[ManifestRow]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = [line for line in csv.reader(file) if line][1:]  # 270 of them; the first names the columns
     if len(lines) % 2 or any(len(line) != 3 for line in lines):

@@ -14,9 +14,9 @@ from PIL import Image
 
 from align.common.errors import DataError
 from eval.tasks.official.layout import (
+    ManifestRow,
     Official,
     OfficialLayout,
-    Row,
     class_folders,
     class_number,
     class_of,
@@ -174,7 +174,7 @@ def ucf101(folder: Path) -> Official:
     classes = [name for _, name in columns(lists / "classInd.txt", 2)]
     known = numbered(classes)
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[ManifestRow]:
         for (video,) in columns(path, 1):
             action, _, name = video.partition("/")
             frame = f"{_words(action, '_')}/{name.removesuffix('.avi')}.jpg"
@@ -190,7 +190,7 @@ def cub(folder: Path) -> Official:
     test = {image for image, training in columns(folder / "train_test_split.txt", 2) if training == "0"}
     label_of = {line[0]: line[1] for line in columns(path, 2)}
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[ManifestRow]:
         for image, name in columns(folder / "images.txt", 2):
             if image in test:
                 yield image_row(name, "images", class_number(label_of.get(image), len(classes), path))
@@ -204,7 +204,7 @@ def _cifar(folder: Path, batch: str, names: str, label_bytes: int) -> Official:
     if path.stat().st_size % record:
         raise DataError(f"{path} has {path.stat().st_size} bytes, not a multiple of {record}; get the file again")
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[ManifestRow]:
         with open(path, "rb") as file:
             for number, data in enumerate(iter(lambda: file.read(record), b"")):
                 label = class_number(data[label_bytes - 1] + 1, len(classes), path)

@@ -20,7 +20,8 @@ from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
 from eval.models.dual_encoder import SailDualEncoder
 from eval.models.features import FeatureCache
-from eval.tasks.data import Task, load_task
+from eval.tasks.data import load_task
+from eval.tasks.task import Task
 from tests.support.tiny_encoders import save, save_bert
 
 LABELS = ["a red dog", "the cat runs", "blue"]

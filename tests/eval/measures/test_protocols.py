@@ -21,9 +21,10 @@ from eval.models.openclip import load_openclip
 from eval.models.transformers_clip import load_transformers_clip
 from eval.results.records import load_answers, load_results
 from eval.run import main
-from eval.tasks.data import TASKS, Task, describe, load_task
+from eval.tasks.data import load_task
 from eval.tasks.masks import load_segmentation
-from eval.tasks.registry import SEGMENTATION_FILES
+from eval.tasks.registry import TASKS, describe
+from eval.tasks.task import MASKS, Task
 from tests.support.color_world import NAMES, Ear, Eye, picture, save_model, values
 from tests.support.tiny_clip import save_hugging_face
 
@@ -207,4 +208,4 @@ def test_the_list_names_every_task_once_and_says_where_its_data_belongs(capsys, 
         assert line == describe(task), "nothing is taken for markup"
         assert f"{task.kind}, DATA_ROOT/{task.path}" in line
         assert not task.published or f"{task.published:,} images" in line
-        assert task.kind != "segmentation" or SEGMENTATION_FILES[task.layout] in line
+        assert task.kind != "segmentation" or MASKS[task.layout] in line

@@ -38,8 +38,8 @@ from eval.measures.windows import Windows, best_classes, patch_cosines, segment
 from eval.results.overlays import palette
 from eval.results.records import load_results
 from eval.run import main
-from eval.tasks.data import Task
 from eval.tasks.masks import IGNORED, load_segmentation
+from eval.tasks.task import Task
 from tests.support.tiny_encoders import save, save_bert
 
 COLORS = torch.eye(3)  # names: red, green, blue

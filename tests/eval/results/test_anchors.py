@@ -5,7 +5,7 @@ import pytest
 from align.common.errors import DamagedError
 from eval.results.anchors import anchors_of, prompts_note, published, shown_anchor
 from eval.results.records import TaskRecord
-from eval.tasks.data import TASKS
+from eval.tasks.registry import TASKS
 
 
 def record(task, kind="classification", prompts="imagenet80"):

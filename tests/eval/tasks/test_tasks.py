@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from align.common.errors import DataError, UsageError
-from eval.tasks.data import TASKS, Task, find_task, load_task, read_images
+from eval.tasks.data import load_task, read_images
+from eval.tasks.registry import TASKS, find_task
+from eval.tasks.task import Task
 from tests.support.archives import jpeg, write_tar
 
 

@@ -13,11 +13,12 @@ from scipy.io import savemat
 from torchvision.datasets import Flowers102
 
 from align.common.errors import DataError, UsageError
-from eval.tasks.data import TASKS, Task, describe, find_task, load_task, read_images
+from eval.tasks.data import load_task, read_images
 from eval.tasks.masks import LAYOUTS
 from eval.tasks.official.manifest import READERS, write_manifest
 from eval.tasks.prompts import TEMPLATES, package_classes, prompt_set
-from eval.tasks.registry import MASKS
+from eval.tasks.registry import TASKS, describe, find_task
+from eval.tasks.task import MASKS, Task
 from tests.support.archives import jpeg, write_tar
 
 CALTECH_CATEGORIES = (
