@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.errors import UsageError
+from align.common.checks import check
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class LmmsConfig:
     """Print the tasks that come with the kit and where their data belongs, then exit."""
 
     def __post_init__(self) -> None:
-        if not self.list_tasks and not (self.mllm and self.tasks):
-            raise UsageError("nothing to measure: give --mllm FOLDER and --tasks NAME (--list-tasks shows those of the kit)")
-        if min(self.batch_size, self.max_new_tokens, self.processes) < 1 or self.examples < 0:
-            raise UsageError("--batch-size, --max-new-tokens and --processes must be at least 1, --examples 0 or more")
-        if not 0 < self.confidence < 1 or (self.limit is not None and self.limit < 1):
-            raise UsageError("--confidence must lie between 0 and 1, --limit at least at 1")
+        asked = self.list_tasks or (self.mllm and self.tasks)
+        check(bool(asked), "nothing to measure", "give --mllm FOLDER and --tasks NAME (--list-tasks shows those of the kit)")
+        sizes = f"--batch-size {self.batch_size} --max-new-tokens {self.max_new_tokens} --processes {self.processes}"
+        check(min(self.batch_size, self.max_new_tokens, self.processes) >= 1, sizes, "must be at least 1")
+        check(self.examples >= 0, f"--examples {self.examples}", "must be 0 or more")
+        check(0 < self.confidence < 1, f"--confidence {self.confidence}", "must lie between 0 and 1")
+        check(self.limit is None or self.limit >= 1, f"--limit {self.limit}", "must be at least 1")

@@ -1,4 +1,4 @@
-"""What the YAML tasks in `lmms_tasks/` call: rows in, images, questions and scores out.
+"""What the YAML tasks in `tasks/` call: rows in, images, questions and scores out.
 
 A row ("doc") is a dict. What `score_*` returns is logged by lmms-eval for each answer, and read again by `eval.harness.output`.
 """
@@ -26,27 +26,18 @@ def encoded_images(rows: Dataset) -> Dataset:
     return rows.cast_column("image", ImageFeature(decode=False))
 
 
-def only_what(rows: Dataset) -> Dataset:
-    """Return the rows of kind "what"."""
-    return _only(rows, "what")
+def _only(kind: str) -> Callable[[Dataset], Dataset]:
+    def of_kind(rows: Dataset) -> Dataset:
+        kinds = rows["kind"]
+        kept = [number for number, found in enumerate(kinds) if found == kind]
+        if not kept:
+            raise DataError(f"no row is of the kind {kind!r}; there are {', '.join(sorted(set(kinds)))}")
+        return encoded_images(rows.select(kept))
+
+    return of_kind
 
 
-def only_where(rows: Dataset) -> Dataset:
-    """Return the rows of kind "where"."""
-    return _only(rows, "where")
-
-
-def only_count(rows: Dataset) -> Dataset:
-    """Return the rows of kind "count"."""
-    return _only(rows, "count")
-
-
-def _only(rows: Dataset, kind: str) -> Dataset:
-    kinds = rows["kind"]
-    kept = [number for number, found in enumerate(kinds) if found == kind]
-    if not kept:
-        raise DataError(f"no row is of the kind {kind!r}; there are {', '.join(sorted(set(kinds)))}")
-    return encoded_images(rows.select(kept))
+only_what, only_where, only_count = (_only(kind) for kind in ("what", "where", "count"))
 
 
 def images(doc: Doc, settings: Mapping[str, Any] | None = None) -> list[Image.Image]:

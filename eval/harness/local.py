@@ -1,4 +1,4 @@
-"""The YAML tasks that lie here and not in lmms-eval: the kit's own in `lmms_tasks/`, and a folder of the user's."""
+"""The YAML tasks that lie here and not in lmms-eval: the kit's own in `tasks/`, and a folder of the user's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

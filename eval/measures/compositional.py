@@ -9,7 +9,7 @@ Protocols, with s(i, c) the cosine of image i and caption c; caption 0 belongs t
                 Shut?", CVPR 2024)
 
 Every inequality is strict: ties count against the model. Shapes: `G` groups, `N` = 2 G images and as many captions, in the order of
-the groups, `E` aligned width. Embeddings are L2-normalised float32.
+the groups, `E` aligned width. Embeddings are L2-normalized float32.
 """
 
 from collections.abc import Mapping, Sequence

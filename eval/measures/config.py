@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from align.common.errors import UsageError
+from align.common.checks import check
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ class EvalConfig:
     Writes comparison.html, .json and .csv to OUTPUT."""
 
     def __post_init__(self) -> None:
-        if self.compare and len(self.compare) != 2:
-            raise UsageError(f"--compare needs two results, A and B, each FOLDER or FOLDER:MODEL; found {len(self.compare)}")
-        if not self.list_tasks and not self.compare and not (self.model and self.tasks):
-            raise UsageError("nothing to measure: give --model FOLDER and --tasks ID (--list-tasks shows the known ids)")
-        if min(self.batch_size, self.text_batch_size) < 1 or self.workers < 0 or self.examples < 0:
-            raise UsageError("--batch-size and --text-batch-size must be at least 1, --workers and --examples 0 or more")
-        if min(self.windows) < 1 or self.windows[2] > self.windows[1]:
-            raise UsageError("--windows SIDE WINDOW STRIDE must be at least 1 pixel, and the stride at most a window")
-        if not 0 < self.confidence < 1 or not 0 <= self.max_reject_fraction <= 1:
-            raise UsageError("--confidence must lie between 0 and 1, --max-reject-fraction in 0..1")
+        check(len(self.compare) in (0, 2), f"--compare with {len(self.compare)}", "give two results, A and B, each FOLDER or FOLDER:MODEL")
+        asked = self.list_tasks or self.compare or (self.model and self.tasks)
+        check(bool(asked), "nothing to measure", "give --model FOLDER and --tasks ID (--list-tasks shows the known ids)")
+        sizes = f"--batch-size {self.batch_size} --text-batch-size {self.text_batch_size}"
+        check(min(self.batch_size, self.text_batch_size) >= 1, sizes, "must be at least 1")
+        check(min(self.workers, self.examples) >= 0, f"--workers {self.workers} --examples {self.examples}", "must be 0 or more")
+        side, window, stride = self.windows
+        windows = f"--windows {side} {window} {stride}"
+        check(side >= 1 and 1 <= stride <= window, windows, "SIDE WINDOW STRIDE must be at least 1 pixel, and the stride at most a window")
+        check(0 < self.confidence < 1, f"--confidence {self.confidence}", "must lie between 0 and 1")
+        check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")

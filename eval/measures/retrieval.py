@@ -1,7 +1,7 @@
 """Image-text retrieval in both directions: exact ranks in chunks, recalls, and the answer to every query.
 
 Shapes: `N` images, `M` captions, `E` aligned width, `K` answers kept. An image may have any number of captions, but at least
-one. A query is a hit at k if any of its right answers is among the first k. Embeddings are L2-normalised float32.
+one. A query is a hit at k if any of its right answers is among the first k. Embeddings are L2-normalized float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,7 +121,7 @@ def retrieval_examples(
 
     For an image, `best` is the one of its own captions that the model ranks first.
 
-    `embeddings` maps model names to L2-normalised images (N, E) and captions (M, E); caption j belongs to image
+    `embeddings` maps model names to L2-normalized images (N, E) and captions (M, E); caption j belongs to image
     `caption_image[j]` (M,), and the captions of an image follow one another.
     """
     images = int(caption_image.max()) + 1

@@ -66,7 +66,7 @@ class LabelMaps:
 class Prompted:
     """A model that was told the names of a task: what makes label maps.
 
-    `fingerprint` is of encoders and heads; `weights` (S, E) are L2-normalised, one for each of the data's names, and made from its
+    `fingerprint` is of encoders and heads; `weights` (S, E) are L2-normalized, one for each of the data's names, and made from its
     `sentences`.
     """
 

@@ -128,7 +128,7 @@ def segment(
 ) -> list[np.ndarray]:
     """Return, by each model, the class (H, W) of each pixel of an RGB image.
 
-    Names have L2-normalised `weights` (S, E) of each model and classes `owner` (S,); models and `batch_size` as of `patch_cosines`.
+    Names have L2-normalized `weights` (S, E) of each model and classes `owner` (S,); models and `batch_size` as of `patch_cosines`.
     """
     found = patch_cosines(models, image, weights, windows or Windows(), batch_size)
     return [best_classes(cosines, owner, (image.height, image.width)) for cosines in found]

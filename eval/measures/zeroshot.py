@@ -1,6 +1,6 @@
 """Zero-shot classification: class weights from sentences, scores, and the answer to every image.
 
-Shapes: `N` images, `C` classes, `S` sentences, `E` aligned width. Embeddings are L2-normalised float32.
+Shapes: `N` images, `C` classes, `S` sentences, `E` aligned width. Embeddings are L2-normalized float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class ClassificationAnswers:
 def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int]) -> Tensor:
     """Return (C, E) L2-normalized class weights: the mean of each class's embeddings, normalized again.
 
-    `sentence_embeddings` (S, E) are L2-normalised and ordered class by class; `sentences_per_class` (C,) adds up to S.
+    `sentence_embeddings` (S, E) are L2-normalized and ordered class by class; `sentences_per_class` (C,) adds up to S.
     """
     counts = torch.as_tensor(sentences_per_class)
     if len(sentence_embeddings) != int(counts.sum()) or bool((counts < 1).any()):
@@ -57,7 +57,7 @@ def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int
 def zero_shot_classification(
     images: Tensor, weights: Tensor, labels: Tensor, chunk: int = 4096, scale: float = float("nan")
 ) -> ClassificationAnswers:
-    """Return the answers for `images` (N, E) given class `weights` (C, E), both L2-normalised, and `labels` (N,) int64.
+    """Return the answers for `images` (N, E) given class `weights` (C, E), both L2-normalized, and `labels` (N,) int64.
 
     Ties are settled against the model: a class that scores as high as the right one is ranked before it. Probabilities are the
     softmax over the classes of `scale` times the cosine, the model's own t; a bias would cancel.

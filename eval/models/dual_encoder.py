@@ -3,7 +3,6 @@
 Shapes: `B` images, `P` patches, `F` image feature width, `D` text feature width, `E` aligned width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,36 +14,6 @@ from align.encoders.loading import hash_weights
 from align.model.dual_encoder import SailModel
 from align.model.heads import ImageTokenHead, TextTokenHead
 from align.model.token_heads import TextWithHead, VisionWithHead
-
-
-class ImageEncoder(Protocol):
-    """What `align.features.extract.Extraction` asks of the encoder of images; pixels (B, 3, H, W) of `transform` give features (B, F)."""
-
-    @property
-    def transform(self) -> Callable[..., Tensor]:
-        """RGB image -> pixels (3, H, W)."""
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides a feature."""
-
-    @property
-    def feature_width(self) -> int:
-        """F."""
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Return features (B, F) float32, not normalized."""
-
-
-class SentenceEncoder(Protocol):
-    """The encoder of sentences."""
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides a feature."""
-
-    def encode(self, texts: list[str], batch_size: int) -> Tensor:
-        """Return features (T, D) float32, not normalized, in the order of `texts`."""
 
 
 class DualEncoder(Protocol):
@@ -62,12 +31,13 @@ class DualEncoder(Protocol):
         """What decides a text feature."""
 
     @property
-    def vision_encoder(self) -> ImageEncoder:
-        """The encoder of images, on `device`."""
+    def vision_encoder(self) -> Any:
+        """The encoder of images, on `device`, as `align.features.extract.Extraction` takes it: pixels (B, 3, H, W) of its `transform`
+        give features (B, F) float32, not normalized, which its `fingerprint` decides; `feature_width` is F."""
 
     @property
-    def text_encoder(self) -> SentenceEncoder:
-        """The encoder of texts, on `device`."""
+    def text_encoder(self) -> Any:
+        """The encoder of texts, on `device`: `encode(texts, batch_size)` gives features (T, D) float32, not normalized, in their order."""
 
     @property
     def device(self) -> torch.device:

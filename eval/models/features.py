@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +28,6 @@ from align.common.console import Progress
 from align.common.errors import DataError, NonFiniteError
 from align.common.files import hash_bytes, load_hashed, save_hashed
 from align.common.fingerprints import compare_encoders, fingerprint_digest
-from align.encoders.vision import VisionEncoder
 from align.features.extract import Extraction, Stopping
 from align.features.store import FeatureStore
 from eval.models.dual_encoder import DualEncoder
@@ -55,7 +53,7 @@ class FeatureCache:
                 data.source,
                 data.plan,
                 folder,
-                vision=cast(VisionEncoder, model.vision_encoder),
+                vision=model.vision_encoder,
                 batch_size=self.batch_size,
                 workers=self.workers,
                 stopping=Stopping(self.max_reject_fraction),

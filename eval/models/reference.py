@@ -12,7 +12,6 @@ Legend: `B` images, `P` patches, `T` texts, `E` embedding width.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,43 +94,24 @@ class ReferenceModel(nn.Module, ABC):
         return self.patches(pixels.to(self.device))
 
 
-@dataclass(frozen=True)
 class Images:
     """The image side of a reference model, as `align.features.extract.Extraction` takes it."""
 
-    model: ReferenceModel
     spec = None  # no loader of this kit's encoders opens it again
 
-    @property
-    def transform(self) -> Callable[..., Tensor]:
-        """RGB image -> pixels (3, H, W)."""
-        return self.model.transform
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides an image feature."""
-        return self.model.vision_fingerprint
-
-    @property
-    def feature_width(self) -> int:
-        """E."""
-        return self.model.width
+    def __init__(self, model: ReferenceModel) -> None:
+        self.model, self.transform, self.feature_width, self.fingerprint = model, model.transform, model.width, model.vision_fingerprint
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.model.images(pixels.to(self.model.device, non_blocking=True)).float()
 
 
-@dataclass(frozen=True)
 class Sentences:
     """The text side of a reference model."""
 
-    model: ReferenceModel
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides a text feature."""
-        return self.model.text_fingerprint
+    def __init__(self, model: ReferenceModel) -> None:
+        self.model, self.fingerprint = model, model.text_fingerprint
 
     @torch.inference_mode()
     def encode(self, texts: list[str], batch_size: int) -> Tensor:

@@ -8,17 +8,15 @@ for their number (Holm).
 import csv
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
 from align.common.errors import DamagedError, UsageError
-from align.common.files import atomic_bytes, atomic_json, read_json
+from align.common.files import atomic_bytes, atomic_json
 from align.common.intervals import Statistic, mean_of, median_of, percentiles
 from eval.results.paired import (
     bootstrap_p,
@@ -29,7 +27,18 @@ from eval.results.paired import (
     ratio_of,
     sign_flip_p,
 )
-from eval.results.records import GRADED, SUBJECTS, Results, TaskRecord, answers_path, load_answers, load_results
+from eval.results.records import (
+    GRADED,
+    SUBJECTS,
+    Results,
+    TaskRecord,
+    answers_path,
+    load_answers,
+    load_results,
+    record_of,
+    records_of,
+    versioned,
+)
 
 FORMAT_VERSION = 1
 FILE = "comparison.json"
@@ -301,15 +310,12 @@ def load_comparison(folder: Path) -> Comparison | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    content = read_json(path)
-    if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
-        raise DamagedError(f"{path} has another format version than {FORMAT_VERSION}; compare again")
-    if set(content) != {field.name for field in fields(Comparison)}:
-        raise DamagedError(f"{path}: expected the fields of a comparison, found {', '.join(content)}; compare again")
+    content = versioned(path, FORMAT_VERSION, "compare again")
+    where = f"{path} (compare again)"
+    content["differences"] = records_of(Difference, content, "differences", where)
     try:
-        content["differences"] = tuple(Difference(**row) for row in content["differences"])
-        pairs: Sequence[Any] = content["skipped"]
-        skipped, created = tuple((str(task), str(reason)) for task, reason in pairs), tuple(content["created"])
+        content["skipped"] = tuple((str(task), str(reason)) for task, reason in content.get("skipped", ()))
+        content["created"] = tuple(content.get("created", ()))
     except (TypeError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged ({error}); compare again") from error
-    return Comparison(**{**content, "skipped": skipped, "created": created})
+        raise DamagedError(f"{where}: {error}") from error
+    return record_of(Comparison, content, where)

@@ -179,22 +179,33 @@ def load_results(folder: Path) -> Results:
     path = folder / RESULTS
     if not path.is_file():
         raise UsageError(f"no {RESULTS} in {folder}; run `python eval/run.py --output {folder} ...` first")
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        found = content.get("format_version") if isinstance(content, dict) else type(content).__name__
-        raise DamagedError(f"{path} has format version {found!r}, this code reads {FORMAT_VERSION}; measure again")
-    del content["format_version"]
+    content = versioned(path, FORMAT_VERSION, "measure again")
     for name, kind in (("models", ModelRecord), ("tasks", TaskRecord), ("entries", Entry)):
-        if not isinstance(content.get(name), list):
-            raise DamagedError(f"{path}: {name!r} should be a list")
-        content[name] = tuple(_record(kind, row, f"{path}: {name}[{at}]") for at, row in enumerate(content[name]))
-    return _record(Results, content, str(path))
+        content[name] = records_of(kind, content, name, str(path))
+    return record_of(Results, content, str(path))
+
+
+def versioned(path: Path, version: int, advice: str) -> dict[str, Any]:
+    """Return the object in a JSON file without its format version; DamagedError, with the advice, unless that is `version`."""
+    content = read_json(path)
+    found = content.pop("format_version", None) if isinstance(content, dict) else type(content).__name__
+    if found != version:
+        raise DamagedError(f"{path} has format version {found!r}, this code reads {version}; {advice}")
+    return content
+
+
+def records_of(kind: type[Record], content: dict[str, Any], name: str, where: str) -> tuple[Record, ...]:
+    """Return the list `name` of a file's content as records; DamagedError as `record_of`."""
+    if not isinstance(content.get(name), list):
+        raise DamagedError(f"{where}: {name!r} should be a list")
+    return tuple(record_of(kind, row, f"{where}: {name}[{at}]") for at, row in enumerate(content[name]))
 
 
 _JSON_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
 
 
-def _record(kind: type[Record], values: Any, where: str) -> Record:
+def record_of(kind: type[Record], values: Any, where: str) -> Record:
+    """Return a dataclass made of the fields in `values`; DamagedError for a missing, unknown or wrongly typed one."""
     known = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict) or set(values) != set(known):
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
