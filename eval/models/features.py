@@ -4,7 +4,7 @@
     <cache>/texts/<encoder digest>/<texts digest>-<hash>.safetensors  "features" (T, D) float16
 
 Models that share an encoder share its features, so before and after cost one forward pass, and a second run none: the encoders of
-a SailModel are not even loaded (baselines are, to hash their weights, but not run).
+a SailModel are not even loaded (reference models are, to hash their weights, but not run).
 
 Shapes: `N` samples, `T` texts, `F` image feature width, `D` text feature width, `E` aligned width.
 """
