@@ -114,7 +114,10 @@ class FinetuneConfig:
         check(any(self.learning_rates().values()), "every learning rate is 0", "nothing would be trained")
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each parameter group, 0 for a frozen one; the defaults are those of METHOD.md, section 7."""
+        """Return the learning rate of each parameter group, 0 for a frozen one.
+
+        The defaults are LLaVA-1.5's (arXiv 2310.03744), with head and encoder tuned in the second stage as in SAIL (arXiv 2412.04616).
+        """
         instruct = self.stage == "instruct"
         stage = {"projector": 2e-5 if instruct else 1e-3, "head": 2e-5 * instruct, "llm": 2e-5 * instruct, "vision": 2e-5 * instruct}
         if self.lora_rank:

@@ -1,5 +1,7 @@
 """The multimodal LLM as a Hugging Face model: a LLaVA whose patches pass SAIL's alignment head before the projector.
 
+SAIL in an MLLM (arXiv 2412.04616), on LLaVA-1.5 (arXiv 2310.03744):
+
     pixels -> vision tower (layer `sail_layer`, final norm) -> [cls ; p_i] -> head -> projector -> in the place of <image> tokens
 
 Legend: `B` images, `P` patches, `N` visual tokens an image, `D` encoder width, `F` width given to the head, `E` head width,
@@ -76,7 +78,7 @@ class SailLlavaConfig(LlavaConfig):
 
 
 class SailProjector(nn.Module):
-    """Returns `Linear(H, H)(GELU(Linear(E, H)(x)))`: LLaVA-1.5's projector, on the head's width."""
+    """Returns `Linear(H, H)(GELU(Linear(E, H)(x)))`: LLaVA-1.5's projector (arXiv 2310.03744), on the head's width."""
 
     def __init__(self, in_width: int, out_width: int, activation: str, bias: bool) -> None:
         super().__init__()

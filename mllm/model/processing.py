@@ -27,7 +27,7 @@ class SailLlavaImageProcessor(BaseImageProcessor):
     """Resizes whole images with Pillow to `size`, after padding them to its shape with the mean color, or not; crops nothing.
 
     `size` is {"height", "width"} in pixels, `resample` a PIL filter number, `image_mean` and `image_std` are of values between
-    0 and 1. `image_aspect_ratio`: `pad` centers the image on the mean color (LLaVA's), `resize` ignores its shape.
+    0 and 1. `image_aspect_ratio`: `pad` centers the image on the mean color (LLaVA-1.5's), `resize` ignores its shape.
     """
 
     model_input_names = ["pixel_values"]
