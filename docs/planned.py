@@ -130,7 +130,7 @@ def stage_two(name: str) -> Plan:
     shards = gpus if instruct["deepspeed"] == "zero3" else 1
     state = (2 * total + 14 * moving) / shards  # bf16 weights; bf16 gradients, fp32 master and AdamW's two moments of what is trained
     rows = 4 if lora else instruct["micro_batch_size"]
-    kept = rows * instruct["max_length"] * (2 * LLM_LAYERS + 34) * LLM.width  # as mllm/loop/flops.py counts activations
+    kept = rows * instruct["max_length"] * (2 * LLM_LAYERS + 34) * LLM.width  # as mllm/loop/estimate.py counts activations
     row = f"| `{name}` | {gpus} | {spent[0]:.0f} | {spent[1]:.0f} | {sum(spent) / gpus:.1f} h | {gib(state)} + {gib(kept)} |"
     return Plan(row, sum(spent), gpus, state + kept)
 

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from align.common import errors
 from align.common.errors import UsageError
@@ -42,28 +41,19 @@ PROCESSOR_MAP = {"AutoProcessor": "processing_sail_llava.SailLlavaProcessor"}
 IMAGE_MAP = {"AutoImageProcessor": "processing_sail_llava.SailLlavaImageProcessor"}
 
 
-def save_mllm(
-    model: SailLlavaForConditionalGeneration,
-    processor: SailLlavaProcessor,
-    folder: Path,
-    code: bool = True,
-    state_dict: dict[str, Tensor] | None = None,
-) -> None:
-    """Write model and processor to `folder` so that a crash leaves the old folder or the new one.
+def save_mllm(model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, folder: Path) -> None:
+    """Write model, processor and their classes as Python files to `folder`; a crash leaves the old folder or the new one.
 
-    `code` adds the classes as Python files, for machines without this kit. `state_dict` are weights gathered elsewhere (ZeRO-3).
     Weights keep their types; shards hold at most 5 GB. UsageError if `folder` holds something else; DiskFullError.
     """
     folder = Path(folder)
     require_free_place(folder)
     with replaced_folder(folder, "mllm") as temporary:
-        model.save_pretrained(temporary, state_dict=state_dict, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(temporary)
-        held = model.state_dict() if state_dict is None else state_dict
-        _describe(temporary, code, held["model.language_model.embed_tokens.weight"].dtype)
-        if code:
-            for name, module in CODE.items():
-                (temporary / name).write_text(portable_source(module), encoding="utf-8")
+        _describe(temporary, model.model.language_model.embed_tokens.weight.dtype)
+        for name, module in CODE.items():
+            (temporary / name).write_text(portable_source(module), encoding="utf-8")
 
 
 def load_mllm(
@@ -79,9 +69,7 @@ def load_mllm(
     with load_errors_named(str(folder), "needed are config.json, model.safetensors, processor_config.json and the tokenizer's files"):
         model = SailLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **from_pretrained)
         processor = SailLlavaProcessor.from_pretrained(folder)
-    if "device_map" not in from_pretrained:
-        model.to(device)
-    return model, processor
+    return model.to(device), processor
 
 
 def require_mllm(folder: Path) -> None:
@@ -110,17 +98,11 @@ def portable_source(module: ModuleType) -> str:
     return f"# Copied from sail-upgrade-kit ({module.__name__}). Apache License 2.0.\n{text}"
 
 
-def _describe(folder: Path, code: bool, dtype: torch.dtype) -> None:
-    """Complete what was saved: the LLM's type as the model's, and where the Auto classes find the code (without code: nothing)."""
+def _describe(folder: Path, dtype: torch.dtype) -> None:
+    """Complete what was saved: the LLM's type as the model's, and where the Auto classes find the code."""
     config, processor = (read_json(folder / name) for name in ("config.json", "processor_config.json"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    for values, classes in (
-        (config, MODEL_MAP | PROCESSOR_MAP | IMAGE_MAP),
-        (processor, PROCESSOR_MAP),
-        (processor["image_processor"], IMAGE_MAP),
-    ):
-        values.pop("auto_map", None)
-        if code:
-            values["auto_map"] = classes
+    config |= {"dtype": str(dtype).removeprefix("torch."), "auto_map": MODEL_MAP | PROCESSOR_MAP | IMAGE_MAP}
+    processor |= {"auto_map": PROCESSOR_MAP}
+    processor["image_processor"]["auto_map"] = IMAGE_MAP
     for name, values in (("config.json", config), ("processor_config.json", processor)):
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

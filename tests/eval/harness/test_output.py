@@ -289,7 +289,7 @@ def models(tmp_path_factory):
         if seed == 0:
             model.config.sail_head = "trained"
         (folder / name).parent.mkdir(exist_ok=True)
-        save_mllm(model, processor, folder / name, code=False)
+        save_mllm(model, processor, folder / name)
     return folder
 
 
