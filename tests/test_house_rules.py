@@ -69,7 +69,11 @@ ARROWS = {
 }
 # folders whose files import no torch, neither themselves nor through what they import
 WITHOUT_TORCH = ("align/common", "align/sources", "eval/results", "eval/page")
-ABOUT_TORCH = {"align/common/checkpoints.py", "align/common/processes.py"}  # files of align/common that are about it
+ABOUT_TORCH = {
+    "align/common/checkpoints.py",
+    "align/common/processes.py",
+    "align/common/tensor_files.py",
+}  # files of align/common that are about it
 
 
 def names_of(path):

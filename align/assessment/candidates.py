@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel
 
 from align.common.errors import DataError, UsageError
-from align.common.fingerprints import compare_fingerprints
 from align.common.folders import replaced_folder
 from align.common.seeds import generator
 from align.encoders.loading import VISION_FILES, load_errors_named, recorded_id, resolve_encoder
@@ -41,11 +40,7 @@ def sampled_plan(source: Source, rows: int, seed: int, columns: Sequence[str], f
     chosen = order[: int(np.searchsorted(lengths.cumsum(), rows)) + 1]
     table = whole.shards.take(pa.array(chosen)).set_column(0, whole.shards.schema.field(0), pa.array(range(len(chosen)), pa.int32()))
     digest = xxhash.xxh3_128(f"{whole.digest} {chosen.tolist()}".encode()).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "plan.parquet").exists():
-        compare_fingerprints({"data": digest}, {"data": Plan.load(folder).digest}, f"{folder} (files, columns, --rows or --seed)")
-    else:
-        Plan(whole.layout, table, whole.listing, digest).save(folder)
+    Plan(whole.layout, table, whole.listing, digest).keep(folder, "files, columns, --rows or --seed")
     return Plan.load(folder)
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.common.checks import check
-from align.common.hardware import Precision
+from align.common.hardware import Arithmetic, Precision
+from align.encoders.spec import TextSpec, VisionFeature, VisionSpec
 from align.encoders.trust import check_trust
 
 
@@ -30,7 +31,7 @@ class EncodeConfig:
     """Column with the sample key; without one, file name and row number make the key."""
     image_root: str | None = None
     """Folder that image paths are relative to. None: the folder of the manifest."""
-    feature: Literal["auto", "cls_mean", "cls", "mean", "tokens"] = "auto"
+    feature: VisionFeature = "auto"
     """What is pooled: [cls ; mean of patches], one of them, or whichever of cls_mean and mean the encoder has. tokens: nothing,
     all tokens of images and captions are kept for `--head token` (526 KB an image of ViT-L; set --max-length, too)."""
     layer: int = -1
@@ -80,3 +81,18 @@ class EncodeConfig:
         check(self.workers >= 0, f"--workers {self.workers}", "must be 0 or more")
         check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
         check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
+
+    def encoders(self, precision: Arithmetic) -> tuple[VisionSpec | None, TextSpec | None]:
+        """Return what describes both encoders, None where not asked for; `precision` is what `auto` was resolved to."""
+        vision, text = None, None
+        if self.vision:
+            vision = VisionSpec(
+                self.vision, self.vision_revision, feature=self.feature, layer=self.layer, image_size=self.image_size,
+                precision=precision, trust_remote_code=self.trust_remote_code,
+            )  # fmt: skip
+        if self.text:
+            text = TextSpec(
+                self.text, self.text_revision, prompt=self.prompt, max_length=self.max_length, layer=self.text_layer,
+                feature="tokens" if self.feature == "tokens" else "pooled", precision=precision, trust_remote_code=self.trust_remote_code,
+            )  # fmt: skip
+        return vision, text

@@ -20,8 +20,8 @@ from torch import Tensor
 from align.common.errors import DamagedError, DataError
 from align.common.files import hash_bytes, hash_file
 from align.common.reject_codes import Reject, RejectedRow
+from align.common.tensor_files import read_tensor_file
 from align.features.store import FeatureStore, StoreHeader, StoreWriter
-from align.model.published_heads import read_checkpoint
 
 Kind = Literal["image", "caption"]
 _PREFIX = {"image": "img_emb", "caption": "text_emb"}
@@ -124,7 +124,7 @@ def _read(path: Path) -> tuple[np.ndarray | Tensor, list[Any] | None]:
             return np.load(path, mmap_mode="r", allow_pickle=False), None
         except (OSError, ValueError, EOFError) as error:
             raise DamagedError(f"{path} is not a plain .npy file ({error}); fetch it again") from error
-    content = read_checkpoint(path)
+    content = read_tensor_file(path)
     rows, keys = (content.get("embeddings"), content.get("keys")) if isinstance(content, dict) else (content, None)
     if not isinstance(rows, Tensor) or not (keys is None or (isinstance(keys, list) and len(keys) == len(rows))):
         raise DataError(f'{path}: expected a tensor (rows, width), or a dict with "embeddings" (rows, width) and "keys", a list of as many')

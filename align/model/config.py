@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.common.checks import check
-from align.common.hardware import Precision
+from align.common.hardware import Arithmetic, Precision
+from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.trust import check_trust
 
 
@@ -73,3 +74,17 @@ class ConvertConfig:
         check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
         check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
         check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
+
+    def encoders(self, precision: Arithmetic) -> tuple[VisionSpec | None, TextSpec | None]:
+        """Return what describes both encoders, None where not asked for; `precision` is what `auto` was resolved to."""
+        vision, text = None, None
+        if self.vision:
+            vision = VisionSpec(
+                self.vision, self.vision_revision, feature=self.feature, layer=self.layer,
+                precision=precision, trust_remote_code=self.trust_remote_code,
+            )  # fmt: skip
+        if self.text:
+            text = TextSpec(
+                self.text, self.text_revision, max_length=self.max_length, precision=precision, trust_remote_code=self.trust_remote_code
+            )
+        return vision, text

@@ -11,18 +11,18 @@ A checkpoint may be wrapped by training (`module.` before each name, `state_dict
 (vlhead.bin) has the `vision_` half only. Legend: `F` feature width, `H` hidden width = expansion x F, `E` aligned width.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.common.errors import DamagedError, UsageError
-from align.common.files import atomic_path
+from align.common.hardware import Arithmetic
+from align.common.tensor_files import read_tensor_file
+from align.encoders.text import TextEncoder
+from align.encoders.vision import VisionEncoder
 from align.model.dual_encoder import SailConfig, SailModel
 
 SIDES = ("vision", "text")
@@ -30,34 +30,11 @@ LAYERS = {"layer_norm": "norm", "mapping_network.f1": "gate", "mapping_network.f
 LOGITS = ("logit_scale", "logit_bias")
 PROJECTOR = {"0": "linear_1", "2": "linear_2"}  # LLaVA's mlp2x_gelu: Linear, GELU, Linear
 _WRAPPERS = ("state_dict", "model")
-_PICKLES = (".pt", ".pth", ".bin")
-
-
-def read_checkpoint(path: Path) -> Any:
-    """Return what a .safetensors, .pt, .pth or .bin file holds, on the CPU. Only tensors and plain containers are read, never code.
-
-    UsageError for a missing or unknown kind of file, DamagedError for one that does not read or asks for more than tensors.
-    """
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file; give a checkpoint ({', '.join((*_PICKLES, '.safetensors'))})")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise DamagedError(f"{path} is not a safetensors file ({error}); fetch it again") from error
-    if path.suffix not in _PICKLES:
-        raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join((*_PICKLES, '.safetensors'))}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DamagedError(f"{path} is damaged, or holds more than tensors, which is refused as it could run code") from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise DamagedError(f"{path} cannot be read ({str(error).splitlines()[0] if str(error) else 'empty'}); fetch it again") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name, as float32, without the wrapping of training; DamagedError if some are not finite."""
-    content = read_checkpoint(path)
+    content = read_tensor_file(path)
     while isinstance(content, dict) and len(inner := [name for name in _WRAPPERS if isinstance(content.get(name), dict)]) == 1:
         content = content[inner[0]]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
@@ -70,11 +47,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def heads_from(weights: Mapping[str, Tensor], place: str, **encoders: Any) -> SailModel:
-    """Return the SailModel of both published heads; `encoders` are what SailConfig says of them (vision, vision_fingerprint, ...).
+def heads_from(
+    weights: Mapping[str, Tensor],
+    place: str,
+    vision: VisionEncoder | None = None,
+    text: TextEncoder | None = None,
+    precision: Arithmetic = "fp32",
+) -> SailModel:
+    """Return the SailModel of both published heads with the encoders that they were trained on, as far as these are given.
 
     Widths and expansion are those of the tensors. DamagedError, naming what is wrong, for a missing or unknown name, shapes that do
-    not fit together, or sides of different expansion.
+    not fit together, or sides of different expansion; UsageError for an encoder whose features have another width.
     """
     _refuse_names(weights, [*_names("vision"), *_names("text"), *LOGITS], place)
     sides = [_widths(weights, side, place) for side in SIDES]
@@ -82,7 +65,13 @@ def heads_from(weights: Mapping[str, Tensor], place: str, **encoders: Any) -> Sa
         found = ", ".join(f"{side} {hidden} x {feature} -> {width}" for side, (feature, hidden, width) in zip(SIDES, sides, strict=True))
         raise DamagedError(f"{place}: both heads need one expansion and one aligned width, found {found}")
     expansion, width = sides[0][1:]
-    config = SailConfig(vision_width=sides[0][0], text_width=sides[1][0], width=width, head="glu", expansion=expansion, **encoders)
+    config = SailConfig(vision_width=sides[0][0], text_width=sides[1][0], width=width, head="glu", expansion=expansion, precision=precision)
+    if vision is not None:
+        _require_width("vision", vision.id, vision.feature_width, config.vision_width)
+        config.vision, config.vision_fingerprint = vision.spec.stored(), vision.fingerprint
+    if text is not None:
+        _require_width("text", text.id, text.width, config.text_width)
+        config.text, config.text_fingerprint = text.spec.stored(), text.fingerprint
     model = SailModel(config)
     own = {f"{side}_head.{name}": value for side in SIDES for name, value in _renamed(weights, side).items()}
     for name in LOGITS:
@@ -137,17 +126,10 @@ def projector_from(weights: Mapping[str, Tensor], place: str) -> dict[str, Tenso
     return renamed
 
 
-def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write tensors by name, atomically: .safetensors, or .pt as published checkpoints are; UsageError for another suffix."""
-    if path.suffix not in (".safetensors", ".pt"):
-        raise UsageError(f"{path}: write .pt (the published layout) or .safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: value.contiguous() for name, value in weights.items()}
-    with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(contiguous, temporary, {"format": "pt"})
-        else:
-            torch.save(contiguous, temporary)
+def _require_width(side: str, name: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        given = f"--{side} {name} gives features of {found}, but the published head takes {wanted}"
+        raise UsageError(f"{given}; name the encoder that it was trained on, or another --feature")
 
 
 def _names(side: str) -> list[str]:

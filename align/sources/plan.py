@@ -21,6 +21,7 @@ import xxhash
 
 from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import atomic_path
+from align.common.fingerprints import compare_fingerprints
 from align.sources.folder import FolderReader, list_images
 from align.sources.row import ShardReader, require_columns
 from align.sources.tables import CsvReader, JsonlReader, ParquetReader, TableReader
@@ -70,7 +71,7 @@ class Plan:
         """Rows of each shard."""
         return pc.subtract(self.shards["stop"], self.shards["start"]).to_pylist()
 
-    def save(self, folder: Path) -> None:
+    def _save(self, folder: Path) -> None:
         """Write `plan.parquet`, and for an image folder `listing.arrow`, atomically."""
         if self.listing is not None:
             table = pa.table({"name": self.listing})
@@ -79,6 +80,14 @@ class Plan:
         facts = {"layout": self.layout, "digest": self.digest}
         with atomic_path(folder / "plan.parquet") as temporary:
             pq.write_table(self.shards.replace_schema_metadata(facts), temporary, compression="zstd")
+
+    def keep(self, folder: Path, settings: str) -> None:
+        """Save the plan in `folder` for all launches and processes; FingerprintError, naming `settings`, if another one is there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "plan.parquet").exists():
+            compare_fingerprints({"data": self.digest}, {"data": Plan.load(folder).digest}, f"{folder} ({settings})")
+        else:
+            self._save(folder)
 
     @staticmethod
     def load(folder: Path) -> "Plan":

@@ -16,7 +16,7 @@ from align.features.store import FeatureStore
 from align.model.dual_encoder import SailConfig, SailModel
 from align.sources.plan import Plan, Source, plan
 from align.training.config import TrainConfig
-from align.training.online import SHARD_ROWS, OnlinePairs, keep_plan
+from align.training.online import SHARD_ROWS, OnlinePairs
 from align.training.pairs import PairedFeatures, open_pairs
 
 
@@ -67,7 +67,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
         source = Source(str(data), config.layout, config.image_column, config.key_column, config.image_root)
         folder = Path(config.output) / name
         if state.is_main_process and data:
-            keep_plan(plan(source, SHARD_ROWS, config.captions), folder)
+            plan(source, SHARD_ROWS, config.captions).keep(folder, "files or columns")
         state.wait_for_everyone()
         if data:
             options: dict[str, Any] = {"augment": config.augment and data is config.data, "seed": config.seed, "workers": config.workers}

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DataError, UsageError
-from align.common.fingerprints import compare_fingerprints
 from align.common.reject_codes import Reject
 from align.common.runs import JsonLines
 from align.common.seeds import generator
@@ -334,15 +332,6 @@ class OnlinePairs:
                 f"{self._rejected} of {self._seen} samples were rejected, for example {self._last}; "
                 f"mend the data, or raise --max-reject-fraction ({self.max_reject_fraction})"
             )
-
-
-def keep_plan(made: Plan, folder: Path) -> None:
-    """Save a plan in `folder` for this run's other processes and launches; FingerprintError if the data are not those it began with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "plan.parquet").exists():
-        compare_fingerprints({"data": made.digest}, {"data": Plan.load(folder).digest}, f"{folder} (files or columns)")
-    else:
-        made.save(folder)
 
 
 def _stay(worker: int) -> None:

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-import align.convert
 from align.common.errors import DamagedError, DataError, UsageError
 from align.convert import main
 from align.features.imported import Embeddings, find_files, import_embeddings
-from align.features.store import FeatureStore
+from align.features.store import FeatureStore, StoreWriter
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel
-from align.model.published_heads import heads_from, read_weights, to_published
+from align.model.published_heads import heads_from, to_published
 
 F, D, E, W = 6, 4, 5, 3  # image features, caption features, aligned width, expansion
 
@@ -136,41 +135,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, damage, message):
     assert not (tmp_path / "model").exists()
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (open, (str(self.target), "w"))
-
-
-def test_files_that_run_code_or_are_cut_are_refused(tmp_path):
-    torch.save({"vision_layer_norm.weight": Hostile(tmp_path / "owned")}, tmp_path / "evil.pt")
-    with pytest.raises(DamagedError, match="more than tensors"):
-        read_weights(tmp_path / "evil.pt")
-    assert not (tmp_path / "owned").exists()
-    torch.save(published(), tmp_path / "whole.pt")
-    whole = (tmp_path / "whole.pt").read_bytes()
-    for name, content in (
-        ("cut.pt", whole[: len(whole) // 2]),
-        ("empty.bin", b""),
-        ("html.pt", b"<html>"),
-        ("cut.safetensors", whole[:50]),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DamagedError):
-            read_weights(tmp_path / name)
-    for name in ("none.pt", "whole.onnx"):
-        with pytest.raises(UsageError, match="safetensors"):
-            read_weights(tmp_path / name)
-    (tmp_path / "whole.onnx").write_bytes(whole)
-    with pytest.raises(UsageError, match="unknown kind"):
-        read_weights(tmp_path / "whole.onnx")
-
-
 class Encoder:
-    def __init__(self, width):
-        self.width = self.feature_width = width
+    def __init__(self, spec, width):
+        self.spec, self.id, self.width, self.feature_width = spec, spec.name, width, width
         self.fingerprint = {"encoder": "e", "weights": str(width), "precision": "fp32"}
         self.tokenizer = self
 
@@ -181,8 +148,8 @@ class Encoder:
 
 def test_encoders_are_opened_compared_and_recorded(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(align.convert, "load_vision_encoder", lambda spec: asked.update(vision=spec) or Encoder(F))
-    monkeypatch.setattr(align.convert, "load_text_encoder", lambda spec: asked.update(text=spec) or Encoder(D))
+    monkeypatch.setattr("align.encoders.vision.load_vision_encoder", lambda spec: asked.update(vision=spec) or Encoder(spec, F))
+    monkeypatch.setattr("align.encoders.text.load_text_encoder", lambda spec: asked.update(text=spec) or Encoder(spec, D))
     torch.save(published(), tmp_path / "h.pt")
     named = {"heads": str(tmp_path / "h.pt"), "vision": "some/eye", "text": "some/ear", "precision": "fp32", "text_revision": "a" * 40}
     main(ConvertConfig(**named, output=str(tmp_path / "m"), trust_remote_code=True, max_length=9))
@@ -192,7 +159,7 @@ def test_encoders_are_opened_compared_and_recorded(tmp_path, monkeypatch):
     assert config.vision_fingerprint["weights"] == str(F) and config.text_fingerprint["weights"] == str(D)
     assert not asked["vision"].from_pretrained["trust_remote_code"] and asked["text"].from_pretrained["trust_remote_code"]
     assert (tmp_path / "m" / "tokenizer.json").is_file() and (tmp_path / "m" / "preprocessor_config.json").is_file()
-    monkeypatch.setattr(align.convert, "load_text_encoder", lambda spec: Encoder(D + 1))
+    monkeypatch.setattr("align.encoders.text.load_text_encoder", lambda spec: Encoder(spec, D + 1))
     with pytest.raises(UsageError, match=f"features of {D + 1}, but the published head takes {D}"):
         main(ConvertConfig(**named, output=str(tmp_path / "other")))
     with pytest.raises(UsageError, match="there already"):
@@ -280,7 +247,7 @@ def test_a_killed_import_goes_on(tmp_path, monkeypatch):
     settings = {"kind": "image", "fingerprint": {"encoder": "e"}, "shard_rows": 2}
     import_embeddings(embeddings, tmp_path / "whole", **settings)
     wrote = []
-    real = align.features.imported.StoreWriter.write
+    real = StoreWriter.write
 
     def dies(self, shard, *rest):
         wrote.append(shard)
@@ -288,7 +255,7 @@ def test_a_killed_import_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(self, shard, *rest)
 
-    monkeypatch.setattr(align.features.imported.StoreWriter, "write", dies)
+    monkeypatch.setattr(StoreWriter, "write", dies)
     with pytest.raises(KeyboardInterrupt):
         import_embeddings(embeddings, tmp_path / "out", **settings)
     store = import_embeddings(embeddings, tmp_path / "out", **settings)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.common.errors import DamagedError, DataError, UsageError
+from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
 from align.sources.plan import Plan, Source, open_shard, plan
 from tests.support.captioned_pictures import ROWS, all_rows, write_images, write_jsonl, write_tar
 
@@ -34,13 +34,24 @@ def test_plan_is_a_pure_function_of_the_files(tmp_path):
     assert plan(Source(str(tmp_path / "there" / "images"), "folder"), 10).digest != folder.digest
 
 
+def test_a_kept_plan_is_not_replaced_by_one_of_other_data(tmp_path):
+    write_images(tmp_path / "data")
+    write_jsonl(tmp_path / "data")
+    made = plan(Source(str(tmp_path / "data")), 10)
+    made.keep(tmp_path / "kept", "files or --shard-rows")
+    made.keep(tmp_path / "kept", "files or --shard-rows")
+    with pytest.raises(FingerprintError, match=r"kept \(files or --shard-rows\)"):
+        plan(Source(str(tmp_path / "data")), 9).keep(tmp_path / "kept", "files or --shard-rows")
+    assert Plan.load(tmp_path / "kept").digest == made.digest
+
+
 @pytest.mark.parametrize("layout", ["jsonl", "folder"])
 def test_saved_plan_loads_and_travels_to_workers(tmp_path, layout):
     write_images(tmp_path / "data")
     write_jsonl(tmp_path / "data")
     source = Source(str(tmp_path / "data"), layout)
     made = plan(source, 10)
-    made.save(tmp_path)
+    made.keep(tmp_path, "files")
     for loaded in (Plan.load(tmp_path), pickle.loads(pickle.dumps(Plan.load(tmp_path))), pickle.loads(pickle.dumps(made))):
         assert (loaded.layout, loaded.digest, loaded.shards, loaded.rows) == (layout, made.digest, made.shards, ROWS)
         assert list(open_shard(source, loaded, 2).rows()) == list(open_shard(source, made, 2).rows())
