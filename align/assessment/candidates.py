@@ -5,6 +5,7 @@ Shapes: `N` rows, `D` encoder width, `F` width of a feature, `T` captions.
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,22 @@ from align.features.store import FeatureStore
 from align.sources.plan import Plan, Source, open_shard, plan
 
 SHARD_ROWS = 64  # neighbors in the source that are drawn together
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is compared; `random` marks an encoder with random weights (the floor)."""
+
+    vision: str
+    layer: int
+    feature: str
+    text: str
+    random: bool = False
+
+    @property
+    def name(self) -> str:
+        """The candidate in words."""
+        return f"{self.vision} layer {self.layer} {self.feature} + {self.text}"
 
 
 def sampled_plan(source: Source, rows: int, seed: int, columns: Sequence[str], folder: Path) -> Plan:

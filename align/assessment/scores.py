@@ -41,27 +41,11 @@ SCORES = {
     "mutual_knn": "mutual k-NN",
     "patch_overlap": "patch neighborhoods",
 }
-METHOD = 1  # raised when a score is computed in another way: older ones in a cache are then not used
+METHODS = {"classes": 2}  # kind of scores -> raised (from 1) when they are computed in another way: older ones in a cache are not used
 NO_LABELS = "Weighted k-NN and the linear probe need classes: give --labelled a folder of folders to have the two columns."
 NO_PATCHES = "Without --patch-images there is no column for patch neighborhoods."
 MAX_PATCH_NEIGHBORS = 100
 CKA_RESAMPLES = 200  # half-samples: three digits of an interval need no more
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is compared; `random` marks an encoder with random weights (the floor)."""
-
-    vision: str
-    layer: int
-    feature: str
-    text: str
-    random: bool = False
-
-    @property
-    def name(self) -> str:
-        """The candidate in words."""
-        return f"{self.vision} layer {self.layer} {self.feature} + {self.text}"
 
 
 @dataclass(frozen=True)
@@ -97,8 +81,9 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, facts: dict[str, Any], compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
-        """Return the scores of `facts` (JSON values), computed only if they are not there yet."""
-        path = self.folder / f"{hash_bytes(repr((METHOD, sorted(facts.items()))).encode())}.json"
+        """Return the scores of `facts` (JSON values, `kind` says which scores), computed only if they are not there yet."""
+        method = METHODS.get(facts["kind"], 1)
+        path = self.folder / f"{hash_bytes(repr((method, sorted(facts.items()))).encode())}.json"
         if path.exists():
             return {name: Score(**values) for name, values in read_json(path)["scores"].items()}
         scores = compute()
@@ -172,11 +157,12 @@ class Scorer:
         _, labels = np.unique(labels[kept], return_inverse=True)
         if len(np.unique(labels)) < 2:
             raise DataError("fewer than two classes of the labelled data have two usable images; give more with --labelled-rows")
-        images = torch.from_numpy(features[kept]).to(self.device).float()
+        features = features[kept].astype(np.float32)
+        images = torch.from_numpy(features).to(self.device)
         with _timed() as first:
             nearest = knn_correct(images, torch.from_numpy(labels).to(self.device), self.settings.class_neighbors)
         with _timed() as second:
-            linear = linear_probe_correct(images, labels, self.settings.seed)
+            linear = linear_probe_correct(features, labels, self.settings.seed)
         return {"knn": self._mean(nearest.double(), first[0]), "linear_probe": self._mean(linear, second[0])}
 
     def relations(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:

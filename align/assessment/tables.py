@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from align.assessment.scores import SCORES, Candidate, Score
+from align.assessment.candidates import Candidate
+from align.assessment.scores import SCORES, Score
 from align.common.errors import UsageError
 from align.common.files import read_json
 from align.common.intervals import correlation_interval, pearson, percentiles, spearman
@@ -146,6 +147,12 @@ def shown_correlations(rows: Sequence[Mapping[str, Any]], target: str) -> Table:
         cells = [_interval(row, label) for label in ("r", "rho")]
         table.add_row(row["text"], NAMES[row["score"]], str(row["n"]), *cells)
     return table
+
+
+def shown_follows(row: Mapping[str, Any]) -> str:
+    """Return one row of `follows` as a sentence."""
+    gap = f"r {row['r_knn']:.2f} against {row['r_linear_probe']:.2f}, difference {row['low']:.2f} to {row['high']:.2f}"
+    return f"Does alignment with {row['text']} follow weighted k-NN more than the linear probe? {row['answer']} ({gap})."
 
 
 def _interval(row: Mapping[str, Any], label: str) -> str:

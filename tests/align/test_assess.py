@@ -15,6 +15,7 @@ from PIL import Image
 from align import assess
 from align.assessment import scores as assess_scores
 from align.assessment.candidates import (
+    Candidate,
     chosen_features,
     chosen_layers,
     feature_columns,
@@ -26,7 +27,7 @@ from align.assessment.candidates import (
 from align.assessment.config import AssessConfig
 from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
-from align.assessment.scores import Cache, Candidate, Score, Scorer, Settings, TextSide
+from align.assessment.scores import Cache, Score, Scorer, Settings, TextSide
 from align.assessment.tables import Assessed, correlations, follows, recommend, shown, table_csv
 from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, UsageError
@@ -228,7 +229,7 @@ def test_few_labelled_images_a_class_are_told(world, assessed, monkeypatch, caps
     output, changes = assessed
     run(world, output, **changes)
     assert "labelled images of" not in capsys.readouterr().out
-    monkeypatch.setattr(assess, "FEW_OF_CLASS", 100)
+    monkeypatch.setattr("align.assessment.assessment.FEW_OF_CLASS", 100)
     run(world, output, **changes)
     assert "labelled images of 3 classes: below 100 a class" in capsys.readouterr().out
 
@@ -421,15 +422,19 @@ def test_tables_and_figures_take_candidates_without_some_scores():
         assert picture[:4] == b"\x89PNG"
 
 
-def test_the_cache_tells_settings_apart(tmp_path):
+def test_the_cache_tells_settings_and_methods_apart(tmp_path, monkeypatch):
     cache, calls = Cache(tmp_path), []
 
     def compute():
         calls.append(1)
         return {"x": Score(0.5, 0.4, 0.6, 10, 1.0, {"steps": 3})}
 
-    assert cache.get({"a": 1, "b": [1]}, compute) == cache.get({"b": [1], "a": 1}, compute) and len(calls) == 1
-    assert cache.get({"a": 2, "b": [1]}, compute)["x"].details == {"steps": 3} and len(calls) == 2
+    assert cache.get({"kind": "x", "b": [1]}, compute) == cache.get({"b": [1], "kind": "x"}, compute) and len(calls) == 1
+    assert cache.get({"kind": "y", "b": [1]}, compute)["x"].details == {"steps": 3} and len(calls) == 2
+    monkeypatch.setitem(assess_scores.METHODS, "x", 7)  # now computed in another way
+    cache.get({"kind": "x", "b": [1]}, compute)
+    cache.get({"kind": "y", "b": [1]}, compute)
+    assert len(calls) == 3
 
 
 def test_mean_captions_are_per_image():

@@ -10,7 +10,6 @@ from align.assessment.probing import (
     _recalled,
     fold_numbers,
     linear_probe_correct,
-    logistic_regression,
     probe_alignment,
     split_rows,
 )
@@ -102,22 +101,37 @@ def test_folds_deal_out_every_class():
     assert len(set(folds[labels == 2])) == 2
 
 
-def test_logistic_regression_is_scikit_learns():
-    from sklearn.linear_model import LogisticRegression
-
-    random = np.random.default_rng(0)
-    labels = random.integers(0, 3, 120)
-    features = random.normal(size=(120, 5)) + labels[:, None] * [1.0, 0.5, 0, 0, 0]
-    ours = logistic_regression(torch.from_numpy(features), torch.from_numpy(labels), 3)(torch.from_numpy(features)).softmax(1)
-    theirs = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(features, labels).predict_proba(features)
-    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-3)
-
-
 def test_linear_probe_by_cross_validation():
     random = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 25)
-    corners = torch.from_numpy(np.eye(4)[labels] * 6 + random.normal(size=(100, 4)))
+    corners = np.eye(4)[labels] * 6 + random.normal(size=(100, 4))
     assert linear_probe_correct(corners, labels, 0).mean() > 0.95
-    wide = torch.from_numpy(random.normal(size=(100, 300)))  # separable in training, by chance
+    wide = random.normal(size=(100, 300))  # separable in training, by chance
     assert linear_probe_correct(wide, labels, 0).mean() < 0.45
-    assert not linear_probe_correct(torch.ones(100, 3), labels, 0).any()  # all classes tie
+    assert not linear_probe_correct(np.ones((100, 3)), labels, 0).any()  # all classes tie
+    assert linear_probe_correct(corners[:50], labels[:50], 0).mean() > 0.95  # two classes
+
+
+def test_the_linear_probe_minimizes_cross_entropy_and_half_the_squared_weights():
+    random, classes = np.random.default_rng(0), 5
+    labels = np.arange(150) % classes
+    features = random.normal(size=(150, 12)) + 2 * np.eye(classes, 12)[labels]
+    features[:, 3] *= 100  # columns of other scales count the same
+    numbers, expected = fold_numbers(labels, 5, 0), np.zeros(150, dtype=bool)
+    for fold in range(5):
+        inside = numbers != fold
+        standard = torch.from_numpy((features - features[inside].mean(0)) / features[inside].std(0))
+        weight, bias = torch.zeros(classes, 12).double().requires_grad_(), torch.zeros(classes).double().requires_grad_()
+        targets = torch.from_numpy(labels[inside])
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+        def closure(rows=standard[inside], targets=targets, weight=weight, bias=bias, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(rows @ weight.T + bias, targets, reduction="sum") + weight.square().sum() / 2
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        expected[~inside] = (standard[~inside] @ weight.T + bias).argmax(1).numpy() == labels[~inside]
+    assert 0.3 < expected.mean() < 0.95
+    np.testing.assert_array_equal(linear_probe_correct(features, labels, 0), expected)

@@ -1,0 +1,112 @@
+"""The scores of every candidate over the images that all stores have in common; what was scored before is read from the cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.assessment.candidates import Candidate, captions_of, feature_columns, read_labels, rows_of, unique_keys
+from align.assessment.encoding import EncodedVision, Sample
+from align.assessment.scores import Cache, Score, Scorer, Settings, TextSide
+from align.assessment.tables import Assessed
+from align.common.errors import DataError
+from align.common.files import hash_bytes
+
+FEW_OF_CLASS = 8  # labelled images of a class: below, a neighborhood of 20 is mostly of others
+
+
+class Assessment:
+    """Candidates and what their scores are taken from: stores, captions, labels, splits."""
+
+    def __init__(
+        self, folder: Path, pairs: Sample, visions: Sequence[EncodedVision], texts: Sequence[str], captions: Sequence[str],
+        settings: Settings, device: torch.device, patches: bool,
+    ) -> None:  # fmt: skip
+        """`captions` are columns that each of `texts` encoded; scores are kept in `folder`. `patches`: those were encoded too."""
+        self.pairs, self.visions, self.settings, self.with_patches = pairs, visions, settings, patches
+        self.stores = {(v.name, layer): pairs.store(v.name, f"layer-{layer:02d}") for v in visions for layer in v.layers}
+        captioned = {name: [pairs.store(name, f"captions-{column}") for column in captions] for name in texts}
+        every = [*self.stores.values(), *(store for stores in captioned.values() for store in stores)]
+        common = set.intersection(*map(unique_keys, every))
+        self.keys = [key for key in every[0].keys.to_pylist() if key in common]
+        self.scorer, self.cache = Scorer(settings, len(self.keys), device), Cache(folder)
+        self.texts = {name: TextSide(*captions_of(stores, self.keys), self.scorer.sample, device) for name, stores in captioned.items()}
+        self.text_fingerprints = {name: [store.fingerprint for store in stores] for name, stores in captioned.items()}
+        self.facts: dict[str, Any] = {"data": pairs.plan.digest, "keys": hash_bytes(repr(self.keys).encode())}
+        self.labelled: Sample | None = None
+        self.labels: dict[str, int] = {}  # by key
+        self.label_column = ""
+
+    @property
+    def test_weights(self) -> np.ndarray:
+        """Bootstrap weights (R, n) over the test images of the probes."""
+        return self.scorer.resamples(len(self.scorer.rows[2]))
+
+    def add_labels(self, labelled: Sample, column: str) -> str:
+        """Also score by the classes in a column of labelled images; return a note if they are too few, else nothing."""
+        self.labelled, self.label_column = labelled, column
+        self.labels = read_labels(labelled.source, labelled.plan, column)
+        classes = len(set(self.labels.values()))
+        if len(self.labels) >= FEW_OF_CLASS * classes:
+            return ""
+        return (
+            f"{len(self.labels)} labelled images of {classes} classes: below {FEW_OF_CLASS} a class, k-NN and the linear probe say little; "
+            "raise --labelled-rows or give --labelled more images"
+        )
+
+    def results(self) -> Iterator[Assessed]:
+        """Yield every candidate with its scores, computed if they are not in the cache."""
+        for vision in self.visions:
+            for layer in vision.layers:
+                yield from self._of_layer(vision, layer)
+
+    def _of_layer(self, vision: EncodedVision, layer: int) -> Iterator[Assessed]:
+        store, get, scorer = self.stores[vision.name, layer], self.cache.get, self.scorer
+        rows = rows_of(store, self.keys)
+        patches = {text: self._patch_scores(vision, layer, text) for text in self.texts} if self.with_patches else {}
+        for feature in vision.features:
+            columns = feature_columns(rows, feature, vision.has_cls)
+            image = {**store.fingerprint, "feature": feature}
+            classes = self._class_scores(vision, layer, feature, image) if self.labelled else {}
+            for text, side in self.texts.items():
+                fingerprints = self.text_fingerprints[text]
+                facts = {**self.facts, "settings": asdict(self.settings), "image": image, "texts": fingerprints}
+                probing = get({**facts, "kind": "probing"}, partial(scorer.probing, columns, side))
+                relations = get({**facts, "kind": "relations"}, partial(scorer.relations, columns, side))
+                stored = (store.fingerprint, fingerprints[0]) if image == store.fingerprint else None
+                candidate = Candidate(vision.name, layer, feature, text, vision.random)
+                yield Assessed(candidate, {**probing, **classes, **relations, **patches.get(text, {})}, stored)
+
+    def _patch_scores(self, vision: EncodedVision, layer: int, text: str) -> dict[str, Score]:
+        store = self.pairs.store(vision.name, f"patches-{layer:02d}")
+        there = unique_keys(store)
+        rows = np.array([row for row, key in enumerate(self.keys) if key in there])
+        width = self.stores[vision.name, layer].width // (2 if vision.has_cls else 1)
+        facts = {**self.facts, **self._draws(), "kind": "patches", "image": store.fingerprint, "texts": self.text_fingerprints[text]}
+
+        def compute() -> dict[str, Score]:
+            return self.scorer.patches(rows_of(store, [self.keys[row] for row in rows]), width, self.texts[text].mean_of(rows))
+
+        return self.cache.get(facts, compute)
+
+    def _class_scores(self, vision: EncodedVision, layer: int, feature: str, image: dict[str, Any]) -> dict[str, Score]:
+        assert self.labelled is not None
+        store = self.labelled.store(vision.name, f"layer-{layer:02d}")
+        keys = sorted(unique_keys(store) & self.labels.keys())
+        if not keys:
+            raise DataError(f"{self.labelled.source.data}: no usable image has a class in {self.label_column!r}; give --label-column")
+        facts: dict[str, Any] = {"kind": "classes", "image": image, "data": self.labelled.plan.digest, "column": self.label_column}
+        facts |= {"neighbors": self.settings.class_neighbors, **self._draws()}
+        numbers = np.array([self.labels[key] for key in keys])
+
+        def compute() -> dict[str, Score]:
+            return self.scorer.with_labels(feature_columns(rows_of(store, keys), feature, vision.has_cls), numbers)
+
+        return self.cache.get(facts, compute)
+
+    def _draws(self) -> dict[str, int]:
+        return {"resamples": self.settings.resamples, "seed": self.settings.seed}

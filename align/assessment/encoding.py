@@ -1,0 +1,142 @@
+"""Features of the candidates, encoded once: the sample of pairs, the labelled images, and the stores of every encoder.
+
+FOLDER/pairs/plan.parquet       the sample that all encoders see; likewise FOLDER/labelled
+FOLDER/pairs/ENCODER/...        the stores of `align.features.layers`, or captions-COLUMN of a text encoder
+FOLDER/random/ENCODER-random    encoders with random weights
+"""
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from align.assessment.candidates import chosen_features, chosen_layers, folder_name, random_copy, sampled_plan, text_name
+from align.assessment.config import AssessConfig
+from align.common.console import Progress
+from align.common.errors import UsageError
+from align.common.files import human_bytes
+from align.encoders.spec import TextSpec, VisionSpec
+from align.encoders.text import load_text_encoder
+from align.encoders.trust import split_revision
+from align.encoders.vision import load_vision_encoder
+from align.features.extract import Extraction
+from align.features.layers import LayerExtraction, LayerFeatures
+from align.features.store import FeatureStore
+from align.sources.plan import Plan, Source
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows that all encoders see: their source, which they are, and the folder of their stores."""
+
+    source: Source
+    plan: Plan
+    folder: Path
+
+    def store(self, encoder: str, name: str) -> FeatureStore:
+        """Return one store of an encoder, such as `layer-09`."""
+        return FeatureStore(self.folder / encoder / name)
+
+
+@dataclass(frozen=True)
+class EncodedVision:
+    """A vision encoder whose stores are filled, with the layers and features that are compared."""
+
+    name: str
+    layers: list[int]
+    features: list[str]
+    has_cls: bool
+    random: bool
+
+
+def draw_samples(config: AssessConfig) -> dict[str, Sample]:
+    """Return the sample of `pairs`, and of `labelled` images if there are any."""
+
+    def drawn(name: str, source: Source, rows: int, columns: Sequence[str]) -> Sample:
+        folder = Path(config.output) / name
+        return Sample(source, sampled_plan(source, rows, config.seed, columns, folder), folder)
+
+    source = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
+    samples = {"pairs": drawn("pairs", source, config.rows, config.captions)}
+    if config.labelled:
+        source = Source(config.labelled, image=config.image_column, key=config.key_column)
+        samples["labelled"] = drawn("labelled", source, config.labelled_rows, (config.label_column,))
+    return samples
+
+
+def encode_visions(
+    config: AssessConfig, samples: Mapping[str, Sample], options: dict[str, Any], device: torch.device, console: Console
+) -> list[EncodedVision]:
+    """Fill the stores of the vision encoders, one in memory at a time; `options` are of every EncoderSpec."""
+    found = []
+    for name, random in _vision_encoders(config):
+        encoder = load_vision_encoder(VisionSpec(*split_revision(name), **options), device)
+        layers = chosen_layers(("last",) if random else config.layers, name, encoder.backbone.first, encoder.layers)
+        features = chosen_features(("auto",) if random else config.features, encoder.has_cls)
+        found.append(EncodedVision(folder_name(name), layers, features, encoder.has_cls, random))
+        for kind, sample in samples.items():
+            patches = config.patch_images if kind == "pairs" else 0
+            outputs = LayerFeatures(encoder, layers, with_patches=patches > 0)
+            job = LayerExtraction(
+                sample.source, sample.plan, sample.folder / folder_name(name), outputs, patches,
+                batch_size=config.batch_size, workers=config.workers,
+            )  # fmt: skip
+            _fill(job, config, console)
+    return found
+
+
+def _vision_encoders(config: AssessConfig) -> Iterator[tuple[str, bool]]:
+    """Yield each vision encoder's id or folder and whether its weights are random."""
+    yield from ((name, False) for name in config.vision)
+    if config.random_weights is not None:
+        for name in config.random_weights or config.vision:
+            yield random_copy(name, Path(config.output) / "random" / folder_name(name, True), config.seed), True
+
+
+def encode_texts(
+    config: AssessConfig, pairs: Sample, options: dict[str, Any], device: torch.device, console: Console, taken: Sequence[str]
+) -> list[str]:
+    """Fill the caption stores of the text encoders' layers, one in memory at a time; return the layers' names, none among `taken`."""
+    found: list[str] = []
+    for name in config.text:
+        spec = TextSpec(*split_revision(name), **options)
+        text: Any = load_text_encoder(spec, device)
+        last: int = text.layers
+        if not last and set(config.text_layers) - {"last", "all", "-1"}:
+            raise UsageError(f"{name}: its blocks are not one list, so its inner layers cannot be read; give --text-layers last")
+        for layer in reversed(chosen_layers(config.text_layers, name, 1, last) if last else [last]):
+            if layer != last:
+                text = None  # one in memory at a time
+                text = load_text_encoder(replace(spec, layer=layer), device)
+            found.append(text_name(name, layer, last))
+            refuse_equal_names([*taken, *found])
+            job = Extraction(
+                pairs.source, pairs.plan, pairs.folder / found[-1], text=text, columns=config.captions,
+                text_batch_size=config.text_batch_size, workers=0,
+            )  # fmt: skip
+            _fill(job, config, console)
+    return found
+
+
+def refuse_equal_names(names: Sequence[str]) -> None:
+    """Raise UsageError if two candidates would share a name, and so a folder."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UsageError(f"two candidates would share a name ({', '.join(repeated)}); rename one folder")
+
+
+def _fill(job: Extraction, config: AssessConfig, console: Console) -> None:
+    """Encode the shards that are missing in one folder, and say what was rejected; a dry run only says what is missing."""
+    pending = job.pending()
+    if config.dry_run:
+        console.print(f"{job.output}: {len(job.writers)} stores, {human_bytes(job.predicted_bytes())} to encode")
+        return
+    rows = sum(job.plan.lengths[shard] for shard in pending)
+    what = f"{job.output.relative_to(config.output)}:"
+    rejects = job.fill(f"assess-{uuid.uuid4().hex[:8]}", Progress(console, what, rows))
+    if len(rejects):
+        console.print(f"{job.output}: {len(rejects)} rejected (each in rejects.parquet)")
