@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least
 from align.common.hardware import Precision
 from align.encoders.trust import check_trust, split_revision
 
@@ -97,12 +97,9 @@ class AssessConfig:
                 check(bool(re.fullmatch(r"-?\d+|last|all", layer)), f"{flag} {layer}", "is neither a number nor `last` nor `all`")
         strange = [name for name in self.random_weights or () if name not in self.vision]
         check(not strange, f"--random-weights {' '.join(strange)}", "must be among --vision")
-        for name in ("rows", "labelled_rows", "test_rows", "similarity_rows"):
-            check(getattr(self, name) >= 100, f"--{name.replace('_', '-')} {getattr(self, name)}", "must be at least 100")
-        least = {"neighbors": 1, "class_neighbors": 1, "probe_width": 1, "probe_batch": 2, "probe_steps": 1, "probe_every": 1}
-        least |= {"probe_patience": 1, "resamples": 100, "batch_size": 1, "text_batch_size": 1, "workers": 0, "seed": 0}
-        for name, value in least.items():
-            check(getattr(self, name) >= value, f"--{name.replace('_', '-')} {getattr(self, name)}", f"must be at least {value}")
+        check_least(self, rows=100, labelled_rows=100, test_rows=100, similarity_rows=100, resamples=100, neighbors=1, class_neighbors=1)
+        check_least(self, probe_width=1, probe_batch=2, probe_steps=1, probe_every=1, probe_patience=1)
+        check_least(self, batch_size=1, text_batch_size=1, workers=0, seed=0)
         check(self.patch_images == 0 or self.patch_images >= 100, f"--patch-images {self.patch_images}", "is 0 (none) or at least 100")
         check_trust(self.trust_remote_code, *map(split_revision, (*self.vision, *self.text)))
         check(self.probe_lr > 0, f"--probe-lr {self.probe_lr}", "must be above 0")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class CurateConfig:
         wrong = [template for template in self.templates if "{c}" not in template]
         check(bool(self.templates) and not wrong, f"--templates {wrong or 'without a text'}", "each must hold {c}")
         check(1 <= self.per_concept <= self.top, f"--per-concept {self.per_concept} --top {self.top}", "need 1 <= per-concept <= top")
-        check(min(self.save_every, self.text_batch_size, self.parts) >= 1, "--save-every, --text-batch-size, --parts", "must be 1 or more")
+        check_least(self, save_every=1, text_batch_size=1, parts=1)
         check(self.part is None or 0 <= self.part < self.parts, f"--part {self.part} --parts {self.parts}", "parts count from 0")
         for name, value in (("duplicate", self.duplicate_cosine), ("exclude", self.exclude_cosine)):
             check(0 < value <= 1, f"--{name}-cosine {value}", "must lie in (0, 1]")

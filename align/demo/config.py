@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from align.common.checks import check
-from align.common.errors import UsageError
+from align.common.checks import check, check_least
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,7 @@ class PrepareConfig:
     """Folder of fetched assets; by default the user's cache."""
 
     def __post_init__(self) -> None:
-        needed = ("train", "val", "retrieval", "held_out", "per_class")
-        for name, value in vars(self).items():
-            if type(value) is int and value < int(name in needed):
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least {int(name in needed)}")
+        check_least(self, train=1, val=1, retrieval=1, held_out=1, per_class=1, swapped=0, segmentation=0, image_size=0)
+        check_least(self, mllm_pretrain=0, mllm_instruct=0, mllm_test=0, mllm_sprites=0, seed=0, workers=0)
         few = "is 0 (all) or at least 16: scenes need sprites whose names share no word"
         check(self.mllm_sprites == 0 or self.mllm_sprites >= 16, f"--mllm-sprites {self.mllm_sprites}", few)

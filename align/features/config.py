@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least, check_share
 from align.common.hardware import Arithmetic, Precision
 from align.encoders.spec import TextSpec, VisionFeature, VisionSpec
 from align.encoders.trust import check_trust
@@ -77,9 +77,8 @@ class EncodeConfig:
         check(bool(self.vision or self.text), "neither --vision nor --text", "name at least one encoder")
         check(bool(self.text) == bool(self.captions), f"--text {self.text} with --captions {self.captions}", "give both or neither")
         check(len(set(self.captions)) == len(self.captions), f"--captions {self.captions}", "name each column once")
-        check(min(self.batch_size, self.text_batch_size, self.shard_rows) >= 1, "batch and shard sizes", "must be at least 1")
-        check(self.workers >= 0, f"--workers {self.workers}", "must be 0 or more")
-        check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
+        check_least(self, batch_size=1, text_batch_size=1, shard_rows=1, workers=0)
+        check_share("max-reject-fraction", self.max_reject_fraction)
         check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
 
     def encoders(self, precision: Arithmetic) -> tuple[VisionSpec | None, TextSpec | None]:

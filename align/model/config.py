@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least
 from align.common.hardware import Arithmetic, Precision
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.trust import check_trust
@@ -72,7 +72,7 @@ class ConvertConfig:
         check(not (self.vision or self.text) or bool(self.heads), "--vision and --text", "go with --heads")
         check(not self.embeddings or bool(self.kind and self.encoder_name), "--embeddings", "needs --kind and --encoder-name")
         check(all("=" in given for given in self.stated), f"--stated {' '.join(self.stated)}", "each is FIELD=VALUE")
-        check(self.shard_rows >= 1, f"--shard-rows {self.shard_rows}", "must be at least 1")
+        check_least(self, shard_rows=1)
         check_trust(self.trust_remote_code, (self.vision, self.vision_revision), (self.text, self.text_revision))
 
     def encoders(self, precision: Arithmetic) -> tuple[VisionSpec | None, TextSpec | None]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least, check_share
 from align.common.hardware import Precision
 
 Positives = Literal["diagonal", "same_key", "same_caption"]
@@ -137,25 +137,23 @@ class TrainConfig:
         self._check_online()
         check(0 <= self.feature_dropout < 1, f"--feature-dropout {self.feature_dropout}", "must lie in [0, 1)")
         check(self.batch_size >= 2, f"--batch-size {self.batch_size}", "a contrastive loss needs at least 2 pairs")
-        check(self.accumulate >= 1 and self.tile >= 1, f"--accumulate {self.accumulate} --tile {self.tile}", "must be at least 1")
+        check_least(self, accumulate=1, tile=1, val_rows=0, log_every=1, val_every=1, save_every=1)
         check(0 <= self.warmup < 1, f"--warmup {self.warmup}", "is a share of the steps in [0, 1)")
         low, high = self.log_scale_range
         check(low <= self.log_scale <= high, f"--log-scale {self.log_scale}", f"must lie in --log-scale-range {low} {high}")
         check(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"--lr {self.lr} --min-lr {self.min_lr}", "need 0 <= min-lr <= lr, lr > 0")
         check(bool(self.val_images) == bool(self.val_captions), "--val-images and --val-captions", "give both or neither")
-        check(self.val_rows >= 0, f"--val-rows {self.val_rows}", "must be at least 0")
         given = [bool(self.val_rows), bool(self.val_images), bool(self.val_data)]
         check(sum(given) <= 1, "--val-rows, --val-images and --val-data", "give at most one of them")
         check(self.keep >= 1, f"--keep {self.keep}", "must be at least 1: the run must be able to resume")
-        check(min(self.log_every, self.val_every, self.save_every) >= 1, "--log-every, --val-every, --save-every", "must be at least 1")
 
     def _check_online(self) -> None:
         """Check what belongs to --data: it needs both encoders; stores have theirs, and no images to augment."""
         if self.data:
             check(bool(self.vision and self.text), f"--data with --vision {self.vision} --text {self.text}", "name both encoders")
             check(not self.val_images, "--data with --val-images", "validate on --val-rows or --val-data")
-            check(min(self.encoder_batch_size, self.workers + 1) >= 1, "--encoder-batch-size, --workers", "must be at least 1 and 0")
-            check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
+            check_least(self, encoder_batch_size=1, workers=0)
+            check_share("max-reject-fraction", self.max_reject_fraction)
             return
         foreign = [f"--{name.replace('_', '-')}" for name in ("vision", "text", "augment", "val_data") if getattr(self, name)]
         check(not foreign, f"{', '.join(foreign)} without --data", "stores hold features of encoders that ran before: leave it out")

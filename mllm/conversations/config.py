@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from align.common.errors import UsageError
+from align.common.checks import check_least
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,4 @@ class CheckConfig:
     """Largest image accepted, in pixels."""
 
     def __post_init__(self) -> None:
-        if self.max_length < 2 or self.workers < 0:
-            raise UsageError(f"--max-length {self.max_length} must be at least 2, --workers {self.workers} at least 0")
+        check_least(self, max_length=2, workers=0)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least
 from align.common.hardware import Precision
 
 
@@ -102,12 +102,8 @@ class FinetuneConfig:
     """Read the data, show what is trained, estimate memory and time; train nothing."""
 
     def __post_init__(self) -> None:
-        lengths = f"--batch-size {self.batch_size} --micro-batch-size {self.micro_batch_size} --max-length {self.max_length}"
-        check(min(self.batch_size, self.micro_batch_size) >= 1 and self.max_length >= 2, lengths, "must be at least 1, 1 and 2")
-        check(self.steps is None or self.steps >= 1, f"--steps {self.steps}", "must be at least 1")
+        check_least(self, batch_size=1, micro_batch_size=1, max_length=2, steps=1, log_every=1, save_every=1, keep=1)
         check(self.epochs > 0, f"--epochs {self.epochs}", "must be above 0")
-        intervals = f"--log-every {self.log_every} --save-every {self.save_every} --keep {self.keep}"
-        check(min(self.log_every, self.save_every, self.keep) >= 1, intervals, "must be at least 1")
         given = f"--lora-rank {self.lora_rank} --stage {self.stage} --lr-vision {self.lr_vision}"
         check(not self.lora_rank or not self.lr_vision, given, "LoRA keeps the vision encoder frozen: leave --lr-vision out")
         check(not self.lora_rank or self.stage == "instruct", given, "LoRA belongs to --stage instruct; pretrain has a frozen LLM")

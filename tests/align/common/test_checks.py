@@ -1,0 +1,36 @@
+"""A config names the flag that is wrong, what was given and what is allowed."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from align.common.checks import check, check_least, check_share
+from align.common.errors import UsageError
+
+
+@dataclass
+class Sizes:
+    batch_size: int = 4
+    limit: int | None = None
+
+
+def test_a_field_below_its_least_value_is_named_as_its_flag():
+    check_least(Sizes(), batch_size=4, limit=1)
+    with pytest.raises(UsageError, match="^--batch-size 4: must be at least 5$"):
+        check_least(Sizes(), limit=1, batch_size=5)
+    with pytest.raises(UsageError, match="^--limit 0: must be at least 1$"):
+        check_least(Sizes(limit=0), limit=1)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_lies_between_0_and_1(share):
+    check_share("max-reject-fraction", 0)
+    check_share("max-reject-fraction", 1)
+    with pytest.raises(UsageError, match="--max-reject-fraction .*: must lie in 0..1"):
+        check_share("max-reject-fraction", share)
+
+
+def test_a_rule_says_what_was_given_and_what_is_allowed():
+    check(True, "a", "b")
+    with pytest.raises(UsageError, match="^--steps and --epochs: give exactly one$"):
+        check(False, "--steps and --epochs", "give exactly one")
