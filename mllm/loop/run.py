@@ -1,5 +1,6 @@
 """One run of stage two: from the newest checkpoint, or the start model, to the exported model."""
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def train(
         facts = {"rows": len(dataset), "data": dataset.index.fingerprint, "processes": settings.world_size}
         precision = "bf16" if settings.bf16 else "fp32"
         add_launch(folder, {"config": yaml.safe_load(recipe)[config.stage], **facts, "precision": precision})
+    if first >= steps and (folder / "model" / "config.json").is_file():
+        console.print(f"{folder}/model is complete; nothing to do")
+        return
     peak = config.peak_tflops or peak_tflops(settings.device)
     run_log = RunLog(folder, first or None, config.report_to, writing)
     fused = settings.device.type == "cuda" and config.deepspeed is None
@@ -61,11 +65,8 @@ def train(
         log=TrainingLog(run_log, console, peak and peak * settings.world_size), log_every=config.log_every,
         save_every=config.save_every, max_nonfinite=config.max_nonfinite, keep=config.keep,
     )  # fmt: skip
-    if first >= steps and (folder / "model" / "config.json").is_file():
-        console.print(f"{folder}/model is complete; nothing to do")
-        return
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)  # loads the weights even if there is no step left
-    run_log.close()
+    with closing(run_log):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)  # loads the weights even if no step is left
     if trainer.stopped and trainer.state.global_step < steps:
         raise Preempted(f"stopped by SIGTERM at step {trainer.state.global_step}, state saved; run the same command to go on")
     assert trainer.model is not None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -113,6 +114,16 @@ def test_a_killed_pretrain_stage_resumes_exactly_and_trains_the_projector_only(w
     before = load_file(world / "init/model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], one[0][name])}
     assert changed and all(name.startswith("model.multi_modal_projector.") for name in changed)
+
+
+def test_a_run_that_is_complete_is_left_alone_and_one_without_its_model_is_exported_again(world, straight, forked, tmp_path):
+    shutil.copytree(world / "straight", tmp_path / "run")
+    before = (tmp_path / "run/model/config.json").stat().st_mtime_ns
+    assert forked(train, world, tmp_path / "run") == 0
+    assert (tmp_path / "run/model/config.json").stat().st_mtime_ns == before and result(tmp_path / "run")[1] == straight[1]
+    shutil.rmtree(tmp_path / "run/model")
+    assert forked(train, world, tmp_path / "run") == 0
+    same(result(tmp_path / "run")[0], straight[0])
 
 
 def test_a_damaged_checkpoint_is_passed_over(world, straight, forked, tmp_path):
