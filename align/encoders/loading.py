@@ -32,9 +32,9 @@ TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors a
 def resolve_encoder(name: str) -> str:
     """Return the local folder or hub id to open."""
     if name.startswith("embedded:"):
-        from align.embedded.assets import resolve
+        from align.embedded.assets import fetch
 
-        return resolve(name)
+        return str(fetch(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
@@ -96,22 +96,24 @@ def _elsewhere(value: Any, names_code: bool = False) -> set[str]:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def recorded_id(name: str) -> str:
+    """Return what a fingerprint calls an encoder: its hub or `embedded:` id, or the base name of its folder, which may be moved."""
     folder = Path(name).expanduser()
     return folder.resolve().name if folder.is_dir() else name
 
 
 def require_complete(name: str, missing: Iterable[str], unused: tuple[str, ...]) -> None:
     """Refuse a checkpoint that lacks weights a feature depends on: they would be random."""
-    lacking = sorted(key for key in missing if is_used(key, unused))
+    lacking = sorted(key for key in missing if _is_used(key, unused))
     if lacking:
         raise UsageError(f"{name} lacks {len(lacking)} weights of its architecture, such as {lacking[0]}; use a complete checkpoint")
 
 
-def is_used(key: str, unused: tuple[str, ...]) -> bool:
+def _is_used(key: str, unused: tuple[str, ...]) -> bool:
     return not key.startswith(unused) and not key.endswith("num_batches_tracked")
 
 
@@ -119,7 +121,7 @@ def hash_weights(model: nn.Module, unused: tuple[str, ...]) -> str:
     """Return the xxh3-128 over names, types, shapes and bytes of the tensors that features depend on, sorted by name."""
     digest = xxhash.xxh3_128()
     for key, value in sorted(model.state_dict().items()):
-        if is_used(key, unused):
+        if _is_used(key, unused):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ two shards and its rows are a pure function of the plan, so a shard's bytes do n
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ class _Decoded:
     pixels: Tensor | None
     keys: list[str]
     captions: dict[str, list[tuple[str, list[str]]]]
-    rejects: list[tuple[bool, RejectedRow]]  # True: the row's image
+    rejects: list[RejectedRow]
 
 
 class _Batches(Dataset):
@@ -76,7 +76,7 @@ class _Batches(Dataset):
         pixels = []
         for row in self._opened[1].rows(task.start, task.stop, images=task.images):
             if row.reject is not None:
-                decoded.rejects.append((True, RejectedRow.of(row.reject, row.index, row.key, "row")))
+                decoded.rejects.append(RejectedRow.of(row.reject, row.index, row.key, "row"))
                 continue
             if task.images:
                 try:
@@ -84,13 +84,12 @@ class _Batches(Dataset):
                     pixels.append(self.transform(gate_image(row.image, self.limits)))
                     decoded.keys.append(row.key)
                 except Reject as reject:
-                    decoded.rejects.append((True, RejectedRow.of(reject, row.index, row.key, "image")))
+                    decoded.rejects.append(RejectedRow.of(reject, row.index, row.key, "image"))
             for column in task.columns:
                 try:
-                    texts = self._captions(row.fields, column)
-                    decoded.captions[column].append((row.key, texts))
+                    decoded.captions[column].append((row.key, self._captions(row.fields, column)))
                 except Reject as reject:
-                    decoded.rejects.append((False, RejectedRow.of(reject, row.index, row.key, column)))
+                    decoded.rejects.append(RejectedRow.of(reject, row.index, row.key, column))
         if pixels:
             decoded.pixels = torch.stack(pixels)
         return decoded
@@ -194,9 +193,12 @@ class Extraction:
         """Check that every shard is committed, write each store's `rejects.parquet` and return them all in one table."""
         tables = [writer.finish() for writer in self.writers]
         rejects = pa.concat_tables(tables)
-        fraction = _rejected_samples(rejects) / max(1, self.plan.rows)
+        samples = rejects.group_by(["shard", "row"]).aggregate([]).num_rows  # a sample may be rejected in several stores
+        fraction = samples / max(1, self.plan.rows)
         if fraction > self.stopping.fraction:
-            self._stop(f"{100 * fraction:.1f}% of the samples were rejected, {100 * self.stopping.fraction:.1f}% are allowed", rejects)
+            self._stop(
+                f"{100 * fraction:.1f}% of the samples were rejected, {100 * self.stopping.fraction:.1f}% are allowed", rejects.to_pylist()
+            )
         return rejects
 
     def _tasks(self, lease: Lease) -> Iterator[_Task]:
@@ -215,16 +217,16 @@ class Extraction:
             shard.keys += decoded.keys
         for column, captions in decoded.captions.items():
             shard.captions.setdefault(column, []).extend(captions)
-        shard.rejects += [reject for _, reject in decoded.rejects]
+        shard.rejects += decoded.rejects
         self.rows += decoded.task.stop - decoded.task.start
-        rejected_rows = {reject.row for _, reject in decoded.rejects}
+        rejected_rows = {reject.row for reject in decoded.rejects}
         self.rejected += len(rejected_rows)
         for row in range(decoded.task.start, decoded.task.stop):
             self._in_a_row = self._in_a_row + 1 if row in rejected_rows else 0
             if self._in_a_row >= self.stopping.in_a_row:
-                self._stop(f"{self._in_a_row} samples in a row were rejected", shard.rejected_table())
+                self._stop(f"{self._in_a_row} samples in a row were rejected", [asdict(reject) for reject in shard.rejects])
         if self.rows >= MIN_ROWS_FOR_SHARE and self.rejected > self.stopping.fraction * max(self.rows, self.plan.rows // 2):
-            self._stop(f"{self.rejected} of {self.rows} samples were rejected", shard.rejected_table())
+            self._stop(f"{self.rejected} of {self.rows} samples were rejected", [asdict(reject) for reject in shard.rejects])
 
     def _commit(self, task: _Task, shard: "_Shard") -> None:
         if task.images:
@@ -246,10 +248,9 @@ class Extraction:
         with self.progress.spend("write"):
             writer.write(*shard)
 
-    def _stop(self, why: str, rejects: pa.Table) -> None:
-        counts = Counter(rejects["code"].to_pylist()).most_common(5)
-        example = rejects.slice(0, 1).to_pylist()
-        first = f" First: {example[0]['key']!r} {example[0]['column']}: {example[0]['code']} ({example[0]['detail']})." if example else ""
+    def _stop(self, why: str, rejects: list[dict[str, Any]]) -> None:
+        counts = Counter(reject["code"] for reject in rejects).most_common(5)
+        first = " First: {key!r} {column}: {code} ({detail}).".format(**rejects[0]) if rejects else ""
         raise DataError(
             f"{why} (codes: {', '.join(f'{code} {count}' for code, count in counts)}).{first} Mend the data, or raise "
             "--max-reject-fraction / --max-rejects-in-a-row; committed shards are kept."
@@ -264,12 +265,3 @@ class _Shard:
     keys: list[str] = field(default_factory=list)
     captions: dict[str, list[tuple[str, list[str]]]] = field(default_factory=dict)
     rejects: list[RejectedRow] = field(default_factory=list)
-
-    def rejected_table(self) -> pa.Table:
-        """Return the rejects so far as a table with the columns that matter for a message."""
-        return pa.table({name: [getattr(reject, name) for reject in self.rejects] for name in ("key", "column", "code", "detail")})
-
-
-def _rejected_samples(rejects: pa.Table) -> int:
-    """Return how many different samples (shard, row) are in a table of rejects."""
-    return rejects.group_by(["shard", "row"]).aggregate([]).num_rows

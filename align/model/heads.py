@@ -1,4 +1,4 @@
-"""Alignment heads: small networks that map frozen features into the space shared by images and texts.
+"""Alignment heads: small networks that map frozen features into the space shared by images and texts (SAIL, arXiv 2412.04616).
 
 Shapes: `F` feature width given to a head, `E` aligned width, `w` expansion factor. Every head computes `a(x) = G(LayerNorm(x))`
 on the last axis of a (..., F) tensor, so pooled features (B, F) and dense features (B, P, F) pass through the same weights.
@@ -23,7 +23,7 @@ GLU_BOUND = 1e3  # keeps the product of the two branches finite in fp16
 
 
 class LinearHead(nn.Module):
-    """Returns `Linear(F, E)(LayerNorm(x))`."""
+    """Returns `Linear(F, E)(LayerNorm(x))`: SAIL's linear head, and the one of alignment probing."""
 
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
@@ -36,7 +36,7 @@ class LinearHead(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """Returns `Linear(wF, E)(GELU(Linear(F, wF)(LayerNorm(x))))` with the exact (erf) GELU."""
+    """Returns `Linear(wF, E)(GELU(Linear(F, wF)(LayerNorm(x))))` with the exact (erf) GELU: SAIL's MLP head."""
 
     def __init__(self, in_width: int, out_width: int, expansion: int = 4):
         super().__init__()
@@ -137,7 +137,7 @@ def _mean(tokens: Tensor, weights: Tensor) -> Tensor:
 
 
 class ImageTokenHead(nn.Module):
-    """Returns `mean_i TP_local(p_i) + TP_cls(cls)`; without a CLS token there is no TP_cls."""
+    """Returns `mean_i TP_local(p_i) + TP_cls(cls)` (freeze-align, arXiv 2409.19425); without a CLS token there is no TP_cls."""
 
     def __init__(self, token_width: int, out_width: int, has_cls: bool, dropout: float | None = None):
         super().__init__()
@@ -163,7 +163,7 @@ class ImageTokenHead(nn.Module):
 
 
 class TextTokenHead(nn.Module):
-    """Returns `LayerNorm(p + Dropout(W2 GELU(p)))` of `p = W1 masked_mean_j TP_text(t_j)`."""
+    """Returns `LayerNorm(p + Dropout(W2 GELU(p)))` of `p = W1 masked_mean_j TP_text(t_j)` (freeze-align, arXiv 2409.19425)."""
 
     def __init__(self, token_width: int, out_width: int, dropout: float | None = None):
         super().__init__()

@@ -41,7 +41,7 @@ def sigmoid_loss(
     matmul_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return the sigmoid loss `-sum_ij log sigmoid(Z_ij S_ij)`, a scalar: the mean over the caption sets.
+    """Return SAIL's loss `-sum_ij log sigmoid(Z_ij S_ij)`, `S_ij = t <x_i, y_j> + b`, a scalar: the mean over the caption sets.
 
     `images` (N, E) and each of `captions` (N, E) are L2-normalized, row i of one belonging to row i of the others;
     `log_scale` and `bias` are scalars. Z is +1 on positives and -1 elsewhere. Positives are the diagonal; with `image_ids` (N,) int64
@@ -74,7 +74,8 @@ def info_nce_loss(
 ) -> Tensor:
     """Return the symmetric cross-entropy (image to caption and caption to image, averaged), a scalar: the mean over caption sets.
 
-    An anchor's term is minus the mean log-probability of its positives.
+    An anchor's term is minus the mean log-probability of its positives, `-log softmax_j(t <x_i, y_j>)_i` with one positive: InfoNCE
+    as CLIP (arXiv 2103.00020) and freeze-align (arXiv 2409.19425) train it.
     Arguments, dtypes, processes and errors are those of `sigmoid_loss`, without bias and reduction.
     """
     task = _plan(images, captions, log_scale, image_ids, caption_ids, tile, matmul_dtype, group)

