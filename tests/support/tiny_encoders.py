@@ -170,7 +170,10 @@ def close(actual, expected, tolerance=1e-5):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of dog cat on left red big small blue the and car tree ##s".split()
+WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    *("a", "photo", "of", "dog", "cat", "on", "left", "red", "big", "small", "blue", "the", "and", "car", "tree", "##s"),
+]
 
 
 def save_bert(folder, pooling="mean", normalize=True, dense=False, **tokenizer):
