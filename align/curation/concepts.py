@@ -5,7 +5,9 @@ Shapes: `C` concepts, `E` width of the space that candidates are scored in.
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from align.common.checkpoints import newest_checkpoint, save_checkpoint
 from align.common.errors import DataError, UsageError
-from align.common.files import read_json
-from align.curation.scoring import Candidates, Projection, chunk_rows
+from align.common.files import hash_bytes, hash_file, read_json
+from align.common.fingerprints import compare_fingerprints
+from align.curation.config import CurateConfig
+from align.curation.pool import CandidatePool
+from align.curation.scoring import ConceptSpace, Projection, chunk_rows
+from align.features.store import FeatureStore
 
 LABELS_SCHEMA = pa.schema([("key", pa.string()), ("label", pa.string())])
 
@@ -59,7 +66,7 @@ def read_labels(path: Path) -> pa.Table:
 
 
 @torch.no_grad()
-def shot_prototypes(shots: Candidates, labels: pa.Table, project: Projection) -> tuple[tuple[str, ...], Tensor]:
+def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection) -> tuple[tuple[str, ...], Tensor]:
     """Return the labels in alphabetical order and (C, E) normalized prototypes: the mean of each label's normalized rows.
 
     `shots` are features of labelled samples, `labels` the columns key and label. Rows without a label are left out; DataError if a
@@ -87,6 +94,50 @@ def shot_prototypes(shots: Candidates, labels: pa.Table, project: Projection) ->
     return tuple(names), functional.normalize(sums, dim=1)
 
 
+def concept_names(config: CurateConfig) -> tuple[str, ...]:
+    """Return the names of the concepts: the lines of --concepts, or the labels of --concept-labels in alphabetical order."""
+    if config.concepts:
+        return read_names(Path(config.concepts))
+    return tuple(sorted(set(read_labels(Path(str(config.concept_labels)))["label"].to_pylist())))
+
+
+def inputs_of(config: CurateConfig, candidates: CandidatePool, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what decides all scores, as fingerprints: lists are continued only if every field is the same."""
+    shots = FeatureStore(config.concept_store) if config.concept_store else None
+    weights = Path(config.model or "") / "model.safetensors"
+    return {
+        "concepts": hash_bytes("\n".join(names).encode()),
+        "templates": list(config.templates) if config.concepts else [],
+        "shots": [shots.header.data, shots.fingerprint, hash_file(Path(str(config.concept_labels)))] if shots else [],
+        "candidates": [[store.header.data, len(store)] for store in candidates.stores],
+        "features": candidates.fingerprint,
+        "model": hash_file(weights) if config.model and weights.exists() else config.model,
+    }
+
+
+def make_prototypes(config: CurateConfig, space: ConceptSpace, names: tuple[str, ...]) -> Tensor:
+    """Return (C, E) normalized prototypes in `space`, from the texts or the shots of the configuration."""
+    if config.concepts:
+        encode = partial(space.encode_texts, batch_size=config.text_batch_size, trust_remote_code=config.trust_remote_code)
+        return text_prototypes(names, config.templates, encode)
+    shots = CandidatePool.open(str(config.concept_store))
+    return shot_prototypes(shots, read_labels(Path(str(config.concept_labels))), space.projection(shots))[1]
+
+
+def kept_prototypes(folder: Path, inputs: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
+    """Return (C, E) prototypes, made once and kept in `folder`, so that a continued run scores against the very same.
+
+    FingerprintError if those that are there were made from other inputs.
+    """
+    path, tensors, state, _ = newest_checkpoint(folder)
+    if path is not None:
+        compare_fingerprints(inputs, state["inputs"], str(folder))
+        return tensors["prototypes"]
+    made = make().cpu()
+    save_checkpoint(folder, 0, {"prototypes": made}, {"inputs": inputs}, keep=1)
+    return made
+
+
 def evaluation_sets(names: Sequence[str]) -> list[str]:
     """Return the known evaluation sets all of whose classes are among `names`, whatever the case.
 
@@ -102,8 +153,9 @@ def evaluation_sets(names: Sequence[str]) -> list[str]:
     return [known for known, classes in read_json(path).items() if given >= {name.casefold() for name in classes}]
 
 
-def evaluation_note(sets: Sequence[str]) -> str:
-    """Return the note that belongs wherever the results of such a curation go, or nothing if there is no evaluation set."""
+def evaluation_note(noticed: Sequence[str], told: str | None = None) -> str:
+    """Return the note that belongs wherever the results go if evaluation sets were `noticed` or the user `told` of one, else nothing."""
+    sets = list(dict.fromkeys([*([told] if told else []), *noticed]))
     if not sets:
         return ""
     return (

@@ -4,6 +4,7 @@ Shapes: `C` concepts.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.csv
 
 from align.common.charts import MUTED, SERIES, new_figure, png, style_axes
 from align.common.files import atomic_bytes, atomic_json
-from align.curation.toplists import Assignment, effective_number
+from align.curation.assignment import Assignment
 
 
 def coverage_table(names: tuple[str, ...], before: np.ndarray, after: np.ndarray, assignment: Assignment) -> pa.Table:
@@ -53,6 +54,17 @@ def summary(table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def shown_coverage(values: dict[str, Any]) -> str:
+    """Return the totals of `write_coverage` as a sentence."""
+    passed = ", ".join(f"{count} {reason}" for reason, count in values["passed_over"].items()) or "none"
+    effective = f"{values['effective_concepts_before']:.1f} -> {values['effective_concepts_after']:.1f} of {values['concepts']}"
+    return (
+        f"chosen {values['chosen']} of {values['candidates']} samples (passed over: {passed}; without an image: "
+        f"{values['without_image']}); effective concepts {effective}; "
+        f"concepts that are nobody's best {values['concepts_without_candidates']} -> {values['concepts_without_chosen']}"
+    )
+
+
 def coverage_figure(table: pa.Table, note: str = "") -> bytes:
     """Return a PNG: each concept's candidates before, and its samples after, from the most to the least frequent before."""
     before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
@@ -73,6 +85,13 @@ def coverage_figure(table: pa.Table, note: str = "") -> bytes:
     if note:
         figure.supxlabel(note, fontsize=7, color="#b42318", wrap=True, parse_math=False)
     return png(figure)
+
+
+def effective_number(counts: Sequence[int] | np.ndarray) -> float:
+    """Return exp(entropy) of shares `counts` (C,): C if all are equal, 1 if one has everything, 0 of nothing."""
+    shares = np.asarray(counts, dtype=np.float64)
+    shares = shares[shares > 0] / max(shares.sum(), 1)
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def write_coverage(folder: Path, table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,15 @@ excluded feature. What is passed over for one concept is not offered to the next
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import xxhash
 
-from align.curation.toplists import Refusals
+from align.common.fingerprints import compare_fingerprints
+from align.curation.assignment import Picker, Refusals, first_ones
+from align.curation.pool import CandidatePool
 
 BLOCK = 1024  # rows compared at once: a matrix of at most BLOCK x BLOCK cosines
 
@@ -86,3 +90,31 @@ class Distinct:
             for start in range(0, len(self.excluded), 8 * BLOCK):
                 found |= (vectors @ self.excluded[start : start + 8 * BLOCK].T).max(axis=1) >= self.exclude_cosine
         return found
+
+
+def _features_at(images: CandidatePool, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    return images.features(rows[samples])
+
+
+def picker_for(
+    candidates: CandidatePool, images: CandidatePool | None, excluded: CandidatePool | None,
+    duplicates: Literal["keep", "identical", "near"], cosine: float, exclude_cosine: float,
+) -> tuple[Picker, np.ndarray]:  # fmt: skip
+    """Return how a concept picks, and (S,) bool which samples cannot be used, as they have no row in `images`.
+
+    Features are compared in `images`, or in the candidates themselves; FingerprintError if `excluded` were made by another encoder.
+    """
+    unusable = np.zeros(len(candidates), dtype=bool)
+    if duplicates == "keep" and excluded is None:
+        return first_ones, unusable
+    compared = images or candidates
+    if excluded is not None:
+        compare_fingerprints(excluded.fingerprint, compared.fingerprint, str(compared.stores[0].folder))
+    features = candidates.features
+    if images is not None:
+        rows = candidates.rows_in(images)
+        unusable = rows < 0
+        features = partial(_features_at, images, rows)
+    away = None if excluded is None else excluded.features(np.arange(len(excluded)))
+    near = cosine if duplicates == "near" else None
+    return Distinct(features, identical=duplicates != "keep", cosine=near, excluded=away, exclude_cosine=exclude_cosine), unusable

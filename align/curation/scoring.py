@@ -1,23 +1,31 @@
-"""Candidates of a curation: feature stores as one stream of samples, and their scores against concept prototypes.
+"""Scores of candidates against concepts: the space where both meet, and each concept's best candidates over all shards.
 
-Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `E` width of the space of concepts, `C` concepts, `S` rows of all stores.
-A sample is an image, or all the captions of one: its score is that of its best caption, and it goes by the number of its first row.
+Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `E` width of the space, `C` concepts, `S` rows of all candidates. The score
+of a sample with several captions is that of its best one.
 """
 
+import signal
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 
-from align.common.errors import DamagedError, UsageError
-from align.common.fingerprints import compare_fingerprints
+from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.common.console import Progress
+from align.common.errors import Preempted, UsageError
+from align.common.fingerprints import compare_encoders, compare_fingerprints
+from align.common.locks import Lease
+from align.curation.pool import CandidatePool
 from align.curation.toplists import TopLists
-from align.features.store import KEYS_SCHEMA, FeatureStore
+from align.encoders.spec import TextSpec
+from align.encoders.text import load_text_encoder
+from align.model.dual_encoder import SailModel
 
 CHUNK_SCORES = 1 << 22  # scores held at once (16 MiB): a chunk has about this many over C rows
 
@@ -34,112 +42,9 @@ def normalize(features: Tensor) -> Tensor:
     return functional.normalize(features, dim=1)
 
 
-class Candidates:
-    """One or more stores of the same encoder, their rows numbered through, read shard by shard."""
-
-    def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        """Join the stores; UsageError if they hold other kinds or nothing, FingerprintError if other encoders made them."""
-        self.stores = list(stores)
-        first = self.stores[0]
-        for store in self.stores[1:]:
-            if store.header.kind != first.header.kind:
-                raise UsageError(f"{store.folder} holds {store.header.kind}s, {first.folder} {first.header.kind}s; give stores of one kind")
-            compare_fingerprints(store.fingerprint, first.fingerprint, str(first.folder))
-        self.kind, self.fingerprint, self.width = first.header.kind, first.fingerprint, first.width
-        self.starts = np.concatenate([[0], np.cumsum([len(store) for store in self.stores])]).astype(np.int64)
-        self.shards = [(number, shard) for number, store in enumerate(self.stores) for shard in range(store.header.shards)]
-        if not len(self):
-            raise UsageError(f"{', '.join(str(store.folder) for store in self.stores)}: no candidates in it")
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def rows_of(self, shard: int) -> range:
-        """Return the row numbers of shard `shard` (a place in `shards`)."""
-        number, own = self.shards[shard]
-        begin = int(self.starts[number])
-        return range(begin + int(self.stores[number].starts[own]), begin + int(self.stores[number].starts[own + 1]))
-
-    def shard_keys(self, shard: int) -> pa.Table:
-        """Return key and item of the rows of one shard; DamagedError if its file is not as committed."""
-        number, own = self.shards[shard]
-        path = self.stores[number].folder / "shards" / f"{own:06d}.parquet"
-        try:
-            table = pq.read_table(path, schema=KEYS_SCHEMA)
-        except (OSError, pa.ArrowException) as error:
-            raise DamagedError(f"{path} cannot be read ({error}); delete its commit record and encode again") from error
-        if len(table) != len(self.rows_of(shard)):
-            raise DamagedError(f"{path} has {len(table)} keys where {len(self.rows_of(shard))} were committed; encode again")
-        return table
-
-    def chunks(self, shard: int, size: int, only: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield (features (r, W) float16, first row of each sample in them (n,), the samples' numbers (n,)), up to `size` samples.
-
-        With `only` (S,) bool just the samples for which it is True. A sample is never cut in two.
-        """
-        span = self.rows_of(shard)
-        begins = np.arange(len(span))
-        if self.kind == "caption" and len(span):  # captions of one sample: one key, rising item numbers, as align.training.pairs joins them
-            table = self.shard_keys(shard)
-            keys = pc.dictionary_encode(table["key"].combine_chunks()).indices.to_numpy()
-            items = table["item"].to_numpy()
-            begins = np.flatnonzero(np.concatenate([[True], (keys[1:] != keys[:-1]) | (items[1:] <= items[:-1])]))
-        lengths = np.diff(np.append(begins, len(span)))
-        if only is not None:
-            wanted = only[span.start + begins]
-            begins, lengths = begins[wanted], lengths[wanted]
-        piece = (np.cumsum(lengths) - 1) // size
-        for at in np.split(np.arange(len(begins)), np.flatnonzero(np.diff(piece)) + 1):
-            if len(at):
-                firsts = np.cumsum(lengths[at]) - lengths[at]
-                rows = np.arange(lengths[at].sum()) + np.repeat(begins[at] - firsts, lengths[at])
-                yield self.features(span.start + rows), firsts, span.start + begins[at]
-
-    def features(self, rows: np.ndarray) -> np.ndarray:
-        """Return features (n, W) float16 of row numbers (n,), in the order asked for."""
-        home = np.searchsorted(self.starts, rows, side="right") - 1
-        out = np.empty((len(rows), self.width), dtype=np.float16)
-        for number in np.unique(home).tolist():
-            here = home == number
-            out[here] = self.stores[number].features(rows[here] - self.starts[number])
-        return out
-
-    def keys(self, rows: np.ndarray) -> list[str]:
-        """Return the sample keys of row numbers (n,), in the order asked for; each shard's keys are read once."""
-        order = np.argsort(rows, kind="stable")
-        found: list[str] = []
-        for shard in range(len(self.shards)):
-            span = self.rows_of(shard)
-            low, high = np.searchsorted(rows[order], [span.start, span.stop])
-            if low < high:
-                found += self.shard_keys(shard)["key"].take(rows[order[low:high]] - span.start).to_pylist()
-        keys = np.empty(len(rows), dtype=object)
-        keys[order] = found
-        return keys.tolist()
-
-    def rows_in(self, other: "Candidates") -> np.ndarray:
-        """Return (S,) int64: for each row here the first row in `other` with its key, -1 if there is none.
-
-        Both must be made from the same data in the same shards (as one align/encode.py command makes them): UsageError if not.
-        """
-        ours, theirs = ([store.header.data for store in side.stores] for side in (self, other))
-        if ours != theirs:
-            raise UsageError(
-                f"{', '.join(str(store.folder) for store in other.stores)} was not encoded from the same data as the candidates, store by "
-                "store; encode images and captions in one command, or in two with the same --data and --shard-rows"
-            )
-        found = np.full(len(self), -1, dtype=np.int64)
-        for shard in range(len(self.shards)):
-            mine, there = self.rows_of(shard), other.rows_of(shard)
-            place = pc.index_in(self.shard_keys(shard)["key"].combine_chunks(), value_set=other.shard_keys(shard)["key"].combine_chunks())
-            places = pc.fill_null(place, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-            found[mine.start : mine.stop] = np.where(places >= 0, places + there.start, -1)
-        return found
-
-
 @torch.no_grad()
 def scored_chunks(
-    candidates: Candidates, shard: int, prototypes: Tensor, project: Projection, only: np.ndarray | None = None
+    candidates: CandidatePool, shard: int, prototypes: Tensor, project: Projection, only: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (cosines (n, C) float32, sample numbers (n,)) of one shard: `prototypes` (C, E) are normalized, on the device to use."""
     for features, firsts, samples in candidates.chunks(shard, chunk_rows(len(prototypes)), only):
@@ -150,10 +55,98 @@ def scored_chunks(
         yield scores, samples
 
 
-def score_shard(candidates: Candidates, shard: int, prototypes: Tensor, project: Projection, lists: TopLists) -> np.ndarray:
+def score_shard(candidates: CandidatePool, shard: int, prototypes: Tensor, project: Projection, lists: TopLists) -> np.ndarray:
     """Add one shard's samples to the lists and return (C,) int64: how many of them have each concept as their best."""
     counts = np.zeros(len(lists), dtype=np.int64)
     for scores, samples in scored_chunks(candidates, shard, prototypes, project):
         lists.add(scores, samples)
         counts += np.bincount(scores.argmax(axis=1), minlength=len(lists))
     return counts
+
+
+def best_counts(space: "ConceptSpace", prototypes: Tensor, samples: np.ndarray) -> np.ndarray:
+    """Return (C,) int64: how many of the samples with these numbers have each concept as their best."""
+    only, counts = np.zeros(len(space.candidates), dtype=bool), np.zeros(len(prototypes), dtype=np.int64)
+    only[samples] = True
+    for shard in range(len(space.candidates.shards)):
+        for scores, _ in scored_chunks(space.candidates, shard, prototypes, space.project, only):
+            counts += np.bincount(scores.argmax(axis=1), minlength=len(counts))
+    return counts
+
+
+class ConceptSpace:
+    """Where candidates and concepts meet: the candidates' own features, or the shared space of an aligned model."""
+
+    def __init__(self, candidates: CandidatePool, model: SailModel | None, device: torch.device, texts: bool) -> None:
+        """`texts`: concepts are texts; UsageError if they are to score images without a model."""
+        if model is None and texts and candidates.kind == "image":
+            raise UsageError(
+                "text concepts can score images only in the space of an aligned model; give --model, or captions to choose from"
+            )
+        self.candidates, self.model, self.device = candidates, model, device
+        self.project = self.projection(candidates)
+        self.width = candidates.width if model is None else model.config.width
+
+    def projection(self, features: CandidatePool) -> Projection:
+        """Return what takes features of a store to the space; FingerprintError if they are another encoder's than the space's."""
+        folder = str(features.stores[0].folder)
+        if self.model is None:
+            compare_fingerprints(features.fingerprint, self.candidates.fingerprint, str(self.candidates.stores[0].folder))
+            return normalize
+        if features.kind == "image":
+            compare_encoders(self.model.config.vision_fingerprint, features.fingerprint, folder)
+            return self.model.project_image
+        compare_encoders(self.model.config.text_fingerprint, features.fingerprint, folder)
+        return self.model.project_text
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str], batch_size: int, trust_remote_code: bool) -> Tensor:
+        """Return (T, E) normalized embeddings of texts, by the model's text encoder or by the one that encoded the candidates."""
+        if self.model is not None:
+            return self.model.project_text(self.model.text_encoder.encode(texts, batch_size).to(self.device))
+        store = self.candidates.stores[0]
+        if not store.header.loader:
+            raise UsageError(f"{store.folder} names no encoder (it was imported); give --model, or concepts as a --concept-store")
+        precision = store.fingerprint.get("precision", "fp32")
+        encoder = load_text_encoder(TextSpec(**store.header.loader, precision=precision, trust_remote_code=trust_remote_code), self.device)
+        compare_encoders(encoder.fingerprint, store.fingerprint, str(store.folder))
+        return normalize(encoder.encode(texts, batch_size).to(self.device))
+
+
+def score_shards(
+    folder: Path, shards: Sequence[int], space: ConceptSpace, prototypes: Tensor, top: int, inputs: dict[str, Any], every: int,
+    console: Console,
+) -> tuple[TopLists, np.ndarray]:  # fmt: skip
+    """Return the lists of these shards and (C,) how many of their samples have each concept as their best.
+
+    They are committed to `folder` after `every` shards, with `inputs`, and resumed from there. Raises Preempted after SIGTERM.
+    """
+    candidates, lists = space.candidates, TopLists(len(prototypes), top, chunk_rows(len(prototypes)))
+    best = np.zeros(len(lists), dtype=np.int64)
+    stopping: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    try:
+        with Lease(folder, f"run-{uuid.uuid4().hex[:8]}"):
+            clean_checkpoints(folder)
+            path, tensors, state, problems = newest_checkpoint(folder)
+            for problem in problems:
+                console.print(f"passed over lists: {problem}")
+            if path is not None:
+                compare_fingerprints(inputs, state["inputs"], str(path))
+                best += tensors.pop("best").numpy()
+                lists.load_state({name: tensor.numpy() for name, tensor in tensors.items()})
+            done, rows = state.get("step", 0), 0
+            left = sum(len(candidates.rows_of(shard)) for shard in shards[done:])
+            progress = Progress(console, f"{folder.name}: scored rows", left)
+            for number, shard in enumerate(shards[done:], done + 1):
+                best += score_shard(candidates, shard, prototypes, space.project, lists)
+                rows += len(candidates.rows_of(shard))
+                if number % every == 0 or number == len(shards) or stopping:
+                    tensors = {name: torch.from_numpy(array) for name, array in {**lists.state(), "best": best}.items()}
+                    save_checkpoint(folder, number, tensors, {"inputs": inputs}, keep=2)
+                if stopping and number < len(shards):
+                    raise Preempted(f"stopped by SIGTERM after shard {number} of {len(shards)}, lists saved; run the same command to go on")
+                progress(rows, now=number == len(shards))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return lists, best

@@ -1,19 +1,14 @@
-"""Curation without data: each concept's best candidates, kept while scores stream by, and their greedy assignment.
+"""Each concept's best candidates, kept while scores stream by.
 
-Shapes: `C` concepts, `M` places in a concept's list, `n` samples of a chunk, `S` rows of all candidates. A sample goes by the number of
+Shapes: `C` concepts, `M` places in a concept's list, `n` samples of a chunk. A sample goes by the number of
 its first row, and samples arrive in ascending order, so that ties are won by the lower number however the stream is cut.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
 SLACK_SHARE = 8  # newcomers wait in room for M / 8 behind a list, and are sorted in when it is full
-
-Refusals = dict[str, np.ndarray]  # reason -> positions of the rows that were passed over for it
-Picker = Callable[[np.ndarray, int], tuple[np.ndarray, Refusals]]
 
 
 class TopLists:
@@ -119,52 +114,3 @@ def best(values: np.ndarray, count: int) -> np.ndarray:
     kept = values > last
     kept[np.flatnonzero(values == last)[: count - int(kept.sum())]] = True
     return kept
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What each concept got, by concept number; `order` (C,) are the concepts as they were served, rarest first."""
-
-    order: np.ndarray
-    rows: list[np.ndarray]  # sample numbers, best first
-    scores: list[np.ndarray]
-    ranks: list[np.ndarray]  # places in the concept's list, from 1
-    last_scores: np.ndarray  # (C,) score at rank M: the lower, the rarer
-    refused: list[Counter[str]]  # reason -> how many candidates were passed over
-
-
-def first_ones(rows: np.ndarray, count: int) -> tuple[np.ndarray, Refusals]:
-    """Return the positions of the first `count` of `rows` and no refusals: the picker that takes everything."""
-    return np.arange(min(count, len(rows))), {}
-
-
-def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = first_ones) -> Assignment:
-    """Return the greedy assignment: concepts by ascending score at rank M, each gets its best samples that are not taken.
-
-    `taken` (S,) bool is False where a sample may be used, and is updated. `pick(rows, count)` chooses up to `count` of a concept's free
-    samples, best first, and says which it passed over for good. Concepts that tie are served by number. Source: METHOD, greedy
-    assignment of concept-balanced pairs.
-    """
-    last = lists.last_scores()
-    order = np.argsort(last, kind="stable")
-    none = np.zeros(0, dtype=np.int64)
-    rows, scores, ranks = ([none] * len(lists) for _ in range(3))
-    refused: list[Counter[str]] = [Counter() for _ in range(len(lists))]
-    for concept in order.tolist():
-        values, candidates = lists.ranked(concept)
-        free = np.flatnonzero(~taken[candidates])
-        chosen, refusals = pick(candidates[free], per_concept)
-        places = free[chosen]
-        rows[concept], scores[concept], ranks[concept] = candidates[places], values[places], places + 1
-        taken[candidates[places]] = True
-        for reason, positions in refusals.items():
-            taken[candidates[free[positions]]] = True
-            refused[concept][reason] += len(positions)
-    return Assignment(order, rows, scores, ranks, last, refused)
-
-
-def effective_number(counts: Sequence[int] | np.ndarray) -> float:
-    """Return exp(entropy) of shares `counts` (C,): C if all are equal, 1 if one has everything, 0 of nothing."""
-    shares = np.asarray(counts, dtype=np.float64)
-    shares = shares[shares > 0] / max(shares.sum(), 1)
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0

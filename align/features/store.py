@@ -207,8 +207,7 @@ class FeatureStore:
     @cached_property
     def key_table(self) -> pa.Table:
         """Columns key (string) and item (int16), one row a feature."""
-        paths = [self.folder / "shards" / f"{shard:06d}.parquet" for shard in range(self.header.shards)]
-        tables = [self._read_keys(path, commit["rows"]) for path, commit in zip(paths, self._commits, strict=True)]
+        tables = [self.shard_keys(shard) for shard in range(self.header.shards)]
         return pa.concat_tables(tables) if tables else KEYS_SCHEMA.empty_table()
 
     @property
@@ -224,14 +223,15 @@ class FeatureStore:
     @cached_property
     def text_ids(self) -> np.ndarray:
         """Hashes of the captions' words (N,) int64; UsageError if the store has none: it is of an older version, or was imported."""
-        paths = [self.folder / "shards" / f"{shard:06d}.parquet" for shard in range(self.header.shards)]
         schema = KEYS_SCHEMA.append(pa.field("text", pa.int64()))
-        tables = [self._read_keys(path, commit["rows"], schema)["text"] for path, commit in zip(paths, self._commits, strict=True)]
+        tables = [self.shard_keys(shard, schema)["text"] for shard in range(self.header.shards)]
         if any(column.null_count for column in tables):
             raise UsageError(f"{self.folder} does not know which captions have the same words; encode them again with align/encode.py")
         return np.concatenate([column.to_numpy() for column in tables] or [np.empty(0, dtype=np.int64)])
 
-    def _read_keys(self, path: Path, rows: int, schema: pa.Schema = KEYS_SCHEMA) -> pa.Table:
+    def shard_keys(self, shard: int, schema: pa.Schema = KEYS_SCHEMA) -> pa.Table:
+        """Return key and item of the rows of one shard; DamagedError if its file is not as committed."""
+        path, rows = self.folder / "shards" / f"{shard:06d}.parquet", self._commits[shard]["rows"]
         try:
             table = pq.read_table(path, schema=schema)
         except (OSError, pa.ArrowException) as error:

@@ -23,8 +23,10 @@ import torch
 import tyro
 
 from align.common.hardware import reuse_freed_memory
-from align.curation.scoring import Candidates, chunk_rows, normalize, score_shard
-from align.curation.toplists import TopLists, assign
+from align.curation.assignment import assign
+from align.curation.pool import CandidatePool
+from align.curation.scoring import chunk_rows, normalize, score_shard
+from align.curation.toplists import TopLists
 from align.features.store import FeatureStore, StoreHeader, StoreWriter
 
 NOTABLE_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
@@ -56,7 +58,7 @@ def machine() -> str:
     return f"{platform.machine()} ({', '.join(flags)}), {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def write_store(folder: Path, rows: int, width: int) -> Candidates:
+def write_store(folder: Path, rows: int, width: int) -> CandidatePool:
     """Write a store of random rows and return it as candidates."""
     random = np.random.default_rng(0)
     shards = -(-rows // SHARD_ROWS)
@@ -66,7 +68,7 @@ def write_store(folder: Path, rows: int, width: int) -> Candidates:
         keys = [f"{shard * SHARD_ROWS + n:09d}" for n in range(count)]
         writer.write(shard, random.standard_normal((count, width), dtype=np.float32), keys, [0] * count, [])
     writer.finish()
-    return Candidates([FeatureStore(folder)])
+    return CandidatePool([FeatureStore(folder)])
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -76,7 +78,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def stream(candidates: Candidates, prototypes: torch.Tensor, places: int) -> TopLists:
+def stream(candidates: CandidatePool, prototypes: torch.Tensor, places: int) -> TopLists:
     """Return the lists of all candidates."""
     lists = TopLists(len(prototypes), places, chunk_rows(len(prototypes)))
     for shard in range(len(candidates.shards)):
@@ -84,7 +86,7 @@ def stream(candidates: Candidates, prototypes: torch.Tensor, places: int) -> Top
     return lists
 
 
-def naive(candidates: Candidates, prototypes: torch.Tensor, places: int) -> np.ndarray:
+def naive(candidates: CandidatePool, prototypes: torch.Tensor, places: int) -> np.ndarray:
     """Return (C, M) the best rows, from the full matrix of scores and a stable sort of it."""
     features = normalize(torch.from_numpy(candidates.features(np.arange(len(candidates)))).float())
     return np.argsort(-(prototypes @ features.T).numpy(), axis=1, kind="stable")[:, :places]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from align.common.commandline import parse
-from align.common.errors import DataError, FingerprintError, UsageError
+from align.common.errors import DataError, FingerprintError, Preempted, UsageError
 from align.common.files import arm_failpoint, hash_file
 from align.curate import main
 from align.curation.concepts import evaluation_sets, read_names
@@ -126,7 +126,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_choice(world, straight,
 
 
 def test_a_finished_run_serves_other_numbers_without_scoring_again(world, straight, monkeypatch):
-    monkeypatch.setattr("align.curate.score_shard", None)
+    monkeypatch.setattr("align.curation.scoring.score_shard", None)
     curate(world, world / "straight", **{"per-concept": 2})
     assert len(pq.read_table(world / "straight" / "chosen.parquet")) == 8
     curate(world, world / "straight")
@@ -161,15 +161,15 @@ def test_lists_of_other_concepts_or_a_damaged_newest_state_are_not_used(world, s
 
 
 def test_sigterm_saves_and_goes_on(world, tmp_path, straight, monkeypatch):
-    from align import curate as entry
+    from align.curation import scoring
 
-    def stop_after_three(candidates, shard, *rest, real=entry.score_shard):
+    def stop_after_three(candidates, shard, *rest, real=scoring.score_shard):
         if shard == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(candidates, shard, *rest)
 
-    monkeypatch.setattr(entry, "score_shard", stop_after_three)
-    with pytest.raises(entry.Preempted, match="after shard 3 of 6"):
+    monkeypatch.setattr(scoring, "score_shard", stop_after_three)
+    with pytest.raises(Preempted, match="after shard 3 of 6"):
         curate(world, tmp_path / "out")
     monkeypatch.undo()
     curate(world, tmp_path / "out")

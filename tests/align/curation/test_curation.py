@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from align.common.errors import DataError, FingerprintError, UsageError
+from align.curation.assignment import assign
+from align.curation.coverage import effective_number
 from align.curation.duplicates import Distinct, unit
-from align.curation.scoring import Candidates, normalize, score_shard, scored_chunks
-from align.curation.toplists import TopLists, assign, best, effective_number
+from align.curation.pool import CandidatePool
+from align.curation.scoring import normalize, score_shard, scored_chunks
+from align.curation.toplists import TopLists, best
 
 
 def filled(scores, places, chunk, slack=None):
@@ -225,7 +228,7 @@ def test_scores_of_stores_equal_a_full_matrix_over_shards_stores_and_chunks(tmp_
         sign_store(make_store, tmp_path / name, [(f"k{n}", 0, SIGNS[n]) for n in span], data=name)
         for name, span in (("a", range(60)), ("b", range(60, 90)))
     ]
-    candidates = Candidates(stores)
+    candidates = CandidatePool(stores)
     prototypes = normalize(torch.from_numpy(SIGNS[:5]).float())
     lists, best_of = TopLists(5, 20, size), np.zeros(5, int)
     for shard in range(len(candidates.shards)):
@@ -244,7 +247,7 @@ def test_a_sample_with_several_captions_counts_once_with_its_best(tmp_path, make
     owners = [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4]
     items = [0, 1, 2, 0, 0, 1, 0, 1, 2, 3, 0]
     rows = [(f"k{owner}", item, SIGNS[n]) for n, (owner, item) in enumerate(zip(owners, items, strict=True))]
-    candidates = Candidates([make_store(tmp_path / "c", [rows[:6], rows[6:]], kind="caption", width=16)])
+    candidates = CandidatePool([make_store(tmp_path / "c", [rows[:6], rows[6:]], kind="caption", width=16)])
     prototypes = normalize(torch.from_numpy(SIGNS[:3]).float())
     parts = [part for shard in (0, 1) for part in scored_chunks(candidates, shard, prototypes, normalize)]
     scores, samples = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
@@ -261,10 +264,10 @@ def test_a_sample_with_several_captions_counts_once_with_its_best(tmp_path, make
 def test_rows_in_another_store_go_by_key_within_the_same_data(tmp_path, make_store):
     captions = [(f"k{n}", item, SIGNS[n]) for n in range(6) for item in (0, 1)]
     images = [(f"k{n}", 0, SIGNS[n]) for n in (5, 4, 3, 1, 0)]  # k2 has no image
-    ours = Candidates([make_store(tmp_path / "c", [captions[:6], captions[6:]], kind="caption", width=16)])
-    theirs = Candidates([make_store(tmp_path / "i", [images[3:], images[:3]], width=16)])
+    ours = CandidatePool([make_store(tmp_path / "c", [captions[:6], captions[6:]], kind="caption", width=16)])
+    theirs = CandidatePool([make_store(tmp_path / "i", [images[3:], images[:3]], width=16)])
     assert ours.rows_in(theirs).tolist() == [1, 1, 0, 0, -1, -1, 4, 4, 3, 3, 2, 2]
-    other = Candidates([make_store(tmp_path / "o", [images[3:], images[:3]], width=16, data="plan-2")])
+    other = CandidatePool([make_store(tmp_path / "o", [images[3:], images[:3]], width=16, data="plan-2")])
     with pytest.raises(UsageError, match="not encoded from the same data"):
         ours.rows_in(other)
 
@@ -274,11 +277,11 @@ def test_stores_of_other_encoders_or_kinds_are_refused(tmp_path, make_store):
     other = sign_store(make_store, tmp_path / "b", [("k2", 0, SIGNS[1])], fingerprint={"encoder": "tiny", "layer": 3})
     texts = sign_store(make_store, tmp_path / "c", [("k3", 0, SIGNS[2])], kind="caption")
     with pytest.raises(FingerprintError, match="layer"):
-        Candidates([one, other])
+        CandidatePool([one, other])
     with pytest.raises(UsageError, match="one kind"):
-        Candidates([one, texts])
+        CandidatePool([one, texts])
     with pytest.raises(UsageError, match="no candidates"):
-        Candidates([make_store(tmp_path / "d", [[]], width=16)])
+        CandidatePool([make_store(tmp_path / "d", [[]], width=16)])
 
 
 def test_shots_become_the_mean_of_their_normalised_rows(tmp_path, make_store):
@@ -287,7 +290,7 @@ def test_shots_become_the_mean_of_their_normalised_rows(tmp_path, make_store):
     from align.curation.concepts import shot_prototypes
 
     rows = [("a", 0, [2.0, 0.0]), ("b", 0, [0.0, 8.0]), ("c", 0, [-1.0, 0.0]), ("d", 0, [5.0, 5.0])]
-    shots = Candidates([make_store(tmp_path / "s", [rows[:2], rows[2:]], width=2)])
+    shots = CandidatePool([make_store(tmp_path / "s", [rows[:2], rows[2:]], width=2)])
     labels = pa.table({"key": ["c", "a", "b"], "label": ["left", "up right", "up right"]})
     names, prototypes = shot_prototypes(shots, labels, normalize)
     assert names == ("left", "up right")

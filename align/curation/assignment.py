@@ -1,0 +1,80 @@
+"""The greedy assignment of candidates to concepts, rarest concept first, and the file of what was chosen.
+
+Shapes: `C` concepts, `M` places in a concept's list, `S` rows of all candidates. A sample goes by the number of its first row.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.common.files import atomic_path
+from align.curation.pool import CandidatePool
+from align.curation.toplists import TopLists
+
+Refusals = dict[str, np.ndarray]  # reason -> positions of the rows that were passed over for it
+Picker = Callable[[np.ndarray, int], tuple[np.ndarray, Refusals]]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What each concept got, by concept number; `order` (C,) are the concepts as they were served, rarest first."""
+
+    order: np.ndarray
+    rows: list[np.ndarray]  # sample numbers, best first
+    scores: list[np.ndarray]
+    ranks: list[np.ndarray]  # places in the concept's list, from 1
+    last_scores: np.ndarray  # (C,) score at rank M: the lower, the rarer
+    refused: list[Counter[str]]  # reason -> how many candidates were passed over
+
+
+def first_ones(rows: np.ndarray, count: int) -> tuple[np.ndarray, Refusals]:
+    """Return the positions of the first `count` of `rows` and no refusals: the picker that takes everything."""
+    return np.arange(min(count, len(rows))), {}
+
+
+def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = first_ones) -> Assignment:
+    """Return the greedy assignment: concepts by ascending score at rank M, each gets its best samples that are not taken.
+
+    `taken` (S,) bool is False where a sample may be used, and is updated. `pick(rows, count)` chooses up to `count` of a concept's free
+    samples, best first, and says which it passed over for good. Concepts that tie are served by number. Source: METHOD, greedy
+    assignment of concept-balanced pairs.
+    """
+    last = lists.last_scores()
+    order = np.argsort(last, kind="stable")
+    none = np.zeros(0, dtype=np.int64)
+    rows, scores, ranks = ([none] * len(lists) for _ in range(3))
+    refused: list[Counter[str]] = [Counter() for _ in range(len(lists))]
+    for concept in order.tolist():
+        values, candidates = lists.ranked(concept)
+        free = np.flatnonzero(~taken[candidates])
+        chosen, refusals = pick(candidates[free], per_concept)
+        places = free[chosen]
+        rows[concept], scores[concept], ranks[concept] = candidates[places], values[places], places + 1
+        taken[candidates[places]] = True
+        for reason, positions in refusals.items():
+            taken[candidates[free[positions]]] = True
+            refused[concept][reason] += len(positions)
+    return Assignment(order, rows, scores, ranks, last, refused)
+
+
+def write_chosen(path: Path, candidates: CandidatePool, names: tuple[str, ...], assignment: Assignment, note: str) -> None:
+    """Write the chosen samples, by concept and rank, as a parquet of key, data, store, concept, score and rank."""
+    samples = np.concatenate(assignment.rows)
+    home = np.searchsorted(candidates.starts, samples, side="right") - 1
+    table = pa.table(
+        {
+            "key": pa.array(candidates.keys(samples), pa.string()),
+            "data": pa.array([store.header.data for store in candidates.stores]).take(pa.array(home)),
+            "store": pa.array([str(store.folder) for store in candidates.stores]).take(pa.array(home)),
+            "concept": pa.array(names).take(pa.array(np.repeat(np.arange(len(names)), [len(rows) for rows in assignment.rows]))),
+            "score": np.concatenate(assignment.scores),
+            "rank": np.concatenate(assignment.ranks),
+        }
+    )
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({"note": note}), temporary, compression="zstd")
