@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,5 @@ class LmmsConfig:
     def __post_init__(self) -> None:
         asked = self.list_tasks or (self.mllm and self.tasks)
         check(bool(asked), "nothing to measure", "give --mllm FOLDER and --tasks NAME (--list-tasks shows those of the kit)")
-        sizes = f"--batch-size {self.batch_size} --max-new-tokens {self.max_new_tokens} --processes {self.processes}"
-        check(min(self.batch_size, self.max_new_tokens, self.processes) >= 1, sizes, "must be at least 1")
-        check(self.examples >= 0, f"--examples {self.examples}", "must be 0 or more")
+        check_least(self, batch_size=1, max_new_tokens=1, processes=1, examples=0, limit=1)
         check(0 < self.confidence < 1, f"--confidence {self.confidence}", "must lie between 0 and 1")
-        check(self.limit is None or self.limit >= 1, f"--limit {self.limit}", "must be at least 1")

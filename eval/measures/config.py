@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from align.common.checks import check
+from align.common.checks import check, check_least, check_share
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,9 @@ class EvalConfig:
         check(len(self.compare) in (0, 2), f"--compare with {len(self.compare)}", "give two results, A and B, each FOLDER or FOLDER:MODEL")
         asked = self.list_tasks or self.compare or (self.model and self.tasks)
         check(bool(asked), "nothing to measure", "give --model FOLDER and --tasks ID (--list-tasks shows the known ids)")
-        sizes = f"--batch-size {self.batch_size} --text-batch-size {self.text_batch_size}"
-        check(min(self.batch_size, self.text_batch_size) >= 1, sizes, "must be at least 1")
-        check(min(self.workers, self.examples) >= 0, f"--workers {self.workers} --examples {self.examples}", "must be 0 or more")
+        check_least(self, batch_size=1, text_batch_size=1, workers=0, examples=0)
         side, window, stride = self.windows
         windows = f"--windows {side} {window} {stride}"
         check(side >= 1 and 1 <= stride <= window, windows, "SIDE WINDOW STRIDE must be at least 1 pixel, and the stride at most a window")
         check(0 < self.confidence < 1, f"--confidence {self.confidence}", "must lie between 0 and 1")
-        check(0 <= self.max_reject_fraction <= 1, f"--max-reject-fraction {self.max_reject_fraction}", "must lie in 0..1")
+        check_share("max-reject-fraction", self.max_reject_fraction)
