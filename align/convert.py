@@ -99,7 +99,7 @@ def convert_embeddings(config: ConvertConfig, console: "Console") -> None:
     rows = sum(embeddings.lengths)
     output.mkdir(parents=True, exist_ok=True)
     require_free(output, rows * (2 * embeddings.width + 40))
-    with Lease(output, "convert"):
+    with Lease(output):
         store = import_embeddings(
             embeddings, output, kind=config.kind, fingerprint={"encoder": config.encoder_name or "", "made": "imported", **stated},
             shard_rows=config.shard_rows, keys_file=Path(config.keys) if config.keys else None,

@@ -11,7 +11,6 @@ share the work if they are given the same `--job` name and see the same `--outpu
 """
 
 import os
-import uuid
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from align.common.console import Progress, plain_console
 from align.common.errors import UsageError
 from align.common.files import human_bytes, remove_temporaries, require_free
 from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
-from align.common.locks import Lease
+from align.common.locks import Lease, new_job
 from align.features.config import EncodeConfig
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def encode(job: "Extraction", name: str | None, state: "PartialState", console: 
     """Encode and commit what is missing; workers that give the same `name` share it, without one this launch is alone."""
     from accelerate.utils import broadcast_object_list
 
-    names = [name or f"run-{uuid.uuid4().hex[:8]}"]
+    names = [name or new_job()]
     broadcast_object_list(names)
     with Lease(job.output, str(names[0])) as lease:
         if state.is_main_process and not name:

@@ -38,6 +38,7 @@ TESTED = (
 
 def main(config: PrepareConfig) -> None:
     """Fetch the assets, then render, commit and rename into place."""
+    from align.common.console import plain_console
     from align.common.files import human_bytes
     from align.demo.building import build, is_done, settings
     from align.demo.rendering import World, mllm_subset
@@ -56,7 +57,7 @@ def main(config: PrepareConfig) -> None:
     if is_done(output, wanted):
         print(f"{output} is complete and verified; nothing to do")
         return
-    written = build(config, output, world, wanted)
+    written = build(config, output, world, wanted, plain_console())
     stage_two = config.mllm_pretrain, config.mllm_instruct, config.mllm_test
     mllm = f"{stage_two[0]} + {stage_two[1]} + {stage_two[2]} scenes for an MLLM, " if any(stage_two) else ""
     tasks = 3 + bool(config.swapped) + bool(config.segmentation)

@@ -5,7 +5,6 @@ FOLDER/pairs/ENCODER/...        the stores of `align.features.layers`, or captio
 FOLDER/random/ENCODER-random    encoders with random weights
 """
 
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +136,6 @@ def _fill(job: Extraction, config: AssessConfig, console: Console) -> None:
         return
     rows = sum(job.plan.lengths[shard] for shard in pending)
     what = f"{job.output.relative_to(config.output)}:"
-    rejects = job.fill(f"assess-{uuid.uuid4().hex[:8]}", Progress(console, what, rows))
+    rejects = job.fill(Progress(console, what, rows))
     if len(rejects):
         console.print(f"{job.output}: {len(rejects)} rejected (each in rejects.parquet)")

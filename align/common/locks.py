@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,11 +69,16 @@ def _is_stale(path: Path) -> bool:
         return True
 
 
-class Lease:
-    """Held while a job writes to `folder`; processes that give the same `job` share it. Use it as a context manager."""
+def new_job() -> str:
+    """Return a name that no other job has."""
+    return f"run-{uuid.uuid4().hex[:8]}"
 
-    def __init__(self, folder: Path, job: str) -> None:
-        self.folder, self.job = folder, job
+
+class Lease:
+    """Held while a job writes to `folder`; processes that give the same `job` share it (None: this one alone). A context manager."""
+
+    def __init__(self, folder: Path, job: str | None = None) -> None:
+        self.folder, self.job = folder, job or new_job()
         self._leases, self._claims = folder / ".work" / "leases", folder / ".work" / "claims"
         self._mine = self._leases / f"{socket.gethostname()}-{os.getpid()}.json"
         self._claimed: set[Path] = set()

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from align.common.errors import UsageError
 from align.common.files import failpoint, hash_file, read_json, require_free
@@ -55,19 +55,17 @@ def predicted_bytes(config: PrepareConfig) -> int:
     return scenes * BYTES_PER_SCENE
 
 
-def build(config: PrepareConfig, output: Path, world: World, wanted: dict[str, Any]) -> int:
+def build(config: PrepareConfig, output: Path, world: World, wanted: dict[str, Any], console: Console) -> int:
     """Render, write, commit and rename into place what `config` asks for; return its bytes. `wanted`: its settings."""
     output.parent.mkdir(parents=True, exist_ok=True)
     require_free(output.parent, predicted_bytes(config))
-    columns = (TextColumn("{task.description:>13}"), BarColumn(), MofNCompleteColumn())
-    timing = (TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with locked(output.with_name(f"{output.name}.lock"), keep=False):
         if not is_done(output, wanted):  # another process may have written it since it was looked for
             with replaced_folder(output, "prepare") as folder:
                 spawn = multiprocessing.get_context("spawn")
                 workers = ProcessPoolExecutor(config.workers or os.cpu_count(), mp_context=spawn, initializer=end_with_parent)
-                with workers as pool, Progress(*columns, *timing) as progress:
-                    _write(config, folder, Renderer(world, pool, progress))
+                with workers as pool:
+                    _write(config, folder, Renderer(world, pool, console))
                 commit_folder(folder, {"settings": wanted})
                 failpoint("prepare-rename")
     return sum(entry["bytes"] for entry in read_json(output / COMMIT)["files"].values())

@@ -7,7 +7,6 @@ import io
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,8 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from rich.progress import Progress
+from rich.console import Console
 
+from align.common.console import Progress
 from align.common.errors import UsageError
 from align.demo.questions import Shown
 from align.demo.scenes import Sprite, SpriteScenes, read_sprites, split_sprites
@@ -182,10 +182,10 @@ def end_with_parent() -> None:
 
 
 class Renderer:
-    """Renders parts on all cores, in order, with a progress bar."""
+    """Renders parts on all cores, in order, and says how far it is."""
 
-    def __init__(self, world: World, pool: ProcessPoolExecutor, progress: Progress) -> None:
-        self.world, self.pool, self.progress = world, pool, progress
+    def __init__(self, world: World, pool: ProcessPoolExecutor, console: Console) -> None:
+        self.world, self.pool, self.console = world, pool, console
 
     def scenes(self, part: str, start: int, stop: int) -> Iterator[Rendered]:
         """Yield scenes `start` to `stop` of a part in order."""
@@ -195,8 +195,8 @@ class Renderer:
         """Yield what `draw` makes of numbers `start` to `stop` of a part, one of each, in order."""
         firsts = range(start, stop, SCENES_PER_JOB)
         jobs = [Job(self.world, part, first, min(first + SCENES_PER_JOB, stop)) for first in firsts]
-        task, began, done = self.progress.add_task(part, total=stop - start, rate=""), time.monotonic(), 0
+        progress, done = Progress(self.console, f"rendered scenes of {part}", stop - start), 0
         for batch in self.pool.map(draw, jobs):
             yield from batch
             done += len(batch)
-            self.progress.update(task, completed=done, rate=f"{done / (time.monotonic() - began):.0f} scenes/s")
+            progress(done)

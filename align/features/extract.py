@@ -152,11 +152,11 @@ class Extraction:
         """Return the space that all stores together still need."""
         return sum(writer.predicted_bytes() for writer in self.writers)
 
-    def fill(self, job: str, progress: Progress | None = None) -> pa.Table:
-        """Encode what is missing, as the only process of `job`, and return all rejects in one table."""
+    def fill(self, progress: Progress | None = None) -> pa.Table:
+        """Encode what is missing, as the only process that writes here, and return all rejects in one table."""
         if self.pending():
             require_free(self.output, self.predicted_bytes())
-            with Lease(self.output, job) as lease:
+            with Lease(self.output) as lease:
                 for writer in self.writers:
                     writer.clean()
                 self.run(lease, progress)

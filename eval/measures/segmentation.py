@@ -9,7 +9,6 @@ the true ones. Shapes: `N` images, `C` classes, `S` names, `E` aligned width, `R
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -99,7 +98,7 @@ def label_maps(
     with ExitStack() as leases:
         for folder in sorted({folders[n] for lacking in missing.values() for n in lacking}):
             folder.mkdir(parents=True, exist_ok=True)
-            leases.enter_context(Lease(folder, f"eval-{os.getpid()}"))
+            leases.enter_context(Lease(folder))
             remove_temporaries(folder)
         for start, lacking in missing.items():
             made: dict[Path, list[bytes]] = {folders[n]: [] for n in lacking}

@@ -10,7 +10,6 @@ Shapes: `N` samples, `T` texts, `F` image feature width, `D` text feature width,
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ class FeatureCache:
                 workers=self.workers,
                 stopping=Stopping(self.max_reject_fraction),
             )
-            job.fill(f"eval-{os.getpid()}", progress)
+            job.fill(progress)
             store = FeatureStore(folder / "images")
         compare_encoders(model.vision_fingerprint, store.fingerprint, str(store.folder))
         rejects = pq.read_table(store.folder / "rejects.parquet")

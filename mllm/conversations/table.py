@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import atomic_json, atomic_path, hash_bytes, hash_file, read_json, require_free
+from align.common.folders import damage
 from align.common.reject_codes import Reject, RejectedRow
 from align.common.seeds import generator
 from align.embedded.assets import cache_root
@@ -215,7 +216,7 @@ def _cached(path: str, weight: float, root: str, folder: Path, report: Report) -
 def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | None:
     try:
         facts = read_json(commit)
-        good = facts["format"] == FORMAT and facts["arrow"] == hash_file(arrow) and facts["rejects"] == hash_file(rejects)
+        good = facts["format"] == FORMAT and not damage(arrow, facts["arrow"]) and not damage(rejects, facts["rejects"])
     except (OSError, DamagedError, LookupError, TypeError):
         return None
     return facts if good else None

@@ -228,7 +228,7 @@ def test_the_space_is_asked_for_beforehand(config, made, monkeypatch):
 
 @pytest.mark.parametrize("field", STAGE_TWO)
 def test_negative_numbers_are_refused_at_the_door(field):
-    with pytest.raises(UsageError, match=f"--{field.replace('_', '-')} is -1; it must be at least 0"):
+    with pytest.raises(UsageError, match=f"--{field.replace('_', '-')} -1: must be at least 0"):
         PrepareConfig(**{field: -1})
 
 
