@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check, check_least
+from align.common.checks import check, check_least, check_share
 from align.common.hardware import Precision
 
 
@@ -103,6 +103,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_least(self, batch_size=1, micro_batch_size=1, max_length=2, steps=1, log_every=1, save_every=1, keep=1)
+        check_share("max-reject-fraction", self.max_reject_fraction)
         check(self.epochs > 0, f"--epochs {self.epochs}", "must be above 0")
         given = f"--lora-rank {self.lora_rank} --stage {self.stage} --lr-vision {self.lr_vision}"
         check(not self.lora_rank or not self.lr_vision, given, "LoRA keeps the vision encoder frozen: leave --lr-vision out")
