@@ -25,7 +25,6 @@ from align.curation.config import CurateConfig
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
     from torch import Tensor
 
     from align.curation.scoring import ConceptSpace
@@ -35,29 +34,6 @@ FREE_ON_RESUME = {
     *("per_concept", "duplicates", "duplicate_cosine", "images", "exclude", "exclude_cosine", "part", "save_every", "text_batch_size"),
     *("trust_remote_code", "dry_run", "output", "concepts_from_evaluation"),
 }
-
-
-def state_work(config: CurateConfig, space: "ConceptSpace", concepts: int, console: "Console") -> None:
-    """Say how much there is to compute and to hold; UsageError if the lists do not fit into memory."""
-    import psutil
-
-    from align.common.errors import UsageError
-    from align.common.files import human_bytes
-    from align.curation.scoring import chunk_rows
-    from align.curation.toplists import TopLists
-
-    rows, size = len(space.candidates), TopLists.nbytes(concepts, config.top, chunk_rows(concepts))
-    console.print(
-        f"{rows} {space.candidates.kind} rows x {concepts} concepts: {2 * space.width * rows * concepts / 1e12:.3g} TFLOP; "
-        f"lists of {config.top}: {human_bytes(size)} of memory and twice that on disk"
-    )
-    if config.top >= rows:
-        console.print(f"--top {config.top} holds all candidates: rarity then goes by the worst of them; give a --top well below")
-    needed, free = size * (2 if config.parts > 1 and config.part is None else 1) + rows, psutil.virtual_memory().available
-    if needed > free:
-        raise UsageError(
-            f"the lists need {human_bytes(needed)} of memory, {human_bytes(free)} are free; give a smaller --top or fewer concepts"
-        )
 
 
 def choose(
@@ -110,7 +86,7 @@ def main(config: CurateConfig) -> None:
     note = evaluation_note(evaluation_sets(names), config.concepts_from_evaluation)
     if note:
         console.print(Panel(note, style="bold red"), soft_wrap=False)
-    state_work(config, space, len(names), console)
+    console.print(space.work(len(names), config.top, lists=2 if config.parts > 1 and config.part is None else 1))
     if config.dry_run:
         return
 

@@ -4,12 +4,10 @@ Shapes: `N` images in common of all stores, `F` image feature width, `D` caption
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +44,8 @@ NO_LABELS = "Weighted k-NN and the linear probe need classes: give --labelled a 
 NO_PATCHES = "Without --patch-images there is no column for patch neighborhoods."
 MAX_PATCH_NEIGHBORS = 100
 CKA_RESAMPLES = 200  # half-samples: three digits of an interval need no more
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,10 @@ class Cache:
         return scores
 
 
-@contextmanager
-def _timed() -> Iterator[list[float]]:
-    clock, spent = time.perf_counter(), [0.0]
-    yield spent
-    spent[0] = time.perf_counter() - clock
+def _timed(compute: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
+    """Return what `compute` returns, and the seconds it took."""
+    begin = time.perf_counter()
+    return compute(*arguments), time.perf_counter() - begin
 
 
 class TextSide:
@@ -106,26 +105,12 @@ class TextSide:
         self.captions, self.owners, self.device = captions, owners, device
         sums = np.add.reduceat(captions.astype(np.float32), np.searchsorted(owners, np.arange(owners[-1] + 1)))
         self.means = sums / np.bincount(owners)[:, None]  # (N, D): one vector an image
-        self._sampled = torch.from_numpy(self.means[sample]).to(device)
+        sampled = torch.from_numpy(self.means[sample]).to(device)
+        self.linear, self.rbf, self.cosine = linear_gram(sampled), rbf_gram(sampled), cosines(sampled)  # (n, n)
 
     def mean_of(self, rows: np.ndarray) -> Tensor:
         """Return the mean captions (n, D) of images `rows` (n,)."""
         return torch.from_numpy(self.means[rows]).to(self.device)
-
-    @cached_property
-    def linear(self) -> Tensor:
-        """Linear Gram matrix (n, n) of the sample."""
-        return linear_gram(self._sampled)
-
-    @cached_property
-    def rbf(self) -> Tensor:
-        """RBF Gram matrix (n, n) of the sample."""
-        return rbf_gram(self._sampled)
-
-    @cached_property
-    def cosine(self) -> Tensor:
-        """Cosines (n, n) of the sample."""
-        return cosines(self._sampled)
 
 
 class Scorer:
@@ -158,46 +143,34 @@ class Scorer:
         if len(np.unique(labels)) < 2:
             raise DataError("fewer than two classes of the labelled data have two usable images; give more with --labelled-rows")
         features = features[kept].astype(np.float32)
-        images = torch.from_numpy(features).to(self.device)
-        with _timed() as first:
-            nearest = knn_correct(images, torch.from_numpy(labels).to(self.device), self.settings.class_neighbors)
-        with _timed() as second:
-            linear = linear_probe_correct(features, labels, self.settings.seed)
-        return {"knn": self._mean(nearest.double(), first[0]), "linear_probe": self._mean(linear, second[0])}
+        images, classes = torch.from_numpy(features).to(self.device), torch.from_numpy(labels).to(self.device)
+        nearest, first = _timed(knn_correct, images, classes, self.settings.class_neighbors)
+        linear, second = _timed(linear_probe_correct, features, labels, self.settings.seed)
+        return {"knn": self._mean(nearest.double(), first), "linear_probe": self._mean(linear, second)}
 
     def relations(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:
         """Return the CKAs and the mutual k-NN of image features (N, F) float16 with the mean captions of the same images."""
         images = torch.from_numpy(features[self.sample]).to(self.device).float()
         scores = {}
-        for name, gram, other, debiased in (
-            ("cka", linear_gram, "linear", False),
-            ("cka_debiased", linear_gram, "linear", True),
-            ("cka_rbf", rbf_gram, "rbf", True),
+        for name, gram, against, debiased in (
+            ("cka", linear_gram, text.linear, False),
+            ("cka_debiased", linear_gram, text.linear, True),
+            ("cka_rbf", rbf_gram, text.rbf, True),
         ):
-            against = getattr(text, other)  # made once for all candidates: not counted
-            with _timed() as spent:
-                found = cka_interval(gram(images), against, debiased, self._halves)
-            scores[name] = Score(*found, len(images), spent[0])
-        others = text.cosine
-        with _timed() as spent:
-            shared = neighbor_overlap(cosines(images), others, self.settings.neighbors)
-        return {**scores, "mutual_knn": self._mean(shared, spent[0])}
+            found, seconds = _timed(lambda: cka_interval(gram(images), against, debiased, self._halves))  # noqa: B023  # called at once
+            scores[name] = Score(*found, len(images), seconds)
+        shared, seconds = _timed(lambda: neighbor_overlap(cosines(images), text.cosine, self.settings.neighbors))
+        return {**scores, "mutual_knn": self._mean(shared, seconds)}
 
     def patches(self, patches: np.ndarray, width: int, captions: Tensor) -> dict[str, Score]:
         """Return `patch_overlap` of images given as patches side by side (n, P x width) float16 with their captions (n, D)."""
         n = len(patches)
         k = max(1, min(MAX_PATCH_NEIGHBORS, n // 10))
-        with _timed() as spent:
-            shared = patch_overlap(torch.from_numpy(patches).to(self.device).reshape(n, -1, width), captions, k)
-        return {"patch_overlap": self._mean(shared, spent[0], {"neighbors": k})}
+        shared, seconds = _timed(patch_overlap, torch.from_numpy(patches).to(self.device).reshape(n, -1, width), captions, k)
+        return {"patch_overlap": self._mean(shared, seconds, {"neighbors": k})}
 
     def probing(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:
         """Return `probing` of image features (N, F) float16 and the captions, with the value of each test image in its details."""
-        pairs = CaptionedFeatures(features, text.captions, text.owners)
-        with _timed() as spent:
-            probe = probe_alignment(pairs, self.rows, self.settings.training, self.settings.seed, self.device)
-        details = {
-            "image_to_text": probe.image_to_text, "text_to_image": probe.text_to_image, "steps": probe.steps,
-            "converged": probe.converged, "history": probe.history, "values": probe.values.tolist(),
-        }  # fmt: skip
-        return {"probing": self._mean(probe.values, spent[0], details)}
+        pairs, how = CaptionedFeatures(features, text.captions, text.owners), self.settings
+        probe, seconds = _timed(probe_alignment, pairs, self.rows, how.training, how.seed, self.device)
+        return {"probing": self._mean(probe.values, seconds, {**vars(probe), "values": probe.values.tolist()})}

@@ -21,13 +21,13 @@ def linear_gram(features: Tensor) -> Tensor:
     return centered @ centered.T
 
 
-def rbf_gram(features: Tensor, fraction: float = 1.0) -> Tensor:
-    """Return the (n, n) float64 kernel `exp(-d^2 / (2 sigma^2))` of features (n, F); sigma is `fraction` of the median distance d."""
+def rbf_gram(features: Tensor) -> Tensor:
+    """Return the (n, n) float64 kernel `exp(-d^2 / (2 sigma^2))` of features (n, F); sigma is the median distance d."""
     centered = features.double() - features.double().mean(0)
     square = (centered * centered).sum(1)
     distances = (square[:, None] + square[None, :] - 2 * centered @ centered.T).clamp_(min=0)  # squared
     above = distances[torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)]
-    width = fraction**2 * above.median()
+    width = above.median()
     return torch.exp(-distances / (2 * width)) if width > 0 else torch.ones_like(distances)
 
 

@@ -63,27 +63,21 @@ def shown(results: Sequence[Assessed], rows: int) -> Table:
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for result in ordered:
-        table.add_row(result.candidate.name, *(_short(result.scores.get(name)) for name in names))
+        table.add_row(result.candidate.name, *(_percent(result.scores.get(name)) for name in names))
     table.add_section()
     seconds = [[result.scores[name].seconds for result in results if name in result.scores] for name in names]
     table.add_row("seconds a candidate", *(f"{np.mean(spent):.1f}" if sum(spent) else "" for spent in seconds))
     return table
 
 
-def _short(score: Score | None) -> str:
+def _percent(score: Score | None, wide: bool = False) -> str:
+    """Return a score in percent with half the width of its interval, or with both ends if `wide`."""
     if score is None:
         return "-"
+    value = f"{100 * score.value:.1f}"
     if score.low is None or score.high is None:
-        return f"{100 * score.value:.1f}"
-    return f"{100 * score.value:.1f} ±{50 * (score.high - score.low):.1f}"
-
-
-def _cell(score: Score | None) -> str:
-    if score is None:
-        return "-"
-    if score.low is None or score.high is None:
-        return f"{100 * score.value:.1f}"
-    return f"{100 * score.value:.1f} ({100 * score.low:.1f} to {100 * score.high:.1f})"
+        return value
+    return f"{value} ({100 * score.low:.1f} to {100 * score.high:.1f})" if wide else f"{value} ±{50 * (score.high - score.low):.1f}"
 
 
 def correlations(results: Sequence[Assessed], target: str, seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
@@ -175,7 +169,7 @@ def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
     best = learned[order[0]]
     score, share = best.scores["probing"], float(first[order[0]])
     sure = "clear" if share >= CLEAR else "likely, not certain" if share >= LIKELY else "open"
-    said = [f"Take {best.candidate.name}: R@10 {_cell(score)} on {score.n} held-out images."]
+    said = [f"Take {best.candidate.name}: R@10 {_percent(score, wide=True)} on {score.n} held-out images."]
     others = [(learned[at], first[at]) for at in np.argsort(-first, kind="stable") if at != order[0] and first[at] >= 0.02][:4]
     if len(learned) > 1:
         ranked = "; ".join(f"{other.candidate.name} in {100 * part:.0f}%" for other, part in others)
@@ -188,7 +182,7 @@ def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
     floors = [result for result in results if result.candidate.random]
     if floors:
         floor = max(floors, key=lambda result: result.scores["probing"].value)
-        said.append(f"Floor: random weights reach R@10 {_cell(floor.scores['probing'])} ({floor.candidate.vision}).")
+        said.append(f"Floor: random weights reach R@10 {_percent(floor.scores['probing'], wide=True)} ({floor.candidate.vision}).")
     unfinished = sum(not result.scores["probing"].details["converged"] for result in results)
     if unfinished:
         said.append(f"{unfinished} of {len(results)} probes still improved when the steps ran out: raise --probe-steps.")

@@ -73,19 +73,16 @@ def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection)
     label has no row.
     """
     names = sorted(set(labels["label"].to_pylist()))
-    numbers = pc.index_in(labels["label"].combine_chunks(), value_set=pa.array(names, pa.string())).to_numpy()
-    sums, counts = torch.zeros(0), np.zeros(len(names), dtype=np.int64)
-    for shard in range(len(shots.shards)):
-        keys = shots.shard_keys(shard)["key"].combine_chunks()
-        found = pc.fill_null(pc.index_in(keys, value_set=labels["key"].combine_chunks()), -1).to_numpy(zero_copy_only=False)
-        rows = np.flatnonzero(found >= 0)
-        for start in range(0, len(rows), chunk_rows(1)):
-            part = rows[start : start + chunk_rows(1)]
-            owners = numbers[found[part]].astype(np.int64)
-            vectors = project(torch.from_numpy(shots.features(part + shots.rows_of(shard).start)).float()).cpu()
-            sums = sums if len(sums) else torch.zeros(len(names), vectors.shape[1])
-            sums.index_add_(0, torch.from_numpy(owners), vectors)
-            counts += np.bincount(owners, minlength=len(names))
+    places = {name: number for number, name in enumerate(names)}
+    numbers = {key: places[label] for key, label in zip(labels["key"].to_pylist(), labels["label"].to_pylist(), strict=True)}
+    owners = np.array([numbers.get(key, -1) for key in shots.keys(np.arange(len(shots)))])
+    rows, sums = np.flatnonzero(owners >= 0), torch.zeros(0)
+    for start in range(0, len(rows), chunk_rows(1)):
+        part = rows[start : start + chunk_rows(1)]
+        vectors = project(torch.from_numpy(shots.features(part)).float()).cpu()
+        sums = sums if len(sums) else torch.zeros(len(names), vectors.shape[1])
+        sums.index_add_(0, torch.from_numpy(owners[part]), vectors)
+    counts = np.bincount(owners[rows], minlength=len(names))
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
         raise DataError(

@@ -38,22 +38,6 @@ def coverage_table(names: tuple[str, ...], before: np.ndarray, after: np.ndarray
     )  # fmt: skip
 
 
-def summary(table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the totals of a coverage table, with the given facts before them."""
-    before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
-    reasons = table.column_names[table.column_names.index("lowest_score") + 1 :]
-    return {
-        **facts,
-        "concepts": len(table),
-        "chosen": int(chosen.sum()),
-        "concepts_without_candidates": int((before == 0).sum()),
-        "concepts_without_chosen": int((after == 0).sum()),
-        "effective_concepts_before": round(effective_number(before), 2),
-        "effective_concepts_after": round(effective_number(after), 2),
-        "passed_over": {reason: int(sum(table[reason].to_pylist())) for reason in reasons},
-    }
-
-
 def shown_coverage(values: dict[str, Any]) -> str:
     """Return the totals of `write_coverage` as a sentence."""
     passed = ", ".join(f"{count} {reason}" for reason, count in values["passed_over"].items()) or "none"
@@ -95,8 +79,22 @@ def effective_number(counts: Sequence[int] | np.ndarray) -> float:
 
 
 def write_coverage(folder: Path, table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write coverage.csv, coverage.json and coverage.png to `folder` and return what is in the JSON; a `note` goes into the picture."""
-    values = summary(table, facts)
+    """Write coverage.csv, coverage.json and coverage.png to `folder` and return what is in the JSON: `facts`, then the totals.
+
+    A `note` among the facts goes into the picture.
+    """
+    before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
+    reasons = table.column_names[table.column_names.index("lowest_score") + 1 :]
+    values = {
+        **facts,
+        "concepts": len(table),
+        "chosen": int(chosen.sum()),
+        "concepts_without_candidates": int((before == 0).sum()),
+        "concepts_without_chosen": int((after == 0).sum()),
+        "effective_concepts_before": round(effective_number(before), 2),
+        "effective_concepts_after": round(effective_number(after), 2),
+        "passed_over": {reason: int(sum(table[reason].to_pylist())) for reason in reasons},
+    }
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(table, buffer)
     atomic_bytes(folder / "coverage.csv", buffer.getvalue())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import functional
 from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.common.console import Progress
 from align.common.errors import Preempted, UsageError
+from align.common.files import human_bytes
 from align.common.fingerprints import compare_encoders, compare_fingerprints
 from align.common.locks import Lease
 from align.curation.pool import CandidatePool
@@ -98,6 +100,19 @@ class ConceptSpace:
             return self.model.project_image
         compare_encoders(self.model.config.text_fingerprint, features.fingerprint, folder)
         return self.model.project_text
+
+    def work(self, concepts: int, top: int, lists: int) -> str:
+        """Say how much there is to compute and to hold; UsageError if so many `lists` a concept do not fit into memory."""
+        rows, size = len(self.candidates), TopLists.nbytes(concepts, top, chunk_rows(concepts))
+        needed, free = size * lists + rows, psutil.virtual_memory().available
+        if needed > free:
+            raise UsageError(
+                f"the lists need {human_bytes(needed)} of memory, {human_bytes(free)} are free; give a smaller --top or fewer concepts"
+            )
+        return (
+            f"{rows} {self.candidates.kind} rows x {concepts} concepts: {2 * self.width * rows * concepts / 1e12:.3g} TFLOP; "
+            f"lists of {top}: {human_bytes(size)} of memory and twice that on disk"
+        ) + (f"\n--top {top} holds all candidates: rarity then goes by the worst of them; give a --top well below" if top >= rows else "")
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str], batch_size: int, trust_remote_code: bool) -> Tensor:
