@@ -11,8 +11,8 @@ from transformers import pipeline
 from align.assessment.candidates import folder_name
 from align.assessment.config import AssessConfig
 from align.common.errors import UsageError
-from align.curate import Space, open_candidates
-from align.curation.config import CurateConfig
+from align.curation.pool import CandidatePool
+from align.curation.scoring import ConceptSpace
 from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.trust import split_revision
@@ -124,14 +124,15 @@ def test_curation_in_the_space_of_a_model_passes_the_wish_on(aligned, tmp_path):
     writer = StoreWriter(tmp_path / "images", header)
     writer.write(0, torch.ones(2, 64).numpy(), ["a", "b"], [0, 0], [])
     writer.finish()
-    settings = {"candidates": (str(tmp_path / "images"),), "concepts": "c.txt", "output": "o", "model": str(aligned)}
+    candidates = CandidatePool.open(str(tmp_path / "images"))
     for trusted in (False, True):
-        space = Space(CurateConfig(**settings, trust_remote_code=trusted), open_candidates(settings["candidates"]), torch.device("cpu"))
+        model = SailModel.from_pretrained(aligned, trust_remote_code=trusted)
+        space = ConceptSpace(candidates, model, torch.device("cpu"), texts=True)
         if trusted:
-            assert space.encode_texts(["a dog"]).shape == (1, 8)
+            assert space.encode_texts(["a dog"], 8, trusted).shape == (1, 8)
         else:
             with pytest.raises(UsageError, match="--trust-remote-code"):
-                space.encode_texts(["a dog"])
+                space.encode_texts(["a dog"], 8, trusted)
 
 
 def test_assessing_refuses_an_unpinned_encoder_before_anything_is_encoded(own):
