@@ -1,11 +1,10 @@
 """Shared builders: small feature stores with known content, and one CPU thread so that runs can be compared bit by bit."""
 
-import numpy as np
 import pytest
 import torch
 
 from tests.support.forking import exit_codes, fork
-from tests.support.stores import build_store
+from tests.support.stores import build_paired_stores, build_store
 
 torch.set_num_threads(1)
 
@@ -30,14 +29,6 @@ def one_thread():
 
 @pytest.fixture
 def paired_folders(tmp_path):
-    """Image and caption stores of 96 samples in 3 shards whose captions are a linear map of the images, plus noise."""
-    random = np.random.default_rng(0)
-    images = random.normal(size=(96, 12)).astype(np.float32)
-    mix = random.normal(size=(12, 8)).astype(np.float32)
-    captions = images @ mix + 0.1 * random.normal(size=(96, 8)).astype(np.float32)
-    keys = [f"k{n:03d}" for n in range(96)]
-    build_store(tmp_path / "images", [[(keys[n], 0, images[n]) for n in range(a, a + 32)] for a in (0, 32, 64)], width=12)
-    for name in ("short", "long"):
-        shards = [[(keys[n], 0, captions[n] * (1 if name == "short" else 2)) for n in range(a, a + 32)] for a in (0, 32, 64)]
-        build_store(tmp_path / f"captions-{name}", shards, kind="caption", fingerprint={"encoder": "text"})
+    """The stores of `build_paired_stores`."""
+    build_paired_stores(tmp_path)
     return tmp_path

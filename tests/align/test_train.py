@@ -15,6 +15,8 @@ from align.common.files import arm_failpoint
 from align.train import main
 from align.training.config import TrainConfig
 from align.training.step import Stepper
+from tests.support.forking import exit_codes, fork
+from tests.support.stores import build_paired_stores
 
 
 def flags(folder, output, **changes):
@@ -28,7 +30,7 @@ def flags(folder, output, **changes):
     for name, value in values.items():
         if value is None:
             continue
-        listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+        listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]) if v != "")]
     return listed
 
 
@@ -136,7 +138,84 @@ def test_another_config_in_the_same_folder_is_refused_by_field(paired_folders, s
         train(paired_folders, paired_folders / "straight", **{"batch-size": 16})
 
 
-def poisoned(folder, output):
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """Stores, a function that trains on them for four steps in a child, and the metrics of the plain run."""
+    folder = tmp_path_factory.mktemp("short")
+    build_paired_stores(folder)
+
+    def run(output, **changes):
+        flags = {"steps": 4, "log-every": 1, "val-every": 4, "warmup": 0.25, **changes}
+        assert exit_codes([fork(partial(train, folder, folder / output, **flags))]) == [0]
+        return [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
+
+    return folder, run, run("plain")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("reduction", "sum_over_batch"), ("bias", -5), ("log-scale", 2), ("log-scale-range", [2.9957, 2.9958]), ("betas", [0.5, 0.6]),
+        ("weight-decay", 0.5), ("warmup", 0.5), ("min-lr", 0.005), ("max-grad-norm", 1e-9), ("seed", 1), ("optimizer", "lion"),
+        ("lr", 0.02), ("feature-dropout", 0.5), ("loss", "infonce"), ("head", "mlp"), ("expansion", 4), ("width", 8), ("batch-size", 24),
+    ],
+)  # fmt: skip
+def test_each_setting_of_the_heads_and_of_their_training_changes_the_log(short_run, flag, value):
+    _, run, plain = short_run
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (plain, run(flag, **{flag: value}))]
+    assert len(losses[1]) == 4 and losses[0] != losses[1]
+
+
+def test_dropout_is_that_of_the_heads(short_run):
+    _, run, _ = short_run
+    token = [run(f"sharelock-{dropout}", head="sharelock", width=12, expansion=None, dropout=dropout) for dropout in (0, 0.5)]
+    assert token[0] != token[1]
+
+
+def test_how_often_a_run_logs_validates_and_saves(short_run):
+    folder, run, plain = short_run
+    rows = run("often", **{"log-every": 2, "val-every": 1, "save-every": 1, "keep": 3})
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4] and [row["step"] for row in plain if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "val_i2t_r1" in row] == [0, 1, 2, 3, 4]
+    assert [path.name[-1] for path in sorted((folder / "often/checkpoints").iterdir())] == ["2", "3", "4"]
+    assert [path.name[-1] for path in sorted((folder / "plain/checkpoints").iterdir())] == ["3", "4"]
+
+
+def test_epochs_are_passes_over_the_data(short_run):
+    _, run, _ = short_run
+    assert run("epochs", epochs=2, steps=None)[-1]["step"] == 2 * 96 // 32
+
+
+def test_validation_sees_at_most_so_many_images(short_run):
+    _, run, plain = short_run
+    assert [row for row in run("limit", **{"val-limit": 10}) if "loss" in row] == [row for row in plain if "loss" in row]
+    assert run("few", **{"val-limit": 1})[0]["val_mean_recall"] == 1  # one image has no rival
+
+
+def test_a_dry_run_writes_nothing(short_run, capfd):
+    folder, _, _ = short_run
+    train(folder, folder / "dry", **{"batch-size": 10, "dry-run": ""})
+    assert not (folder / "dry").exists() and "9 steps an epoch, about" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("tile", [5, 4096])
+def test_the_loss_is_computed_in_tiles_of_the_given_side(paired_folders, monkeypatch, tile):
+    def stop(*_, **options):
+        raise InterruptedError(options["tile"])
+
+    monkeypatch.setattr("align.training.step.sigmoid_loss", stop)
+    with pytest.raises(InterruptedError, match=f"^{tile}$"):
+        train(paired_folders, paired_folders / "tiles", tile=tile)
+
+
+def test_encoders_are_embedded_in_saved_models_if_asked_for(paired_folders, monkeypatch):
+    saved = []
+    monkeypatch.setattr("align.training.run.save_model", lambda model, folder, tokenizer, embed: saved.append((folder.name, embed)))
+    train(paired_folders, paired_folders / "own", **{"steps": 1, "embed-encoders": ""})
+    assert saved[-1] == ("last", True) and ("best", True) in saved
+
+
+def poisoned(folder, output, limit=3):
     original = Stepper.step
 
     def step(self, batch, number):
@@ -146,7 +225,7 @@ def poisoned(folder, output):
 
     Stepper.step = step
     try:
-        train(folder, output)
+        train(folder, output, **{"max-nonfinite": limit})
     except NonFiniteError as error:
         raise SystemExit(error.exit_code) from error
 
@@ -157,3 +236,9 @@ def test_three_non_finite_steps_stop_the_run_with_state_and_keys(paired_folders,
     assert newest_checkpoint(output / "checkpoints")[2]["step"] == 6
     dumped = json.loads((output / "nonfinite-step-00000007.json").read_text())
     assert len(dumped["keys"]) == 32 and dumped["keys"][0].startswith("k0")
+    assert sorted(path.name[-6] for path in output.glob("nonfinite-*")) == ["7", "8", "9"]
+
+
+def test_after_how_many_non_finite_steps_a_run_stops_can_be_chosen(paired_folders, forked):
+    assert forked(poisoned, paired_folders, paired_folders / "poisoned", 1) == 8
+    assert [path.name[-6] for path in (paired_folders / "poisoned").glob("nonfinite-*")] == ["7"]

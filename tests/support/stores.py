@@ -14,3 +14,16 @@ def build_store(folder, shards, kind="image", width=8, fingerprint=None, data="p
         writer.write(number, vectors, [row[0] for row in rows], [row[1] for row in rows], (rejects or {}).get(number, []))
     writer.finish()
     return FeatureStore(folder)
+
+
+def build_paired_stores(folder):
+    """Write image and caption stores of 96 samples in 3 shards whose captions are a linear map of the images, plus noise."""
+    random = np.random.default_rng(0)
+    images = random.normal(size=(96, 12)).astype(np.float32)
+    mix = random.normal(size=(12, 8)).astype(np.float32)
+    captions = images @ mix + 0.1 * random.normal(size=(96, 8)).astype(np.float32)
+    keys = [f"k{n:03d}" for n in range(96)]
+    build_store(folder / "images", [[(keys[n], 0, images[n]) for n in range(a, a + 32)] for a in (0, 32, 64)], width=12)
+    for name in ("short", "long"):
+        shards = [[(keys[n], 0, captions[n] * (1 if name == "short" else 2)) for n in range(a, a + 32)] for a in (0, 32, 64)]
+        build_store(folder / f"captions-{name}", shards, kind="caption", fingerprint={"encoder": "text"})
