@@ -1,10 +1,18 @@
-"""Flags that are only handed on arrive: a command is stopped where a library is called, and what the library is given is looked at.
+"""No flag lies: of every field of every config, `tests/flags.yaml` names a test that fails if the code reads the default instead.
 
-What the library makes of it has tests of its own.
+Whether that test does fail is tried for two fields by default, and for others on request:
+`SAIL_TRY_FLAGS=TrainConfig pytest tests/test_flags.py -k tried` (a config, a field, or `Config` for all 306: over an hour).
+The tests of this file are for flags that are only handed on: they stop a command where the library is called and look at what it is
+given; what the library makes of it has tests of its own.
 """
 
+import ast
+import dataclasses
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +23,11 @@ import pytest
 from align.common.commandline import parse
 from align.common.recipes_yaml import load_yaml
 from eval.harness.launch import AskedModel
-from tests.test_house_rules import CONFIGS, ENTRIES
+from tests.test_house_rules import CONFIGS, ENTRIES, ROOT
+
+OBSERVED = load_yaml(ROOT / "tests/flags.yaml")
+KINDS = {kind.__name__: kind for kind in CONFIGS.values()}
+TRIED = os.environ.get("SAIL_TRY_FLAGS", "TrainConfig.weight_decay ReportConfig.theme").split()
 
 BASE = {
     "prepare": "--output OUT",
@@ -54,6 +66,8 @@ ASKED = {"eval.harness.launch.check_ready": None, "eval.harness.launch.asked_mod
 ANSWERED = {**ASKED, "eval.harness.launch.ask": ([1], []), "eval.harness.local.write_wrappers": None}
 COLLECTED = {**ANSWERED, "eval.harness.output.collect": MagicMock(models=()), "eval.harness.output.write_examples": None}
 COLLECTED |= {"eval.results.records.save_results": None, "eval.results.tables.results_table": "", "eval.lmms.replace": None}
+CURATED = {f"align.curation.{name}": None for name in ("pool.CandidatePool", "scoring.ConceptSpace")}
+CURATED |= {"align.curation.concepts.inputs_of": {}, "align.curation.concepts.concept_names": ("a", "b")}
 JOINED = {"mllm.upgrade.assembled": (MagicMock(), MagicMock(), [])}
 CHECKED = {"mllm.model.saving.require_mllm": None, "mllm.model.processing.SailLlavaProcessor.from_pretrained": None}
 CHECKED |= {"mllm.conversations.tokens.Chat.of_processor": None, "mllm.conversations.table.open_conversations": None}
@@ -71,7 +85,10 @@ READY |= {
 READY |= {"mllm.loop.run.add_launch": None, "mllm.loop.run.RunLog": None}
 
 PLANNED = {f"align.encode.{name}": None for name in ("planned", "require_free", "human_bytes")}
+SPACED = {**CURATED, "align.curation.concepts.kept_prototypes": None}
+SCORED = {**SPACED, "align.curation.scoring.score_shards": (MagicMock(), MagicMock())}
 BUILT = {"align.train.open_data": None, "align.training.data.build_model": None, "align.training.step.build_optimizer": None}
+IMPORTED = {"align.features.imported.find_files": None, "align.features.imported.Embeddings": MagicMock(lengths=[1], width=1)}
 LANGUAGE = {"mllm.assembly.language.load_llm": None}
 ENCODED = {**ENCODING, "align.assessment.encoding.LayerExtraction": None, "align.assessment.encoding._fill": None}
 ASSESSED = {**SCORING, "align.assessment.assessment.Assessment": None}
@@ -98,6 +115,11 @@ ARRIVALS = [
         ("encode", flag, 3, "align.features.extract.Extraction", flag.replace("-", "_"), ENCODERS)
         for flag in ("batch-size", "text-batch-size", "workers")
     ],
+    ("curate", "trust-remote-code", True, "align.curation.concepts.partial", "trust_remote_code", CURATED),
+    ("curate", "top", 3000, "align.curation.scoring.score_shards", "top", SPACED),
+    ("curate", "save-every", 3, "align.curation.scoring.score_shards", "every", SPACED),
+    ("curate", "duplicate-cosine", 0.5, "align.curation.duplicates.picker_for", "cosine", SCORED),
+    ("curate", "text-batch-size", 3, "align.curation.concepts.partial", "batch_size", CURATED),
     *[("train", flag, value, "align.training.data.Source", PLACES[flag], LOADED) for flag, value in SOURCE],
     ("train", "val-data", "other.jsonl", "align.training.data.Source:2", "data", {**LOADED, "align.training.data.OnlinePairs": None}),
     ("train", "image-size", 98, f"align.training.data.{VISION}", "spec.image_size", {}),
@@ -112,6 +134,8 @@ ARRIVALS = [
     ("train", "max-reject-fraction", 0.5, "align.training.data.OnlinePairs", "max_reject_fraction", LOADED),
     ("convert", "vision-revision", "abc", f"align.encoders.vision.{VISION}", "spec.revision", HEADS),
     ("convert", "feature", "cls", f"align.encoders.vision.{VISION}", "spec.feature", HEADS),
+    ("convert", "precision", "bf16", f"align.encoders.vision.{VISION}", "spec.precision", HEADS),
+    ("convert", "encoder-name", "e", "align.features.imported.import_embeddings", "fingerprint.encoder", IMPORTED),
     ("convert", "layer", 3, f"align.encoders.vision.{VISION}", "spec.layer", HEADS),
     ("convert", "embed-encoders", True, "align.model.saving.save_model", "embed_encoders", HEADS),
     *[("assess", flag, value, "align.assessment.encoding.Source", PLACES[flag], {}) for flag, value in SOURCE],
@@ -218,7 +242,29 @@ ARRIVALS = [
 WITH = {"upgrade-image-root": "--captions c", "upgrade-caption-rows": "--captions c", "assess-labelled-rows": "--labelled l"}
 WITH |= {"instruct-lora-alpha": "--lora-rank 2", "instruct-lora-dropout": "--lora-rank 2", "assess-label-column": "--labelled l"}
 WITH |= {f"upgrade-{flag}": "--sail None --vision v --sail-head random" for flag in ("head", "expansion", "width")}
+WITH |= {"convert-encoder-name": "--heads None --vision None --text None --embeddings e --kind image"}
 WITH |= {"encode-trust-remote-code": "--vision OUT", "assess-trust-remote-code": "--vision OUT"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_flag_names_the_test_that_observes_it(kind):
+    assert list(OBSERVED[kind]) == [field.name for field in dataclasses.fields(KINDS[kind])]
+    for field, test in OBSERVED[kind].items():
+        path, name = test.split("[")[0].split("::")
+        functions = {node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{kind}.{field}: there is no test {test}"
+
+
+FIELDS = [f"{kind}.{field}" for kind, fields in OBSERVED.items() for field in fields]
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if any(word in field for word in TRIED)])
+def test_a_tried_flag_that_is_ignored_makes_its_test_fail(field):
+    kind, name = field.split(".")
+    ignored = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/support/ignored_flag"), str(ROOT)]), "SAIL_IGNORED_FLAG": field}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", OBSERVED[kind][name]]
+    ran = subprocess.run(command, cwd=ROOT, env={**os.environ, **ignored}, capture_output=True, text=True)
+    assert ran.returncode == 1, f"{field} is ignored and {OBSERVED[kind][name]} passes:\n{ran.stdout[-600:]}"
 
 
 class Arrived(BaseException):
