@@ -24,6 +24,7 @@ from align.demo.config import PrepareConfig
 from align.demo.scenes import SpriteScenes, read_sprites, split_sprites
 from align.demo.writing import write_retrieval, write_tars
 from align.prepare import main
+from tests.support.forking import exit_codes, fork
 from tests.support.synthetic_sprites import make_sprites
 
 SIZES = {"train": 60, "val": 5, "retrieval": 9, "held_out": 6, "per_class": 2, "image_size": 96, "swapped": 7, "segmentation": 8}
@@ -295,12 +296,23 @@ def test_a_kill_leaves_nothing_that_is_taken_for_done(config, made, tmp_path, fo
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
 
 
+def hold(lock, ready):
+    with locked(lock):
+        ready.write_text("")
+        signal.pause()
+
+
 def test_a_second_writer_is_refused(config, tmp_path, monkeypatch):
     output = tmp_path / "run" / "data"
     output.parent.mkdir(parents=True)
+    holder = fork(hold, tmp_path / "run" / "data.lock", tmp_path / "ready")  # a process of its own, as a second writer is
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
     monkeypatch.setattr("align.common.locks.PATIENCE_SECONDS", 0.1)
-    with locked(tmp_path / "run" / "data.lock"), pytest.raises(LeaseError, match="another process holds .*data.lock"):
+    with pytest.raises(LeaseError, match="another process holds .*data.lock"):
         main(config)
+    os.kill(holder, signal.SIGKILL)
+    assert exit_codes([holder]) == [-signal.SIGKILL]
     assert not is_done(output, {})
 
 
