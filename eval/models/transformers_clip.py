@@ -78,15 +78,17 @@ def load_transformers_clip(source: str) -> TransformersClip:
     """Return the model of a local folder or hub id; UsageError unless its model_type is one of FAMILIES."""
     place = resolve_encoder(source)
     with load_errors_named(source, NEEDED):
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             naflex = "; NaFlex models take no images of a fixed size: use the fixed-size one" if config.model_type == "siglip2" else ""
             known = f"known: {', '.join(FAMILIES)}{naflex}"
             raise UsageError(f"{source}: model_type {config.model_type!r} is not a dual encoder known here; {known}")
-        transform = Transform(AutoImageProcessor.from_pretrained(place))
-        tokenizer: Any = AutoTokenizer.from_pretrained(place)
+        transform = Transform(AutoImageProcessor.from_pretrained(place, trust_remote_code=False))
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         tokens = hash_tokenizer(tokenizer)  # before a call sets how it pads
-        model, report = AutoModel.from_pretrained(place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(
+            place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     require_complete(source, report["missing_keys"], ())
     name = recorded_id(source)
     clip = TransformersClip(model, tokenizer, transform, name)

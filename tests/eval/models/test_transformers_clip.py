@@ -120,3 +120,17 @@ def test_folders_of_other_models_are_refused(tmp_path):
             load_transformers_clip(str(tmp_path))
     with pytest.raises(UsageError, match="not a folder"):
         load_transformers_clip(str(tmp_path / "nothing"))
+
+
+def test_code_in_a_model_folder_does_not_run_though_the_terminal_says_yes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        f"import pathlib\nfrom transformers import PretrainedConfig\npathlib.Path({str(ran)!r}).write_text('')\n"
+        "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    with pytest.raises(UsageError, match="comes with code of its own"):
+        load_transformers_clip(str(tmp_path))
+    assert not asked and not ran.exists()
