@@ -41,6 +41,7 @@ from align.features.store import FeatureStore
 from align.sources.plan import Source
 from align.train import main as train
 from align.training.config import TrainConfig
+from tests.support.flags import as_flags
 from tests.support.tiny_encoders import TIMM_CASES, save, save_bert, save_timm
 
 IMAGES = 120
@@ -76,11 +77,7 @@ def flags(world, output, **changes):
         "data": world / "data.jsonl", "output": output, "vision": [world / "vit"], "text": [world / "text" / "st"],
         "captions": ["short", "many"], "precision": "fp32", "rows": 1000, **QUICK, **changes,
     }  # fmt: skip
-    listed = []
-    for name, value in values.items():
-        if value is not None:
-            listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return listed
+    return as_flags(values)
 
 
 def run(world, output, failpoint=None, **changes):

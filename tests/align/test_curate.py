@@ -25,6 +25,7 @@ from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
 from align.train import main as train
 from align.training.config import TrainConfig
+from tests.support.flags import as_flags
 from tests.support.stores import build_store
 from tests.support.tiny_encoders import save_bert
 
@@ -55,11 +56,7 @@ def flags(folder, output, **changes):
         "candidates": folder / "images", "output": output, "concept-store": folder / "shots", "concept-labels": folder / "labels.csv",
         "top": 12, "per-concept": 5, "save-every": 2, **changes,
     }  # fmt: skip
-    listed = []
-    for name, value in values.items():
-        if value is not None:
-            listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return listed
+    return as_flags(values)
 
 
 def curate(folder, output, failpoint=None, **changes):

@@ -22,6 +22,7 @@ from align.features.store import FeatureStore, hash64
 from align.model.dual_encoder import SailModel
 from align.train import main as train
 from align.training.config import TrainConfig
+from tests.support.flags import as_flags
 from tests.support.tiny_encoders import save, save_bert
 
 SHARDS = 3
@@ -51,11 +52,7 @@ def flags(world, output, **changes):
         "captions": ["short", "many"],
         "precision": "fp32", "batch-size": 4, "shard-rows": 14, "workers": 0, "max-reject-fraction": 0.2, **changes,
     }  # fmt: skip
-    listed = []
-    for name, value in values.items():
-        if value is not None:
-            listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return listed
+    return as_flags(values)
 
 
 def encode(world, output, failpoint=None, **changes):

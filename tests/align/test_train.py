@@ -15,6 +15,7 @@ from align.common.files import arm_failpoint
 from align.train import main
 from align.training.config import TrainConfig
 from align.training.step import Stepper
+from tests.support.flags import as_flags
 from tests.support.forking import exit_codes, fork
 from tests.support.stores import build_paired_stores
 
@@ -26,12 +27,7 @@ def flags(folder, output, **changes):
         "head": "glu", "expansion": 2, "width": 16, "batch-size": 32, "steps": 12, "optimizer": "adamw", "lr": 0.01,
         "precision": "fp32", "log-every": 2, "val-every": 4, "save-every": 3, **changes,
     }  # fmt: skip
-    listed = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]) if v != "")]
-    return listed
+    return as_flags(values)
 
 
 def train(folder, output, failpoint=None, **changes):
@@ -194,7 +190,7 @@ def test_validation_sees_at_most_so_many_images(short_run):
 
 def test_a_dry_run_writes_nothing(short_run, capfd):
     folder, _, _ = short_run
-    train(folder, folder / "dry", **{"batch-size": 10, "dry-run": ""})
+    train(folder, folder / "dry", **{"batch-size": 10, "dry-run": True})
     assert not (folder / "dry").exists() and "9 steps an epoch, about" in capfd.readouterr().out
 
 
@@ -211,7 +207,7 @@ def test_the_loss_is_computed_in_tiles_of_the_given_side(paired_folders, monkeyp
 def test_encoders_are_embedded_in_saved_models_if_asked_for(paired_folders, monkeypatch):
     saved = []
     monkeypatch.setattr("align.training.run.save_model", lambda model, folder, tokenizer, embed: saved.append((folder.name, embed)))
-    train(paired_folders, paired_folders / "own", **{"steps": 1, "embed-encoders": ""})
+    train(paired_folders, paired_folders / "own", **{"steps": 1, "embed-encoders": True})
     assert saved[-1] == ("last", True) and ("best", True) in saved
 
 

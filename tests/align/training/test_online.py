@@ -34,6 +34,7 @@ from align.training.config import TrainConfig
 from align.training.online import Augmentation, OnlinePairs
 from align.training.order import BatchOrder
 from align.training.step import Stepper
+from tests.support.flags import as_flags
 from tests.support.forking import exit_codes, fork
 from tests.support.tiny_encoders import save, save_bert
 
@@ -58,16 +59,6 @@ def world(tmp_path_factory):
     return folder
 
 
-def flags(values):
-    listed = []
-    for name, value in values.items():
-        if value is True:
-            listed.append(f"--{name}")
-        elif value is not None:
-            listed += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return listed
-
-
 def recipe(world, output, **changes):
     return {
         "data": world / "data.jsonl", "vision": world / "vision", "text": world / "text/st", "captions": ["short", "long"],
@@ -80,7 +71,7 @@ def recipe(world, output, **changes):
 def train(world, output, failpoint=None, **changes):
     if failpoint:
         arm_failpoint(failpoint)
-    main(parse(TrainConfig, "train", flags(recipe(world, output, **changes))))
+    main(parse(TrainConfig, "train", as_flags(recipe(world, output, **changes))))
 
 
 def evidence(output):
@@ -93,7 +84,7 @@ def tokens(world, output):
     """Encode the token stores of the world."""
     values = {"data": world / "data.jsonl", "output": output, "vision": world / "vision", "text": world / "text/st"}
     values |= {"captions": ["short", "long"], "feature": "tokens", "precision": "fp32", "workers": 0, "shard-rows": 10, "batch-size": 5}
-    encode_main(parse(EncodeConfig, "encode", flags(values)))
+    encode_main(parse(EncodeConfig, "encode", as_flags(values)))
     return {"images": output / "images", "captions": [output / "captions-short", output / "captions-long"]}
 
 
