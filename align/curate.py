@@ -62,13 +62,12 @@ def choose(
 def main(config: CurateConfig) -> None:
     """Open candidates and concepts, score what is not scored yet, share out, report coverage."""
     import torch
-    import yaml
     from rich.panel import Panel
 
     from align.common.console import plain_console
-    from align.common.files import atomic_bytes, remove_temporaries
+    from align.common.files import remove_temporaries
     from align.common.hardware import reuse_freed_memory, use_cores
-    from align.common.recipes_yaml import refuse_other_config, to_recipe
+    from align.common.recipes_yaml import refuse_other_config, write_recipe
     from align.common.runs import add_launch
     from align.curation.concepts import concept_names, evaluation_note, evaluation_sets, inputs_of, kept_prototypes, make_prototypes
     from align.curation.pool import CandidatePool
@@ -95,9 +94,8 @@ def main(config: CurateConfig) -> None:
     launched.mkdir(parents=True, exist_ok=True)
     if config.part is None:
         remove_temporaries(folder)
-    recipe, inputs = to_recipe(config, "curate"), inputs_of(config, candidates, names)
-    atomic_bytes(folder / "config.yaml", recipe.encode())
-    add_launch(launched, {"config": yaml.safe_load(recipe)["curate"], "inputs": inputs, "note": note})
+    inputs = inputs_of(config, candidates, names)
+    add_launch(launched, {"config": write_recipe(config, folder, "curate"), "inputs": inputs, "note": note})
     prototypes = kept_prototypes(folder / "prototypes", inputs, lambda: make_prototypes(config, space, names)).to(device)
 
     def scored(part: int) -> "tuple[TopLists, np.ndarray]":

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import UsageError
-from align.common.files import atomic_bytes, hash_file, human_bytes
-from align.common.recipes_yaml import load_yaml, refuse_other_config, to_recipe
+from align.common.files import hash_file, human_bytes
+from align.common.recipes_yaml import refuse_other_config, write_recipe
 from align.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -115,10 +115,10 @@ def write_manifest(config: TrainConfig, data: "TrainingData", processes: int) ->
 
     folder, pairs = Path(config.output), data.pairs
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_bytes(folder / "config.yaml", to_recipe(config, "train").encode())
+    settings = write_recipe(config, folder, "train")
     facts = {"pairs": len(pairs), "vision": pairs.image_fingerprint, "text": pairs.text_fingerprint, "processes": processes}
     facts |= {"keys": hash_file(Path(config.keys))} if config.keys else {}
-    add_launch(folder, {"config": load_yaml(folder / "config.yaml")["train"], **facts})
+    add_launch(folder, {"config": settings, **facts})
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ def main(config: UpgradeConfig) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from align.common.console import Progress, plain_console
-    from align.common.files import atomic_bytes
     from align.common.hardware import reuse_freed_memory, use_cores
-    from align.common.recipes_yaml import to_recipe
+    from align.common.recipes_yaml import write_recipe
     from align.common.runs import add_launch
     from mllm.assembly.join import load_projector, report_table
     from mllm.assembly.warmstart import fit_projector
@@ -57,7 +56,7 @@ def main(config: UpgradeConfig) -> None:
     if weights:
         report = [replace(line, weights=weights) if line.name == "projector" else line for line in report]
     save_mllm(model, processor, folder)
-    atomic_bytes(folder / "config.yaml", to_recipe(config, "upgrade").encode())
+    write_recipe(config, folder, "upgrade")
     add_launch(folder, {"parts": [vars(line) for line in report]})
     console.print(report_table(report))
     height, width = model.config.sail_image_size or (0, 0)

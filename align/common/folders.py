@@ -60,8 +60,7 @@ def hashes_below(folder: Path, record: str) -> dict[str, str]:
 
 
 def commit_folder(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the COMMIT of a finished folder: `facts`, and size and xxh3-128 of every file in it."""
-    sync_tree(folder)
+    """Write the COMMIT of a finished folder, inside `replaced_folder`, which flushes it: `facts`, size and xxh3-128 of every file."""
     hashes = hashes_below(folder, COMMIT)
     files = {name: {"bytes": (folder / name).stat().st_size, "xxh3": digest} for name, digest in hashes.items()}
     atomic_json(folder / COMMIT, {**facts, "files": files})

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from align.common.errors import UsageError
+from align.common.files import atomic_bytes
 
 SECTIONS = ("prepare", "encode", "assess", "curate", "train", "convert", "eval", "upgrade", "check", "pretrain", "instruct", "lmms", "chat")
 
@@ -75,6 +76,13 @@ def to_recipe(config: Any, section: str) -> str:
     """Return `config` as the YAML recipe that would produce it."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     return yaml.safe_dump({section: values}, sort_keys=False, allow_unicode=True)
+
+
+def write_recipe(config: Any, folder: Path, section: str) -> dict[str, Any]:
+    """Write `config` to config.yaml in a run's folder, for `refuse_other_config` and for repeating the run; return it as plain values."""
+    recipe = to_recipe(config, section)
+    atomic_bytes(folder / "config.yaml", recipe.encode())
+    return yaml.safe_load(recipe)[section]
 
 
 def refuse_other_config(config: Any, folder: Path, section: str, free: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The log of a training run: what was learnt and how fast, to files, curves and the console."""
+"""The log of a training run: what was learned and how fast, to files, curves and the console."""
 
 from typing import TYPE_CHECKING
 

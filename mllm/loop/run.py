@@ -4,7 +4,6 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments
@@ -12,8 +11,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from align.common.checkpoints import clean_checkpoints, newest_committed
 from align.common.errors import Preempted
-from align.common.files import atomic_bytes
-from align.common.recipes_yaml import to_recipe
+from align.common.recipes_yaml import write_recipe
 from align.common.runs import RunLog, add_launch
 from mllm.conversations.batches import ConversationDataset
 from mllm.loop.collate import Collate
@@ -48,11 +46,9 @@ def train(
     if writing:
         folder.mkdir(parents=True, exist_ok=True)
         clean_checkpoints(folder, uncommitted=True)
-        recipe = to_recipe(config, config.stage)
-        atomic_bytes(folder / "config.yaml", recipe.encode())
         facts = {"rows": len(dataset), "data": dataset.index.fingerprint, "processes": settings.world_size}
         precision = "bf16" if settings.bf16 else "fp32"
-        add_launch(folder, {"config": yaml.safe_load(recipe)[config.stage], **facts, "precision": precision})
+        add_launch(folder, {"config": write_recipe(config, folder, config.stage), **facts, "precision": precision})
     if first >= steps and (folder / "model" / "config.json").is_file():
         console.print(f"{folder}/model is complete; nothing to do")
         return

@@ -9,10 +9,10 @@ from mllm.loop.collate import Collate
 from mllm.loop.flops import StepCost
 
 
-def item(lengths, learnt, images):
-    """A row, or a pack of rows, whose last `learnt` tokens are learnt."""
+def item(lengths, learned, images):
+    """A row, or a pack of rows, whose last `learned` tokens are learned."""
     labels = torch.full((sum(lengths),), -100)
-    labels[len(labels) - learnt :] = 7
+    labels[len(labels) - learned :] = 7
     positions = torch.cat([torch.arange(length) for length in lengths])
     return {
         "input_ids": torch.ones(sum(lengths)).long(),
