@@ -39,6 +39,8 @@ SPRITES = ("sprites_yesno", "sprites_what", "sprites_where", "sprites_count", "s
 PARITY = tuple(f"sail_parity_{name}" for name in ("gqa", "mmbench", "pope", "seed", "textvqa", "vizwiz", "vqav2"))
 RNG = np.random.default_rng
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 # ---- metrics
 
@@ -307,7 +309,9 @@ def test_parity_prompts():
 
 def test_data_is_found_from_any_working_directory(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert local_tasks()["sprites_yesno"].data == (FOLDER.parents[1] / "runs/quickstart/data/mllm/yesno.parquet",)
+    assert local_tasks()["sprites_yesno"].data == (ROOT / "runs/quickstart/data/mllm/yesno.parquet",)
+    places = {file.parent for task in local_tasks().values() for file in task.data}
+    assert places == {ROOT / "runs/quickstart/data/mllm", ROOT / "data/my_vqa"}, "where the quickstart and the user put them"
     moved = local_tasks(data=str(data))
     assert moved["sprites_what"].data == (data / "open.parquet",) and moved["my_vqa"].data[0].name == "questions.jsonl"
     assert not moved["sail_parity_gqa"].data
