@@ -351,7 +351,7 @@ def test_a_users_questions_in_jsonl(evaluate, tmp_path, monkeypatch):
     text = (
         (FOLDER / "my_vqa.yaml")
         .read_text()
-        .replace("../../data/my_vqa/", "")
+        .replace("../../../data/my_vqa/", "")
         .replace("image_root: data/my_vqa", f"image_root: {tmp_path}/mine")
     )
     (tmp_path / "mine" / "own.yaml").write_text(text.replace("task: my_vqa", "task: own"))
