@@ -59,5 +59,15 @@ class UpgradeConfig:
         check((self.sail is None) != (self.vision is None), f"--sail {self.sail} --vision {self.vision}", "give exactly one of them")
         given = f"--sail-head {self.sail_head} --vision {self.vision}"
         check(self.vision is None or self.sail_head != "trained", given, "only a run has a trained head: use random or none, or --sail RUN")
+        self._read_only_with("--vision", self.vision, "head", "expansion", "width", "layer")
+        self._read_only_with("--llm", self.llm, "gguf_file")
+        self._read_only_with("--captions", self.captions or None, "image_root", "caption_rows")
         given = f"--projector {self.projector} --captions {' '.join(self.captions)}"
         check(not (self.projector and self.captions), given, "give weights of a trained projector or captions to solve it, not both")
+
+    def _read_only_with(self, flag: str, value: object, *names: str) -> None:
+        """Raise UsageError if a field of `names` differs from its default while `flag`, without which nothing reads it, is not given."""
+        for name in names:
+            given = getattr(self, name)
+            unread = value is None and given != type(self).__dataclass_fields__[name].default
+            check(not unread, f"--{name.replace('_', '-')} {given}", f"has an effect only with {flag}; leave it out or give {flag}")

@@ -365,6 +365,17 @@ def test_contradicting_flags_are_refused(fields):
         UpgradeConfig(**fields)
 
 
+UNREAD = [{"head": "mlp"}, {"expansion": 2}, {"width": 8}, {"layer": 3}, {"image_root": "x"}, {"caption_rows": 9}]
+
+
+@pytest.mark.parametrize("unread", UNREAD)
+def test_a_flag_that_nothing_would_read_is_refused(unread):
+    with pytest.raises(UsageError, match="has an effect only with --(vision|captions)"):
+        UpgradeConfig(llm="a", sail="b", **unread)
+    with pytest.raises(UsageError, match="--gguf-file w.gguf: has an effect only with --llm"):
+        UpgradeConfig(llava="a", sail="b", gguf_file="w.gguf")
+
+
 def test_a_trained_projector_is_put_in_strictly(parts, tmp_path):
     model, _, _ = assemble(llm=str(parts / "llama"), sail=str(parts / "run"))
     projector = model.model.multi_modal_projector
