@@ -1,5 +1,6 @@
-"""The scores of every candidate over the images that all stores have in common; what was scored before is read from the cache."""
+"""The scores of every candidate over the images that all stores have in common; earlier scores are read from the cache."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +17,7 @@ from align.assessment.tables import Assessed
 from align.common.errors import DataError
 from align.common.files import hash_bytes
 
-FEW_OF_CLASS = 8  # labelled images of a class: below, a neighborhood of 20 is mostly of others
+FEW_OF_CLASS = 8  # labelled images of a class: with fewer, most of 20 neighbors are of other classes
 
 
 class Assessment:
@@ -30,7 +31,7 @@ class Assessment:
         self.pairs, self.visions, self.settings, self.with_patches = pairs, visions, settings, patches
         self.stores = {(v.name, layer): pairs.store(v.name, f"layer-{layer:02d}") for v in visions for layer in v.layers}
         captioned = {name: [pairs.store(name, f"captions-{column}") for column in captions] for name in texts}
-        every = [*self.stores.values(), *(store for stores in captioned.values() for store in stores)]
+        every = [*self.stores.values(), *itertools.chain(*captioned.values())]
         common = set.intersection(*map(unique_keys, every))
         self.keys = [key for key in every[0].keys.to_pylist() if key in common]
         self.scorer, self.cache = Scorer(settings, len(self.keys), device), Cache(folder)
@@ -67,7 +68,7 @@ class Assessment:
     def _of_layer(self, vision: EncodedVision, layer: int) -> Iterator[Assessed]:
         store, get, scorer = self.stores[vision.name, layer], self.cache.get, self.scorer
         rows = rows_of(store, self.keys)
-        patches = {text: self._patch_scores(vision, layer, text) for text in self.texts} if self.with_patches else {}
+        patches = {text: self._patch_scores(vision, layer, text) if self.with_patches else {} for text in self.texts}
         for feature in vision.features:
             columns = feature_columns(rows, feature, vision.has_cls)
             image = {**store.fingerprint, "feature": feature}
@@ -79,7 +80,7 @@ class Assessment:
                 relations = get({**facts, "kind": "relations"}, partial(scorer.relations, columns, side))
                 stored = (store.fingerprint, fingerprints[0]) if image == store.fingerprint else None
                 candidate = Candidate(vision.name, layer, feature, text, vision.random)
-                yield Assessed(candidate, {**probing, **classes, **relations, **patches.get(text, {})}, stored)
+                yield Assessed(candidate, {**probing, **classes, **relations, **patches[text]}, stored)
 
     def _patch_scores(self, vision: EncodedVision, layer: int, text: str) -> dict[str, Score]:
         store = self.pairs.store(vision.name, f"patches-{layer:02d}")

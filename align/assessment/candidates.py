@@ -31,13 +31,13 @@ SHARD_ROWS = 64  # neighbors in the source that are drawn together
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is compared; `random` marks an encoder with random weights (the floor)."""
+    """What is compared."""
 
     vision: str
     layer: int
     feature: str
     text: str
-    random: bool = False
+    random: bool = False  # random weights: the floor
 
     @property
     def name(self) -> str:
@@ -46,10 +46,10 @@ class Candidate:
 
 
 def sampled_plan(source: Source, rows: int, seed: int, columns: Sequence[str], folder: Path) -> Plan:
-    """Return a plan of about `rows` rows (or all), random pieces of neighbors in random order, saved in `folder`.
+    """Return a plan of about `rows` rows (or all), saved in `folder`: random pieces of neighbors in random order.
 
-    The pieces are of `SHARD_ROWS` rows, or of fewer, so that there are 30 of them. A pure function of the source, `rows` and
-    `seed`. FingerprintError if `folder` holds a plan of something else.
+    A piece has `SHARD_ROWS` rows, or fewer so that there are 30. A pure function of source, `rows` and `seed`. FingerprintError if
+    `folder` holds another plan.
     """
     whole = plan(source, min(SHARD_ROWS, max(1, rows // 30)), columns)
     order = generator(seed, 7).permutation(len(whole.shards))
@@ -73,10 +73,7 @@ def text_name(encoder: str, layer: int, last: int) -> str:
 
 
 def random_copy(name: str, folder: Path, seed: int) -> str:
-    """Return a folder with the encoder `name` whose weights are its architecture's initial ones, drawn by `seed`: the floor.
-
-    The folder is like any other encoder's: it can be encoded with, trained on and compared.
-    """
+    """Return a folder, like any encoder's, with the encoder `name` whose weights are initial ones drawn by `seed`: the floor."""
     if folder.exists():
         return str(folder)
     spec = VisionSpec(*split_revision(name))
@@ -86,7 +83,7 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, **spec.from_pretrained), dtype=torch.float32)
         transform = load_transform(spec)
         normalizers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        if normalizers:  # their statistics are not drawn but measured; without, activations die out over the layers
+        if normalizers:  # their statistics must be measured: without, activations die out over the layers
             size = transform(Image.new("RGB", (64, 64))).shape
             for module in normalizers:
                 module.momentum = 1.0
@@ -100,14 +97,8 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
 
 def chosen_layers(wanted: Sequence[str], encoder: str, first: int, last: int) -> list[int]:
     """Return the layer numbers that `wanted` (numbers, `last`, `all`) means for an encoder; those it does not have are left out."""
-    found: set[int] = set()
-    for word in wanted:
-        if word == "all":
-            found |= set(range(1, last + 1))
-        else:
-            number = last if word == "last" else int(word)
-            number = number if number >= 0 else last + 1 + number
-            found |= {number} if first <= number <= last else set()
+    numbers = [n for word in wanted for n in (range(1, last + 1) if word == "all" else [last if word == "last" else int(word)])]
+    found = {n if n >= 0 else last + 1 + n for n in numbers} & set(range(first, last + 1))
     if not found:
         raise UsageError(f"{encoder} has layers {first} to {last}, none of {', '.join(wanted)}; add `last`")
     return sorted(found)
@@ -129,10 +120,7 @@ def feature_columns(features: np.ndarray, feature: str, has_cls: bool) -> np.nda
 
 
 def read_labels(source: Source, plan: Plan, column: str) -> dict[str, int]:
-    """Return the class number of each sample key, from `column` of every row; nothing is decoded.
-
-    DataError if fewer than two classes are there.
-    """
+    """Return the class number of each sample key, from `column` of every row; DataError for fewer than two classes."""
     named: dict[str, str] = {}
     for shard in range(len(plan.shards)):
         for row in open_shard(source, plan, shard).rows(images=False):
@@ -169,6 +157,5 @@ def captions_of(stores: Sequence[FeatureStore], keys: Sequence[str]) -> tuple[np
         rows = np.flatnonzero(numbers >= 0)
         features.append(store.features(rows))
         owners.append(numbers[rows])
-    joined = np.concatenate(owners)
-    order = joined.argsort(kind="stable")
-    return np.concatenate(features)[order], joined[order]
+    order = np.concatenate(owners).argsort(kind="stable")
+    return np.concatenate(features)[order], np.concatenate(owners)[order]

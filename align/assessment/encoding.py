@@ -30,7 +30,7 @@ from align.sources.plan import Plan, Source
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows that all encoders see: their source, which they are, and the folder of their stores."""
+    """Rows that all encoders see, and the folder of their stores."""
 
     source: Source
     plan: Plan
@@ -79,12 +79,9 @@ def encode_visions(
         found.append(EncodedVision(folder_name(name), layers, features, encoder.has_cls, random))
         for kind, sample in samples.items():
             patches = config.patch_images if kind == "pairs" else 0
-            outputs = LayerFeatures(encoder, layers, with_patches=patches > 0)
-            job = LayerExtraction(
-                sample.source, sample.plan, sample.folder / folder_name(name), outputs, patches,
-                batch_size=config.batch_size, workers=config.workers,
-            )  # fmt: skip
-            _fill(job, config, console)
+            outputs, folder = LayerFeatures(encoder, layers, with_patches=patches > 0), sample.folder / folder_name(name)
+            workers: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
+            _fill(LayerExtraction(sample.source, sample.plan, folder, outputs, patches, **workers), config, console)
     return found
 
 
@@ -113,11 +110,8 @@ def encode_texts(
                 text = load_text_encoder(replace(spec, layer=layer), device)
             found.append(text_name(name, layer, last))
             refuse_equal_names([*taken, *found])
-            job = Extraction(
-                pairs.source, pairs.plan, pairs.folder / found[-1], text=text, columns=config.captions,
-                text_batch_size=config.text_batch_size, workers=0,
-            )  # fmt: skip
-            _fill(job, config, console)
+            how: dict[str, Any] = {"columns": config.captions, "text_batch_size": config.text_batch_size, "workers": 0}
+            _fill(Extraction(pairs.source, pairs.plan, pairs.folder / found[-1], text=text, **how), config, console)
     return found
 
 
@@ -130,12 +124,10 @@ def refuse_equal_names(names: Sequence[str]) -> None:
 
 def _fill(job: Extraction, config: AssessConfig, console: Console) -> None:
     """Encode the shards that are missing in one folder, and say what was rejected; a dry run only says what is missing."""
-    pending = job.pending()
     if config.dry_run:
         console.print(f"{job.output}: {len(job.writers)} stores, {human_bytes(job.predicted_bytes())} to encode")
         return
-    rows = sum(job.plan.lengths[shard] for shard in pending)
-    what = f"{job.output.relative_to(config.output)}:"
-    rejects = job.fill(Progress(console, what, rows))
+    rows = sum(job.plan.lengths[shard] for shard in job.pending())
+    rejects = job.fill(Progress(console, f"{job.output.relative_to(config.output)}:", rows))
     if len(rejects):
         console.print(f"{job.output}: {len(rejects)} rejected (each in rejects.parquet)")

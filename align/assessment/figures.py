@@ -1,6 +1,7 @@
 """Pictures of an assessment: PNG bytes of a heat map (candidates x scores) and of scatter plots (each score against probing)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -18,12 +19,11 @@ DPI = 110
 def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     """Return the scores of all vision candidates with one text encoder: numbers in percent, colored by rank within the column.
 
-    Sorted by encoder, feature and layer, so that a column shows how a score runs over the layers. Of more than 64 candidates the
-    best by probing are drawn.
+    Sorted by encoder, feature and layer, so that a column shows a score over the layers; the best 64 by probing.
     """
     group = [result for result in results if result.candidate.text == text]
-    group = sorted(group, key=lambda result: -result.scores["probing"].value)[:HEAT_ROWS]
-    group.sort(key=lambda result: (result.candidate.random, result.candidate.vision, result.candidate.feature, result.candidate.layer))
+    group = sorted(group, key=lambda r: -r.scores["probing"].value)[:HEAT_ROWS]
+    group.sort(key=lambda r: (r.candidate.random, r.candidate.vision, r.candidate.feature, r.candidate.layer))
     names = [name for name in NAMES if any(name in result.scores for result in group)]
     values = np.array([[result.scores[name].value if name in result.scores else np.nan for name in names] for result in group])
     shades = np.full(values.shape, np.nan)
@@ -41,16 +41,15 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8, color=INK)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.set_title(f"with {text} (percent; darker: better within the column)", loc="left", fontsize=9.5, color=INK, fontweight="bold")
     return png(figure)
 
 
 def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a panel for each score against `target`, a point a vision candidate; `rows` are its correlations, shown in the titles.
+    """Return a panel for each score against `target`, a point a vision candidate; `rows` are the correlations, shown in the titles.
 
-    Hollow points are encoders with random weights; they are not part of r.
+    Hollow points are encoders with random weights, which do not count in r.
     """
     group = [result for result in results if result.candidate.text == text and target in result.scores]
     panels = [row for row in rows if row["text"] == text and row["target"] == target]
@@ -67,22 +66,20 @@ def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[
                 continue
             candidate = result.candidate
             color = colors.get(candidate.vision, MUTED)
-            point = (100 * result.scores[row["score"]].value, 100 * result.scores[target].value)
+            x, y = 100 * result.scores[row["score"]].value, 100 * result.scores[target].value
             face = "none" if candidate.random else color
-            axes.scatter(*point, s=16, marker=MARKS[candidate.feature], facecolors=face, edgecolors=color, linewidths=0.9, alpha=0.85)
+            axes.scatter(x, y, s=16, marker=MARKS[candidate.feature], facecolors=face, edgecolors=color, linewidths=0.9, alpha=0.85)
         between = "" if row["r_low"] is None else f" ({row['r_low']:.2f} to {row['r_high']:.2f})"
         r = "r -" if row["r"] is None else f"r {row['r']:.2f}{between}"
         axes.set_title(f"{NAMES[row['score']]}\n{r}", loc="left", fontsize=8.5, color=INK)
         style_axes(axes, lines="both", size=7.5)
         if number % across == 0:
             axes.set_ylabel(NAMES[target], fontsize=8, color=MUTED)
-    handles = [matplotlib.lines.Line2D([], [], color=color, marker="o", linestyle="", markersize=4.5) for color in colors.values()]
-    features = list(dict.fromkeys(result.candidate.feature for result in group))
-    handles += [matplotlib.lines.Line2D([], [], color=MUTED, marker=MARKS[f], linestyle="", markersize=4.5) for f in features]
-    names = [*colors, *features]
+    point = partial(matplotlib.lines.Line2D, [], [], linestyle="", markersize=4.5)
+    handles = [point(color=color, marker="o", label=name) for name, color in colors.items()]
+    handles += [point(color=MUTED, marker=MARKS[f], label=f) for f in dict.fromkeys(result.candidate.feature for result in group)]
     if any(result.candidate.random for result in group):
-        handles.append(matplotlib.lines.Line2D([], [], color=MUTED, marker="o", fillstyle="none", linestyle="", markersize=4.5))
-        names.append("random weights")
-    figure.legend(handles, names, loc="outside lower left", ncols=4, frameon=False, fontsize=7.5, labelcolor=INK)
+        handles.append(point(color=MUTED, marker="o", fillstyle="none", label="random weights"))
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=7.5, labelcolor=INK)
     figure.suptitle(f"{len(group)} candidates with {text}", x=0.01, ha="left", fontsize=9.5, color=INK, fontweight="bold")
     return png(figure)

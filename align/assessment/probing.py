@@ -1,7 +1,7 @@
 """Probes: small heads trained on frozen features to see what the features hold.
 
-Alignment probing (SAIL, section 3): linear heads on both sides, sigmoid loss; the score is the mean of image-to-text and
-text-to-image R@10 on held-out pairs. It uses the steps of `align.training.step`, at a constant rate, until a validation split says stop.
+Alignment probing (SAIL, section 3): linear heads on both sides, sigmoid loss, constant learning rate until a validation split
+says stop; the score is the mean of image-to-text and text-to-image R@10 on held-out pairs.
 A linear probe (multinomial logistic regression) tells how linearly separable labelled classes are.
 
 Shapes: `N` images, `F` image feature width, `T` captions, `D` caption feature width, `n` held-out images, `C` classes.
@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from align.assessment.similarity import vote_correct
 from align.common.errors import DataError
 from align.common.seeds import generator
 from align.model.dual_encoder import SailConfig, SailModel
@@ -25,7 +26,7 @@ from align.training.pairs import PairBatch
 from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
 RECALL_AT = 10
-GRADIENT = 1e-5  # the linear probe has converged when no slope of its loss is steeper: at scikit-learn's 1e-4 it has not
+GRADIENT = 1e-5  # steepest slope of the linear probe's loss at which it has converged; at scikit-learn's 1e-4 it has not
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Training:
     batch_size: int = 512
     lr: float = 1e-3
     steps: int = 600  # at most
-    every: int = 20  # steps between looks at the validation split
-    patience: int = 4  # looks without a better recall before it is taken for converged
+    every: int = 20  # steps between validations
+    patience: int = 4  # validations without a better recall before it counts as converged
     precision: str = "fp32"
 
 
@@ -78,14 +79,14 @@ class Probe:
     image_to_text: float
     text_to_image: float
     steps: int  # of the weights that were kept
-    converged: bool  # False: it was still getting better when the steps ran out
+    converged: bool  # False: it still improved when the steps ran out
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, validation recall)
 
 
 def split_rows(rows: int, test_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return image numbers for training, validation and test: at most a quarter of them for test and half as many for validation.
 
-    A pure function of the arguments, so that all candidates are trained and tested on the same images.
+    A pure function of the arguments: all candidates are trained and tested on the same images.
     """
     test = min(test_rows, rows // 4)
     validation = test // 2
@@ -102,8 +103,8 @@ def probe_alignment(
 ) -> Probe:
     """Return the alignment probe of `pairs`, whose images `rows` are (training, validation, test).
 
-    Linear heads of E = `how.width` with AdamW at a constant rate. Every `how.every` steps the recall on the validation images is
-    taken; after `how.patience` looks without a better one the best weights are scored on the test images.
+    The recall on the validation images is taken every `how.every` steps; after `how.patience` times without a better one the best
+    weights are scored on the test images.
     """
     training, validation, test = rows[0], pairs.only(rows[1]), pairs.only(rows[2])
     settings = SailConfig(vision_width=pairs.images.shape[1], text_width=pairs.captions.shape[1], width=how.width, head="linear")
@@ -134,7 +135,7 @@ def probe_alignment(
 def _recalled(model: SailModel, pairs: CaptionedFeatures) -> tuple[np.ndarray, float, float]:
     """Return values (N,) per image and both ways' R@10; the mean of the values is the mean of the two.
 
-    The value of an image is half its own hit and half its captions' hits, these weighted so that every caption counts the same.
+    An image's value is half its own hit and half its captions' hits, weighted so that every caption counts the same.
     """
     model.eval()
     images = model.project_image(torch.from_numpy(pairs.images).to(model.device))
@@ -148,8 +149,7 @@ def _recalled(model: SailModel, pairs: CaptionedFeatures) -> tuple[np.ndarray, f
 
 def fold_numbers(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return (N,) int64 fold of each item, stratified: the items of each class are dealt out to the folds in a random order."""
-    random = generator(seed, 6)
-    order = random.permutation(len(labels))
+    order = generator(seed, 6).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     numbers = np.empty(len(labels), dtype=np.int64)
     numbers[order] = (np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])) % folds
@@ -167,6 +167,5 @@ def linear_probe_correct(features: np.ndarray, labels: np.ndarray, seed: int, fo
         held_out = numbers == fold
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=GRADIENT, max_iter=1000))
         chances = probe.fit(features[~held_out], labels[~held_out]).predict_proba(features[held_out])  # (n, C)
-        own = np.take_along_axis(chances, labels[held_out][:, None], axis=1)
-        correct[held_out] = (chances >= own).sum(axis=1) == 1
+        correct[held_out] = vote_correct(torch.from_numpy(chances), torch.from_numpy(labels[held_out])).numpy()
     return correct

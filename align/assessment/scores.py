@@ -13,17 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.assessment import similarity
 from align.assessment.probing import CaptionedFeatures, Training, linear_probe_correct, probe_alignment, split_rows
-from align.assessment.similarity import (
-    cka_interval,
-    cosines,
-    half_samples,
-    knn_correct,
-    linear_gram,
-    neighbor_overlap,
-    patch_overlap,
-    rbf_gram,
-)
 from align.common.errors import DataError
 from align.common.files import atomic_json, hash_bytes, read_json
 from align.common.intervals import bootstrap_weights, percentiles
@@ -39,7 +30,7 @@ SCORES = {
     "mutual_knn": "mutual k-NN",
     "patch_overlap": "patch neighborhoods",
 }
-METHODS = {"classes": 2}  # kind of scores -> raised (from 1) when they are computed in another way: older ones in a cache are not used
+METHODS = {"classes": 2}  # kind of scores -> version (else 1), raised when they are computed in another way: it voids what a cache holds
 NO_LABELS = "Weighted k-NN and the linear probe need classes: give --labelled a folder of folders to have the two columns."
 NO_PATCHES = "Without --patch-images there is no column for patch neighborhoods."
 MAX_PATCH_NEIGHBORS = 100
@@ -106,7 +97,8 @@ class TextSide:
         sums = np.add.reduceat(captions.astype(np.float32), np.searchsorted(owners, np.arange(owners[-1] + 1)))
         self.means = sums / np.bincount(owners)[:, None]  # (N, D): one vector an image
         sampled = torch.from_numpy(self.means[sample]).to(device)
-        self.linear, self.rbf, self.cosine = linear_gram(sampled), rbf_gram(sampled), cosines(sampled)  # (n, n)
+        self.linear, self.rbf = similarity.linear_gram(sampled), similarity.rbf_gram(sampled)  # (n, n) each
+        self.cosine = similarity.cosines(sampled)  # (n, n)
 
     def mean_of(self, rows: np.ndarray) -> Tensor:
         """Return the mean captions (n, D) of images `rows` (n,)."""
@@ -121,7 +113,7 @@ class Scorer:
         self.settings, self.device, seed = settings, device, settings.seed
         self.rows = split_rows(rows, settings.test_rows, seed)
         self.sample = np.sort(generator(seed, 8).permutation(rows)[: settings.similarity_rows])
-        self._halves = half_samples(len(self.sample), min(CKA_RESAMPLES, settings.resamples), generator(seed, 9))
+        self._halves = similarity.half_samples(len(self.sample), min(CKA_RESAMPLES, settings.resamples), generator(seed, 9))
         self._weights: dict[int, np.ndarray] = {}
 
     def resamples(self, n: int) -> np.ndarray:
@@ -144,29 +136,28 @@ class Scorer:
             raise DataError("fewer than two classes of the labelled data have two usable images; give more with --labelled-rows")
         features = features[kept].astype(np.float32)
         images, classes = torch.from_numpy(features).to(self.device), torch.from_numpy(labels).to(self.device)
-        nearest, first = _timed(knn_correct, images, classes, self.settings.class_neighbors)
+        nearest, first = _timed(similarity.knn_correct, images, classes, self.settings.class_neighbors)
         linear, second = _timed(linear_probe_correct, features, labels, self.settings.seed)
         return {"knn": self._mean(nearest.double(), first), "linear_probe": self._mean(linear, second)}
 
     def relations(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:
         """Return the CKAs and the mutual k-NN of image features (N, F) float16 with the mean captions of the same images."""
         images = torch.from_numpy(features[self.sample]).to(self.device).float()
-        scores = {}
-        for name, gram, against, debiased in (
-            ("cka", linear_gram, text.linear, False),
-            ("cka_debiased", linear_gram, text.linear, True),
-            ("cka_rbf", rbf_gram, text.rbf, True),
-        ):
-            found, seconds = _timed(lambda: cka_interval(gram(images), against, debiased, self._halves))  # noqa: B023  # called at once
-            scores[name] = Score(*found, len(images), seconds)
-        shared, seconds = _timed(lambda: neighbor_overlap(cosines(images), text.cosine, self.settings.neighbors))
+
+        def cka(gram: Callable[[Tensor], Tensor], against: Tensor, debiased: bool) -> Score:
+            found, seconds = _timed(lambda: similarity.cka_interval(gram(images), against, debiased, self._halves))
+            return Score(*found, len(images), seconds)
+
+        scores = {"cka": cka(similarity.linear_gram, text.linear, False), "cka_debiased": cka(similarity.linear_gram, text.linear, True)}
+        scores["cka_rbf"] = cka(similarity.rbf_gram, text.rbf, True)
+        shared, seconds = _timed(lambda: similarity.neighbor_overlap(similarity.cosines(images), text.cosine, self.settings.neighbors))
         return {**scores, "mutual_knn": self._mean(shared, seconds)}
 
     def patches(self, patches: np.ndarray, width: int, captions: Tensor) -> dict[str, Score]:
         """Return `patch_overlap` of images given as patches side by side (n, P x width) float16 with their captions (n, D)."""
         n = len(patches)
         k = max(1, min(MAX_PATCH_NEIGHBORS, n // 10))
-        shared, seconds = _timed(patch_overlap, torch.from_numpy(patches).to(self.device).reshape(n, -1, width), captions, k)
+        shared, seconds = _timed(similarity.patch_overlap, torch.from_numpy(patches).to(self.device).reshape(n, -1, width), captions, k)
         return {"patch_overlap": self._mean(shared, seconds, {"neighbors": k})}
 
     def probing(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:

@@ -1,8 +1,7 @@
 """Pure scores of how alike two sets of features are: arrays in, floats out.
 
-Legend: `n` items that both sets describe, `F` width, `P` patches, `C` classes, `R` resamples, `k` neighbors. Ties count against
-the features: of items tied at the border of a neighborhood none is a neighbor, and a class that ties is not the answer; features
-that are all equal thus score 0. Nothing here draws random numbers but from the generator it is given.
+Shapes: `n` items that both sets describe, `F` width, `P` patches, `C` classes, `R` resamples, `k` neighbors. Ties count as misses:
+items tied at rank k are dropped, and a tied class is wrong, so features that are all equal score 0.
 """
 
 import numpy as np
@@ -27,16 +26,15 @@ def rbf_gram(features: Tensor) -> Tensor:
     square = (centered * centered).sum(1)
     distances = (square[:, None] + square[None, :] - 2 * centered @ centered.T).clamp_(min=0)  # squared
     above = distances[torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)]
-    width = above.median()
+    width = above.median()  # sigma^2
     return torch.exp(-distances / (2 * width)) if width > 0 else torch.ones_like(distances)
 
 
 def cka(first: Tensor, second: Tensor, debiased: bool = False, weights: Tensor | None = None) -> Tensor:
-    """Return (R,) float64 centered kernel alignments of two Gram matrices (n, n), one for each row of `weights` (R, n) of zeros and ones.
+    """Return (R,) float64 centered kernel alignments of two Gram matrices (n, n), over the items that each row of `weights` (R, n) picks.
 
-    A row picks the items that count; None: one row, all items. Biased (Kornblith et al. 2019, eq. 3): in 0..1, and near 1 for anything
-    when the features are as wide as there are items. Debiased (Song et al. 2012, the unbiased HSIC): 0 on average for unrelated
-    features; needs 4 items. 0 where a set of features does not vary.
+    `weights` are zeros and ones; None: one row, all items. Biased (Kornblith et al. 2019, eq. 3): in 0..1, near 1 for any features
+    as wide as there are items. Debiased (Song et al. 2012): 0 on average for unrelated features; needs 4 items. 0 without variance.
     """
     if weights is None:
         weights = torch.ones(1, len(first), dtype=first.dtype, device=first.device)
@@ -62,8 +60,8 @@ def _hsic(first: Tensor, second: Tensor, weights: Tensor, debiased: bool) -> Ten
 def half_samples(n: int, resamples: int, generator: np.random.Generator) -> Tensor:
     """Return (R, n) float64 of zeros and ones, each row picking n // 2 items without repeats.
 
-    For scores of pairs of items, where the bootstrap's repeats are near-perfect neighbors of themselves: half-samples have no
-    repeats, and their spread about their mean is that of the full sample (variance s^2 (2/n - 1/n)).
+    For scores of pairs of items: an item that a bootstrap repeats would be its own near-perfect neighbor. The spread of
+    half-samples about their mean is that of the full sample (variance s^2 (2/n - 1/n)).
     """
     order = generator.random((resamples, n)).argsort(axis=1)
     return torch.from_numpy((order < n // 2).astype(np.float64))
@@ -84,16 +82,13 @@ def cosines(features: Tensor) -> Tensor:
 
 
 def neighbors(similarities: Tensor, k: int) -> Tensor:
-    """Return (n, n) bool: whether column j is among the k items most similar to item i, itself left out.
-
-    Of items tied at the k-th place none is, so that a row has at most k.
-    """
+    """Return (n, n) bool: whether item j is among the k items most similar to item i; neither i itself nor items tied at rank k are."""
     others = similarities.clone().fill_diagonal_(-torch.inf)
     return others > others.topk(min(k + 1, len(others)), dim=1).values[:, -1:]
 
 
 def neighbor_overlap(first: Tensor, second: Tensor, k: int) -> Tensor:
-    """Return (n,) float64 shares of the k neighbors that two sets of features have in common; similarities (n, n) in.
+    """Return (n,) float64 shares of the k neighbors that two sets of features, given as similarities (n, n), have in common.
 
     Their mean is the mutual k-NN alignment (Huh et al. 2024); its chance level is k / (n - 1).
     """
@@ -119,7 +114,7 @@ def chamfer(patches: Tensor, block: int = 8) -> Tensor:
     """Return the (n, n) float32 symmetric Chamfer similarities of images given as patches (n, P, F).
 
     Between two images: the mean, over the patches of both, of the cosine to the other's most similar patch. Each of the
-    (n P)^2 / 2 cosines is made once, `block` images against all later ones at a time.
+    (n P)^2 / 2 cosines is computed once, `block` images against all later ones at a time.
     """
     unit = functional.normalize(patches.float(), dim=-1)
     n, count, width = unit.shape
@@ -136,9 +131,8 @@ def chamfer(patches: Tensor, block: int = 8) -> Tensor:
 def patch_overlap(patches: Tensor, captions: Tensor, k: int, components: int = 128) -> Tensor:
     """Return (n,) shares of the k neighbors common to images (patches (n, P, F)) and captions (n, D): RAVEL's training-free score.
 
-    Both are PCA-whitened to at most `components` directions, and n / 8: in as many directions as there are items, all whitened
-    items are equally far apart. Images are compared by symmetric Chamfer, captions by cosine (arXiv 2610.05413: n = 1000, k = 100,
-    so chance is 0.1).
+    Both are PCA-whitened to at most `components` and n / 8 directions: in n directions all whitened items are equally far apart.
+    Images are compared by symmetric Chamfer, captions by cosine (arXiv 2610.05413: n = 1000, k = 100, so chance is 0.1).
     """
     n, count, width = patches.shape
     components = max(1, min(components, n // 8))
@@ -159,8 +153,7 @@ def knn_votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temper
 
 def vote_correct(votes: Tensor, labels: Tensor) -> Tensor:
     """Return (n,) bool: whether each item's own class has more votes (n, C) than any other; a tie is wrong."""
-    own = votes.gather(1, labels[:, None])
-    return (votes >= own).sum(1) == 1
+    return (votes >= votes.gather(1, labels[:, None])).sum(1) == 1
 
 
 def knn_correct(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:

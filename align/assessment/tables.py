@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,10 @@ def _percent(score: Score | None, wide: bool = False) -> str:
 
 
 def correlations(results: Sequence[Assessed], target: str, seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
-    """Return, per text encoder and score, how well the score predicts `target` over the vision candidates with learned weights.
+    """Return, per text encoder (fixed, as in SAIL) and score, how well the score predicts `target` over the vision candidates.
 
-    Rows of text, score, n, r (Pearson) and rho (Spearman) with their bootstrap intervals. Fewer than 4 candidates: no rows. The
-    text encoder is fixed, as in SAIL; random weights are left out, as two clouds of points correlate whatever lies within them.
+    Rows of text, score, n, r (Pearson) and rho (Spearman) with their bootstrap intervals; none for fewer than 4 candidates. Random
+    weights are left out: two clouds of points correlate whatever lies within them.
     """
     rows = []
     for text, group in _by_text(results).items():
@@ -112,7 +112,7 @@ def rank_matrix(results: Sequence[Assessed], text: str) -> dict[str, dict[str, f
 def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
     """Return, per text encoder, whether alignment follows weighted k-NN more than the linear probe (SAIL: r 0.991 against 0.847).
 
-    Rows of text, n, r_knn, r_linear_probe, their difference with its paired bootstrap interval over candidates, and the answer.
+    The difference of the two correlations has a paired bootstrap interval over candidates.
     """
     rows = []
     for text, group in _by_text(results).items():
@@ -121,14 +121,12 @@ def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> li
             continue
         knn, linear, probing = (np.array([r.scores[name].value for r in labelled]) for name in ("knn", "linear_probe", "probing"))
         picks = generator(seed, 12).integers(0, len(labelled), (resamples, len(labelled)))
-        drawn = pearson(knn[picks], probing[picks]) - pearson(linear[picks], probing[picks])
-        low, high = percentiles(drawn)
+        low, high = percentiles(pearson(knn[picks], probing[picks]) - pearson(linear[picks], probing[picks]))
         r_knn, r_linear = float(pearson(knn, probing)), float(pearson(linear, probing))
         answer = "yes" if low > 0 else "no, the other way round" if high < 0 else "open: the interval holds 0"
-        rows.append(
-            {"text": text, "n": len(labelled), "r_knn": _finite(r_knn), "r_linear_probe": _finite(r_linear),
-             "difference": _finite(r_knn - r_linear), "low": _finite(low), "high": _finite(high), "answer": answer}
-        )  # fmt: skip
+        numbers = {"r_knn": r_knn, "r_linear_probe": r_linear, "difference": r_knn - r_linear, "low": low, "high": high}
+        finite = {name: _finite(value) for name, value in numbers.items()}
+        rows.append({"text": text, "n": len(labelled), **finite, "answer": answer})
     return rows
 
 
@@ -138,8 +136,7 @@ def shown_correlations(rows: Sequence[Mapping[str, Any]], target: str) -> Table:
     for head in ("text", "score", "candidates", "Pearson r", "Spearman"):
         table.add_column(head, justify="right" if head == "candidates" else "left")
     for row in sorted(rows, key=lambda row: (row["text"], -(row["rho"] or -1))):
-        cells = [_interval(row, label) for label in ("r", "rho")]
-        table.add_row(row["text"], NAMES[row["score"]], str(row["n"]), *cells)
+        table.add_row(row["text"], NAMES[row["score"]], str(row["n"]), _interval(row, "r"), _interval(row, "rho"))
     return table
 
 
@@ -159,13 +156,13 @@ def _interval(row: Mapping[str, Any], label: str) -> str:
 def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
     """Return sentences: which pair, layer and feature, how sure, and what else the numbers say.
 
-    `weights` (R, n) are the bootstrap weights over the test images that all probes share, so that differences are paired.
+    `weights` (R, n) are bootstrap weights over the test images; all probes share them, so that differences are paired.
     """
     learned = [result for result in results if not result.candidate.random]
     values = np.array([result.scores["probing"].details["values"] for result in learned])  # (candidates, n)
     drawn = values @ weights.T.astype(np.float64)  # (candidates, R)
     order = np.argsort(-values.mean(1), kind="stable")
-    first = np.bincount(drawn.argmax(0), minlength=len(learned)) / drawn.shape[1]
+    first = np.bincount(drawn.argmax(0), minlength=len(learned)) / drawn.shape[1]  # share of the resamples won
     best = learned[order[0]]
     score, share = best.scores["probing"], float(first[order[0]])
     sure = "clear" if share >= CLEAR else "likely, not certain" if share >= LIKELY else "open"
@@ -220,8 +217,8 @@ def _gain(learned: Sequence[Assessed], drawn: np.ndarray, first: list[int], seco
 def trained_scores(runs: Sequence[str], results: Sequence[Assessed]) -> list[Assessed]:
     """Return the results with a score `trained` for those whose exact features a run of align/train.py was trained on.
 
-    Runs are matched by the fingerprints of both encoders; several runs of one candidate are averaged. The value is the mean of both
-    ways' R@10 at the best validation. UsageError for a folder that is no run, or one that matches no candidate.
+    Runs are matched by the fingerprints of both encoders. The value is the mean of both ways' R@10 at the best validation, averaged
+    over a candidate's runs. UsageError for a folder that is no run or matches no candidate.
     """
     found: dict[Candidate, list[float]] = {}
     for run in runs:
@@ -238,19 +235,14 @@ def trained_scores(runs: Sequence[str], results: Sequence[Assessed]) -> list[Ass
             )
         best = max(rows, key=lambda row: row["val_mean_recall"])
         found.setdefault(matching[0], []).append((best["val_i2t_r10"] + best["val_t2i_r10"]) / 2)
-    return [
-        Assessed(r.candidate, {**r.scores, "trained": Score(float(np.mean(found[r.candidate])), None, None, 0, 0.0)}, r.fingerprints)
-        if r.candidate in found else r
-        for r in results
-    ]  # fmt: skip
+    trained = {candidate: {"trained": Score(float(np.mean(values)), None, None, 0, 0.0)} for candidate, values in found.items()}
+    return [replace(result, scores={**result.scores, **trained.get(result.candidate, {})}) for result in results]
 
 
 def _by_text(results: Sequence[Assessed]) -> dict[str, list[Assessed]]:
-    groups: dict[str, list[Assessed]] = {}
-    for result in results:
-        if not result.candidate.random:
-            groups.setdefault(result.candidate.text, []).append(result)
-    return groups
+    learned = [result for result in results if not result.candidate.random]
+    texts = dict.fromkeys(result.candidate.text for result in learned)
+    return {text: [result for result in learned if result.candidate.text == text] for text in texts}
 
 
 def _finite(value: float) -> float | None:

@@ -1,6 +1,6 @@
 """The greedy assignment of candidates to concepts, rarest concept first, and the file of what was chosen.
 
-Shapes: `C` concepts, `M` places in a concept's list, `S` rows of all candidates. A sample goes by the number of its first row.
+Shapes: `C` concepts, `M` places in a concept's list, `S` rows of all candidates. A sample's number is that of its first row.
 """
 
 from collections import Counter
@@ -16,15 +16,15 @@ from align.common.files import atomic_path
 from align.curation.pool import CandidatePool
 from align.curation.toplists import TopLists
 
-Refusals = dict[str, np.ndarray]  # reason -> positions of the rows that were passed over for it
+Refusals = dict[str, np.ndarray]  # reason -> positions of the rows passed over for it
 Picker = Callable[[np.ndarray, int], tuple[np.ndarray, Refusals]]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What each concept got, by concept number; `order` (C,) are the concepts as they were served, rarest first."""
+    """What each concept got, by concept number."""
 
-    order: np.ndarray
+    order: np.ndarray  # (C,) concepts as they were served, rarest first
     rows: list[np.ndarray]  # sample numbers, best first
     scores: list[np.ndarray]
     ranks: list[np.ndarray]  # places in the concept's list, from 1
@@ -41,14 +41,12 @@ def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = 
     """Return the greedy assignment: concepts by ascending score at rank M, each gets its best samples that are not taken.
 
     `taken` (S,) bool is False where a sample may be used, and is updated. `pick(rows, count)` chooses up to `count` of a concept's free
-    samples, best first, and says which it passed over for good. Concepts that tie are served by number. Source: METHOD, greedy
-    assignment of concept-balanced pairs.
+    samples, best first, and says which it passed over for good. Concepts that tie are served by number. Source: METHOD.
     """
     last = lists.last_scores()
     order = np.argsort(last, kind="stable")
-    none = np.zeros(0, dtype=np.int64)
-    rows, scores, ranks = ([none] * len(lists) for _ in range(3))
-    refused: list[Counter[str]] = [Counter() for _ in range(len(lists))]
+    rows, scores, ranks = ([np.zeros(0, dtype=np.int64)] * len(lists) for _ in range(3))
+    refused: list[Counter[str]] = [Counter() for _ in rows]
     for concept in order.tolist():
         values, candidates = lists.ranked(concept)
         free = np.flatnonzero(~taken[candidates])
@@ -64,14 +62,14 @@ def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = 
 
 def write_chosen(path: Path, candidates: CandidatePool, names: tuple[str, ...], assignment: Assignment, note: str) -> None:
     """Write the chosen samples, by concept and rank, as a parquet of key, data, store, concept, score and rank."""
-    samples = np.concatenate(assignment.rows)
-    home = np.searchsorted(candidates.starts, samples, side="right") - 1
+    samples, counts = np.concatenate(assignment.rows), [len(rows) for rows in assignment.rows]
+    home = pa.array(np.searchsorted(candidates.starts, samples, side="right") - 1)
     table = pa.table(
         {
             "key": pa.array(candidates.keys(samples), pa.string()),
-            "data": pa.array([store.header.data for store in candidates.stores]).take(pa.array(home)),
-            "store": pa.array([str(store.folder) for store in candidates.stores]).take(pa.array(home)),
-            "concept": pa.array(names).take(pa.array(np.repeat(np.arange(len(names)), [len(rows) for rows in assignment.rows]))),
+            "data": pa.array([store.header.data for store in candidates.stores]).take(home),
+            "store": pa.array([str(store.folder) for store in candidates.stores]).take(home),
+            "concept": pa.array(names).take(pa.array(np.repeat(np.arange(len(names)), counts))),
             "score": np.concatenate(assignment.scores),
             "rank": np.concatenate(assignment.ranks),
         }

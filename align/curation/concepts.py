@@ -4,6 +4,7 @@ Shapes: `C` concepts, `E` width of the space that candidates are scored in.
 """
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,10 @@ def read_names(path: Path) -> tuple[str, ...]:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--concepts {path} cannot be read as UTF-8 text ({error}); give a file with one name a line") from error
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated or not names:
-        raise UsageError(
-            f"--concepts {path}: {f'{repeated[:5]} stand there twice' if repeated else 'no names in it'}; one name a line, once"
-        )
+        wrong = f"{repeated[:5]} stand there twice" if repeated else "no names in it"
+        raise UsageError(f"--concepts {path}: {wrong}; one name a line, once")
     return tuple(names)
 
 
@@ -69,12 +69,11 @@ def read_labels(path: Path) -> pa.Table:
 def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection) -> tuple[tuple[str, ...], Tensor]:
     """Return the labels in alphabetical order and (C, E) normalized prototypes: the mean of each label's normalized rows.
 
-    `shots` are features of labelled samples, `labels` the columns key and label. Rows without a label are left out; DataError if a
-    label has no row.
+    `labels` has the columns key and label. Rows of `shots` without a label are left out; DataError if a label has no row.
     """
-    names = sorted(set(labels["label"].to_pylist()))
+    names = _label_names(labels)
     places = {name: number for number, name in enumerate(names)}
-    numbers = {key: places[label] for key, label in zip(labels["key"].to_pylist(), labels["label"].to_pylist(), strict=True)}
+    numbers = {row["key"]: places[row["label"]] for row in labels.to_pylist()}
     owners = np.array([numbers.get(key, -1) for key in shots.keys(np.arange(len(shots)))])
     rows, sums = np.flatnonzero(owners >= 0), torch.zeros(0)
     for start in range(0, len(rows), chunk_rows(1)):
@@ -88,18 +87,22 @@ def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection)
         raise DataError(
             f"{len(empty)} of {len(names)} labels have no row in the concept store, the first is {empty[0]!r}; compare the keys"
         )
-    return tuple(names), functional.normalize(sums, dim=1)
+    return names, functional.normalize(sums, dim=1)
+
+
+def _label_names(labels: pa.Table) -> tuple[str, ...]:
+    return tuple(sorted(set(labels["label"].to_pylist())))
 
 
 def concept_names(config: CurateConfig) -> tuple[str, ...]:
     """Return the names of the concepts: the lines of --concepts, or the labels of --concept-labels in alphabetical order."""
     if config.concepts:
         return read_names(Path(config.concepts))
-    return tuple(sorted(set(read_labels(Path(str(config.concept_labels)))["label"].to_pylist())))
+    return _label_names(read_labels(Path(str(config.concept_labels))))
 
 
 def inputs_of(config: CurateConfig, candidates: CandidatePool, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return what decides all scores, as fingerprints: lists are continued only if every field is the same."""
+    """Return fingerprints of all that decides the scores: lists are continued only if every field is the same."""
     shots = FeatureStore(config.concept_store) if config.concept_store else None
     weights = Path(config.model or "") / "model.safetensors"
     return {
@@ -122,10 +125,7 @@ def make_prototypes(config: CurateConfig, space: ConceptSpace, names: tuple[str,
 
 
 def kept_prototypes(folder: Path, inputs: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
-    """Return (C, E) prototypes, made once and kept in `folder`, so that a continued run scores against the very same.
-
-    FingerprintError if those that are there were made from other inputs.
-    """
+    """Return (C, E) prototypes, made once and kept in `folder` for resumed runs; FingerprintError if other inputs made them."""
     path, tensors, state, _ = newest_checkpoint(folder)
     if path is not None:
         compare_fingerprints(inputs, state["inputs"], str(folder))
@@ -136,9 +136,9 @@ def kept_prototypes(folder: Path, inputs: dict[str, Any], make: Callable[[], Ten
 
 
 def evaluation_sets(names: Sequence[str]) -> list[str]:
-    """Return the known evaluation sets all of whose classes are among `names`, whatever the case.
+    """Return the evaluation sets of clip_benchmark, if it is installed, all of whose classes are among `names` in any case.
 
-    Known are those of clip_benchmark, if it is installed; its list of class names is read as data, the package is not imported.
+    Its list of class names is read as data; the package is not imported.
     """
     found = importlib.util.find_spec("clip_benchmark")
     if found is None or not found.submodule_search_locations:
@@ -151,8 +151,8 @@ def evaluation_sets(names: Sequence[str]) -> list[str]:
 
 
 def evaluation_note(noticed: Sequence[str], told: str | None = None) -> str:
-    """Return the note that belongs wherever the results go if evaluation sets were `noticed` or the user `told` of one, else nothing."""
-    sets = list(dict.fromkeys([*([told] if told else []), *noticed]))
+    """Return the note that must go with the results if evaluation sets were `noticed` or the user `told` of one, else nothing."""
+    sets = list(dict.fromkeys(filter(None, [told, *noticed])))
     if not sets:
         return ""
     return (

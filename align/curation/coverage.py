@@ -1,7 +1,4 @@
-"""How well concepts are covered before and after curation: a row a concept, one picture, and the numbers above them.
-
-Shapes: `C` concepts.
-"""
+"""How well the `C` concepts are covered before and after curation: a row a concept, one picture, and the totals."""
 
 import io
 from collections.abc import Sequence
@@ -20,8 +17,8 @@ from align.curation.assignment import Assignment
 def coverage_table(names: tuple[str, ...], before: np.ndarray, after: np.ndarray, assignment: Assignment) -> pa.Table:
     """Return one row a concept, in the order of `names`.
 
-    `before` and `after` (C,) count the candidates and the chosen samples whose best concept it is; `chosen` those taken for it;
-    `rarity` is the place in which it was served, from 1; `score_at_last_rank` what that goes by; then why others were passed over.
+    `before` and `after` (C,) count the candidates and the chosen samples whose best concept it is, `chosen` those taken for it.
+    `rarity` is the order of serving, from 1, by `score_at_last_rank`. Last come counts by reason of those passed over.
     """
     rarity = np.empty(len(names), dtype=np.int64)
     rarity[assignment.order] = np.arange(1, len(names) + 1)
@@ -53,7 +50,7 @@ def coverage_figure(table: pa.Table, note: str = "") -> bytes:
     """Return a PNG: each concept's candidates before, and its samples after, from the most to the least frequent before."""
     before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
     order = np.argsort(-before, kind="stable")
-    figure = new_figure(7.2, 4.0 if not note else 4.5)
+    figure = new_figure(7.2, 4.5 if note else 4.0)
     axes = figure.add_subplot()
     counts = f"{effective_number(before):.0f} -> {effective_number(after):.0f} effective concepts of {len(order)}"
     style_axes(axes, f"Coverage before and after curation: {counts}")
@@ -79,10 +76,7 @@ def effective_number(counts: Sequence[int] | np.ndarray) -> float:
 
 
 def write_coverage(folder: Path, table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write coverage.csv, coverage.json and coverage.png to `folder` and return what is in the JSON: `facts`, then the totals.
-
-    A `note` among the facts goes into the picture.
-    """
+    """Write coverage.csv, coverage.json and coverage.png (with the `note` of `facts`); return the JSON's `facts` and totals."""
     before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
     reasons = table.column_names[table.column_names.index("lowest_score") + 1 :]
     values = {

@@ -2,13 +2,13 @@
 
 Shapes: `n` samples of a block, `D` feature width, `K` samples a concept already has, `X` features to keep away from.
 
-Limits, on purpose: cosines are compared within one concept's picks only (all pairs of millions would cost more than the curation), so
-two near-duplicates may be taken by two concepts; identical features are found across all concepts. Each pick is compared with every
-excluded feature. What is passed over for one concept is not offered to the next.
+Cosines are compared within one concept's picks only, as all pairs of millions would cost more than the curation: two concepts may
+take near-duplicates of each other. Identical features are found across all concepts, and each pick is compared with every excluded
+feature. What is passed over for one concept is not offered to the next.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import numpy as np
@@ -27,26 +27,22 @@ def unit(features: np.ndarray) -> np.ndarray:
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
+@dataclass(eq=False)
 class Distinct:
     """A picker for `assign` that passes over duplicates and excluded samples; the one that scores better is kept.
 
-    `features` gives (n, D) float16 of sample numbers (n,). Reasons: `identical` (the very features of a chosen sample of any concept),
-    `near` (cosine of at least `cosine` with a chosen one of this concept; None: not looked at), `excluded` (cosine of at least
-    `exclude_cosine` with one of `excluded` (X, D)). Memory: 8 bytes of hash (about 60 as Python holds them) a chosen sample,
-    K x D floats and the excluded features.
+    Memory: about 60 bytes a chosen sample, K x D floats and the excluded features.
     """
 
-    def __init__(
-        self,
-        features: Callable[[np.ndarray], np.ndarray],
-        *,
-        identical: bool = True,
-        cosine: float | None = None,
-        excluded: np.ndarray | None = None,
-        exclude_cosine: float = 0.95,
-    ) -> None:
-        self.features, self.identical, self.cosine, self.exclude_cosine = features, identical, cosine, exclude_cosine
-        self.excluded = None if excluded is None else unit(excluded)
+    features: Callable[[np.ndarray], np.ndarray]  # sample numbers (n,) -> (n, D) float16
+    _: KW_ONLY
+    identical: bool = True  # pass over as `identical`: same features as a chosen sample of any concept
+    cosine: float | None = None  # pass over as `near`: at least this cosine with a chosen sample of this concept; None: never
+    excluded: np.ndarray | None = None  # (X, D)
+    exclude_cosine: float = 0.95  # pass over as `excluded`: at least this cosine with a row of `excluded`
+
+    def __post_init__(self) -> None:
+        self.excluded = None if self.excluded is None else unit(self.excluded)
         self._hashes: set[int] = set()
 
     def __call__(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, Refusals]:
@@ -92,10 +88,6 @@ class Distinct:
         return found
 
 
-def _features_at(images: CandidatePool, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    return images.features(rows[samples])
-
-
 def picker_for(
     candidates: CandidatePool, images: CandidatePool | None, excluded: CandidatePool | None,
     duplicates: Literal["keep", "identical", "near"], cosine: float, exclude_cosine: float,
@@ -104,17 +96,16 @@ def picker_for(
 
     Features are compared in `images`, or in the candidates themselves; FingerprintError if `excluded` were made by another encoder.
     """
-    unusable = np.zeros(len(candidates), dtype=bool)
+    features: Callable[[np.ndarray], np.ndarray] = candidates.features
+    unusable, away = np.zeros(len(candidates), dtype=bool), None
     if duplicates == "keep" and excluded is None:
         return first_ones, unusable
     compared = images or candidates
     if excluded is not None:
         compare_fingerprints(excluded.fingerprint, compared.fingerprint, str(compared.stores[0].folder))
-    features = candidates.features
+        away = excluded.features(np.arange(len(excluded)))
     if images is not None:
         rows = candidates.rows_in(images)
-        unusable = rows < 0
-        features = partial(_features_at, images, rows)
-    away = None if excluded is None else excluded.features(np.arange(len(excluded)))
+        features, unusable = lambda samples: compared.features(rows[samples]), rows < 0
     near = cosine if duplicates == "near" else None
     return Distinct(features, identical=duplicates != "keep", cosine=near, excluded=away, exclude_cosine=exclude_cosine), unusable

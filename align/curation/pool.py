@@ -1,7 +1,7 @@
 """The candidates of a curation: feature stores of one encoder as one stream of samples.
 
 Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `S` rows of all stores. A sample is an image, or all the captions of one;
-it goes by the number of its first row.
+its number is that of its first row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ class CandidatePool:
     """One or more stores of the same encoder, their rows numbered through, read shard by shard."""
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        """Join the stores; UsageError if they hold other kinds or nothing, FingerprintError if other encoders made them."""
+        """Join the stores; UsageError if their kinds differ or they are empty, FingerprintError if their encoders differ."""
         self.stores = list(stores)
         first = self.stores[0]
         for store in self.stores[1:]:
@@ -27,7 +27,7 @@ class CandidatePool:
                 raise UsageError(f"{store.folder} holds {store.header.kind}s, {first.folder} {first.header.kind}s; give stores of one kind")
             compare_fingerprints(store.fingerprint, first.fingerprint, str(first.folder))
         self.kind, self.fingerprint, self.width = first.header.kind, first.fingerprint, first.width
-        self.starts = np.concatenate([[0], np.cumsum([len(store) for store in self.stores])]).astype(np.int64)
+        self.starts = np.cumsum([0, *map(len, self.stores)])
         self.shards = [(number, shard) for number, store in enumerate(self.stores) for shard in range(store.header.shards)]
         if not len(self):
             raise UsageError(f"{', '.join(str(store.folder) for store in self.stores)}: no candidates in it")
@@ -43,8 +43,8 @@ class CandidatePool:
     def rows_of(self, shard: int) -> range:
         """Return the row numbers of shard `shard` (a place in `shards`)."""
         number, own = self.shards[shard]
-        begin = int(self.starts[number])
-        return range(begin + int(self.stores[number].starts[own]), begin + int(self.stores[number].starts[own + 1]))
+        start, stop = self.starts[number] + self.stores[number].starts[own : own + 2]
+        return range(int(start), int(stop))
 
     def shard_keys(self, shard: int) -> pa.Table:
         """Return key and item of the rows of one shard; DamagedError if its file is not as committed."""
@@ -52,9 +52,9 @@ class CandidatePool:
         return self.stores[number].shard_keys(own)
 
     def chunks(self, shard: int, size: int, only: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield (features (r, W) float16, first row of each sample in them (n,), the samples' numbers (n,)), up to `size` samples.
+        """Yield (features (r, W) float16, first row of each sample in them (n,), the samples' numbers (n,)), about `size` rows at a time.
 
-        With `only` (S,) bool just the samples for which it is True. A sample is never cut in two.
+        A sample is never cut in two. `only` (S,) bool is True for the samples that are wanted.
         """
         span = self.rows_of(shard)
         begins = np.arange(len(span))
@@ -99,7 +99,7 @@ class CandidatePool:
     def rows_in(self, other: "CandidatePool") -> np.ndarray:
         """Return (S,) int64: for each row here the first row in `other` with its key, -1 if there is none.
 
-        Both must be made from the same data in the same shards (as one align/encode.py command makes them): UsageError if not.
+        UsageError unless both were made from the same data in the same shards, as one align/encode.py command makes them.
         """
         ours, theirs = ([store.header.data for store in side.stores] for side in (self, other))
         if ours != theirs:
@@ -107,10 +107,9 @@ class CandidatePool:
                 f"{', '.join(str(store.folder) for store in other.stores)} was not encoded from the same data as the candidates, store by "
                 "store; encode images and captions in one command, or in two with the same --data and --shard-rows"
             )
-        found = np.full(len(self), -1, dtype=np.int64)
+        found = []
         for shard in range(len(self.shards)):
-            mine, there = self.rows_of(shard), other.rows_of(shard)
-            place = pc.index_in(self.shard_keys(shard)["key"].combine_chunks(), value_set=other.shard_keys(shard)["key"].combine_chunks())
-            places = pc.fill_null(place, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-            found[mine.start : mine.stop] = np.where(places >= 0, places + there.start, -1)
-        return found
+            mine, there = (pool.shard_keys(shard)["key"].combine_chunks() for pool in (self, other))
+            places = pc.fill_null(pc.index_in(mine, value_set=there), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+            found.append(np.where(places >= 0, places + other.rows_of(shard).start, -1))
+        return np.concatenate(found)

@@ -15,7 +15,7 @@ import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import normalize
 
 from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.common.console import Progress
@@ -29,7 +29,7 @@ from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
 from align.model.dual_encoder import SailModel
 
-CHUNK_SCORES = 1 << 22  # scores held at once (16 MiB): a chunk has about this many over C rows
+CHUNK_SCORES = 1 << 22  # scores held at once (16 MiB)
 
 Projection = Callable[[Tensor], Tensor]  # features (r, W) float32 -> L2-normalised (r, E)
 
@@ -37,11 +37,6 @@ Projection = Callable[[Tensor], Tensor]  # features (r, W) float32 -> L2-normali
 def chunk_rows(concepts: int) -> int:
     """Return how many rows are scored at once: a function of C alone, so that a rerun rounds as the first run did."""
     return max(256, min(8192, CHUNK_SCORES // concepts))
-
-
-def normalize(features: Tensor) -> Tensor:
-    """Return features (r, W) with norm 1: the projection of those who need none."""
-    return functional.normalize(features, dim=1)
 
 
 @torch.no_grad()
@@ -90,29 +85,28 @@ class ConceptSpace:
         self.width = candidates.width if model is None else model.config.width
 
     def projection(self, features: CandidatePool) -> Projection:
-        """Return what takes features of a store to the space; FingerprintError if they are another encoder's than the space's."""
-        folder = str(features.stores[0].folder)
+        """Return what takes features of a store to the space; FingerprintError if another encoder made them than the space's."""
         if self.model is None:
             compare_fingerprints(features.fingerprint, self.candidates.fingerprint, str(self.candidates.stores[0].folder))
             return normalize
-        if features.kind == "image":
-            compare_encoders(self.model.config.vision_fingerprint, features.fingerprint, folder)
-            return self.model.project_image
-        compare_encoders(self.model.config.text_fingerprint, features.fingerprint, folder)
-        return self.model.project_text
+        config, image = self.model.config, features.kind == "image"
+        own = config.vision_fingerprint if image else config.text_fingerprint
+        compare_encoders(own, features.fingerprint, str(features.stores[0].folder))
+        return self.model.project_image if image else self.model.project_text
 
     def work(self, concepts: int, top: int, lists: int) -> str:
-        """Say how much there is to compute and to hold; UsageError if so many `lists` a concept do not fit into memory."""
+        """Return what there is to compute and to hold, in words; UsageError if so many `lists` a concept do not fit into memory."""
         rows, size = len(self.candidates), TopLists.nbytes(concepts, top, chunk_rows(concepts))
         needed, free = size * lists + rows, psutil.virtual_memory().available
         if needed > free:
             raise UsageError(
                 f"the lists need {human_bytes(needed)} of memory, {human_bytes(free)} are free; give a smaller --top or fewer concepts"
             )
+        note = f"\n--top {top} holds all candidates: rarity then goes by the worst of them; give a --top well below" if top >= rows else ""
         return (
             f"{rows} {self.candidates.kind} rows x {concepts} concepts: {2 * self.width * rows * concepts / 1e12:.3g} TFLOP; "
-            f"lists of {top}: {human_bytes(size)} of memory and twice that on disk"
-        ) + (f"\n--top {top} holds all candidates: rarity then goes by the worst of them; give a --top well below" if top >= rows else "")
+            f"lists of {top}: {human_bytes(size)} of memory and twice that on disk{note}"
+        )
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str], batch_size: int, trust_remote_code: bool) -> Tensor:
@@ -134,7 +128,7 @@ def score_shards(
 ) -> tuple[TopLists, np.ndarray]:  # fmt: skip
     """Return the lists of these shards and (C,) how many of their samples have each concept as their best.
 
-    They are committed to `folder` after `every` shards, with `inputs`, and resumed from there. Raises Preempted after SIGTERM.
+    They are committed to `folder`, with `inputs`, every `every` shards and resumed from there. Raises Preempted after SIGTERM.
     """
     candidates, lists = space.candidates, TopLists(len(prototypes), top, chunk_rows(len(prototypes)))
     best = np.zeros(len(lists), dtype=np.int64)
@@ -151,8 +145,7 @@ def score_shards(
                 best += tensors.pop("best").numpy()
                 lists.load_state({name: tensor.numpy() for name, tensor in tensors.items()})
             done, rows = state.get("step", 0), 0
-            left = sum(len(candidates.rows_of(shard)) for shard in shards[done:])
-            progress = Progress(console, f"{folder.name}: scored rows", left)
+            progress = Progress(console, f"{folder.name}: scored rows", sum(len(candidates.rows_of(shard)) for shard in shards[done:]))
             for number, shard in enumerate(shards[done:], done + 1):
                 best += score_shard(candidates, shard, prototypes, space.project, lists)
                 rows += len(candidates.rows_of(shard))

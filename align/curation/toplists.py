@@ -1,21 +1,21 @@
 """Each concept's best candidates, kept while scores stream by.
 
-Shapes: `C` concepts, `M` places in a concept's list, `n` samples of a chunk. A sample goes by the number of
-its first row, and samples arrive in ascending order, so that ties are won by the lower number however the stream is cut.
+Shapes: `C` concepts, `M` places in a concept's list, `n` samples of a chunk. A sample's number is that of its first row; samples
+arrive in ascending order, so that the lower number wins ties however the stream is cut.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-SLACK_SHARE = 8  # newcomers wait in room for M / 8 behind a list, and are sorted in when it is full
+SLACK_SHARE = 8  # newcomers wait behind a list in room for M / 8, and are sorted in when it is full
 
 
 class TopLists:
     """The M best samples of each of C concepts, by score, then by lower number; 12 bytes a place and M / 8 places of slack.
 
-    A list is sorted only when it is asked for. Until then it holds its places in ascending order of the samples' numbers: a newcomer
-    has the highest number of all, so it enters only if it beats the concept's threshold, the M-th best score so far.
+    A list is in ascending order of the samples' numbers until it is asked for. A newcomer has the highest number of all, so it
+    enters only if it beats the concept's threshold, the M-th best score so far.
     """
 
     def __init__(self, concepts: int, places: int, chunk: int) -> None:

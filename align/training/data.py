@@ -48,19 +48,12 @@ def from_stores(config: TrainConfig) -> TrainingData:
 def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     """Return the pairs of --data with both encoders loaded; what files there are is found out once, by the first process."""
     assert config.data and config.vision and config.text
-    precision, tokens = resolve_precision(config.precision, state.device), config.head == "token"
-    vision = load_vision_encoder(
-        VisionSpec(
-            config.vision, config.vision_revision, image_size=config.image_size, feature="tokens" if tokens else "auto", precision=precision
-        ),
-        state.device,
-    )
-    text = load_text_encoder(
-        TextSpec(
-            config.text, config.text_revision, max_length=config.max_length, feature="tokens" if tokens else "pooled", precision=precision
-        ),
-        state.device,
-    )
+    options: dict[str, Any] = {"precision": resolve_precision(config.precision, state.device)}
+    if config.head == "token":
+        options["feature"] = "tokens"
+    vision_spec = VisionSpec(config.vision, config.vision_revision, image_size=config.image_size, **options)
+    text_spec = TextSpec(config.text, config.text_revision, max_length=config.max_length, **options)
+    vision, text = load_vision_encoder(vision_spec, state.device), load_text_encoder(text_spec, state.device)
     loaders = {"vision": vision.spec.stored(), "text": text.spec.stored()}
     opened = []
     for name, data in (("data", config.data), ("val-data", config.val_data)):
@@ -70,10 +63,12 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
             plan(source, SHARD_ROWS, config.captions).keep(folder, "files or columns")
         state.wait_for_everyone()
         if data:
-            options: dict[str, Any] = {"augment": config.augment and data is config.data, "seed": config.seed, "workers": config.workers}
-            options |= {"batch_size": config.encoder_batch_size, "max_reject_fraction": config.max_reject_fraction}
-            options["positives"] = config.positives
-            opened.append(OnlinePairs(source, Plan.load(folder), config.captions, vision, text, **options))
+            pairs = OnlinePairs(
+                source, Plan.load(folder), config.captions, vision, text, seed=config.seed, augment=config.augment and name == "data",
+                batch_size=config.encoder_batch_size, workers=config.workers, max_reject_fraction=config.max_reject_fraction,
+                positives=config.positives,
+            )  # fmt: skip
+            opened.append(pairs)
     tokenizer = Path(config.output) / "tokenizer"
     if state.is_main_process:
         text.tokenizer.save_pretrained(tokenizer)

@@ -1,19 +1,20 @@
 """Pairs whose features are computed when a batch asks for them: frozen encoders in the loop, images augmented anew in each epoch.
 
-An `OnlinePairs` stands in for `PairedFeatures`, without stores: token heads read hundreds of kilobytes an image, and
-a random crop is never seen twice. Which samples, crops and captions make a batch is a pure function of (seed, step, sample), so a
-killed run goes on exactly. A sample that the gate rejects is left out of its batch, counted, and listed in a file.
-Features are rounded to float16, as in stores: with the same pairs and without augmentation both train to the same weights.
+An `OnlinePairs` stands in for `PairedFeatures` where stores do not pay: token heads read hundreds of kilobytes an image, and
+a random crop is never seen twice. Samples, crops and captions of a batch are a pure function of (seed, step, sample), so a
+killed run resumes exactly. A sample that the gate rejects is left out of its batch, counted, and listed in a file.
+Features are rounded to float16 as in stores, so that without augmentation both train to the same weights.
 
 Shapes: `b` this process's share of a batch, `F` image feature width, `D` caption feature width; H, W pixels.
 """
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,22 +40,18 @@ from align.training.pairs import PairBatch
 
 SHARD_ROWS = 1024  # samples a shard: opening one reads where its samples are
 KEPT_READERS = 64  # open shards a worker keeps
-BLOCK_ROWS = 64  # neighbors read together when there are more shards than that, or rows that cannot be reached singly
+BLOCK_ROWS = 64  # neighbors read together when there are more shards than that, or when single rows are slow to reach
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a run
 IN_A_ROW = 100  # rejects one after the other that stop it
 _SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # streams of random numbers, beside those of align.training.pairs and align.training.step
 
-Item = TypeVar("Item")
 
-
+@dataclass(frozen=True)
 class Augmentation:
-    """freeze-align's: RandomResizedCrop(0.2, 1), horizontal flip, RandAugment(2, 7); then the encoder's own scaling of pixels.
+    """freeze-align's: RandomResizedCrop(0.2, 1), horizontal flip, RandAugment(2, 7); then the encoder's own scaling of pixels."""
 
-    The crop has the size (H, W) that the encoder's transform gives. RandAugment's magnitude is 7 of torchvision's 30.
-    """
-
-    def __init__(self, size: tuple[int, int], normalizer: PixelNormalizer) -> None:
-        self.size, self.normalizer = size, normalizer
+    size: tuple[int, int]  # (H, W) of the crop, as the encoder's transform gives
+    normalizer: PixelNormalizer
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Return pixels (3, H, W) float32 of an RGB image: a pure function of image and seed."""
@@ -66,7 +63,7 @@ class Augmentation:
 
 @lru_cache(maxsize=2)
 def _steps(size: tuple[int, int], resample: str) -> Any:
-    from torchvision import transforms  # a second, for what only augmented runs need
+    from torchvision import transforms  # takes a second, and only augmented runs need it
 
     crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode(resample))
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.RandAugment(2, 7)])
@@ -115,10 +112,8 @@ class _Samples(Dataset):
                 continue
             decoded.keys.append(key)
             good.append(pixels)
-            if piece.step < 0:
-                decoded.captions.append([texts for number, texts in enumerate(captions) if self.slots[number] not in self.slots[:number]])
-            else:
-                decoded.captions.append(self._draw(captions, piece.step, row))
+            columns = dict(zip(self.slots, captions, strict=True))
+            decoded.captions.append(list(columns.values()) if piece.step < 0 else self._draw(columns, piece.step, row))
         if good:
             decoded.pixels = torch.stack(good)
         return decoded
@@ -151,15 +146,11 @@ class _Samples(Dataset):
             return self.transform(image)
         return self.augmentation(image, int(generator(self.seed, _SEED_AUGMENT, step, row).integers(1 << 62)))
 
-    def _draw(self, captions: list[list[str]], step: int, row: int) -> list[str]:
+    def _draw(self, columns: dict[str, list[str]], step: int, row: int) -> list[str]:
         """Return one caption a slot; slots on one column draw without repeats."""
-        drawn, uses = [], dict.fromkeys(self.slots, 0)
         random = generator(self.seed, _SEED_CAPTIONS, step, row)
-        orders = {column: random.permutation(len(texts)) for column, texts in dict(zip(self.slots, captions, strict=True)).items()}
-        for column, texts in zip(self.slots, captions, strict=True):
-            drawn.append(texts[orders[column][uses[column] % len(texts)]])
-            uses[column] += 1
-        return drawn
+        shuffled = {column: itertools.cycle([texts[n] for n in random.permutation(len(texts))]) for column, texts in columns.items()}
+        return [next(shuffled[column]) for column in self.slots]
 
 
 class OnlinePairs:
@@ -169,8 +160,7 @@ class OnlinePairs:
     `feature` decides what heads are given: pooled features, or all tokens for token heads.
     """
 
-    unpaired = repeated = 0  # nothing is known of samples before they are read
-    nbytes = 0  # nothing is stored
+    unpaired = repeated = nbytes = 0  # nothing is known of samples before they are read, and nothing is stored
 
     def __init__(
         self,
@@ -210,7 +200,7 @@ class OnlinePairs:
         return 1 if self.plan.layout != "parquet" and len(self.plan.shards) <= KEPT_READERS else BLOCK_ROWS
 
     def split(self, held_out: int, seed: int) -> "OnlinePairs":
-        """Take `held_out` samples, chosen by `seed` and the number of samples, out of this object and return them as another one."""
+        """Move `held_out` samples, chosen by `seed` and the number of samples, to a new object and return it."""
         if held_out >= len(self):
             raise UsageError(f"{held_out} samples cannot be held out of {len(self)}; give a smaller --val-rows")
         samples, chosen = self._samples, np.zeros(len(self), dtype=bool)
@@ -228,8 +218,7 @@ class OnlinePairs:
         Reads all rows once, without their images. DataError if none is left.
         """
         wanted, samples = set(chosen["key"].to_pylist()), self._samples
-        found: set[str] = set()
-        rows = []
+        rows, found = [], set[str]()
         for shard, start in enumerate(samples.starts[:-1].tolist()):
             for row in open_shard(samples.source, self.plan, shard).rows(images=False):
                 if row.reject is None and row.key in wanted:
@@ -250,7 +239,7 @@ class OnlinePairs:
         return spent
 
     def resume(self, rejects: JsonLines, step: int) -> None:
-        """List rejected samples in `rejects` from now on, each once; what later steps of a killed run listed is dropped."""
+        """List rejected samples in `rejects` from now on, each once; what steps after `step` of a killed run listed is dropped."""
         rejects.cut(step)
         self.rejects, self._listed = rejects, {row["row"] for row in rejects.rows()}
 
@@ -258,7 +247,8 @@ class OnlinePairs:
         """Yield this process's part of each batch of `steps`: features (b, F), (b, D) float16 on the device; rejects are missing."""
         pieces = (piece for step in steps for piece in self._cut(step, order.indices(step)[part]))
         count = len(range(*part.indices(order.batch_size)))
-        for step, decoded in zip(steps, _grouped(self._decoded(pieces), -(-count // self.batch_size)), strict=True):
+        batches = zip(*[self._decoded(pieces)] * -(-count // self.batch_size), strict=False)  # as many pieces as a batch has
+        for step, decoded in zip(steps, batches, strict=True):
             began = time.monotonic()
             self._count(step, decoded)
             keys = [key for one in decoded for key in one.keys]
@@ -274,9 +264,9 @@ class OnlinePairs:
             yield PairBatch(images, captions, image_ids, caption_ids)  # type: ignore[arg-type]
 
     def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return images (n, F), all their captions (T, D) of all columns, float16, and each caption's image number (T,); kept in memory.
+        """Return at most `limit` images (n, F), all their captions (T, D), float16, and each caption's image number (T,).
 
-        For validation, without augmentation. Images beyond `limit` are left out.
+        For validation, without augmentation; kept in memory.
         """
         size = len(self) if limit is None else min(limit, len(self))
         if self._validation is None or self._validation[0] != size:
@@ -294,16 +284,11 @@ class OnlinePairs:
         return self._validation[1]
 
     def _cut(self, step: int, indices: np.ndarray) -> list[_Piece]:
-        parts = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
-        return [_Piece(step, self._rows[part]) for part in parts]
+        return [_Piece(step, rows) for rows in np.split(self._rows[indices], range(self.batch_size, len(indices), self.batch_size))]
 
     def _decoded(self, pieces: Iterator[_Piece]) -> Iterator[_Decoded]:
-        prefetch = 4 if self.workers else None
-        return iter(
-            DataLoader(
-                self._samples, sampler=pieces, batch_size=None, num_workers=self.workers, prefetch_factor=prefetch, worker_init_fn=_stay
-            )
-        )
+        workers: dict[str, Any] = {"num_workers": self.workers, "prefetch_factor": 4 if self.workers else None, "worker_init_fn": _stay}
+        return iter(DataLoader(self._samples, sampler=pieces, batch_size=None, **workers))
 
     @torch.no_grad()
     def _images(self, pixels: Tensor) -> Tensor:
@@ -312,7 +297,7 @@ class OnlinePairs:
     def _texts(self, texts: list[str]) -> Tensor:
         return self.text.encode(texts, self.batch_size).half()
 
-    def _count(self, step: int, decoded: list[_Decoded]) -> None:
+    def _count(self, step: int, decoded: Sequence[_Decoded]) -> None:
         """List new rejects; DataError if there are too many, or too many one after the other."""
         for one in decoded:
             self._seen += len(one.piece.rows)
@@ -336,13 +321,3 @@ class OnlinePairs:
 
 def _stay(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler signals every process; the main one still needs its batch
-
-
-def _grouped(items: Iterator[Item], count: int) -> Iterator[list[Item]]:
-    """Yield lists of `count` items."""
-    group: list[Item] = []
-    for item in items:
-        group.append(item)
-        if len(group) == count:
-            yield group
-            group = []

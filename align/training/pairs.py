@@ -22,33 +22,35 @@ from align.features.store import FeatureStore
 from align.training.config import Positives
 from align.training.order import BatchOrder
 
-BLOCK_BYTES = 1 << 20  # what is read in one piece when features do not fit in memory
-MEMORY_SHARE = 0.5  # of the available memory that features may take before batches are read in blocks
-NAMESAKES = 64  # keys that two data sets share, of which the images are compared
+BLOCK_BYTES = 1 << 20  # read in one piece when features do not fit in memory
+MEMORY_SHARE = 0.5  # of the available memory that features may take; above it batches are read in blocks
+NAMESAKES = 64  # images compared when two data sets share keys
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Features of one batch: images (B, F) float16, one (B, D) float16 a caption slot; ids say which rows are positives of each other.
+    """Features of one batch, float16; rows with equal ids are positives of each other."""
 
-    Rows with equal `image_ids` (B,) int64 are of one image; those with equal `caption_ids[k]` have the same words in slot k.
-    """
-
-    images: np.ndarray
-    captions: list[np.ndarray]
-    image_ids: np.ndarray | None = None
-    caption_ids: list[np.ndarray] | None = None
+    images: np.ndarray  # (B, F)
+    captions: list[np.ndarray]  # (B, D) a slot
+    image_ids: np.ndarray | None = None  # (B,) int64, equal for rows of one image
+    caption_ids: list[np.ndarray] | None = None  # (B,) int64 a slot, equal for the same words
 
 
 @dataclass(frozen=True)
 class _Dataset:
-    """One data set: its stores and, per usable image, the image row and where each slot's captions start and how many."""
+    """One data set: its stores and its usable images."""
 
     images: FeatureStore
     slots: list[FeatureStore]
     image_rows: np.ndarray  # (n,)
-    first: np.ndarray  # (slots, n) row in the slot's store
-    count: np.ndarray  # (slots, n)
+    first: np.ndarray  # (slots, n) row of the image's first caption in the slot's store
+    count: np.ndarray  # (slots, n) captions that follow each other from there
+
+    @property
+    def stores(self) -> list[FeatureStore]:
+        """The store of images and those of captions."""
+        return [self.images, *self.slots]
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -64,9 +66,9 @@ class PairedFeatures:
     """Image features and their captions' from one or more data sets.
 
     `images[d]` is the image store of data set d and `slots[c][d]` the caption store that slot c uses for it. A slot gives
-    each image one caption; if its store holds several for a key, one is drawn for each step. The same store in two slots
-    gives two different captions of an image, as long as it has two. `positives` decides which ids batches have: with `same_key` those
-    of the images, by their keys over all data sets; with `same_caption` also those of the captions drawn, by their words.
+    each image one caption, drawn anew in each step if there are several; the same store in two slots gives two different ones.
+    `positives` decides which ids batches have: with `same_key` those of the images' keys over all data sets; with `same_caption`
+    also those of the words of the captions drawn.
     """
 
     def __init__(self, images: Sequence[FeatureStore], slots: Sequence[Sequence[FeatureStore]], positives: Positives = "diagonal") -> None:
@@ -75,18 +77,15 @@ class PairedFeatures:
         for slot in slots:
             if len(slot) != len(images):
                 raise UsageError(f"a caption slot lists {len(slot)} stores for {len(images)} image stores; list one per image store")
-        for stores in (images, *slots):
-            for other in stores[1:]:
-                compare_fingerprints(other.fingerprint, stores[0].fingerprint, str(stores[0].folder))
-        text = slots[0][0]
-        for slot in slots[1:]:
-            compare_fingerprints(slot[0].fingerprint, text.fingerprint, str(text.folder))
+        texts = [store for slot in slots for store in slot]
+        for first, *others in (images, texts):
+            for other in others:
+                compare_fingerprints(other.fingerprint, first.fingerprint, str(first.folder))
         self.image_fingerprint, self.image_width = images[0].fingerprint, images[0].width
-        self.text_fingerprint, self.text_width = text.fingerprint, text.width
+        self.text_fingerprint, self.text_width = texts[0].fingerprint, texts[0].width
         self.positives = positives
         self.unpaired = 0  # images left out: no caption in a slot, or an ambiguous key
         self._datasets = [self._join(store, [slot[d] for slot in slots]) for d, store in enumerate(images)]
-        self._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in self._datasets)])
         if len(self) == 0:
             raise DataError(
                 f"no image of {', '.join(str(store.folder) for store in images)} has a caption with its key in every slot "
@@ -95,7 +94,12 @@ class PairedFeatures:
         if positives != "diagonal":
             self._refuse_namesakes()
         if positives == "same_caption":  # a store without them is refused now and not when a batch needs it
-            assert all(len(store.text_ids) == len(store) for slot in slots for store in slot)
+            assert all(len(store.text_ids) == len(store) for store in texts)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        """Number of each data set's first pair, and of the pairs there are."""
+        return np.cumsum([0, *(len(dataset.image_rows) for dataset in self._datasets)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -103,17 +107,16 @@ class PairedFeatures:
     @property
     def nbytes(self) -> int:
         """Bytes of all stores read in training."""
-        stores = {store.folder: store for dataset in self._datasets for store in (dataset.images, *dataset.slots)}
-        return sum(store.nbytes for store in stores.values())
+        return sum({store.folder: store.nbytes for dataset in self._datasets for store in dataset.stores}.values())
 
     def _join(self, images: FeatureStore, slots: list[FeatureStore]) -> _Dataset:
         keys = images.keys.combine_chunks()
-        usable = _occurs_once(keys)
+        codes = pc.dictionary_encode(keys).indices.to_numpy(zero_copy_only=False)
+        usable = np.bincount(codes)[codes] == 1  # the key occurs once
         firsts, counts = [], []
         for store in slots:
             first, count, unambiguous = _caption_runs(keys, store)
-            same_plan = images.header.data == store.header.data
-            if same_plan:  # same rows, so a pair must come from one shard: catches a key that two samples share
+            if images.header.data == store.header.data:  # a pair must come from one shard: catches a key that two samples share
                 found = first >= 0
                 unambiguous[found] &= images.shard_of(np.flatnonzero(found)) == store.shard_of(first[found])
             usable &= unambiguous & (count > 0)
@@ -122,6 +125,13 @@ class PairedFeatures:
         rows = np.flatnonzero(usable)
         self.unpaired += len(keys) - len(rows)
         return _Dataset(images, slots, rows, np.stack(firsts)[:, rows], np.stack(counts)[:, rows])
+
+    def _located(self, pairs: np.ndarray) -> Iterator[tuple[_Dataset, np.ndarray, np.ndarray]]:
+        """Yield each data set that has some of the numbered pairs (n,), with their places in `pairs` and in the data set."""
+        home = np.searchsorted(self._starts, pairs, side="right") - 1
+        for number in np.unique(home).tolist():
+            here = np.flatnonzero(home == number)
+            yield self._datasets[number], here, pairs[here] - self._starts[number]
 
     def _refuse_namesakes(self) -> None:
         """Raise UsageError if two data sets use the same keys for different images, as downloads with running numbers do."""
@@ -144,7 +154,7 @@ class PairedFeatures:
 
     @property
     def block_rows(self) -> int:
-        """How many neighbors to read together: 1 if the features fit in half of the available memory, else a block of at least 1 MiB."""
+        """Neighbors to read together: 1 if the features fit in half of the available memory, else a block of at least 1 MiB."""
         if self.nbytes < MEMORY_SHARE * psutil.virtual_memory().available:
             return 1
         return max(1, BLOCK_BYTES // (2 * min(self.image_width, self.text_width)))
@@ -156,7 +166,7 @@ class PairedFeatures:
         digest; without it a key counts for every data set. DataError if a digest is no data set's, or if no pair is left.
         """
         tied = "data" in chosen.column_names
-        known = {store.header.data for dataset in self._datasets for store in (dataset.images, *dataset.slots)}
+        known = {store.header.data for dataset in self._datasets for store in dataset.stores}
         strangers = set(chosen["data"].unique().to_pylist()) - known if tied else set()
         if strangers:
             raise DataError(
@@ -165,29 +175,25 @@ class PairedFeatures:
             )
         found = np.zeros(len(chosen), dtype=bool)
         for number, dataset in enumerate(self._datasets):
-            digests = pa.array(sorted({store.header.data for store in (dataset.images, *dataset.slots)}))
+            digests = pa.array(sorted({store.header.data for store in dataset.stores}))
             mine = np.flatnonzero(pc.is_in(chosen["data"], value_set=digests).to_numpy()) if tied else np.arange(len(chosen))
             wanted = chosen["key"].combine_chunks().take(pa.array(mine))
             keys = dataset.images.keys.combine_chunks().take(pa.array(dataset.image_rows))
             found[mine] |= pc.is_in(wanted, value_set=keys).to_numpy(zero_copy_only=False)
             self._datasets[number] = dataset.only(pc.is_in(keys, value_set=wanted).to_numpy(zero_copy_only=False))
-        self._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in self._datasets)])
         if len(self) == 0:
             raise DataError(f"none of the {len(chosen)} chosen keys is a pair of the stores; was the file made from the same data?")
         return int((~found).sum())
 
     def split(self, held_out: int, seed: int) -> "PairedFeatures":
-        """Take `held_out` pairs, chosen by `seed` and the number of pairs, out of this object and return them as another one."""
+        """Move `held_out` pairs, chosen by `seed` and the number of pairs, to a new object and return it."""
         if held_out >= len(self):
             raise UsageError(f"{held_out} pairs cannot be held out of {len(self)}; give a smaller --val-rows")
         chosen = np.zeros(len(self), dtype=bool)
         chosen[generator(seed, 4).choice(len(self), held_out, replace=False)] = True
-        other, parts = copy.copy(self), np.split(chosen, self._starts[1:-1])
-        everything = self._datasets
-        for pairs, taken in ((other, True), (self, False)):
-            masks = [part == taken for part in parts]
-            pairs._datasets = [dataset.only(mask) for dataset, mask in zip(everything, masks, strict=True)]
-            pairs._starts = np.cumsum([0, *(len(dataset.image_rows) for dataset in pairs._datasets)])
+        other, parts = copy.copy(self), list(zip(self._datasets, np.split(chosen, self._starts[1:-1]), strict=True))
+        other._datasets = [dataset.only(mask) for dataset, mask in parts]
+        self._datasets = [dataset.only(~mask) for dataset, mask in parts]
         return other
 
     def batch(self, indices: np.ndarray, seed: int, step: int, part: slice = slice(None)) -> PairBatch:
@@ -198,12 +204,7 @@ class PairedFeatures:
         captions = [np.empty((len(indices), self.text_width), dtype=np.float16) for _ in self._datasets[0].slots]
         image_ids = None if self.positives == "diagonal" else np.empty(len(indices), dtype=np.int64)
         caption_ids = [np.empty(len(indices), dtype=np.int64) for _ in captions] if self.positives == "same_caption" else None
-        home = np.searchsorted(self._starts, indices, side="right") - 1
-        for number, dataset in enumerate(self._datasets):
-            here = np.flatnonzero(home == number)
-            if len(here) == 0:
-                continue
-            local = indices[here] - self._starts[number]
+        for dataset, here, local in self._located(indices):
             images[here] = dataset.images.features(dataset.image_rows[local])
             if image_ids is not None:
                 image_ids[here] = dataset.images.key_ids[dataset.image_rows[local]]
@@ -233,31 +234,23 @@ class PairedFeatures:
 
     def keys(self, indices: np.ndarray) -> list[str]:
         """Return the sample keys of pairs, prefixed with their image store when there are several data sets."""
-        names = []
-        for index in indices.tolist():
-            number = int(np.searchsorted(self._starts, index, side="right") - 1)
-            dataset = self._datasets[number]
-            key = dataset.images.keys[int(dataset.image_rows[index - self._starts[number]])].as_py()
-            names.append(key if len(self._datasets) == 1 else f"{dataset.images.folder}:{key}")
-        return names
+        names = np.empty(len(indices), dtype=object)
+        for dataset, here, local in self._located(indices):
+            prefix = f"{dataset.images.folder}:" if len(self._datasets) > 1 else ""
+            names[here] = [prefix + key for key in dataset.images.keys.take(dataset.image_rows[local]).to_pylist()]
+        return names.tolist()
 
     def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return images (n, F), all their captions (T, D) of all slots without repeats, and each caption's image number (T,).
-
-        For validation. Images beyond `limit` are left out.
-        """
-        wanted = np.arange(len(self) if limit is None else min(limit, len(self)))
+        """Return at most `limit` images (n, F), all their captions (T, D), and each caption's image number (T,): for validation."""
         images, captions, owners = [], [], []
-        for number, dataset in enumerate(self._datasets):
-            local = wanted[(wanted >= self._starts[number]) & (wanted < self._starts[number + 1])] - self._starts[number]
+        for dataset, here, local in self._located(np.arange(len(self))[:limit]):
             images.append(dataset.images.features(dataset.image_rows[local]))
-            for slot, store in enumerate(dataset.slots):
-                if any(store.folder == earlier.folder for earlier in dataset.slots[:slot]):
-                    continue
+            folders = [store.folder for store in dataset.slots]
+            for slot in sorted({folders.index(folder) for folder in folders}):  # a store that two slots share counts once
                 count = dataset.count[slot, local]
                 offsets = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-                captions.append(store.features(np.repeat(dataset.first[slot, local], count) + offsets))
-                owners.append(np.repeat(local + self._starts[number], count))
+                captions.append(dataset.slots[slot].features(np.repeat(dataset.first[slot, local], count) + offsets))
+                owners.append(np.repeat(here, count))
         return np.concatenate(images), np.concatenate(captions), np.concatenate(owners)
 
 
@@ -282,14 +275,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
 
 
-def _occurs_once(keys: pa.Array) -> np.ndarray:
-    """Return (n,) bool: whether the key at each position occurs nowhere else."""
-    if len(keys) == 0:
-        return np.zeros(0, dtype=bool)
-    codes = pc.dictionary_encode(keys).indices.to_numpy(zero_copy_only=False)
-    return np.bincount(codes)[codes] == 1
-
-
 def _caption_runs(keys: pa.Array, store: FeatureStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return, for each key, the first row of its captions in `store` (-1: none), how many follow, and whether it is one run."""
     table = store.key_table
@@ -299,29 +284,22 @@ def _caption_runs(keys: pa.Array, store: FeatureStore) -> tuple[np.ndarray, np.n
     numbers = codes.indices.to_numpy(zero_copy_only=False)
     items = table["item"].to_numpy()
     begins = np.flatnonzero(np.concatenate([[True], (numbers[1:] != numbers[:-1]) | (items[1:] <= items[:-1])]))
-    lengths = np.diff(np.concatenate([begins, [len(numbers)]]))
+    lengths = np.diff(np.append(begins, len(numbers)))
     runs_of_key = np.bincount(numbers[begins], minlength=len(codes.dictionary))
     run_of_key = np.empty(len(codes.dictionary), dtype=np.int64)
     run_of_key[numbers[begins]] = np.arange(len(begins))
     position = pc.fill_null(pc.index_in(keys, value_set=codes.dictionary), -1).to_numpy(zero_copy_only=False)
-    run = np.where(position >= 0, run_of_key[position], 0)
-    return (
-        np.where(position >= 0, begins[run], -1),
-        np.where(position >= 0, lengths[run], 0),
-        (position >= 0) & (runs_of_key[position] == 1),
-    )
+    there, run = position >= 0, run_of_key[position]
+    return np.where(there, begins[run], -1), np.where(there, lengths[run], 0), there & (runs_of_key[position] == 1)
 
 
 def _draw(dataset: _Dataset, local: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
     """Return, for each slot, the caption rows (n,) drawn for images `local` (n,); slots on one store draw without repeats."""
-    chosen: list[np.ndarray] = []
-    uses: dict[str, int] = {}
-    for slot, store in enumerate(dataset.slots):
-        name = str(store.folder)
+    chosen, folders = [], [store.folder for store in dataset.slots]
+    for slot, folder in enumerate(folders):
         count = dataset.count[slot, local]
         # a random order of each image's captions: numbers beyond its count sort last
         order = np.where(np.arange(draws.shape[1]) < count[:, None], draws, 2.0).argsort(axis=1, kind="stable")
-        turn = uses.get(name, 0) % count
-        uses[name] = uses.get(name, 0) + 1
+        turn = folders[:slot].count(folder) % count
         chosen.append(dataset.first[slot, local] + order[np.arange(len(local)), turn])
     return chosen

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,26 @@ from align.training.pairs import PairBatch
 from align.training.step import Stepper, StepResult, validate
 
 
+@dataclass(eq=False)
 class Run:
-    """Trains and writes to `folder`; silent on all processes but the first.
+    """Trains and writes to `folder`; silent on all processes but the first."""
 
-    `steps` of `batch_size` pairs over all processes. `embed_encoders` copies the encoders into the saved models; `val_limit` counts
-    images, `keep` checkpoints. `every` is how many steps lie between "log" rows, "val" validations and "save" checkpoints.
-    """
+    folder: Path
+    data: TrainingData
+    stepper: Stepper
+    process: PartialState
+    console: Console
+    _: KW_ONLY
+    steps: int
+    batch_size: int  # pairs over all processes
+    every: dict[str, int]  # steps between "log" rows, "val" validations and "save" checkpoints
+    val_limit: int  # images
+    keep: int  # checkpoints
+    max_nonfinite: int  # steps in a row
+    embed_encoders: bool  # copy them into the saved models
 
-    def __init__(
-        self,
-        folder: Path,
-        data: TrainingData,
-        stepper: Stepper,
-        state: PartialState,
-        console: Console,
-        *,
-        steps: int,
-        batch_size: int,
-        every: dict[str, int],
-        val_limit: int,
-        keep: int,
-        max_nonfinite: int,
-        embed_encoders: bool,
-    ) -> None:
-        self.folder, self.data, self.stepper, self.process, self.console = folder, data, stepper, state, console
-        self.steps, self.batch_size, self.every = steps, batch_size, every
-        self.val_limit, self.keep, self.max_nonfinite, self.embed_encoders = val_limit, keep, max_nonfinite, embed_encoders
-        self.state: dict[str, Any] = {"best": -1.0, "best_step": 0, "skipped": 0, "block_rows": data.pairs.block_rows}
+    def __post_init__(self) -> None:
+        self.state: dict[str, Any] = {"best": -1.0, "best_step": 0, "skipped": 0, "block_rows": self.data.pairs.block_rows}
         self._nonfinite_in_a_row = self._logged = 0
 
     def train(self) -> None:
@@ -99,16 +93,14 @@ class Run:
 
     def _timed(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
         """Yield batches, counting the time that each was waited for, without that of the encoders if they are in the loop."""
-        while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            if batch is None:
-                return
+        asked = time.monotonic()
+        for batch in batches:
             waited, encoding = time.monotonic() - asked, self.data.pairs.encode_seconds()
             self.progress.add("data_wait", waited - (encoding or 0.0))
             if encoding is not None:
                 self.progress.add("encode", encoding)
             yield batch
+            asked = time.monotonic()
 
     def _log(self, result: StepResult, done: int) -> None:
         """Write a row of metrics and of speed, and a line to the console."""
@@ -129,7 +121,7 @@ class Run:
         """Log a validation, if there is data for it, and keep the model as `best/` if it is the best so far."""
         if self.data.held_out is None:
             return
-        values = validate(self.stepper.model, self.data.held_out, self.val_limit, self.stepper.precision)
+        values = validate(self.stepper.model, *self.data.held_out.everything(self.val_limit), self.stepper.precision)
         self.log.log({"step": done, **values})
         if values["val_mean_recall"] > self.state["best"]:
             self.state |= {"best": values["val_mean_recall"], "best_step": done}
@@ -142,13 +134,13 @@ class Run:
         """Count a non-finite step and list its samples; after too many in a row save the last good state and raise NonFiniteError."""
         self.state["skipped"] += 1
         self._nonfinite_in_a_row += 1
+        count = self._nonfinite_in_a_row
         if self.process.is_main_process:
             keys = self.data.pairs.keys(self.order.indices(done - 1))
             atomic_json(self.folder / f"nonfinite-step-{done:08d}.json", {"step": done, "keys": keys})
         self.console.print(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, weights left as they were")
-        if self._nonfinite_in_a_row >= self.max_nonfinite:
-            self._checkpoint(done - self._nonfinite_in_a_row)
-            count = self._nonfinite_in_a_row
+        if count >= self.max_nonfinite:
+            self._checkpoint(done - count)
             raise NonFiniteError(f"{count} non-finite steps in a row; the last good state and the batches' keys are in {self.folder}")
 
     def _checkpoint(self, step: int) -> None:

@@ -1,12 +1,12 @@
 """The training loop of the heads: schedule, one exact step, validation, resume.
 
 Shapes: `B` global batch, `b` this process's share of it, `F` image feature width, `D` caption feature width, `E` aligned width.
-A step is a pure function of (state, seed, step number): a killed run goes on to the same weights as one that was not.
+A step is a pure function of (state, seed, step number), so a killed run resumes to the same weights.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +58,8 @@ def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, 
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    kinds: dict[str, Any] = {"lion": Lion, "adamw": torch.optim.AdamW}
-    return kinds[kind]([group for group in groups if group["params"]], lr=lr, betas=betas)
+    optimizer: Any = {"lion": Lion, "adamw": torch.optim.AdamW}[kind]
+    return optimizer([group for group in groups if group["params"]], lr=lr, betas=betas)
 
 
 @dataclass(frozen=True)
@@ -73,26 +73,21 @@ class StepResult:
     updated: bool
 
 
+@dataclass(eq=False)
 class Stepper:
     """Does training steps on `model`, on this process's share of each global batch."""
 
-    def __init__(
-        self,
-        model: SailModel,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
-        objective: Objective,
-        *,
-        seed: int,
-        rank: int = 0,
-        accumulate: int = 1,
-        precision: str = "bf16",
-        max_grad_norm: float | None = None,
-        log_scale_range: tuple[float, float] = (0.0, MAX_LOG_SCALE),
-    ) -> None:
-        self.model, self.optimizer, self.schedule, self.objective = model, optimizer, schedule, objective
-        self.seed, self.rank, self.accumulate, self.precision = seed, rank, accumulate, precision
-        self.max_grad_norm, self.log_scale_range = max_grad_norm, log_scale_range
+    model: SailModel
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    objective: Objective
+    _: KW_ONLY
+    seed: int
+    rank: int = 0
+    accumulate: int = 1
+    precision: str = "bf16"
+    max_grad_norm: float | None = None
+    log_scale_range: tuple[float, float] = (0.0, MAX_LOG_SCALE)
 
     def step(self, batch: PairBatch, step: int) -> StepResult:
         """Do step number `step` (from 0) on this process's part of the batch; skip the update if loss or gradient is not finite."""
@@ -148,8 +143,8 @@ class Stepper:
     def _accumulate(self, images: Tensor, captions: list[Tensor], ids: dict[str, Any], step: int) -> tuple[Tensor, LossStats]:
         """Give the parameters the gradient of the whole batch while holding the activations of one piece.
 
-        A contrastive loss does not split into pieces; its gradient with respect to the embeddings does. So: embed all pieces
-        without a graph, take the loss's gradient on the embeddings, embed each piece again and push its part back.
+        A contrastive loss does not split into pieces, but its gradient on the embeddings does: embed all pieces without a graph,
+        take that gradient, embed each piece again and push its part back.
         """
         pieces = np.array_split(np.arange(len(images)), self.accumulate)
         rows = [slice(int(piece[0]), int(piece[-1]) + 1) for piece in pieces if len(piece)]
@@ -187,27 +182,19 @@ class Stepper:
             raise DamagedError(f"the checkpoint is not of this model: {error}") from error
 
 
-class Measured(Protocol):
-    """Pairs to validate on."""
-
-    def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return images (n, F), all their captions (T, D), and each caption's image number (T,)."""
-
-
 @torch.no_grad()
-def validate(model: SailModel, pairs: Measured, limit: int, precision: str) -> dict[str, float]:
-    """Return retrieval recalls `val_i2t_r1` ... `val_t2i_r10` (fractions) and their mean `val_mean_recall`, all captions counting."""
+def validate(model: SailModel, images: np.ndarray, captions: np.ndarray, owners: np.ndarray, precision: str) -> dict[str, float]:
+    """Return retrieval recalls `val_i2t_r1` ... `val_t2i_r10` (fractions) and their mean `val_mean_recall`.
+
+    Of images (n, F) and all their captions (T, D); `owners` (T,) says whose each caption is.
+    """
     model.eval()
-    images, captions, owners = pairs.everything(limit)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         x = _in_chunks(model.project_image, images, model.device)
         y = _in_chunks(model.project_text, captions, model.device)
     image_ids, caption_ids = torch.arange(len(x), device=x.device), torch.from_numpy(owners).to(x.device)
-    found = {
-        "i2t": recalls(best_ranks(x, y, image_ids, caption_ids)),
-        "t2i": recalls(best_ranks(y, x, caption_ids, image_ids)),
-    }
-    values = {f"val_{way}_r{k}": value for way, at in found.items() for k, value in at.items()}
+    ranks = {"i2t": best_ranks(x, y, image_ids, caption_ids), "t2i": best_ranks(y, x, caption_ids, image_ids)}
+    values = {f"val_{way}_r{k}": value for way, found in ranks.items() for k, value in recalls(found).items()}
     return {**values, "val_mean_recall": sum(values.values()) / len(values)}
 
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from torch.nn.functional import normalize
 
 from align.common.hardware import reuse_freed_memory
 from align.curation.assignment import assign
 from align.curation.pool import CandidatePool
-from align.curation.scoring import chunk_rows, normalize, score_shard
+from align.curation.scoring import chunk_rows, score_shard
 from align.curation.toplists import TopLists
 from align.features.store import FeatureStore, StoreHeader, StoreWriter
 

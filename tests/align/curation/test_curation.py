@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from align.common.errors import DataError, FingerprintError, UsageError
 from align.curation.assignment import assign
 from align.curation.coverage import effective_number
 from align.curation.duplicates import Distinct, unit
 from align.curation.pool import CandidatePool
-from align.curation.scoring import normalize, score_shard, scored_chunks
+from align.curation.scoring import score_shard, scored_chunks
 from align.curation.toplists import TopLists, best
 
 
