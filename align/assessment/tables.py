@@ -124,6 +124,8 @@ def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> li
         low, high = percentiles(pearson(knn[picks], probing[picks]) - pearson(linear[picks], probing[picks]))
         r_knn, r_linear = float(pearson(knn, probing)), float(pearson(linear, probing))
         answer = "yes" if low > 0 else "no, the other way round" if high < 0 else "open: the interval holds 0"
+        if not math.isfinite(r_knn - r_linear):
+            answer = "unknown: a score is the same for all candidates"
         numbers = {"r_knn": r_knn, "r_linear_probe": r_linear, "difference": r_knn - r_linear, "low": low, "high": high}
         finite = {name: _finite(value) for name, value in numbers.items()}
         rows.append({"text": text, "n": len(labelled), **finite, "answer": answer})
@@ -142,8 +144,10 @@ def shown_correlations(rows: Sequence[Mapping[str, Any]], target: str) -> Table:
 
 def shown_follows(row: Mapping[str, Any]) -> str:
     """Return one row of `follows` as a sentence."""
-    gap = f"r {row['r_knn']:.2f} against {row['r_linear_probe']:.2f}, difference {row['low']:.2f} to {row['high']:.2f}"
-    return f"Does alignment with {row['text']} follow weighted k-NN more than the linear probe? {row['answer']} ({gap})."
+    said = f"Does alignment with {row['text']} follow weighted k-NN more than the linear probe? {row['answer']}"
+    if row["difference"] is None:
+        return f"{said}."
+    return f"{said} (r {row['r_knn']:.2f} against {row['r_linear_probe']:.2f}, difference {row['low']:.2f} to {row['high']:.2f})."
 
 
 def _interval(row: Mapping[str, Any], label: str) -> str:

@@ -28,7 +28,7 @@ from align.assessment.config import AssessConfig
 from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
 from align.assessment.scores import Cache, Score, Scorer, Settings, TextSide
-from align.assessment.tables import Assessed, correlations, follows, recommend, shown, table_csv
+from align.assessment.tables import Assessed, correlations, follows, recommend, shown, shown_follows, table_csv
 from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
@@ -407,6 +407,8 @@ def test_correlations_are_per_text_and_without_the_floor():
     assert answer["answer"] == "yes" and answer["difference"] > 0 and answer["low"] > 0
     flipped = [made("v", k, [0.1 * k] * 5, knn=0.1 * (k * 7 % 5), linear_probe=0.1 * k) for k in range(1, 9)]
     assert follows(flipped, 0)[0]["answer"] == "no, the other way round"
+    (perfect,) = follows([made("v", k, [0.1 * k] * 5, knn=1.0, linear_probe=0.1 * k) for k in range(1, 9)], 0)
+    assert perfect["difference"] is None and shown_follows(perfect).endswith("unknown: a score is the same for all candidates.")
 
 
 def test_tables_and_figures_take_candidates_without_some_scores():
