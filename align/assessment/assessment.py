@@ -12,7 +12,7 @@ import torch
 
 from align.assessment.candidates import Candidate, captions_of, feature_columns, read_labels, rows_of, unique_keys
 from align.assessment.encoding import EncodedVision, Sample
-from align.assessment.scores import Cache, Score, Scorer, Settings, TextSide
+from align.assessment.scores import Score, Scorer, Settings, TextSide, cached
 from align.assessment.tables import Assessed
 from align.common.errors import DataError
 from align.common.files import hash_bytes
@@ -34,7 +34,7 @@ class Assessment:
         every = [*self.stores.values(), *itertools.chain(*captioned.values())]
         common = set.intersection(*map(unique_keys, every))
         self.keys = [key for key in every[0].keys.to_pylist() if key in common]
-        self.scorer, self.cache = Scorer(settings, len(self.keys), device), Cache(folder)
+        self.scorer, self.cached = Scorer(settings, len(self.keys), device), partial(cached, folder)
         self.texts = {name: TextSide(*captions_of(stores, self.keys), self.scorer.sample, device) for name, stores in captioned.items()}
         self.text_fingerprints = {name: [store.fingerprint for store in stores] for name, stores in captioned.items()}
         self.facts: dict[str, Any] = {"data": pairs.plan.digest, "keys": hash_bytes(repr(self.keys).encode())}
@@ -66,7 +66,7 @@ class Assessment:
                 yield from self._of_layer(vision, layer)
 
     def _of_layer(self, vision: EncodedVision, layer: int) -> Iterator[Assessed]:
-        store, get, scorer = self.stores[vision.name, layer], self.cache.get, self.scorer
+        store, scorer = self.stores[vision.name, layer], self.scorer
         rows = rows_of(store, self.keys)
         patches = {text: self._patch_scores(vision, layer, text) if self.with_patches else {} for text in self.texts}
         for feature in vision.features:
@@ -76,8 +76,8 @@ class Assessment:
             for text, side in self.texts.items():
                 fingerprints = self.text_fingerprints[text]
                 facts = {**self.facts, "settings": asdict(self.settings), "image": image, "texts": fingerprints}
-                probing = get({**facts, "kind": "probing"}, partial(scorer.probing, columns, side))
-                relations = get({**facts, "kind": "relations"}, partial(scorer.relations, columns, side))
+                probing = self.cached({**facts, "kind": "probing"}, partial(scorer.probing, columns, side))
+                relations = self.cached({**facts, "kind": "relations"}, partial(scorer.relations, columns, side))
                 stored = (store.fingerprint, fingerprints[0]) if image == store.fingerprint else None
                 candidate = Candidate(vision.name, layer, feature, text, vision.random)
                 yield Assessed(candidate, {**probing, **classes, **relations, **patches[text]}, stored)
@@ -92,7 +92,7 @@ class Assessment:
         def compute() -> dict[str, Score]:
             return self.scorer.patches(rows_of(store, [self.keys[row] for row in rows]), width, self.texts[text].mean_of(rows))
 
-        return self.cache.get(facts, compute)
+        return self.cached(facts, compute)
 
     def _class_scores(self, vision: EncodedVision, layer: int, feature: str, image: dict[str, Any]) -> dict[str, Score]:
         assert self.labelled is not None
@@ -107,7 +107,7 @@ class Assessment:
         def compute() -> dict[str, Score]:
             return self.scorer.with_labels(feature_columns(rows_of(store, keys), feature, vision.has_cls), numbers)
 
-        return self.cache.get(facts, compute)
+        return self.cached(facts, compute)
 
     def _draws(self) -> dict[str, int]:
         return {"resamples": self.settings.resamples, "seed": self.settings.seed}

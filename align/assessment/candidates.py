@@ -67,11 +67,6 @@ def folder_name(encoder: str, random: bool = False) -> str:
     return f"{name}-random" if random else name
 
 
-def text_name(encoder: str, layer: int, last: int) -> str:
-    """Return the name of a text encoder's layer in folders and tables; its last layer has the encoder's own."""
-    return folder_name(encoder) + ("" if layer == last else f"-layer-{layer:02d}")
-
-
 def random_copy(name: str, folder: Path, seed: int) -> str:
     """Return a folder, like any encoder's, with the encoder `name` whose weights are initial ones drawn by `seed`: the floor."""
     if folder.exists():

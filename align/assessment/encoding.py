@@ -5,7 +5,8 @@ FOLDER/pairs/ENCODER/...        the stores of `align.features.layers`, or captio
 FOLDER/random/ENCODER-random    encoders with random weights
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from align.assessment.candidates import chosen_features, chosen_layers, folder_name, random_copy, sampled_plan, text_name
+from align.assessment.candidates import chosen_features, chosen_layers, folder_name, random_copy, sampled_plan
 from align.assessment.config import AssessConfig
 from align.common.console import Progress
 from align.common.errors import UsageError
@@ -72,7 +73,10 @@ def encode_visions(
 ) -> list[EncodedVision]:
     """Fill the stores of the vision encoders, one in memory at a time; `options` are of every EncoderSpec."""
     found = []
-    for name, random in _vision_encoders(config):
+    floors = () if config.random_weights is None else config.random_weights or config.vision
+    for name, random in (*itertools.product(config.vision, [False]), *itertools.product(floors, [True])):
+        if random:
+            name = random_copy(name, Path(config.output) / "random" / folder_name(name, True), config.seed)
         encoder = load_vision_encoder(VisionSpec(*split_revision(name), **options), device)
         layers = chosen_layers(("last",) if random else config.layers, name, encoder.backbone.first, encoder.layers)
         features = chosen_features(("auto",) if random else config.features, encoder.has_cls)
@@ -83,14 +87,6 @@ def encode_visions(
             workers: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
             _fill(LayerExtraction(sample.source, sample.plan, folder, outputs, patches, **workers), config, console)
     return found
-
-
-def _vision_encoders(config: AssessConfig) -> Iterator[tuple[str, bool]]:
-    """Yield each vision encoder's id or folder and whether its weights are random."""
-    yield from ((name, False) for name in config.vision)
-    if config.random_weights is not None:
-        for name in config.random_weights or config.vision:
-            yield random_copy(name, Path(config.output) / "random" / folder_name(name, True), config.seed), True
 
 
 def encode_texts(
@@ -106,9 +102,9 @@ def encode_texts(
             raise UsageError(f"{name}: its blocks are not one list, so its inner layers cannot be read; give --text-layers last")
         for layer in reversed(chosen_layers(config.text_layers, name, 1, last) if last else [last]):
             if layer != last:
-                text = None  # one in memory at a time
+                text = None  # freed before the next is loaded
                 text = load_text_encoder(replace(spec, layer=layer), device)
-            found.append(text_name(name, layer, last))
+            found.append(folder_name(name) + ("" if layer == last else f"-layer-{layer:02d}"))
             refuse_equal_names([*taken, *found])
             how: dict[str, Any] = {"columns": config.captions, "text_batch_size": config.text_batch_size, "workers": 0}
             _fill(Extraction(pairs.source, pairs.plan, pairs.folder / found[-1], text=text, **how), config, console)

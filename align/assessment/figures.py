@@ -17,13 +17,10 @@ DPI = 110
 
 
 def heat_map(results: Sequence[Assessed], text: str) -> bytes:
-    """Return the scores of all vision candidates with one text encoder: numbers in percent, colored by rank within the column.
-
-    Sorted by encoder, feature and layer, so that a column shows a score over the layers; the best 64 by probing.
-    """
+    """Return the scores in percent of the vision candidates (at most 64) with one text encoder, colored by rank within the column."""
     group = [result for result in results if result.candidate.text == text]
     group = sorted(group, key=lambda r: -r.scores["probing"].value)[:HEAT_ROWS]
-    group.sort(key=lambda r: (r.candidate.random, r.candidate.vision, r.candidate.feature, r.candidate.layer))
+    group.sort(key=lambda r: (r.candidate.random, r.candidate.vision, r.candidate.feature, r.candidate.layer))  # columns run over layers
     names = [name for name in NAMES if any(name in result.scores for result in group)]
     values = np.array([[result.scores[name].value if name in result.scores else np.nan for name in names] for result in group])
     shades = np.full(values.shape, np.nan)
@@ -47,10 +44,7 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
 
 
 def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a panel for each score against `target`, a point a vision candidate; `rows` are the correlations, shown in the titles.
-
-    Hollow points are encoders with random weights, which do not count in r.
-    """
+    """Return a panel for each score against `target`, a point a vision candidate; `rows` are the correlations for the titles."""
     group = [result for result in results if result.candidate.text == text and target in result.scores]
     panels = [row for row in rows if row["text"] == text and row["target"] == target]
     across = min(4, max(1, len(panels)))
@@ -67,7 +61,7 @@ def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[
             candidate = result.candidate
             color = colors.get(candidate.vision, MUTED)
             x, y = 100 * result.scores[row["score"]].value, 100 * result.scores[target].value
-            face = "none" if candidate.random else color
+            face = "none" if candidate.random else color  # hollow: does not count in r
             axes.scatter(x, y, s=16, marker=MARKS[candidate.feature], facecolors=face, edgecolors=color, linewidths=0.9, alpha=0.85)
         between = "" if row["r_low"] is None else f" ({row['r_low']:.2f} to {row['r_high']:.2f})"
         r = "r -" if row["r"] is None else f"r {row['r']:.2f}{between}"

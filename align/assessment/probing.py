@@ -84,16 +84,12 @@ class Probe:
 
 
 def split_rows(rows: int, test_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return image numbers for training, validation and test: at most a quarter of them for test and half as many for validation.
-
-    A pure function of the arguments: all candidates are trained and tested on the same images.
-    """
+    """Return image numbers for training, validation and test, by the seed: at most a quarter for test, half as many for validation."""
     test = min(test_rows, rows // 4)
     validation = test // 2
-    if validation < RECALL_AT + 1:
-        raise DataError(
-            f"{rows} pairs are too few for probing: R@{RECALL_AT} needs more than {RECALL_AT} validation images; give 100 or more"
-        )
+    if validation <= RECALL_AT:
+        needed = f"R@{RECALL_AT} needs more than {RECALL_AT} validation images"
+        raise DataError(f"{rows} pairs are too few for probing: {needed}; give 100 or more")
     order = generator(seed, 5).permutation(rows)
     return np.sort(order[test + validation :]), np.sort(order[test : test + validation]), np.sort(order[:test])
 
@@ -133,10 +129,7 @@ def probe_alignment(
 
 @torch.no_grad()
 def _recalled(model: SailModel, pairs: CaptionedFeatures) -> tuple[np.ndarray, float, float]:
-    """Return values (N,) per image and both ways' R@10; the mean of the values is the mean of the two.
-
-    An image's value is half its own hit and half its captions' hits, weighted so that every caption counts the same.
-    """
+    """Return values (N,) per image, half its own hit and half its captions' (each caption counts the same), and both ways' R@10."""
     model.eval()
     images = model.project_image(torch.from_numpy(pairs.images).to(model.device))
     captions = model.project_text(torch.from_numpy(pairs.captions).to(model.device))
@@ -159,7 +152,7 @@ def fold_numbers(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 def linear_probe_correct(features: np.ndarray, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
     """Return (N,) bool: whether a logistic regression trained on the other folds names each item's class; features (N, F) float32.
 
-    Features are standardized with the training folds' mean and deviation. At most as many folds as the smallest class has items.
+    Features are standardized by the training folds. There are at most as many folds as the smallest class has items.
     """
     folds = min(folds, int(np.bincount(labels).min()))
     numbers, correct = fold_numbers(labels, folds, seed), np.zeros(len(labels), dtype=bool)

@@ -1,4 +1,4 @@
-"""The scores of a candidate (vision encoder, layer, feature) x text encoder, each with its interval, its cost and its cache.
+"""The scores of a candidate (vision encoder, layer, feature) x text encoder, each with its interval and its cost; kept on disk.
 
 Shapes: `N` images in common of all stores, `F` image feature width, `D` caption feature width, `n` images of a sample.
 """
@@ -64,22 +64,16 @@ class Settings:
     seed: int = 0
 
 
-class Cache:
-    """Scores on disk by what they were computed from, so that a killed assessment goes on and a larger one adds to it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, facts: dict[str, Any], compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
-        """Return the scores of `facts` (JSON values, `kind` says which scores), computed only if they are not there yet."""
-        method = METHODS.get(facts["kind"], 1)
-        path = self.folder / f"{hash_bytes(repr((method, sorted(facts.items()))).encode())}.json"
-        if path.exists():
-            return {name: Score(**values) for name, values in read_json(path)["scores"].items()}
-        scores = compute()
-        atomic_json(path, {"facts": facts, "scores": {name: asdict(score) for name, score in scores.items()}})
-        return scores
+def cached(folder: Path, facts: dict[str, Any], compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
+    """Return the scores of `facts` (JSON values, `kind` says which scores), computed only if they are not in `folder` yet."""
+    method = METHODS.get(facts["kind"], 1)
+    path = folder / f"{hash_bytes(repr((method, sorted(facts.items()))).encode())}.json"
+    if path.exists():
+        return {name: Score(**values) for name, values in read_json(path)["scores"].items()}
+    scores = compute()
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_json(path, {"facts": facts, "scores": {name: asdict(score) for name, score in scores.items()}})
+    return scores
 
 
 def _timed(compute: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:

@@ -58,10 +58,9 @@ def _hsic(first: Tensor, second: Tensor, weights: Tensor, debiased: bool) -> Ten
 
 
 def half_samples(n: int, resamples: int, generator: np.random.Generator) -> Tensor:
-    """Return (R, n) float64 of zeros and ones, each row picking n // 2 items without repeats.
+    """Return (R, n) float64 of zeros and ones, each row picking n // 2 items without repeats, which would be each other's neighbors.
 
-    For scores of pairs of items: an item that a bootstrap repeats would be its own near-perfect neighbor. The spread of
-    half-samples about their mean is that of the full sample (variance s^2 (2/n - 1/n)).
+    The spread of half-samples about their mean is that of the full sample (variance s^2 (2/n - 1/n)).
     """
     order = generator.random((resamples, n)).argsort(axis=1)
     return torch.from_numpy((order < n // 2).astype(np.float64))

@@ -110,10 +110,7 @@ def rank_matrix(results: Sequence[Assessed], text: str) -> dict[str, dict[str, f
 
 
 def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
-    """Return, per text encoder, whether alignment follows weighted k-NN more than the linear probe (SAIL: r 0.991 against 0.847).
-
-    The difference of the two correlations has a paired bootstrap interval over candidates.
-    """
+    """Return, per text encoder, whether alignment follows weighted k-NN more than the linear probe (SAIL: r 0.991 against 0.847)."""
     rows = []
     for text, group in _by_text(results).items():
         labelled = [r for r in group if "knn" in r.scores]
@@ -158,10 +155,7 @@ def _interval(row: Mapping[str, Any], label: str) -> str:
 
 
 def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
-    """Return sentences: which pair, layer and feature, how sure, and what else the numbers say.
-
-    `weights` (R, n) are bootstrap weights over the test images; all probes share them, so that differences are paired.
-    """
+    """Return sentences: which pair, layer and feature, and how sure; `weights` (R, n) are the probes' common bootstrap weights."""
     learned = [result for result in results if not result.candidate.random]
     values = np.array([result.scores["probing"].details["values"] for result in learned])  # (candidates, n)
     drawn = values @ weights.T.astype(np.float64)  # (candidates, R)
@@ -201,13 +195,10 @@ def _compared(learned: Sequence[Assessed], drawn: np.ndarray, best: int) -> list
     if last != chosen:
         said.append(f"Layer {chosen.layer} instead of {last.layer}: {_gain(learned, drawn, [best], [place[last]])}.")
     for text in sorted({c.text for c in place} - {chosen.text}):
-        pairs = [
-            (at, place[twin])
-            for c, at in place.items()
-            if c.text == chosen.text and (twin := Candidate(c.vision, c.layer, c.feature, text)) in place
-        ]
+        twins = {place[c]: place.get(replace(c, text=text), -1) for c in place if c.text == chosen.text}
+        pairs = {at: twin for at, twin in twins.items() if twin >= 0}
         if pairs:
-            gain = _gain(learned, drawn, [a for a, _ in pairs], [b for _, b in pairs])
+            gain = _gain(learned, drawn, list(pairs), list(pairs.values()))
             said.append(f"{chosen.text} instead of {text}, mean of {len(pairs)} candidates: {gain}.")
     return said
 

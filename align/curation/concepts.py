@@ -84,9 +84,8 @@ def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection)
     counts = np.bincount(owners[rows], minlength=len(names))
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
-        raise DataError(
-            f"{len(empty)} of {len(names)} labels have no row in the concept store, the first is {empty[0]!r}; compare the keys"
-        )
+        missing = f"{len(empty)} of {len(names)} labels have no row in the concept store"
+        raise DataError(f"{missing}, the first is {empty[0]!r}; compare the keys")
     return names, functional.normalize(sums, dim=1)
 
 
@@ -136,18 +135,12 @@ def kept_prototypes(folder: Path, inputs: dict[str, Any], make: Callable[[], Ten
 
 
 def evaluation_sets(names: Sequence[str]) -> list[str]:
-    """Return the evaluation sets of clip_benchmark, if it is installed, all of whose classes are among `names` in any case.
-
-    Its list of class names is read as data; the package is not imported.
-    """
-    found = importlib.util.find_spec("clip_benchmark")
-    if found is None or not found.submodule_search_locations:
-        return []
-    path = Path(found.submodule_search_locations[0]) / "datasets" / "en_classnames.json"
-    if not path.exists():
-        return []
+    """Return the evaluation sets of clip_benchmark, if it is installed, all of whose classes are among `names` in any case."""
+    found = importlib.util.find_spec("clip_benchmark")  # not imported: its list of class names is read as data
+    paths = [Path(folder) / "datasets" / "en_classnames.json" for folder in found.submodule_search_locations or ()] if found else []
+    known = next((read_json(path) for path in paths if path.exists()), {})
     given = {name.casefold() for name in names}
-    return [known for known, classes in read_json(path).items() if given >= {name.casefold() for name in classes}]
+    return [name for name, classes in known.items() if given >= {word.casefold() for word in classes}]
 
 
 def evaluation_note(noticed: Sequence[str], told: str | None = None) -> str:

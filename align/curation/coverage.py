@@ -20,12 +20,10 @@ def coverage_table(names: tuple[str, ...], before: np.ndarray, after: np.ndarray
     `before` and `after` (C,) count the candidates and the chosen samples whose best concept it is, `chosen` those taken for it.
     `rarity` is the order of serving, from 1, by `score_at_last_rank`. Last come counts by reason of those passed over.
     """
-    rarity = np.empty(len(names), dtype=np.int64)
-    rarity[assignment.order] = np.arange(1, len(names) + 1)
     reasons = sorted({reason for refused in assignment.refused for reason in refused})
     return pa.table(
         {
-            "concept": list(names), "rarity": rarity, "best_before": before, "best_after": after,
+            "concept": list(names), "rarity": np.argsort(assignment.order) + 1, "best_before": before, "best_after": after,
             "chosen": [len(rows) for rows in assignment.rows],
             "score_at_last_rank": assignment.last_scores,
             "best_score": [float(scores[0]) if len(scores) else None for scores in assignment.scores],

@@ -3,8 +3,7 @@
 Shapes: `n` samples of a block, `D` feature width, `K` samples a concept already has, `X` features to keep away from.
 
 Cosines are compared within one concept's picks only, as all pairs of millions would cost more than the curation: two concepts may
-take near-duplicates of each other. Identical features are found across all concepts, and each pick is compared with every excluded
-feature. What is passed over for one concept is not offered to the next.
+take near-duplicates of each other. Identical features are found across concepts. A sample passed over is not offered again.
 """
 
 from collections.abc import Callable
@@ -94,7 +93,7 @@ def picker_for(
 ) -> tuple[Picker, np.ndarray]:  # fmt: skip
     """Return how a concept picks, and (S,) bool which samples cannot be used, as they have no row in `images`.
 
-    Features are compared in `images`, or in the candidates themselves; FingerprintError if `excluded` were made by another encoder.
+    Features are compared in `images`, or else in the candidates; FingerprintError if another encoder made `excluded`.
     """
     features: Callable[[np.ndarray], np.ndarray] = candidates.features
     unusable, away = np.zeros(len(candidates), dtype=bool), None

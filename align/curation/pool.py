@@ -54,7 +54,7 @@ class CandidatePool:
     def chunks(self, shard: int, size: int, only: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (features (r, W) float16, first row of each sample in them (n,), the samples' numbers (n,)), about `size` rows at a time.
 
-        A sample is never cut in two. `only` (S,) bool is True for the samples that are wanted.
+        A sample is never cut in two. `only` (S,) bool is True for the samples wanted.
         """
         span = self.rows_of(shard)
         begins = np.arange(len(span))

@@ -1,7 +1,6 @@
 """Scores of candidates against concepts: the space where both meet, and each concept's best candidates over all shards.
 
-Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `E` width of the space, `C` concepts, `S` rows of all candidates. The score
-of a sample with several captions is that of its best one.
+Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `E` width of the space, `C` concepts, `S` rows of all candidates.
 """
 
 import signal

@@ -63,8 +63,7 @@ class TrainConfig:
     val_limit: int = 5000
     """Validate on at most so many images."""
     head: Literal["linear", "mlp", "glu", "sharelock", "token"] = "glu"
-    """Kind of both heads (`sharelock`: vision identity, text MLP; `token`: freeze-align's, on all tokens: from --data, or from
-    stores encoded with --feature tokens)."""
+    """Kind of both heads. sharelock: vision identity, text MLP. token: freeze-align's, for --data or stores of --feature tokens."""
     expansion: int | None = None
     """Hidden width over input width of mlp and glu heads. None: the kind's own (mlp 4, glu 8)."""
     dropout: float | None = None

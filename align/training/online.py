@@ -8,6 +8,7 @@ Features are rounded to float16 as in stores, so that without augmentation both 
 Shapes: `b` this process's share of a batch, `F` image feature width, `D` caption feature width; H, W pixels.
 """
 
+import copy
 import itertools
 import signal
 import time
@@ -203,17 +204,13 @@ class OnlinePairs:
         """Move `held_out` samples, chosen by `seed` and the number of samples, to a new object and return it."""
         if held_out >= len(self):
             raise UsageError(f"{held_out} samples cannot be held out of {len(self)}; give a smaller --val-rows")
-        samples, chosen = self._samples, np.zeros(len(self), dtype=bool)
+        other, chosen = copy.copy(self), np.zeros(len(self), dtype=bool)
         chosen[generator(seed, 4).choice(len(self), held_out, replace=False)] = True
-        other = OnlinePairs(
-            samples.source, self.plan, self.slots, self.vision, self.text, seed=samples.seed,
-            batch_size=self.batch_size, workers=self.workers, max_reject_fraction=self.max_reject_fraction, positives=self.positives,
-        )  # fmt: skip
-        self._rows, other._rows = self._rows[~chosen], self._rows[chosen]
+        self._rows, other._rows, other._listed = self._rows[~chosen], self._rows[chosen], set()
         return other
 
     def only(self, chosen: pa.Table) -> int:
-        """Leave out every sample whose key is not in the column `key` of `chosen`; return how many of its rows are no sample.
+        """Leave out samples whose key is not in the column `key` of `chosen`; return how many of its keys are no sample's.
 
         Reads all rows once, without their images. DataError if none is left.
         """
@@ -264,10 +261,7 @@ class OnlinePairs:
             yield PairBatch(images, captions, image_ids, caption_ids)  # type: ignore[arg-type]
 
     def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return at most `limit` images (n, F), all their captions (T, D), float16, and each caption's image number (T,).
-
-        For validation, without augmentation; kept in memory.
-        """
+        """Return at most `limit` images (n, F), their captions (T, D), float16, and each one's image number (T,): kept, for validation."""
         size = len(self) if limit is None else min(limit, len(self))
         if self._validation is None or self._validation[0] != size:
             images, columns = [], list[list[list[str]]]()

@@ -1,4 +1,4 @@
-"""Batch order: which pairs make a batch, a pure function of (seed, step)."""
+"""Batch order: which pairs make a batch."""
 
 import numpy as np
 
@@ -9,8 +9,7 @@ from align.common.seeds import generator
 class BatchOrder:
     """Which pairs make batch number `step`: a pure function of (rows, batch size, seed, block rows, step).
 
-    Each epoch is a fresh permutation of blocks of `block_rows` neighbors; the last, incomplete batch is left out. With
-    `block_rows=1` it is a permutation of all pairs.
+    Each epoch is a fresh permutation of blocks of `block_rows` neighbors (1: of all pairs), without the last, incomplete batch.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, block_rows: int = 1) -> None:

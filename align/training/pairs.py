@@ -160,7 +160,7 @@ class PairedFeatures:
         return max(1, BLOCK_BYTES // (2 * min(self.image_width, self.text_width)))
 
     def only(self, chosen: pa.Table) -> int:
-        """Leave out every pair whose key is not in the column `key` of `chosen`; return how many of its rows are no pair.
+        """Leave out pairs whose key is not in the column `key` of `chosen`; return how many of its rows are no pair.
 
         A column `data` (digest of a store's data, as align/curate.py writes it) ties a key to the data sets of which a store has that
         digest; without it a key counts for every data set. DataError if a digest is no data set's, or if no pair is left.

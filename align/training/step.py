@@ -184,10 +184,7 @@ class Stepper:
 
 @torch.no_grad()
 def validate(model: SailModel, images: np.ndarray, captions: np.ndarray, owners: np.ndarray, precision: str) -> dict[str, float]:
-    """Return retrieval recalls `val_i2t_r1` ... `val_t2i_r10` (fractions) and their mean `val_mean_recall`.
-
-    Of images (n, F) and all their captions (T, D); `owners` (T,) says whose each caption is.
-    """
+    """Return recalls `val_i2t_r1` ... `val_t2i_r10` and their mean, of images (n, F) and captions (T, D) with `owners` (T,)."""
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         x = _in_chunks(model.project_image, images, model.device)

@@ -1,6 +1,7 @@
 """Assessment: one pass fills the stores of all layers, scores are of the same images, the report says what the numbers say."""
 
 import csv
+import functools
 import json
 import re
 import shutil
@@ -27,7 +28,7 @@ from align.assessment.candidates import (
 from align.assessment.config import AssessConfig
 from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
-from align.assessment.scores import Cache, Score, Scorer, Settings, TextSide
+from align.assessment.scores import Score, Scorer, Settings, TextSide, cached
 from align.assessment.tables import Assessed, correlations, follows, recommend, shown, shown_follows, table_csv
 from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, UsageError
@@ -422,17 +423,17 @@ def test_tables_and_figures_take_candidates_without_some_scores():
 
 
 def test_the_cache_tells_settings_and_methods_apart(tmp_path, monkeypatch):
-    cache, calls = Cache(tmp_path), []
+    kept, calls = functools.partial(cached, tmp_path), []
 
     def compute():
         calls.append(1)
         return {"x": Score(0.5, 0.4, 0.6, 10, 1.0, {"steps": 3})}
 
-    assert cache.get({"kind": "x", "b": [1]}, compute) == cache.get({"b": [1], "kind": "x"}, compute) and len(calls) == 1
-    assert cache.get({"kind": "y", "b": [1]}, compute)["x"].details == {"steps": 3} and len(calls) == 2
+    assert kept({"kind": "x", "b": [1]}, compute) == kept({"b": [1], "kind": "x"}, compute) and len(calls) == 1
+    assert kept({"kind": "y", "b": [1]}, compute)["x"].details == {"steps": 3} and len(calls) == 2
     monkeypatch.setitem(assess_scores.METHODS, "x", 7)  # now computed in another way
-    cache.get({"kind": "x", "b": [1]}, compute)
-    cache.get({"kind": "y", "b": [1]}, compute)
+    kept({"kind": "x", "b": [1]}, compute)
+    kept({"kind": "y", "b": [1]}, compute)
     assert len(calls) == 3
 
 
