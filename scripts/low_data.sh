@@ -68,7 +68,7 @@ def best(head, count, seed, variant):
     for step, batch in enumerate(pairs.batches(order, range(steps), slice(None))):
         last = stepper.step(batch, step)
         if (step + 1) % 20 == 0 or step + 1 == steps:
-            found.append({"at": step + 1, **validate(model, opened.held_out, 500, "fp32")})
+            found.append({"at": step + 1, **validate(model, *opened.held_out.everything(500), "fp32")})
     return {**max(found, key=lambda row: row["val_mean_recall"]), "final_mean_recall": found[-1]["val_mean_recall"], "loss": last.loss}
 
 

@@ -38,6 +38,7 @@ class Assessment:
         self.texts = {name: TextSide(*captions_of(stores, self.keys), self.scorer.sample, device) for name, stores in captioned.items()}
         self.text_fingerprints = {name: [store.fingerprint for store in stores] for name, stores in captioned.items()}
         self.facts: dict[str, Any] = {"data": pairs.plan.digest, "keys": hash_bytes(repr(self.keys).encode())}
+        self.draws = {"resamples": settings.resamples, "seed": settings.seed}
         self.labelled: Sample | None = None
         self.labels: dict[str, int] = {}  # by key
         self.label_column = ""
@@ -87,12 +88,9 @@ class Assessment:
         there = unique_keys(store)
         rows = np.array([row for row, key in enumerate(self.keys) if key in there])
         width = self.stores[vision.name, layer].width // (2 if vision.has_cls else 1)
-        facts = {**self.facts, **self._draws(), "kind": "patches", "image": store.fingerprint, "texts": self.text_fingerprints[text]}
-
-        def compute() -> dict[str, Score]:
-            return self.scorer.patches(rows_of(store, [self.keys[row] for row in rows]), width, self.texts[text].mean_of(rows))
-
-        return self.cached(facts, compute)
+        facts = {**self.facts, **self.draws, "kind": "patches", "image": store.fingerprint, "texts": self.text_fingerprints[text]}
+        captioned = [self.keys[row] for row in rows]
+        return self.cached(facts, lambda: self.scorer.patches(rows_of(store, captioned), width, self.texts[text].mean_of(rows)))
 
     def _class_scores(self, vision: EncodedVision, layer: int, feature: str, image: dict[str, Any]) -> dict[str, Score]:
         assert self.labelled is not None
@@ -101,13 +99,7 @@ class Assessment:
         if not keys:
             raise DataError(f"{self.labelled.source.data}: no usable image has a class in {self.label_column!r}; give --label-column")
         facts: dict[str, Any] = {"kind": "classes", "image": image, "data": self.labelled.plan.digest, "column": self.label_column}
-        facts |= {"neighbors": self.settings.class_neighbors, **self._draws()}
+        facts |= {"neighbors": self.settings.class_neighbors, **self.draws}
         numbers = np.array([self.labels[key] for key in keys])
-
-        def compute() -> dict[str, Score]:
-            return self.scorer.with_labels(feature_columns(rows_of(store, keys), feature, vision.has_cls), numbers)
-
-        return self.cached(facts, compute)
-
-    def _draws(self) -> dict[str, int]:
-        return {"resamples": self.settings.resamples, "seed": self.settings.seed}
+        columns = partial(feature_columns, feature=feature, has_cls=vision.has_cls)
+        return self.cached(facts, lambda: self.scorer.with_labels(columns(rows_of(store, keys)), numbers))

@@ -129,12 +129,9 @@ def read_labels(source: Source, plan: Plan, column: str) -> dict[str, int]:
 
 def unique_keys(store: FeatureStore) -> set[str]:
     """Return the keys of a store whose (key, item) occur once."""
-    table = store.key_table
-    if len(table) == 0:
-        return set()
-    counted = table.group_by(["key", "item"]).aggregate([([], "count_all")])
+    counted = store.key_table.group_by(["key", "item"]).aggregate([([], "count_all")])
     repeated = set(counted.filter(pa.compute.greater(counted["count_all"], 1))["key"].to_pylist())
-    return set(table["key"].to_pylist()) - repeated
+    return set(counted["key"].to_pylist()) - repeated
 
 
 def rows_of(store: FeatureStore, keys: Sequence[str]) -> np.ndarray:

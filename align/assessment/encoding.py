@@ -7,9 +7,9 @@ FOLDER/random/ENCODER-random    encoders with random weights
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -29,8 +29,7 @@ from align.features.store import FeatureStore
 from align.sources.plan import Plan, Source
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Rows that all encoders see, and the folder of their stores."""
 
     source: Source
@@ -42,8 +41,7 @@ class Sample:
         return FeatureStore(self.folder / encoder / name)
 
 
-@dataclass(frozen=True)
-class EncodedVision:
+class EncodedVision(NamedTuple):
     """A vision encoder whose stores are filled, with the layers and features that are compared."""
 
     name: str

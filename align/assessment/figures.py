@@ -23,10 +23,7 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     group.sort(key=lambda r: (r.candidate.random, r.candidate.vision, r.candidate.feature, r.candidate.layer))  # columns run over layers
     names = [name for name in NAMES if any(name in result.scores for result in group)]
     values = np.array([[result.scores[name].value if name in result.scores else np.nan for name in names] for result in group])
-    shades = np.full(values.shape, np.nan)
-    for column in range(len(names)):
-        there = np.isfinite(values[:, column])
-        shades[there, column] = (rankdata(values[there, column]) - 0.5) / there.sum()
+    shades = (rankdata(values, axis=0, nan_policy="omit") - 0.5) / np.isfinite(values).sum(axis=0)
     figure = new_figure(3.4 + 0.85 * len(names), 1.3 + 0.24 * len(group), dpi=DPI)
     axes = figure.add_subplot()
     axes.imshow(shades, cmap=matplotlib.colormaps["Blues"], vmin=0, vmax=1.15, aspect="auto")

@@ -1,8 +1,7 @@
 """Probes: small heads trained on frozen features to see what the features hold.
 
 Alignment probing (SAIL, section 3): linear heads on both sides, sigmoid loss, constant learning rate until a validation split
-says stop; the score is the mean of image-to-text and text-to-image R@10 on held-out pairs.
-A linear probe (multinomial logistic regression) tells how linearly separable labelled classes are.
+says stop; the score is the mean of image-to-text and text-to-image R@10. A linear probe is multinomial logistic regression.
 
 Shapes: `N` images, `F` image feature width, `T` captions, `D` caption feature width, `n` held-out images, `C` classes.
 """
@@ -46,8 +45,7 @@ class CaptionedFeatures:
         place = np.full(len(self.images), -1)
         place[rows] = np.arange(len(rows))
         owners = place[self.owners]
-        order = np.flatnonzero(owners >= 0)
-        order = order[owners[order].argsort(kind="stable")]
+        order = owners.argsort(kind="stable")[np.count_nonzero(owners < 0) :]  # without the captions of other images
         return CaptionedFeatures(self.images[rows], self.captions[order], owners[order])
 
     def batch(self, rows: np.ndarray, seed: int, step: int) -> PairBatch:

@@ -35,7 +35,7 @@ class Assessed:
 
 
 def table_csv(results: Sequence[Assessed]) -> str:
-    """Return the whole table as CSV: a row a candidate, four columns a score (value, low, high, seconds)."""
+    """Return the whole table as CSV: one row per candidate, four columns per score (value, low, high, seconds)."""
     names = [name for name in NAMES if any(name in result.scores for result in results)]
     columns = [*asdict(results[0].candidate), "probing_steps", "probing_converged"]
     columns += [f"{name}{part}" for name in names for part in ("", "_low", "_high", "_seconds")]
@@ -43,9 +43,8 @@ def table_csv(results: Sequence[Assessed]) -> str:
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     for result in results:
-        row: dict[str, Any] = asdict(result.candidate)
         details = result.scores["probing"].details
-        row |= {"probing_steps": details["steps"], "probing_converged": details["converged"]}
+        row = {**asdict(result.candidate), "probing_steps": details["steps"], "probing_converged": details["converged"]}
         for name, score in result.scores.items():
             values = {"": score.value, "_low": score.low, "_high": score.high, "_seconds": score.seconds}
             row |= {f"{name}{part}": "" if value is None else round(value, 5) for part, value in values.items()}
@@ -167,10 +166,8 @@ def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
     said = [f"Take {best.candidate.name}: R@10 {_percent(score, wide=True)} on {score.n} held-out images."]
     others = [(learned[at], first[at]) for at in np.argsort(-first, kind="stable") if at != order[0] and first[at] >= 0.02][:4]
     if len(learned) > 1:
-        ranked = "; ".join(f"{other.candidate.name} in {100 * part:.0f}%" for other, part in others)
-        said.append(
-            f"How sure: {sure}. It came first in {100 * share:.0f}% of the resamples of these images{f'; {ranked}' if ranked else ''}."
-        )
+        ranked = "".join(f"; {other.candidate.name} in {100 * part:.0f}%" for other, part in others)
+        said.append(f"How sure: {sure}. It came first in {100 * share:.0f}% of the resamples of these images{ranked}.")
     if share < LIKELY and others:
         said.append("Take the cheapest of these, or repeat with more --rows: the images at hand do not tell them apart.")
     said += _compared(learned, drawn, int(order[0]))
@@ -225,9 +222,8 @@ def trained_scores(runs: Sequence[str], results: Sequence[Assessed]) -> list[Ass
         prints = (stored["vision_fingerprint"], stored["text_fingerprint"])
         matching = [result.candidate for result in results if result.fingerprints == prints]
         if not matching:
-            raise UsageError(
-                f"{run} was trained on none of the candidates' features ({load_yaml(Path(run) / 'config.yaml')['train']['images']})"
-            )
+            images = load_yaml(Path(run) / "config.yaml")["train"]["images"]
+            raise UsageError(f"{run} was trained on none of the candidates' features ({images})")
         best = max(rows, key=lambda row: row["val_mean_recall"])
         found.setdefault(matching[0], []).append((best["val_i2t_r10"] + best["val_t2i_r10"]) / 2)
     trained = {candidate: {"trained": Score(float(np.mean(values)), None, None, 0, 0.0)} for candidate, values in found.items()}

@@ -6,7 +6,6 @@ Shapes: `C` concepts, `E` width of the space that candidates are scored in.
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,6 @@ def read_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def text_prototypes(names: Sequence[str], templates: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
-    """Return (C, E) normalized prototypes: the mean over templates of `encode`'s normalized rows, `{c}` standing for the name."""
-    rows = encode([template.replace("{c}", name) for name in names for template in templates])  # (C templates, E)
-    return functional.normalize(rows.view(len(names), len(templates), -1).mean(dim=1), dim=1)
-
-
 def read_labels(path: Path) -> pa.Table:
     """Return the columns key and label of a .parquet or .csv file; DataError if they are missing or a key has two labels."""
     try:
@@ -71,7 +64,7 @@ def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection)
 
     `labels` has the columns key and label. Rows of `shots` without a label are left out; DataError if a label has no row.
     """
-    names = _label_names(labels)
+    names = tuple(sorted(set(labels["label"].to_pylist())))
     places = {name: number for number, name in enumerate(names)}
     numbers = {row["key"]: places[row["label"]] for row in labels.to_pylist()}
     owners = np.array([numbers.get(key, -1) for key in shots.keys(np.arange(len(shots)))])
@@ -89,15 +82,11 @@ def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection)
     return names, functional.normalize(sums, dim=1)
 
 
-def _label_names(labels: pa.Table) -> tuple[str, ...]:
-    return tuple(sorted(set(labels["label"].to_pylist())))
-
-
 def concept_names(config: CurateConfig) -> tuple[str, ...]:
     """Return the names of the concepts: the lines of --concepts, or the labels of --concept-labels in alphabetical order."""
     if config.concepts:
         return read_names(Path(config.concepts))
-    return _label_names(read_labels(Path(str(config.concept_labels))))
+    return tuple(sorted(set(read_labels(Path(str(config.concept_labels)))["label"].to_pylist())))
 
 
 def inputs_of(config: CurateConfig, candidates: CandidatePool, names: tuple[str, ...]) -> dict[str, Any]:
@@ -115,10 +104,11 @@ def inputs_of(config: CurateConfig, candidates: CandidatePool, names: tuple[str,
 
 
 def make_prototypes(config: CurateConfig, space: ConceptSpace, names: tuple[str, ...]) -> Tensor:
-    """Return (C, E) normalized prototypes in `space`, from the texts or the shots of the configuration."""
+    """Return (C, E) normalized prototypes in `space`: the mean over a name's templates, or over a label's shots."""
     if config.concepts:
-        encode = partial(space.encode_texts, batch_size=config.text_batch_size, trust_remote_code=config.trust_remote_code)
-        return text_prototypes(names, config.templates, encode)
+        texts = [template.replace("{c}", name) for name in names for template in config.templates]
+        rows = space.encode_texts(texts, config.text_batch_size, config.trust_remote_code)  # (C templates, E), normalized
+        return functional.normalize(rows.view(len(names), len(config.templates), -1).mean(dim=1), dim=1)
     shots = CandidatePool.open(str(config.concept_store))
     return shot_prototypes(shots, read_labels(Path(str(config.concept_labels))), space.projection(shots))[1]
 

@@ -75,8 +75,8 @@ class TrainConfig:
     reduction: Literal["mean", "sum_over_batch"] = "mean"
     """Sigmoid loss over B^2 (SAIL) or over B (SigLIP). With Lion the factor does not matter, with AdamW it does."""
     positives: Positives = "diagonal"
-    """Which rows of a batch are positives of each other. diagonal: none. same_key: rows with the same sample key, in whichever data set,
-    as they are of the same image. same_caption: these, and rows whose captions in a slot have the same words."""
+    """Rows of a batch that are positives of each other. diagonal: none. same_key: rows of one sample key, in any data set.
+    same_caption: these, and rows whose captions in a slot have the same words."""
     feature_dropout: float = 0.0
     """Share of the frozen features' values that are set to 0 before the heads, anew in each step; for every kind of head."""
     log_scale: float = 2.995732273553991

@@ -13,7 +13,7 @@ import itertools
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -97,7 +97,7 @@ class _Samples(Dataset):
     ) -> None:
         self.source, self.plan, self.slots, self.transform = source, plan, tuple(slots), transform
         self.augmentation, self.seed, self.limits = augmentation, seed, Limits()
-        self.starts = np.concatenate([[0], np.cumsum(plan.lengths)])
+        self.starts = np.cumsum([0, *plan.lengths])
         self._readers: dict[int, ShardReader] = {}
 
     def __getitem__(self, piece: _Piece) -> _Decoded:
@@ -154,36 +154,33 @@ class _Samples(Dataset):
         return [next(shuffled[column]) for column in self.slots]
 
 
+@dataclass(eq=False)
 class OnlinePairs:
     """Images and captions of one data set as frozen features, computed batch by batch on the encoders' device.
 
-    `slots` are caption columns, each giving every image one caption; a column named twice gives two different ones. The encoders'
-    `feature` decides what heads are given: pooled features, or all tokens for token heads.
+    The encoders' `feature` decides what heads are given: pooled features, or all tokens for token heads.
     """
+
+    source: Source
+    plan: Plan
+    slots: Sequence[str]  # caption columns; each gives an image one caption, and two different ones if it is named twice
+    vision: VisionEncoder
+    text: TextEncoder
+    _: KW_ONLY
+    seed: int = 0
+    augment: bool = False
+    batch_size: int = 64  # of the encoders
+    workers: int = 2
+    max_reject_fraction: float = 0.05
+    positives: Positives = "diagonal"
 
     unpaired = repeated = nbytes = 0  # nothing is known of samples before they are read, and nothing is stored
 
-    def __init__(
-        self,
-        source: Source,
-        plan: Plan,
-        slots: Sequence[str],
-        vision: VisionEncoder,
-        text: TextEncoder,
-        *,
-        seed: int = 0,
-        augment: bool = False,
-        batch_size: int = 64,
-        workers: int = 2,
-        max_reject_fraction: float = 0.05,
-        positives: Positives = "diagonal",
-    ) -> None:
-        self.positives: Positives = positives
-        self.plan, self.slots, self.vision, self.text = plan, tuple(slots), vision, text
-        self.batch_size, self.workers, self.max_reject_fraction = batch_size, workers, max_reject_fraction
-        augmentation = Augmentation(vision.image_size, pixel_normalizer(vision.transform)) if augment else None
-        self._samples = _Samples(source, plan, slots, vision.transform, augmentation, seed)
-        self._rows = np.arange(plan.rows)
+    def __post_init__(self) -> None:
+        vision, text = self.vision, self.text
+        augmentation = Augmentation(vision.image_size, pixel_normalizer(vision.transform)) if self.augment else None
+        self._samples = _Samples(self.source, self.plan, self.slots, vision.transform, augmentation, self.seed)
+        self._rows = np.arange(self.plan.rows)
         self.image_fingerprint, self.image_width = vision.fingerprint, vision.feature_width
         self.text_fingerprint, self.text_width = text.fingerprint, text.width
         self.rejects: JsonLines | None = None
@@ -214,15 +211,14 @@ class OnlinePairs:
 
         Reads all rows once, without their images. DataError if none is left.
         """
-        wanted, samples = set(chosen["key"].to_pylist()), self._samples
-        rows, found = [], set[str]()
-        for shard, start in enumerate(samples.starts[:-1].tolist()):
-            for row in open_shard(samples.source, self.plan, shard).rows(images=False):
+        wanted, rows, found = set(chosen["key"].to_pylist()), [], set[str]()
+        for shard, start in enumerate(self._samples.starts[:-1].tolist()):
+            for row in open_shard(self.source, self.plan, shard).rows(images=False):
                 if row.reject is None and row.key in wanted:
                     rows.append(start + row.index)
                     found.add(row.key)
         if not rows:
-            raise DataError(f"none of the {len(chosen)} chosen keys is a sample of {samples.source.data}; was the file made from it?")
+            raise DataError(f"none of the {len(chosen)} chosen keys is a sample of {self.source.data}; was the file made from it?")
         self._rows = np.array(rows)
         return len(wanted - found)
 
@@ -254,7 +250,7 @@ class OnlinePairs:
             images = torch.cat([self._images(one.pixels) for one in decoded if one.pixels is not None])
             texts = [captions for one in decoded for captions in one.captions]
             slots = [[chosen[slot] for chosen in texts] for slot in range(len(self.slots))]
-            captions = [self._texts(chosen).to(images.device) for chosen in slots]
+            captions = [self.text.encode(chosen, self.batch_size).half().to(images.device) for chosen in slots]
             self._encoding += time.monotonic() - began
             image_ids = None if self.positives == "diagonal" else hash64(keys)
             caption_ids = [hash64(chosen) for chosen in slots] if self.positives == "same_caption" else None
@@ -273,7 +269,7 @@ class OnlinePairs:
             if not images:
                 raise DataError(f"none of the {size} samples for validation can be used; mend the data")
             chosen = [(text, n) for number in range(len(columns[0])) for n, cells in enumerate(columns) for text in cells[number]]
-            captions = self._texts([text for text, _ in chosen]).numpy(force=True)
+            captions = self.text.encode([text for text, _ in chosen], self.batch_size).half().numpy(force=True)
             self._validation = size, (np.concatenate(images), captions, np.array([owner for _, owner in chosen]))
         return self._validation[1]
 
@@ -287,9 +283,6 @@ class OnlinePairs:
     @torch.no_grad()
     def _images(self, pixels: Tensor) -> Tensor:
         return self.vision(pixels).half()
-
-    def _texts(self, texts: list[str]) -> Tensor:
-        return self.text.encode(texts, self.batch_size).half()
 
     def _count(self, step: int, decoded: Sequence[_Decoded]) -> None:
         """List new rejects; DataError if there are too many, or too many one after the other."""

@@ -285,9 +285,7 @@ def _caption_runs(keys: pa.Array, store: FeatureStore) -> tuple[np.ndarray, np.n
     items = table["item"].to_numpy()
     begins = np.flatnonzero(np.concatenate([[True], (numbers[1:] != numbers[:-1]) | (items[1:] <= items[:-1])]))
     lengths = np.diff(np.append(begins, len(numbers)))
-    runs_of_key = np.bincount(numbers[begins], minlength=len(codes.dictionary))
-    run_of_key = np.empty(len(codes.dictionary), dtype=np.int64)
-    run_of_key[numbers[begins]] = np.arange(len(begins))
+    _, run_of_key, runs_of_key = np.unique(numbers[begins], return_index=True, return_counts=True)
     position = pc.fill_null(pc.index_in(keys, value_set=codes.dictionary), -1).to_numpy(zero_copy_only=False)
     there, run = position >= 0, run_of_key[position]
     return np.where(there, begins[run], -1), np.where(there, lengths[run], 0), there & (runs_of_key[position] == 1)
