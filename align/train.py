@@ -102,7 +102,7 @@ def open_data(config: TrainConfig, state: "PartialState", console: "Console") ->
 
 def estimate(config: TrainConfig, data: "TrainingData", parameters: int, processes: int) -> str:
     """Return a sentence on the steps of an epoch and the memory of a process."""
-    from align.training.order import BatchOrder
+    from align.training.pairs import BatchOrder
 
     order, share = BatchOrder(len(data.pairs), config.batch_size, config.seed), config.batch_size // processes
     held = 16 * parameters + 4 * share * config.width * (2 + len(config.captions)) * 4 + 3 * 4 * config.tile**2

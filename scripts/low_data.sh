@@ -25,7 +25,7 @@ from align.training.config import TrainConfig
 from align.common.runs import JsonLines
 from align.common.seeds import generator
 from align.training.data import build_model, from_stores
-from align.training.order import BatchOrder
+from align.training.pairs import BatchOrder
 from align.training.step import Objective, Schedule, Stepper, build_optimizer, validate
 
 VARIANTS = {

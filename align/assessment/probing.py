@@ -20,8 +20,7 @@ from align.common.errors import DataError
 from align.common.seeds import generator
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.ranking import best_ranks
-from align.training.order import BatchOrder
-from align.training.pairs import PairBatch
+from align.training.pairs import BatchOrder, PairBatch
 from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
 RECALL_AT = 10

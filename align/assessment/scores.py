@@ -123,10 +123,9 @@ class Scorer:
 
     def with_labels(self, features: np.ndarray, labels: np.ndarray) -> dict[str, Score]:
         """Return `knn` and `linear_probe` of labelled images: features (n, F) float16, labels (n,); classes of one image are left out."""
-        counts = np.bincount(labels)
-        kept = counts[labels] > 1
-        _, labels = np.unique(labels[kept], return_inverse=True)
-        if len(np.unique(labels)) < 2:
+        kept = np.bincount(labels)[labels] > 1
+        names, labels = np.unique(labels[kept], return_inverse=True)
+        if len(names) < 2:
             raise DataError("fewer than two classes of the labelled data have two usable images; give more with --labelled-rows")
         features = features[kept].astype(np.float32)
         images, classes = torch.from_numpy(features).to(self.device), torch.from_numpy(labels).to(self.device)

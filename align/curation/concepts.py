@@ -128,7 +128,7 @@ def evaluation_sets(names: Sequence[str]) -> list[str]:
     """Return the evaluation sets of clip_benchmark, if it is installed, all of whose classes are among `names` in any case."""
     found = importlib.util.find_spec("clip_benchmark")  # not imported: its list of class names is read as data
     paths = [Path(folder) / "datasets" / "en_classnames.json" for folder in found.submodule_search_locations or ()] if found else []
-    known = next((read_json(path) for path in paths if path.exists()), {})
+    known: dict[str, list[str]] = next((read_json(path) for path in paths if path.exists()), {})
     given = {name.casefold() for name in names}
     return [name for name, classes in known.items() if given >= {word.casefold() for word in classes}]
 

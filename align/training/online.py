@@ -36,8 +36,7 @@ from align.sources.gate import Limits, gate_captions, gate_image
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
 from align.training.config import Positives
-from align.training.order import BatchOrder
-from align.training.pairs import PairBatch
+from align.training.pairs import BatchOrder, PairBatch
 
 SHARD_ROWS = 1024  # samples a shard: opening one reads where its samples are
 KEPT_READERS = 64  # open shards a worker keeps
@@ -207,10 +206,7 @@ class OnlinePairs:
         return other
 
     def only(self, chosen: pa.Table) -> int:
-        """Leave out samples whose key is not in the column `key` of `chosen`; return how many of its keys are no sample's.
-
-        Reads all rows once, without their images. DataError if none is left.
-        """
+        """Leave out samples whose key is not in `chosen`; return how many of its keys are no sample's. DataError if none is left."""
         wanted, rows, found = set(chosen["key"].to_pylist()), [], set[str]()
         for shard, start in enumerate(self._samples.starts[:-1].tolist()):
             for row in open_shard(self.source, self.plan, shard).rows(images=False):

@@ -18,8 +18,7 @@ from align.common.runs import RunLog
 from align.model.losses import any_rank
 from align.model.saving import save_model
 from align.training.data import TrainingData
-from align.training.order import BatchOrder
-from align.training.pairs import PairBatch
+from align.training.pairs import BatchOrder, PairBatch
 from align.training.step import Stepper, StepResult, validate
 
 

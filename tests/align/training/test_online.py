@@ -32,7 +32,7 @@ from align.sources.plan import Source, plan
 from align.train import main
 from align.training.config import TrainConfig
 from align.training.online import Augmentation, OnlinePairs
-from align.training.order import BatchOrder
+from align.training.pairs import BatchOrder
 from align.training.step import Stepper
 from tests.support.flags import as_flags
 from tests.support.forking import exit_codes, fork

@@ -17,8 +17,7 @@ from align.features.store import StoreHeader, StoreWriter, hash64
 from align.model.dual_encoder import SailConfig, SailModel
 from align.train import main
 from align.training.config import TrainConfig
-from align.training.order import BatchOrder
-from align.training.pairs import open_pairs
+from align.training.pairs import BatchOrder, open_pairs
 from align.training.step import Objective, Schedule, Stepper, build_optimizer
 from tests.support.forking import exit_codes, fork
 from tests.support.stores import build_store

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 from align.model.dual_encoder import SailConfig, SailModel
-from align.training.order import BatchOrder
-from align.training.pairs import PairBatch, open_pairs
+from align.training.pairs import BatchOrder, PairBatch, open_pairs
 from align.training.step import Objective, Schedule, Stepper, build_optimizer
 from tests.support.forking import exit_codes, fork
 
