@@ -136,7 +136,7 @@ class TrainConfig:
         self._check_online()
         check(0 <= self.feature_dropout < 1, f"--feature-dropout {self.feature_dropout}", "must lie in [0, 1)")
         check(self.batch_size >= 2, f"--batch-size {self.batch_size}", "a contrastive loss needs at least 2 pairs")
-        check_least(self, accumulate=1, tile=1, val_rows=0, log_every=1, val_every=1, save_every=1)
+        check_least(self, accumulate=1, tile=1, val_rows=0, val_limit=1, log_every=1, val_every=1, save_every=1)
         check(0 <= self.warmup < 1, f"--warmup {self.warmup}", "is a share of the steps in [0, 1)")
         low, high = self.log_scale_range
         check(low <= self.log_scale <= high, f"--log-scale {self.log_scale}", f"must lie in --log-scale-range {low} {high}")

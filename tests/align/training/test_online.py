@@ -297,6 +297,7 @@ def test_other_data_and_other_heads_are_refused(world, stores, tmp_path):
         ({"images": ("i",), "data": "d"}, "exactly one"),
         ({"data": "d", "vision": "v"}, "name both encoders"),
         ({"images": ("i",), "log_scale": 5.0}, "--log-scale-range"),
+        ({"images": ("i",), "val_limit": 0}, "--val-limit 0: must be at least 1"),
     ):
         with pytest.raises(UsageError, match=message):
             TrainConfig(captions=("c",), output="o", steps=1, **values)
