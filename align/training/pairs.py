@@ -4,6 +4,7 @@ Shapes: `B` global batch, `F` image feature width, `D` caption feature width, `N
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -285,9 +286,8 @@ class PairedFeatures:
 
 def open_pairs(images: Sequence[str], slots: Sequence[str], positives: Positives = "diagonal") -> PairedFeatures:
     """Return the pairs of image stores and caption slots ('+' joins the stores of one slot), opening each store once."""
-    stores: dict[str, FeatureStore] = {}
-    opened = [[stores.setdefault(name, FeatureStore(name)) for name in names] for names in (images, *(slot.split("+") for slot in slots))]
-    return PairedFeatures(opened[0], opened[1:], positives)
+    store = functools.cache(FeatureStore)
+    return PairedFeatures([*map(store, images)], [[*map(store, slot.split("+"))] for slot in slots], positives)
 
 
 def read_keys(path: str) -> pa.Table:

@@ -105,12 +105,15 @@ def test_stores_of_other_encoders_or_without_common_keys_are_refused(tmp_path, m
         PairedFeatures([images], [[one, one]])
 
 
-def test_pairs_held_out_are_never_trained_on_and_stay_paired(tmp_path, make_store):
+def test_pairs_held_out_are_never_trained_on_and_stay_paired(tmp_path, make_store, monkeypatch):
     keys = [f"k{n}" for n in range(30)]
     names = [str(tmp_path / name) for name in ("ai", "bi", "ac", "bc")]
     for name in names:
         make_store(tmp_path / name, shards_of(keys), kind="image" if name.endswith("i") else "caption")
-    pairs = open_pairs(names[:2], ["+".join(names[2:])])
+    opened = []
+    monkeypatch.setattr("align.training.pairs.FeatureStore", lambda name: opened.append(name) or FeatureStore(name))
+    pairs = open_pairs(names[:2], ["+".join(names[2:])] * 2)
+    assert opened == names, "each store is opened once"
     held_out = pairs.split(13, seed=0)
     assert len(pairs) == 47 and len(held_out) == 13
     ours, theirs = set(pairs.keys(np.arange(47))), set(held_out.keys(np.arange(13)))
