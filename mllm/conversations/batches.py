@@ -5,7 +5,6 @@ Legend: B items of a batch, T tokens, images of a batch in the order of their pl
 
 import json
 import multiprocessing
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from align.common.errors import DataError
@@ -28,11 +28,10 @@ MIN_REJECTS = 20  # images that cannot be decoded before their share can stop a 
 
 
 class ConversationDataset(Dataset):
-    """Conversations, or packs of them, as tensors. Lives in DataLoader workers, which share one count of bad images.
+    """Conversations, or packs of them, as tensors. DataLoader workers share its count of bad images.
 
-    One with an image that cannot be decoded keeps a picture of the mean color and loses all its labels: nothing is learned from
-    it, and its length stays. It is written to `rejects` (JSON lines). DataError if more than `max_reject_fraction` of the images
-    are bad, of at least MIN_REJECTS.
+    An image that cannot be decoded is replaced by the mean color, listed in `rejects` (JSON lines), and its conversation loses all
+    labels: nothing is learned from it. DataError once at least MIN_REJECTS images and more than `max_reject_fraction` of all are bad.
     """
 
     def __init__(
@@ -60,17 +59,11 @@ class ConversationDataset(Dataset):
         return int(self._counts[1])
 
     def __getitem__(self, item: int | Sequence[int]) -> dict[str, Any]:
-        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W).
-
-        Of a pack, position ids begin at 0 with every conversation.
-        """
-        parts = [self._encode(int(number)) for number in ([item] if isinstance(item, int | np.integer) else item)]
-        return {
-            "input_ids": torch.cat([ids for ids, _, _ in parts]),
-            "labels": torch.cat([labels for _, labels, _ in parts]),
-            "position_ids": torch.cat([torch.arange(len(ids)) for ids, _, _ in parts]),
-            "pixel_values": [image for _, _, images in parts for image in images],
-        }
+        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W); positions restart at a conversation."""
+        numbers = [item] if isinstance(item, int | np.integer) else item
+        ids, labels, images = zip(*(self._encode(int(number)) for number in numbers), strict=True)
+        positions = torch.cat([torch.arange(len(each)) for each in ids])
+        return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": positions, "pixel_values": sum(images, [])}
 
     def collate(self, items: Sequence[dict[str, Any]], packed: bool) -> dict[str, Tensor]:
         """Return `collate(items)` with the tokenizer's padding token, or its end token if it has none."""
@@ -117,36 +110,24 @@ class ConversationDataset(Dataset):
             return
         line = {"row": number, **reject_line(RejectedRow.of(reject, number, conversation.id, "image", conversation.source))}
         self.rejects.parent.mkdir(parents=True, exist_ok=True)
-        with disk_full_named(self.rejects):
-            descriptor = os.open(self.rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, (json.dumps(line) + "\n").encode())  # one write: lines of several workers do not mix
-            finally:
-                os.close(descriptor)
+        with disk_full_named(self.rejects), open(self.rejects, "ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())  # one write: lines of several workers do not mix
 
 
 def collate(items: Sequence[dict[str, Any]], pad_id: int, packed: bool) -> dict[str, Tensor]:
     """Return a batch: input_ids, labels and position_ids (B, T), padded on the right, and pixel_values (images, 3, H, W) if any.
 
-    Unpacked batches have an attention_mask (B, T). Packed ones must not: conversations are kept apart by their position ids,
-    and padding stands as one of its own (exact with eager and SDPA attention; flash attention needs B = 1 for it).
+    Unpacked batches have an attention_mask (B, T). Packed ones must not: position ids keep conversations apart, and padding is
+    numbered like one more conversation (exact with eager and SDPA attention; flash attention needs B = 1 for it).
     """
-    longest = max(len(item["input_ids"]) for item in items)
-    batch = {
-        "input_ids": torch.full((len(items), longest), pad_id),
-        "labels": torch.full((len(items), longest), IGNORED),
-        "position_ids": torch.zeros((len(items), longest), dtype=torch.int64),
-    }
-    if not packed:
-        batch["attention_mask"] = torch.zeros((len(items), longest), dtype=torch.int64)
-    for line, item in enumerate(items):
-        length = len(item["input_ids"])
-        for name in ("input_ids", "labels", "position_ids"):
-            batch[name][line, :length] = item[name]
-        if packed:
-            batch["position_ids"][line, length:] = torch.arange(longest - length)
-        else:
-            batch["attention_mask"][line, :length] = 1
+    padding = {"input_ids": pad_id, "labels": IGNORED, "position_ids": 0}
+    batch = {name: pad_sequence([item[name] for item in items], True, value) for name, value in padding.items()}
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])[:, None]
+    columns = torch.arange(batch["input_ids"].shape[1])
+    if packed:
+        batch["position_ids"] = torch.where(columns < lengths, batch["position_ids"], columns - lengths)
+    else:
+        batch["attention_mask"] = (columns < lengths).long()
     images = [image for item in items for image in item["pixel_values"]]
     if images:
         batch["pixel_values"] = torch.stack(images)

@@ -1,12 +1,13 @@
 """What is wrong with conversation data, and what an epoch of it consists of: every row and every image is looked at once."""
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xxhash
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from align.common.charts import INK, SERIES, new_figure, png, style_axes
 from align.common.reject_codes import Reject, RejectedRow
@@ -20,30 +21,21 @@ from mllm.conversations.tokens import Chat
 CHUNK = 64  # images a task
 
 
-class _Images(Dataset):
-    """Chunks of images to decode, given as (conversation, item) pairs (n, 2); yields (place in the list, reject) of the bad."""
-
-    def __init__(self, conversations: Conversations, pairs: np.ndarray, limits: Limits) -> None:
-        self.conversations, self.pairs, self.limits = conversations, pairs, limits
-
-    def __len__(self) -> int:
-        return -(-len(self.pairs) // CHUNK)
-
-    def __getitem__(self, chunk: int) -> list[tuple[int, Reject]]:
-        bad = []
-        for place in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.pairs))):
-            number, item = map(int, self.pairs[place])
-            try:
-                gate_image(self.conversations.read_image(self.conversations[number].images[item]), self.limits)
-            except Reject as reject:
-                bad.append((place, reject))
-        return bad
+def _bad_images(conversations: Conversations, limits: Limits, chunk: Sequence[np.ndarray]) -> dict[int, Reject]:
+    """Decode images, given as (place, conversation, item); return why some cannot be used, by place."""
+    bad = {}
+    for place, number, item in map(np.ndarray.tolist, chunk):
+        try:
+            gate_image(conversations.read_image(conversations[number].images[item]), limits)
+        except Reject as reject:
+            bad[place] = reject
+    return bad
 
 
 def image_problems(
     conversations: Conversations, limits: Limits, workers: int, progress: Callable[[int, int], None]
 ) -> tuple[list[RejectedRow], int]:
-    """Return a problem for each use of an image that cannot be read, and how many different images there are; each is decoded once."""
+    """Return a problem for each use of an unusable image, and how many different images there are; each of these is decoded once."""
     numbers, keys = array("q"), array("Q")  # numbers: conversation and item of each image, in turn
     for number in conversations.distinct()[0].tolist():
         for item, image in enumerate(conversations[number].images):
@@ -54,11 +46,11 @@ def image_problems(
     pairs = np.array(numbers).reshape(-1, 2)
     _, first, which = np.unique(np.array(keys), return_index=True, return_inverse=True)
     order = np.argsort(first)  # as they come in the files
-    dataset = _Images(conversations, pairs[first[order]], limits)
+    rows: Any = np.column_stack([order, pairs[first[order]]])
     found: dict[int, Reject] = {}
-    for done, bad in enumerate(DataLoader(dataset, batch_size=None, num_workers=workers)):
-        found |= {int(order[place]): reject for place, reject in bad}
-        progress(min(len(first), (done + 1) * CHUNK), len(first))
+    for done, bad in enumerate(DataLoader(rows, CHUNK, num_workers=workers, collate_fn=partial(_bad_images, conversations, limits)), 1):
+        found |= bad
+        progress(min(len(first), done * CHUNK), len(first))
     problems = []
     for place in np.flatnonzero(np.isin(which, list(found))):
         number = int(pairs[place, 0])

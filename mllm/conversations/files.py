@@ -19,6 +19,7 @@ from align.sources.safe_files import MAX_ROW_BYTES, STRICT_JSON, bounded_lines, 
 COLUMNS = ("id", "conversations", "messages", "image", "images")
 _SPACE = " \t\r\n"
 _ANY_JSON = json.JSONDecoder(parse_int=str)  # finds the end of what is rejected
+Reader = Callable[[str], Iterator[dict[str, Any] | Reject]]
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any] | Reject]:
@@ -26,13 +27,19 @@ def read_rows(path: str) -> Iterator[dict[str, Any] | Reject]:
 
     UsageError on another suffix; DataError if the file as a whole cannot be read: a JSON array with a syntax error, UTF-16, ...
     """
+    reader = reader_of(path)
+    try:
+        yield from reader(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({error}); mend or remove it") from error
+
+
+def reader_of(path: str) -> Reader:
+    """Return what reads files of this suffix; UsageError if nothing does."""
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
         raise UsageError(f"{path}: conversations are read from {', '.join(READERS)}; convert the file to one of these")
-    try:
-        yield from READERS[suffix](path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read ({error}); mend or remove it") from error
+    return READERS[suffix]
 
 
 def _json_lines(path: str) -> Iterator[dict[str, Any] | Reject]:
@@ -62,20 +69,15 @@ class _ArrayReader:
                 f"a JSON array has to begin with [, found {self.text[self.place : self.place + 20]!r}; name JSON lines .jsonl"
             )
         self.place += 1
-        if self._next() == "]":
+        separator = "]" if self._next() == "]" else ","
+        self.place += separator == "]"
+        while separator != "]":
+            yield self._element()
+            self.number += 1
+            separator = self._next()
             self.place += 1
-        else:
-            while True:
-                yield self._element()
-                self.number += 1
-                separator = self._next()
-                self.place += 1
-                if separator == "]":
-                    break
-                if separator != ",":
-                    raise self._broken(
-                        f"expected , or ] after the row, found {separator!r}" if separator else "the file ends within the array"
-                    )
+            if separator not in ("]", ","):
+                raise self._broken(f"expected , or ] after the row, found {separator!r}" if separator else "the file ends within the array")
         if self._next():
             raise self._broken("there is more after the end of the array")
 
@@ -147,9 +149,4 @@ def _parquet(path: str) -> Iterator[dict[str, Any] | Reject]:
             yield from [Reject("row_unreadable", str(error)[:200])] * (rows - seen)
 
 
-READERS: dict[str, Callable[[str], Iterator[dict[str, Any] | Reject]]] = {
-    ".json": _json_array,
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".parquet": _parquet,
-}
+READERS: dict[str, Reader] = {".json": _json_array, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}

@@ -5,13 +5,14 @@ Legend: N conversations, repeated ones too.
 
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from align.common.errors import DataError
 from align.common.files import hash_bytes, load_hashed, save_hashed
@@ -46,11 +47,11 @@ class ConversationIndex:
     @property
     def codes(self) -> Counter[str]:
         """Count of rejects by code, rows that are no conversation among them."""
-        counts = np.bincount(self.status, minlength=len(STATUS))
-        return Counter(self.unread) + Counter({code: int(count) for code, count in zip(STATUS[1:], counts[1:], strict=True) if count})
+        counts = np.bincount(self.status, minlength=len(STATUS)).tolist()
+        return Counter(self.unread) + Counter(dict(zip(STATUS[1:], counts[1:], strict=True)))  # a sum leaves out zeros
 
     def summary(self) -> str:
-        """Return all in one line: how many, how long, how much is learned, what was rejected."""
+        """Return one line: how many conversations, how long, how much is learned, what was rejected."""
         tokens, learned, images = int(self.lengths.sum()), int(self.supervised.sum()), int(self.images.sum())
         rejected = ", ".join(f"{code} {count}" for code, count in self.codes.most_common()) or "none"
         shortened = int((self.dropped > 0).sum())
@@ -70,18 +71,21 @@ def build_index(
     workers: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> ConversationIndex:
-    """Return the index of all conversations, tokenized here by `workers` further processes unless `cache` has it for the same inputs.
+    """Return the index of all conversations, from the folder `cache` (None: their own) or made by `workers` further processes.
 
-    `cache` is a folder (None: the conversations' own). `progress(done, total)` is called now and then. DataError, with the codes
-    and an example, if more than `max_reject_fraction` are rejected or none is left (1: never).
+    DataError, with the codes and an example, if more than `max_reject_fraction` are rejected or none is left (1: never).
     """
     fingerprint = hash_bytes(repr((STATUS, conversations.fingerprint, chat.fingerprint, max_length)).encode())
     stem = (cache or conversations.folder) / f"index-{fingerprint}"
     cached = load_hashed(stem, ".npz")
     if cached is None:
-        cached = _to_bytes(_measure(conversations, chat, max_length, workers, progress))
+        buffer = io.BytesIO()
+        np.savez(buffer, **_measure(conversations, chat, max_length, workers, progress))  # type: ignore[arg-type]
+        cached = buffer.getvalue()
         save_hashed(stem, ".npz", cached)
-    index = ConversationIndex(**_from_bytes(cached), max_length=max_length, unread=dict(conversations.codes), fingerprint=fingerprint)
+    with np.load(io.BytesIO(cached), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in _ARRAYS}
+    index = ConversationIndex(**arrays, max_length=max_length, unread=dict(conversations.codes), fingerprint=fingerprint)
     _require_good(index, conversations, chat, max_reject_fraction)
     return index
 
@@ -89,46 +93,27 @@ def build_index(
 def _measure(conversations: Conversations, chat: Chat, max_length: int, workers: int, progress: Progress) -> dict[str, np.ndarray]:
     """Tokenize every conversation once, however often it is repeated, and return the arrays of a ConversationIndex."""
     first, copies = conversations.distinct()
-    chunks = [first[start : start + _CHUNK] for start in range(0, len(first), _CHUNK)]
-    loader = DataLoader(_Chunks(conversations, chat, max_length, chunks), batch_size=None, num_workers=workers)
+    numbers: Any = first
     measured = []
-    for done, chunk in enumerate(loader):
-        measured.append(np.asarray(chunk))
-        progress(min(len(first), (done + 1) * _CHUNK), len(first))
+    work = partial(_measure_chunk, conversations, chat, max_length)
+    for done, chunk in enumerate(DataLoader(numbers, _CHUNK, num_workers=workers, collate_fn=work), 1):
+        measured.append(chunk)
+        progress(min(len(first), done * _CHUNK), len(first))
     table = np.concatenate(measured)[copies]  # (N, 5)
     return {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(_ARRAYS)}
 
 
-class _Chunks(Dataset):
-    """Lengths of chunks of conversations: (n, 5) int32 with the columns of _ARRAYS."""
-
-    def __init__(self, conversations: Conversations, chat: Chat, max_length: int, chunks: Sequence[np.ndarray]) -> None:
-        self.conversations, self.chat, self.max_length, self.chunks = conversations, chat, max_length, chunks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        messages = [self.conversations[int(place)].messages for place in self.chunks[number]]
-        measured = np.zeros((len(messages), len(_ARRAYS)), dtype=np.int32)
-        for line, encoded in zip(measured, self.chat.encode_many(messages, self.max_length), strict=True):
-            if isinstance(encoded, Reject):
-                line[-1] = STATUS.index(encoded.code)
-            else:
-                learned = sum(label != IGNORED for label in encoded.labels)
-                line[:] = len(encoded.input_ids), learned, encoded.images, encoded.dropped_turns, 0
-        return measured
-
-
-def _to_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def _from_bytes(data: bytes) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in _ARRAYS}
+def _measure_chunk(conversations: Conversations, chat: Chat, max_length: int, numbers: list[int]) -> np.ndarray:
+    """Return (n, 5) int32 for n conversations: the columns of _ARRAYS."""
+    measured = np.zeros((len(numbers), len(_ARRAYS)), dtype=np.int32)
+    messages = [conversations[number].messages for number in numbers]
+    for line, encoded in zip(measured, chat.encode_many(messages, max_length), strict=True):
+        if isinstance(encoded, Reject):
+            line[-1] = STATUS.index(encoded.code)
+        else:
+            learned = len(encoded.labels) - encoded.labels.count(IGNORED)
+            line[:] = len(encoded.input_ids), learned, encoded.images, encoded.dropped_turns, 0
+    return measured
 
 
 def _require_good(index: ConversationIndex, conversations: Conversations, chat: Chat, max_reject_fraction: float) -> None:

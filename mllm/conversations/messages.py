@@ -93,17 +93,14 @@ def normalize(row: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
     turns = row["conversations"] if row.get("conversations") is not None else row.get("messages")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise Reject("row_fields", f"it has {', '.join(map(str, row))}"[:200])
-    images: list[RawImage] = []
-    for name in ("image", "images"):
-        value = row.get(name)
-        if value is not None:
-            images += [_raw_image(item) for item in (value if isinstance(value, list) else [value])]
+    given = [row[name] for name in ("image", "images") if row.get(name) is not None]
+    images = [_raw_image(item) for value in given for item in (value if isinstance(value, list) else [value])]
     messages = [_message(turn) for turn in turns]
     if sum(len(text) for text in texts_of(messages)) > MAX_TEXT_CHARS:
         raise Reject("text_large", f"more than {MAX_TEXT_CHARS} characters")
     if count_images(messages):
-        inside = [part for message in messages for part in parts_of(message) if part["type"] == "image"]
-        own = [_raw_image(part["image"]) for part in inside if part.get("image") is not None]
+        inside = [part["image"] for message in messages for part in parts_of(message) if part["type"] == "image"]
+        own = [_raw_image(value) for value in inside if value is not None]
         if images and own:
             raise Reject("image_count", "images both in the row and in its messages")
         images = images or own
@@ -120,9 +117,7 @@ def _message(turn: dict[str, Any]) -> Message:
     role, content = (turn["from"], turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
     if not isinstance(role, str) or role not in ROLES:
         raise Reject("role_unknown", repr(role)[:100])
-    message = {"role": ROLES[role], "content": content}
-    if isinstance(content, list):
-        message["content"] = [_part(part) for part in content]
+    message = {"role": ROLES[role], "content": [_part(part) for part in content] if isinstance(content, list) else content}
     _check_content(message)
     if isinstance(message["content"], list) and not count_images([message]):
         message["content"] = "".join(texts_of([message]))
@@ -134,8 +129,7 @@ def _part(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     if part.get("type") in ("image", "image_url"):
-        places = [part.get(name) for name in ("image", "path", "url", "image_url") if part.get(name) is not None]
-        place = places[0] if places else None
+        place = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name) is not None), None)
         return {"type": "image", "image": place.get("url") if isinstance(place, dict) and "url" in place else place}
     return {"type": part.get("type"), "text": part.get("text")}  # parquet gives every part the fields of all
 
@@ -165,26 +159,22 @@ def place_images(messages: list[Message], images: int) -> list[Message]:
     Marks at the start or end of questions count; if these are not as many as the images, all in the questions do. A question's
     only image comes first, its words are stripped, as in LLaVA. Reject `image_count` if the marks do not match the images.
     """
-    questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    edges = {number: _edge_marks(messages[number]["content"]) for number in questions}
-    everywhere = {number: [match.start() for match in re.finditer(IMAGE, messages[number]["content"])] for number in questions}
-    for found in (edges, everywhere):
-        if sum(map(len, found.values())) == images:
-            return [_split(message, found.get(number, [])) for number, message in enumerate(messages)]
-    marks, inside = sum(map(len, edges.values())), sum(map(len, everywhere.values()))
-    raise Reject("image_count", f"{marks} {IMAGE} at the edges of the questions and {inside} in all, for {images} images")
+    counts = []
+    for edges in (True, False):
+        places = [_marks(message["content"], edges) if message["role"] == "user" else [] for message in messages]
+        counts.append(sum(map(len, places)))
+        if counts[-1] == images:
+            return list(map(_split, messages, places))
+    raise Reject("image_count", f"{counts[0]} {IMAGE} at the edges of the questions and {counts[1]} in all, for {images} images")
 
 
-def _edge_marks(text: str) -> list[int]:
-    """Return where the marks stand that have nothing but other marks and white space before or after them."""
+def _marks(text: str, edges: bool) -> list[int]:
+    """Return where marks stand; with `edges`, only those with nothing but other marks and white space before or after them."""
     places = [match.start() for match in re.finditer(IMAGE, text)]
-    leading, trailing = 0, 0
-    while leading < len(places) and not text[places[leading - 1] + len(IMAGE) if leading else 0 : places[leading]].strip():
-        leading += 1
-    ends = [*places[1:], len(text)]
-    while trailing < len(places) - leading and not text[places[-1 - trailing] + len(IMAGE) : ends[-1 - trailing]].strip():
-        trailing += 1
-    return places[:leading] + places[len(places) - trailing :]
+    words = [bool(piece.strip()) for piece in text.split(IMAGE)]  # before, between and after the marks
+    if not edges or not any(words):
+        return places
+    return places[: words.index(True)] + places[len(places) - words[::-1].index(True) :]
 
 
 def _split(message: Message, places: list[int]) -> Message:
@@ -197,8 +187,7 @@ def _split(message: Message, places: list[int]) -> Message:
     parts: list[dict[str, Any]] = []
     begin = 0
     for place in [*places, len(text)]:
-        piece = text[begin:place]
-        piece = piece.lstrip() if not parts else piece
+        piece = text[begin:place] if parts else text[begin:place].lstrip()
         piece = piece.rstrip() if place == len(text) else piece
         if piece:
             parts.append({"type": "text", "text": piece})

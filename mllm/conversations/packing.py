@@ -4,6 +4,7 @@ A conversation here is its number in the index. Everything is a pure function of
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,10 +16,10 @@ Item = int | list[int]  # a conversation, or a pack of them
 
 
 def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random.Generator) -> list[list[int]]:
-    """Return packs, lists of positions in `lengths` whose lengths sum to at most `max_length`; every position is in one of them.
+    """Return packs: lists of positions in `lengths` whose lengths sum to at most `max_length`; every position is in one of them.
 
-    Best fit decreasing: the longest first, into the pack where it leaves the least space. None is ever split. `random`
-    decides between those of equal length and the order of the packs; their number and fill do not depend on it.
+    Best fit decreasing: the longest first, into the pack where it leaves the least space. `random` orders conversations of equal
+    length, and the packs; the number and fill of the packs do not depend on it.
     """
     sizes = np.asarray(lengths)
     if len(sizes) and (sizes.max() > max_length or sizes.min() < 1):
@@ -52,16 +53,14 @@ def fill_rate(packs: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarra
 
 
 def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:
-    """Return (batches, batch_size) positions in `lengths`: random batches with images, and random batches without.
+    """Return (batches, batch_size) positions in `lengths`: random batches with images, random batches without, mixed ones of the rest.
 
-    What is left of either kind makes mixed batches; fewer than `batch_size` stay out. In a batch the longest come first, so
-    that its micro-batches, on whichever process, are of like length; which conversations share a batch is chance.
+    Fewer than `batch_size` positions stay out. In a batch the longest come first, so that its micro-batches are of like length.
     """
     kinds = [random.permutation(np.flatnonzero(multimodal)), random.permutation(np.flatnonzero(~multimodal))]
     whole = [kind[: len(kind) // batch_size * batch_size] for kind in kinds]
     rest = random.permutation(np.concatenate([kind[len(kept) :] for kind, kept in zip(kinds, whole, strict=True)]))
-    batches = np.concatenate([*whole, rest[: len(rest) // batch_size * batch_size]]).reshape(-1, batch_size)
-    batches = random.permutation(batches)
+    batches = random.permutation(np.concatenate([*whole, rest[: len(rest) // batch_size * batch_size]]).reshape(-1, batch_size))
     return np.take_along_axis(batches, np.argsort(-lengths[batches], axis=1, kind="stable"), axis=1)
 
 
@@ -71,26 +70,18 @@ class EpochPlan:
     def __init__(self, index: ConversationIndex, batch_size: int, packing: bool = False, seed: int = 0) -> None:
         """`batch_size`: items (conversations or packs) of an optimizer step, over all processes. UsageError if there are fewer."""
         self.index, self.batch_size, self.packing, self.seed = index, batch_size, packing, seed
-        self._kept: dict[int, list[list[Item]]] = {}
+        self.batches = lru_cache(2)(self._batches)  # by epoch: the one in hand and one more
         if not self.batches(0):
             raise UsageError(
                 f"a batch of {batch_size} {'packs' if packing else 'conversations'} is larger than the data: "
                 f"{len(index.good)} conversations, {int(index.lengths[index.good].sum())} tokens. Make the batch smaller"
             )
 
-    def batches(self, epoch: int) -> list[list[Item]]:
+    def _batches(self, epoch: int) -> list[list[Item]]:
         """Return the epoch's batches, all of `batch_size` items; the few items that fill none are left out of this epoch."""
-        if epoch not in self._kept:
-            while len(self._kept) > 1:  # the epoch in hand and one more
-                del self._kept[next(iter(self._kept))]
-            self._kept[epoch] = self._make(generator(self.seed, epoch))
-        return self._kept[epoch]
-
-    def _make(self, random: np.random.Generator) -> list[list[Item]]:
-        good = self.index.good
+        random, good = generator(self.seed, epoch), self.index.good
         lengths = self.index.lengths[good]
         if not self.packing:
-            chosen = length_grouped(lengths, self.index.images[good] > 0, self.batch_size, random)
-            return good[chosen].tolist()
+            return good[length_grouped(lengths, self.index.images[good] > 0, self.batch_size, random)].tolist()
         packs = [good[positions].tolist() for positions in pack(lengths, self.index.max_length, random)]
         return [packs[start : start + self.batch_size] for start in range(0, len(packs) - self.batch_size + 1, self.batch_size)]

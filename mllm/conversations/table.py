@@ -4,14 +4,14 @@
     cache/NAME-HASH.rejects.jsonl  the other rows, each with its code
     cache/NAME-HASH.json           written last: counts, and the hashes of both
 
-A row is one of a file; those that can be used are conversations. N: conversations after weighting; a conversation's number (0 to N-1)
-is its place there, its `source` names the file and the row in it.
+The usable rows of the files are conversations, numbered 0 to N-1 after weighting.
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from align.common.seeds import generator
 from align.embedded.assets import cache_root
 from align.sources.gate import gate_key
 from align.sources.safe_files import MAX_FILE_BYTES, read_below
-from mllm.conversations.files import READERS, read_rows
-from mllm.conversations.messages import Message, RawImage, normalize
+from mllm.conversations.files import read_rows, reader_of
+from mllm.conversations.messages import Message, normalize
 
 FORMAT = 1  # raise when conversations come out differently: older caches are then read anew
 SCHEMA = pa.schema(
@@ -47,7 +47,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image is: conversation `place` of the Arrow file number `file`, there number `item`; `path` unless it is stored inside."""
+    """Where an image is: item number `item` of conversation `place` in Arrow file `file`; `path` is None if its bytes are stored there."""
 
     file: int
     place: int
@@ -109,13 +109,9 @@ class Conversations:
         """Return conversation `number`; its images are not read."""
         file, place = map(int, self.places[number])
         table = self._table(file)
-        paths = table["paths"][place].as_py()
-        return StoredConversation(
-            id=table["id"][place].as_py(),
-            source=f"{os.path.basename(self.files[file].path)}:{table['row'][place].as_py()}",
-            messages=json.loads(table["messages"][place].as_py()),
-            images=[ImageRef(file, place, item, path) for item, path in enumerate(paths)],
-        )
+        name, row, messages, paths = (table[column][place].as_py() for column in ("id", "row", "messages", "paths"))
+        images = [ImageRef(file, place, item, path) for item, path in enumerate(paths)]
+        return StoredConversation(name, f"{os.path.basename(self.files[file].path)}:{row}", json.loads(messages), images)
 
     def image_identity(self, image: ImageRef) -> str:
         """Return a text that two places of one image file share."""
@@ -147,10 +143,9 @@ def open_conversations(
 ) -> Conversations:
     """Return the conversations of files given as PATH or PATH:WEIGHT, read into `cache` (by default the user's) unless they are there.
 
-    Weight 0.5 takes half of them, 2 takes each twice, 1.5 each once and half of them again; which ones depends on `seed`.
-    Relative image paths start at `image_root` (None: each file's own folder) and may not leave it.
-
-    Raises UsageError on a missing file or bad weight, DataError if a file is no such data or none of its rows can be used.
+    Weight 1.5 takes each conversation once and half of them, drawn by `seed`, again. Relative image paths start at `image_root`
+    (None: each file's own folder) and may not leave it. Raises UsageError on a missing file or bad weight, DataError if a file
+    is no such data or none of its rows can be used.
     """
     if not specs:
         raise UsageError("no conversation files were given; expected PATH or PATH:WEIGHT")
@@ -158,11 +153,7 @@ def open_conversations(
         raise UsageError(f"the image root {image_root!r} is not a folder")
     folder = cache or cache_root() / "conversations"
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for spec in specs:
-        path, weight = _parse(spec)
-        root = os.path.realpath(image_root if image_root is not None else os.path.dirname(path) or ".")
-        files.append(_cached(path, weight, root, folder, report))
+    files = [_cached(*_parse(spec), image_root, folder, report) for spec in specs]
     conversations = Conversations(files, folder, seed)
     if not len(conversations):
         raise DataError(f"the weights leave no conversation of {', '.join(specs)}; raise them")
@@ -181,8 +172,7 @@ def _parse(spec: str) -> tuple[str, float]:
         weight = -1
     if not 0 < weight <= 1000:
         raise UsageError(f"{spec!r}: the weight is {tail!r}; expected a number above 0 and up to 1000, such as 0.5")
-    if Path(path).suffix.lower() not in READERS:
-        raise UsageError(f"{path}: conversations are read from {', '.join(READERS)}; convert the file to one of these")
+    reader_of(path)
     return path, weight
 
 
@@ -194,8 +184,9 @@ def _weighted(number: int, file: _File, seed: int) -> np.ndarray:
     return np.stack([np.full(len(places), number, dtype=np.int64), places], axis=1)
 
 
-def _cached(path: str, weight: float, root: str, folder: Path, report: Report) -> _File:
+def _cached(path: str, weight: float, image_root: str | None, folder: Path, report: Report) -> _File:
     """Return the file's entry in the cache, made anew unless both its parts have their committed hashes."""
+    root = os.path.realpath(image_root if image_root is not None else os.path.dirname(path) or ".")
     digest = hash_file(Path(path))
     stem = folder / f"{Path(path).stem[:60]}-{digest[:16]}"
     arrow, rejects, commit = (stem.with_name(stem.name + suffix) for suffix in (".arrow", ".rejects.jsonl", ".json"))
@@ -214,12 +205,11 @@ def _cached(path: str, weight: float, root: str, folder: Path, report: Report) -
 
 
 def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | None:
-    try:
+    with suppress(OSError, DamagedError, LookupError, TypeError):
         facts = read_json(commit)
-        good = facts["format"] == FORMAT and not damage(arrow, facts["arrow"]) and not damage(rejects, facts["rejects"])
-    except (OSError, DamagedError, LookupError, TypeError):
-        return None
-    return facts if good else None
+        if facts["format"] == FORMAT and not damage(arrow, facts["arrow"]) and not damage(rejects, facts["rejects"]):
+            return facts
+    return None
 
 
 def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, dict[str, int]]:
@@ -233,15 +223,17 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
                 try:
                     if isinstance(row, Reject):
                         raise row
-                    name = _identity(row, name)
+                    with suppress(Reject):  # LLaVA's files mix numbers and texts, repeat ids, and some rows have none
+                        name = gate_key(row.get("id"))
                     messages, images = normalize(row)
                 except Reject as reject:
                     codes[reject.code] += 1
                     found = RejectedRow.of(reject, number, name, "conversation", f"{os.path.basename(path)}:{number}")
                     lines.write(json.dumps(reject_line(found)) + "\n")
                     continue
-                batch.append(_cells(name, number, messages, images))
-                size += len(batch[-1]["messages"]) + sum(len(image.data or b"") for image in images)
+                text, paths, blobs = json.dumps(messages, ensure_ascii=False), [i.path for i in images], [i.data for i in images]
+                batch.append({"id": name, "row": number, "messages": text, "paths": paths, "blobs": blobs})
+                size += len(text) + sum(len(data or b"") for data in blobs)
                 count += 1
                 if len(batch) == _BATCH or size >= _BATCH_BYTES:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
@@ -256,16 +248,3 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
 def reject_line(row: RejectedRow) -> dict[str, str]:
     """Return what the lists of rejected conversations and images say of one of them."""
     return {"source": row.source, "id": row.key, "code": row.code, "detail": row.detail}
-
-
-def _identity(row: dict[str, Any], fallback: str) -> str:
-    """Return the row's id as text. LLaVA's files mix numbers and texts, repeat ids, and some rows have none: no reason to reject."""
-    try:
-        return gate_key(row.get("id"))
-    except Reject:
-        return fallback
-
-
-def _cells(name: str, number: int, messages: list[Message], images: list[RawImage]) -> dict[str, Any]:
-    text = json.dumps(messages, ensure_ascii=False)
-    return {"id": name, "row": number, "messages": text, "paths": [i.path for i in images], "blobs": [i.data for i in images]}

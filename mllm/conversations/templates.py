@@ -6,6 +6,7 @@ What a model is to learn stands between `{% generation %}` and `{% endgeneration
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,16 @@ _BRIEF = """
 {%- endif -%}
 {%- endfor -%}
 """
-_BODIES = {"plain": _PLAIN, "vicuna_v1": _VICUNA, "chatml": _CHATML, "brief": _BRIEF}
-TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
+TEMPLATES = {"plain": _CONTENT + _PLAIN, "vicuna_v1": _CONTENT + _VICUNA, "chatml": _CONTENT + _CHATML, "brief": _CONTENT + _BRIEF}
 
 # Put before a template that knows only texts, so that it sees texts. Jinja drops the line break after the last tag.
-_FLATTEN = (
-    _CONTENT
-    + """
-{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set flat.messages = flat.messages + [dict(message, content=content_of(message))] -%}
-{%- endfor -%}
-{%- set messages = flat.messages %}
+_FLATTEN = f"""{_CONTENT}
+{{%- set flat = namespace(messages=[]) -%}}
+{{%- for message in messages -%}}
+{{%- set flat.messages = flat.messages + [dict(message, content=content_of(message))] -%}}
+{{%- endfor -%}}
+{{%- set messages = flat.messages %}}
 """
-)
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: list[Message] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a question"}]}]
 
@@ -113,12 +110,9 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
         template = Path(template).read_text(encoding="utf-8")
     elif "{%" not in template and "{{" not in template:
         raise UsageError(f"chat template {template!r} is unknown; allowed: {', '.join(TEMPLATES)}, own, or a .jinja file that exists")
-    try:
-        shown, _ = apply_template(tokenizer, template, _PROBE)
-    except Reject:
-        shown = ""
-    if shown.count(image_token) == 1:
-        return template
+    with suppress(Reject):
+        if apply_template(tokenizer, template, _PROBE)[0].count(image_token) == 1:
+            return template
     return _FLATTEN.replace("<image>", image_token) + template
 
 
@@ -135,19 +129,12 @@ def apply_template(
     `ask` adds what a model continues with its next answer. Reject `template` if the template refuses the messages.
     """
     marked = marks_answers(template)
-    specials: dict[str, Any] = tokenizer.special_tokens_map
+    options: dict[str, Any] = {"return_assistant_tokens_mask": marked, "add_generation_prompt": ask, **tokenizer.special_tokens_map}
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=template,
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=ask,
-            **specials,
-        )
+        [text], spans = render_jinja_template([list(messages)], chat_template=template, **options)  # type: ignore[misc]
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise Reject("template", f"{type(error).__name__}: {error}"[:300]) from error
-    texts, spans = rendered
-    return texts[0], spans[0] if marked else []
+    return text, spans[0] if marked else []
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str) -> dict[str, int]:

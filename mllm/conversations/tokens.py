@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from align.common.files import hash_bytes
 from align.common.reject_codes import Reject
 from mllm.conversations.messages import Message, change_texts, check_messages, count_images, texts_of
 from mllm.conversations.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
-
-__all__ = ["IGNORED", "TEMPLATES", "Chat", "Encoded", "Message", "Reject", "resolve_template"]
 
 IGNORED = -100  # the label of a token that is not learned
 _CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, which hardly any text has
@@ -38,13 +36,13 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    images: int  # its first so many images are in it
-    dropped_turns: int  # of its end, because of the maximum length
+    images: int  # how many of its images, from the first on, are kept
+    dropped_turns: int  # turns dropped at its end because of the maximum length
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A conversation in the template's words. Pieces are encoded one by one; spans count characters of all pieces joined by one cut."""
+    """A conversation in the template's words, cut into pieces that are encoded one by one. Spans count characters, a cut as one."""
 
     pieces: list[str]
     spans: list[tuple[int, int]]  # what is learned
@@ -56,17 +54,16 @@ _Tokens = tuple[np.ndarray, np.ndarray]  # ids (T,) and character offsets (T, 2)
 
 
 class Chat:
-    """Encodes conversations with one tokenizer and one chat template, `image_tokens` tokens an image.
+    """Encodes conversations with one tokenizer and one chat template (see `resolve_template`), `image_tokens` tokens an image.
 
-    `template` is a name of TEMPLATES, "own" (the tokenizer's), a .jinja file or Jinja. UsageError if the tokenizer is not a fast one, lacks
-    `image_token` or the token that ends an answer, or if the template does not tell which tokens are an answer.
+    UsageError if the tokenizer is not a fast one, lacks `image_token` or the token that ends an answer, or if the template does
+    not tell which tokens are an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>", image_tokens: int = 1) -> None:
         if not tokenizer.is_fast:
-            raise UsageError(
-                f"{type(tokenizer).__name__} gives no character offsets, which labels need; use a tokenizer with tokenizer.json"
-            )
+            name = type(tokenizer).__name__
+            raise UsageError(f"{name} gives no character offsets, which labels need; use a tokenizer with tokenizer.json")
         if image_tokens < 1:
             raise UsageError(f"{image_tokens} tokens an image; at least 1 is needed")
         if image_token not in tokenizer.added_tokens_encoder:
@@ -111,10 +108,9 @@ class Chat:
         tokens = iter(self._tokenize([one.pieces[0] for one in rendered if isinstance(one, _Rendered)]))
         results: list[Encoded | Reject] = []
         for messages, one in zip(conversations, rendered, strict=True):
-            if isinstance(one, Reject):
-                results.append(one)
-                continue
             try:
+                if isinstance(one, Reject):
+                    raise one
                 encoded = self._label(one, next(tokens))
                 if max_length is not None and len(encoded.input_ids) > max_length:
                     encoded = self._shorten(messages, len(encoded.input_ids), max_length)
@@ -124,10 +120,7 @@ class Chat:
         return results
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text that a model continues with its answer to the last question; every image is one `image_token`.
-
-        For people to read, and for a processor, which expands it; a model gets `prompt_ids`.
-        """
+        """Return the text that a model continues with its answer; each image is one `image_token`, which a processor expands."""
         check_messages(messages, answered=False)
         return "".join(self._render(messages, answered=False).pieces)
 
@@ -139,16 +132,12 @@ class Chat:
 
     def _probe(self) -> list[int]:
         """Try the template on a small conversation; return the ids after which an answer has ended."""
-        probe = _PROBE
-        try:
-            rendered = self._render(probe)
-        except Reject as error:
-            probe = probe[:2]  # there are templates of one turn
-            rendered_or_error = self._render_or_error(probe)
-            if isinstance(rendered_or_error, Reject):
-                hint = "" if self.tokenizer.eos_token else " The tokenizer has no end token (eos_token)."
-                raise UsageError(f"the chat template cannot be used ({error}).{hint} Known good: {', '.join(TEMPLATES)}") from error
-            rendered = rendered_or_error
+        attempts = [(probe, self._render_or_error(probe)) for probe in (_PROBE, _PROBE[:2])]  # there are templates of one turn
+        found = next(((probe, one) for probe, one in attempts if isinstance(one, _Rendered)), None)
+        if found is None:
+            hint = "" if self.tokenizer.eos_token else " The tokenizer has no end token (eos_token)."
+            raise UsageError(f"the chat template cannot be used ({attempts[0][1]}).{hint} Known good: {', '.join(TEMPLATES)}")
+        probe, rendered = found
         answers = [message["content"] for message in probe[1::2]]
         said = [rendered.pieces[0][start:stop].lstrip() for start, stop in rendered.spans]
         if len(said) != len(answers) or not all(map(str.startswith, said, answers)):
@@ -162,8 +151,8 @@ class Chat:
                 f"the chat template ends answers with {end!r}, which is no special token of this tokenizer: a model would not "
                 "learn to stop. Add the token or use vicuna_v1"
             )
-        found = (self.tokenizer.eos_token_id, self._controls.get(end))
-        return list(dict.fromkeys(index for index in found if index is not None))
+        stops = (self.tokenizer.eos_token_id, self._controls.get(end))
+        return list(dict.fromkeys(index for index in stops if index is not None))
 
     def _render_or_error(self, messages: Sequence[Message]) -> _Rendered | Reject:
         try:
@@ -180,7 +169,7 @@ class Chat:
             cut = next((mark for mark in _CUTS if not any(mark in text for text in texts)), None)
             if cut is None:
                 raise Reject("special_text", "and it has all noncharacters from U+FDD0 to U+FDEF, too")
-            messages = [self._protected(message, cut) for message in messages]
+            messages = [change_texts(message, partial(self._cut_controls, cut)) for message in messages]
         text, spans = apply_template(self.tokenizer, self.template, messages, ask=not answered)
         if answered and not marks_answers(self.template):
             spans = self._additions(messages, text)
@@ -189,13 +178,10 @@ class Chat:
             raise Reject("template", f"it shows {shown} of {images} images")
         return _Rendered(text.split(cut) if cut else [text], spans, images, len(self._control.findall(text)))
 
-    def _protected(self, message: Message, cut: str) -> Message:
-        def cut_all(text: str) -> str:
-            while self._control.search(text):  # again, as what is left may spell another one
-                text = self._control.sub(lambda match: match[0][0] + cut + match[0][1:], text)
-            return text
-
-        return change_texts(message, cut_all)
+    def _cut_controls(self, cut: str, text: str) -> str:
+        while self._control.search(text):  # again, as what is left may spell another one
+            text = self._control.sub(lambda match: match[0][0] + cut + match[0][1:], text)
+        return text
 
     def _additions(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """Return the spans of the answers under a template without marks: what each answer adds to the prompt before it."""
@@ -244,10 +230,10 @@ class Chat:
         for first_char, end in rendered.spans:  # tokens that reach into the span, or stand in it without characters of their own
             learned |= (start < end) & ((stop > first_char) | ((start == stop) & (start >= first_char)))
         counts = np.where(tokens == self._image_id, self.image_tokens, 1)
-        tokens, learned = np.repeat(tokens, counts), np.repeat(learned, counts)
         bos = self.tokenizer.bos_token
         prefix = [] if bos and rendered.pieces[0].startswith(bos) else self._prefix
-        return np.concatenate([np.array(prefix, dtype=np.int64), tokens]), np.concatenate([np.zeros(len(prefix), dtype=bool), learned])
+        learned = np.pad(np.repeat(learned, counts), (len(prefix), 0))
+        return np.concatenate([np.array(prefix, dtype=np.int64), np.repeat(tokens, counts)]), learned
 
     def _label(self, rendered: _Rendered, first: _Tokens) -> Encoded:
         tokens, learned = self._assemble(rendered, first)
@@ -257,7 +243,7 @@ class Chat:
         return Encoded(tokens.tolist(), np.where(learned, tokens, IGNORED).tolist(), rendered.images, 0)
 
     def _shorten(self, messages: Sequence[Message], length: int, max_length: int) -> Encoded:
-        """Return the conversation with as many turns as fit, found by bisection; Reject `too_long` if not even one does."""
+        """Return the conversation with as many whole turns as fit, found by bisection; Reject `too_long` if not even one does."""
         head = int(messages[0]["role"] == "system")
         turns = (len(messages) - head) // 2
         best, low, high = None, 1, turns - 1

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from align.common.errors import DataError, UsageError
-from mllm.conversations.messages import count_images
-from mllm.conversations.tokens import IGNORED, Chat, Message
+from mllm.conversations.messages import Message, count_images
+from mllm.conversations.tokens import IGNORED, Chat
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 

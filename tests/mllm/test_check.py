@@ -13,7 +13,8 @@ from align.sources.gate import gate_image
 from mllm import check
 from mllm.conversations import checking
 from mllm.conversations.config import CheckConfig
-from mllm.conversations.tokens import IGNORED, Chat, resolve_template
+from mllm.conversations.templates import resolve_template
+from mllm.conversations.tokens import IGNORED, Chat
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
 from tests.support.tiny_mllm import tiny_tokenizer
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from align.common.errors import UsageError
 from align.common.reject_codes import Reject
-from mllm.conversations.tokens import IGNORED, TEMPLATES, Chat, resolve_template
+from mllm.conversations.templates import TEMPLATES, resolve_template
+from mllm.conversations.tokens import IGNORED, Chat
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
 from tests.support.tiny_mllm import TEXTS, tiny_tokenizer
 
