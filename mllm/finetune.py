@@ -42,9 +42,8 @@ def main(config: FinetuneConfig) -> None:
     from align.common.console import plain_console
     from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
     from mllm.conversations.packing import EpochPlan
-    from mllm.loop.collate import Collate
     from mllm.loop.estimate import estimate
-    from mllm.loop.flops import image_flops, step_cost
+    from mllm.loop.flops import Collate, image_flops, step_cost
     from mllm.loop.parameter_groups import group_table, load_trainable
     from mllm.loop.run import train
     from mllm.loop.settings import training_arguments

@@ -78,7 +78,7 @@ READ = {**MLLM, "mllm.conversations.tokens.Chat.of_processor": None, "mllm.conve
 READY = {**MLLM, "mllm.finetune.read_data": None, "mllm.conversations.packing.EpochPlan": None}
 READY |= {
     "mllm.loop.trainer.MicroBatches": None,
-    "mllm.loop.collate.Collate": None,
+    "mllm.loop.flops.Collate": None,
     "mllm.loop.flops.step_cost": None,
     "mllm.loop.parameter_groups.group_table": "",
 }

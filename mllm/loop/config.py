@@ -115,12 +115,12 @@ class FinetuneConfig:
 
         The defaults are LLaVA-1.5's (arXiv 2310.03744), with head and encoder tuned in the second stage as in SAIL (arXiv 2412.04616).
         """
-        instruct = self.stage == "instruct"
-        stage = {"projector": 2e-5 if instruct else 1e-3, "head": 2e-5 * instruct, "llm": 2e-5 * instruct, "vision": 2e-5 * instruct}
+        rate = 2e-5 if self.stage == "instruct" else 0.0
+        stage = {"projector": rate or 1e-3, "head": rate, "llm": rate, "vision": rate}
         if self.lora_rank:
             stage |= {"llm": 2e-4, "vision": 0.0}
         given = {"projector": self.lr_projector, "head": self.lr_head, "llm": self.lr_llm, "vision": self.lr_vision}
-        return {group: stage[group] if rate is None else rate for group, rate in given.items()}
+        return {group: stage[group] if own is None else own for group, own in given.items()}
 
     def lora(self) -> Lora | None:
         """Return the settings of the adapters, None without."""

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from align.common.files import human_bytes
-from mllm.loop.collate import Collate
+from mllm.loop.flops import Collate
 from mllm.loop.parameter_groups import group_sizes, unwrapped
 from mllm.loop.trainer import MicroBatches
 
@@ -29,12 +29,10 @@ def predicted_bytes(
     weights = (total - trained) * (2 if bf16 else 4) + trained * (2 if masters else 4)
     state = trained * (8 if optimizer == "adamw" else 4) + (trained * 4 if masters else 0)
     per_token = (34 * layers if not checkpointing else 2 * layers + 34) * width * (1 if bf16 else 2)
-    return {
-        "weights": weights / (world if zero_stage == 3 else 1),
-        "gradients": trained * (2 if masters else 4) / (world if zero_stage >= 2 else 1),
-        "optimizer": state / (world if zero_stage >= 1 else 1),
-        "activations": float(tokens * per_token),
-    }
+    whole = {"weights": weights, "gradients": trained * (2 if masters else 4), "optimizer": state}
+    split_from = {"weights": 3, "gradients": 2, "optimizer": 1}  # ZeRO stage from which each process keeps only a share
+    needed = {name: size / (world if zero_stage >= split_from[name] else 1) for name, size in whole.items()}
+    return needed | {"activations": float(tokens * per_token)}
 
 
 def estimate(
@@ -66,7 +64,6 @@ def _step_seconds(model: nn.Module, batch: dict[str, Any], device: torch.device,
     """Return the seconds of a forward and backward pass, the second of two: the first one warms up."""
     model.to(device).train()
     inputs = {name: value.to(device) for name, value in batch.items()}
-    seconds = 0.0
     for _ in range(2):
         began = time.monotonic()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):

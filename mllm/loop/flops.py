@@ -1,16 +1,18 @@
-"""How much a training step computes, from the model's shapes.
+"""How much a training step computes, from the model's shapes, and what each micro-batch holds.
 
 FLOPs are the model's own (a multiplication and an addition are two): what gradient checkpointing recomputes and what padding
 wastes does not count. Legend: `L` tokens of a row, `H` width, `V` vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mllm.conversations.tokens import IGNORED
 from mllm.loop.parameter_groups import size, unwrapped
 from mllm.model.modeling import SailLlavaConfig, SailLlavaModel
 
@@ -19,17 +21,37 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0, "RTX 
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of a forward and backward pass: `token` a text or visual token, `pair` an L^2, `label` a supervised token, `image` an image."""
+    """FLOPs of a forward and backward pass for each text or visual token, each of a row's L^2 pairs, each supervised token, each image."""
 
     token: float
     pair: float
     label: float
     image: float
 
-    def flops(self, lengths: Iterable[int], labels: int, images: int) -> float:
+    def flops(self, lengths: Sequence[int], labels: int, images: int) -> float:
         """Return the FLOPs of a step over rows of the given lengths (a pack's rows one by one)."""
-        listed = list(lengths)
-        return self.token * sum(listed) + self.pair * sum(length**2 for length in listed) + self.label * labels + self.image * images
+        return self.token * sum(lengths) + self.pair * sum(length**2 for length in lengths) + self.label * labels + self.image * images
+
+
+class Collate:
+    """Makes a batch of items and adds `counts`: its tokens, slots (tokens and padding), supervised tokens, images and FLOPs."""
+
+    def __init__(self, collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]], cost: StepCost) -> None:
+        self.collate, self.cost = collate, cost
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(items)
+        lengths: list[int] = []  # of rows, those of a pack one by one
+        for item in items:
+            starts = (item["position_ids"] == 0).nonzero().flatten()
+            lengths += starts.diff(append=torch.tensor([len(item["position_ids"])])).tolist()
+        images = sum(len(item["pixel_values"]) for item in items)
+        supervised = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token of a sequence is never predicted
+        batch["counts"] = {
+            "tokens": float(sum(lengths)), "slots": float(batch["labels"].numel()), "supervised": float(supervised),
+            "images": float(images), "flops": self.cost.flops(lengths, supervised, images),
+        }  # fmt: skip
+        return batch
 
 
 def step_cost(model: nn.Module, image: float) -> StepCost:
@@ -58,9 +80,8 @@ def image_flops(config: SailLlavaConfig, rates: Mapping[str, float]) -> float:
     with torch.device("meta"):
         shadow = SailLlavaModel(slim)
         pixels = torch.zeros(1, 3, *(config.sail_image_size or ()))
-    shadow.vision_tower.requires_grad_(rates["vision"] > 0)
-    shadow.sail_head.requires_grad_(rates["head"] > 0)
-    shadow.multi_modal_projector.requires_grad_(rates["projector"] > 0)
+    for group, module in (("vision", shadow.vision_tower), ("head", shadow.sail_head), ("projector", shadow.multi_modal_projector)):
+        module.requires_grad_(rates[group] > 0)
     shadow.train()
     with FlopCounterMode(display=False) as counter:
         features = shadow.multi_modal_projector(shadow.get_patch_features(pixels))

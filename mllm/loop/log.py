@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class TrainingLog:
-    """Reduces what the processes counted since the last row, writes it to a RunLog and prints a line.
+    """Adds up what the processes counted since the last row, writes it to a RunLog and prints a line.
 
-    `peak` is the TFLOP/s that all devices together can do at best (None: the utilization is left out).
+    `peak`: TFLOP/s of all devices together; None leaves the utilization out.
     """
 
     def __init__(self, run_log: RunLog, console: Console, peak: float | None) -> None:

@@ -23,9 +23,7 @@ GROUPS = ("projector", "head", "llm", "vision")
 
 def unwrapped(model: nn.Module) -> SailLlavaForConditionalGeneration:
     """Return the SailLlava inside a model that may be wrapped for LoRA."""
-    found: Any = model
-    if hasattr(found, "get_base_model"):
-        found = found.get_base_model()
+    found: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     assert isinstance(found, SailLlavaForConditionalGeneration), type(found)
     return found
 
@@ -33,13 +31,9 @@ def unwrapped(model: nn.Module) -> SailLlavaForConditionalGeneration:
 def named_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Return the named parameters of each group; names are those of `model` itself, each parameter once."""
     inner = unwrapped(model)
-    modules = {
-        "projector": [inner.model.multi_modal_projector],
-        "head": [inner.model.sail_head],
-        "llm": [inner.model.language_model, inner.lm_head],
-        "vision": [inner.model.vision_tower],
-    }
-    owner = {id(parameter): group for group, listed in modules.items() for module in listed for parameter in module.parameters()}
+    language = nn.ModuleList([inner.model.language_model, inner.lm_head])
+    modules = zip(GROUPS, (inner.model.multi_modal_projector, inner.model.sail_head, language, inner.model.vision_tower), strict=True)
+    owner = {id(parameter): group for group, module in modules for parameter in module.parameters()}
     found: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         found[owner[id(parameter)]].append((name, parameter))
@@ -92,11 +86,9 @@ def optimizer_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
     groups = []
     for name, named in named_groups(model).items():
         trained = [parameter for _, parameter in named if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if _dimensions(parameter) > 1]
-        vectors = [parameter for parameter in trained if _dimensions(parameter) <= 1]
-        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
-            if parameters:
-                groups.append({"name": name, "params": parameters, "lr": rates[name], "weight_decay": decay})
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            if chosen := [parameter for parameter in trained if (_dimensions(parameter) > 1) == matrices]:
+                groups.append({"name": name, "params": chosen, "lr": rates[name], "weight_decay": decay})
     if not groups:
         raise UsageError("nothing is trained: the groups with a rate above 0 have no parameters (this model may have no head)")
     return groups
@@ -132,9 +124,8 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], place: str) ->
     differing = sorted(wanted.keys() ^ tensors.keys())
     differing += sorted(name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape)
     if differing:
-        raise DamagedError(
-            f"{place} does not hold what this run trains (differing: {', '.join(differing[:3])}); use the run's own settings"
-        )
+        names = ", ".join(differing[:3])
+        raise DamagedError(f"{place} does not hold what this run trains (differing: {names}); use the run's own settings")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])

@@ -1,27 +1,28 @@
 """One run of stage two: from the newest checkpoint, or the start model, to the exported model."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 from align.common.checkpoints import clean_checkpoints, newest_committed
 from align.common.errors import Preempted
+from align.common.folders import replaced_folder
 from align.common.recipes_yaml import write_recipe
 from align.common.runs import RunLog, add_launch
 from mllm.conversations.batches import ConversationDataset
-from mllm.loop.collate import Collate
-from mllm.loop.config import FinetuneConfig
-from mllm.loop.export import export
-from mllm.loop.flops import peak_tflops
+from mllm.loop.config import FinetuneConfig, Lora
+from mllm.loop.flops import Collate, peak_tflops
 from mllm.loop.log import TrainingLog
-from mllm.loop.parameter_groups import trained_tensors
+from mllm.loop.parameter_groups import load_trained, merged, set_trainable, trained_tensors
 from mllm.loop.settings import make_optimizer
 from mllm.loop.trainer import MicroBatches, SailTrainer
+from mllm.model.saving import load_mllm, save_mllm
 
 
 def train(
@@ -73,3 +74,16 @@ def train(
         export(Path(config.model), tensors, config.learning_rates(), config.lora(), folder)
     trainer.accelerator.wait_for_everyone()
     console.print(f"done: {folder}/model")
+
+
+def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float], lora: Lora | None, folder: Path) -> None:
+    """Write `folder/model`, the model in `start` with the trained `tensors` in it (float32), and with LoRA `folder/adapter` for peft."""
+    model, processor = load_mllm(start)
+    prepared = set_trainable(model, rates, lora, seed=0)
+    load_trained(prepared, tensors, f"the run in {folder}")
+    if hasattr(prepared, "merge_and_unload"):
+        with replaced_folder(folder / "adapter", "adapter") as temporary:
+            prepared.save_pretrained(str(temporary))  # type: ignore[operator]
+    plain = merged(prepared)
+    plain.config.text_config.use_cache = True
+    save_mllm(plain, processor, folder / "model")

@@ -42,29 +42,16 @@ def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int
         f"not a multiple of {config.micro_batch_size} rows x {world} process(es); change --micro-batch-size",
     )
     settings = TrainingArguments(
-        output_dir=config.output,
-        max_steps=config.steps or 1,
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // rows,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=precision == "bf16",
-        use_cpu=cpu,
+        output_dir=config.output, max_steps=config.steps or 1, seed=config.seed,
+        per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=config.batch_size // rows,
+        lr_scheduler_type=config.schedule, warmup_steps=config.warmup,
+        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        bf16=precision == "bf16", use_cpu=cpu, deepspeed=deepspeed_settings(config.deepspeed),
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        deepspeed=deepspeed_settings(config.deepspeed),
-        dataloader_num_workers=config.workers,
-        remove_unused_columns=False,
-        seed=config.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        logging_nan_inf_filter=False,
-    )
+        dataloader_num_workers=config.workers, remove_unused_columns=False, ddp_find_unused_parameters=False,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, logging_nan_inf_filter=False,
+    )  # fmt: skip
     if config.deepspeed:
         import deepspeed
 

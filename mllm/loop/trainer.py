@@ -30,10 +30,9 @@ Item = int | Sequence[int]  # a row, or the rows of a pack
 
 
 class MicroBatches:
-    """This process's micro-batches of all steps: step by step, each `accumulate` lists of `size` items.
+    """This process's micro-batches of all steps: for each step `accumulate` lists of `size` items.
 
-    `batches(epoch)` gives an epoch's global batches (lists of items), a pure function; each is dealt to processes so that the
-    order of samples does not depend on their number.
+    `batches(epoch)` gives an epoch's global batches, a pure function; the order of samples does not depend on the number of processes.
     """
 
     def __init__(self, batches: Callable[[int], Sequence[Sequence[Item]]], steps: int, size: int, rank: int, world: int) -> None:
@@ -50,11 +49,10 @@ class MicroBatches:
         return self.batches(step // self.per_epoch)[step % self.per_epoch]
 
     def __iter__(self) -> Iterator[list[Item]]:
-        stride = self.size * self.world
         for step in range(self.steps):
             items = self.items(step)
             for piece in range(self.accumulate):
-                start = piece * stride + self.rank * self.size
+                start = (piece * self.world + self.rank) * self.size
                 yield list(items[start : start + self.size])
 
 
@@ -108,8 +106,7 @@ class SailTrainer(Trainer):
         """Return the optimizer over the parameter groups."""
         if self.optimizer is None:
             chosen: Any = model if model is not None else self.model
-            groups = optimizer_groups(chosen, self.rates, self.args.weight_decay)
-            self.optimizer = self.make_optimizer(groups)
+            self.optimizer = self.make_optimizer(optimizer_groups(chosen, self.rates, self.args.weight_decay))
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -174,8 +171,7 @@ class SailTrainer(Trainer):
             save_file(trained_tensors(self.model), Path(output_dir) / TRAINED, {"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        chosen = model if model is not None else self.model
-        assert chosen is not None
+        chosen: Any = model if model is not None else self.model
         load_trained(chosen, load_file(Path(resume_from_checkpoint) / TRAINED), resume_from_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -195,14 +191,14 @@ class SailTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Judges every step, logs those that are due, and asks for checkpoints: when due, at the end, and on SIGTERM, to stop."""
+    """Judges every step, logs those that are due, and asks for checkpoints: when due, at the end, and before stopping on SIGTERM."""
 
     def __init__(self, trainer: SailTrainer, log: TrainingLog, every: int, save_every: int) -> None:
         self.trainer, self.log, self.every, self.save_every = trainer, log, every, save_every
         self._signals: list[int] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start listening and the clock."""
+        """Start to listen for SIGTERM, and the clock."""
         signal.signal(signal.SIGTERM, lambda number, frame: self._signals.append(number))
         self.log.start(state.global_step, state.max_steps)
 
