@@ -77,24 +77,18 @@ class Answerer:
         rooms = [min(decoding.max_new_tokens, self._room(prompt)) for prompt in prompts]
         if decoding.num_beams > 1 and any(len(one.images) != 1 for one in conversations):
             raise UsageError("beam search needs exactly one image in every conversation; use num_beams 1")
-        sampling: dict[str, Any] = {"do_sample": False}
-        if decoding.temperature > 0:
-            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": decoding.top_k}
-            sampling["top_p"] = decoding.top_p or 1.0  # 0 is used for "not set"
+        sampling: dict[str, Any] = {"do_sample": decoding.temperature > 0}
+        if decoding.temperature > 0:  # top_p 0 is used for "not set"
+            sampling |= {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p or 1.0}
         stops, ends = self._until(decoding.until)
         if stops and tuple(stops) not in self._stoppers:  # made once: it looks at every token of the vocabulary
             self._stoppers[tuple(stops)] = StoppingCriteriaList([StopStringCriteria(self.processor.tokenizer, stops)])
         inputs = self._inputs(conversations, prompts)
         output = self.model.generate(
-            **inputs,
-            max_new_tokens=max(rooms),
-            num_beams=decoding.num_beams,
-            repetition_penalty=decoding.repetition_penalty,
-            eos_token_id=[*self.stop_ids, *ends],
+            **inputs, **sampling, max_new_tokens=max(rooms), num_beams=decoding.num_beams, streamer=streamer,
+            repetition_penalty=decoding.repetition_penalty, eos_token_id=[*self.stop_ids, *ends],
             stopping_criteria=self._stoppers.get(tuple(stops)),
-            streamer=streamer,
-            **sampling,
-        )
+        )  # fmt: skip
         written = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._text(ids[:room], {*self.stop_ids, *ends}, stops) for ids, room in zip(written, rooms, strict=True)]
 

@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
@@ -165,10 +158,8 @@ class SailLlavaModel(LlavaModel):
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Return an output whose `pooler_output` is a list of B tensors (N, H); `last_hidden_state` (B, N, E) is before the projector."""
         features = self.get_patch_features(pixel_values)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features,
-            pooler_output=list(self.multi_modal_projector(features)),  # type: ignore[arg-type]
-        )
+        projected: Any = list(self.multi_modal_projector(features))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
 
     @can_return_tuple
     def forward(
@@ -192,11 +183,7 @@ class SailLlavaModel(LlavaModel):
             visual = self.get_image_features(blank, return_dict=True).pooler_output[0]
             inputs_embeds = inputs_embeds + 0.0 * visual.sum().to(inputs_embeds.device, inputs_embeds.dtype)
         return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids=input_ids, pixel_values=pixel_values, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
 
 
@@ -237,13 +224,9 @@ class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGenerati
         vocabularies of 100,000 tokens they are most of the memory. The loss equals the stock one; without any label it is 0.
         """
         inputs = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-        }
+            "input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask,
+            "position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
         if labels is None or not self.training:
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         shifted = kwargs.pop("shift_labels", None)
@@ -252,19 +235,14 @@ class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGenerati
         outputs = self.model(**inputs, **kwargs)
         shifted = shifted.to(outputs.last_hidden_state.device)
         logits = self.lm_head(outputs.last_hidden_state[shifted != -100])  # (supervised tokens, vocabulary)
+        loss = logits.float().sum()  # without any label 0, with a gradient of 0 for every parameter
         if len(logits):
-            wanted = shifted[shifted != -100]
-            vocabulary = self.config.text_config.vocab_size
+            wanted, vocabulary = shifted[shifted != -100], self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=None, vocab_size=vocabulary, shift_labels=wanted, **kwargs)
-        else:
-            loss = logits.float().sum()  # 0, with a gradient of 0 for every parameter
         return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+            loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions, image_hidden_states=outputs.image_hidden_states,
+        )  # fmt: skip
 
 
 def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

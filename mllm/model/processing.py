@@ -57,8 +57,7 @@ class SailLlavaImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """Return pixel_values (B, 3, H, W) float32 of one image or a (nested) list of images, PIL or channels-first or -last arrays."""
         flat: Any = make_flat_list_of_images(self.fetch_images(images))
-        pixels = torch.stack([self.to_pixels(image) for image in flat])
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": torch.stack([self.to_pixels(image) for image in flat])}, tensor_type=return_tensors)
 
     def to_pixels(self, image: Any) -> Tensor:
         """Return one image as (3, H, W) float32."""
@@ -110,15 +109,9 @@ class SailLlavaProcessor(LlavaProcessor):
     ) -> None:
         self.image_seq_length = image_seq_length
         super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
+            image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+            num_additional_image_tokens, **kwargs,
+        )  # fmt: skip
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Return the placeholder of one image, repeated: the number of visual tokens does not depend on a patch size here."""
@@ -129,9 +122,6 @@ class SailLlavaProcessor(LlavaProcessor):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
 
-_BACKENDS: dict[str, type] = {
-    "pil": SailLlavaImageProcessor,
-    "torchvision": SailLlavaImageProcessor,
-}  # one for both: transformers asks for the latter
+_BACKENDS: dict[str, type] = dict.fromkeys(("pil", "torchvision"), SailLlavaImageProcessor)  # transformers asks for the latter
 AutoImageProcessor.register(SailLlavaConfig, image_processor_classes=_BACKENDS, exist_ok=True)
 AutoProcessor.register(SailLlavaConfig, SailLlavaProcessor, exist_ok=True)
