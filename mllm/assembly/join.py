@@ -64,11 +64,7 @@ def assemble(
         )
     images = image_processor_of(vision.encoder.transform, vision.fields["sail_image_size"], image_aspect_ratio)
     processor = SailLlavaProcessor(
-        images,
-        language.tokenizer,
-        chat_template=text,
-        image_token=language.image_token,
-        image_seq_length=model.config.image_tokens(),
+        images, language.tokenizer, chat_template=text, image_token=language.image_token, image_seq_length=model.config.image_tokens()
     )
     chat = Chat.of_processor(processor)
     _set_generation(model, language, chat.stop_ids)
@@ -85,15 +81,10 @@ def join(language: Language, vision: AlignedEncoder, seed: int) -> SailLlavaForC
         # its position embeddings have the size that was set, which the config has to repeat
         vision_config.model_args = {**(vision_config.model_args or {}), "img_size": vision.fields["sail_image_size"]}
     config = SailLlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=language.image_id,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        tie_word_embeddings=language.tied,
-        dtype=language.lm_head.weight.dtype,
-        **vision.fields,
-    )
+        vision_config=vision_config, text_config=text_config, image_token_index=language.image_id,
+        vision_feature_select_strategy="full", vision_feature_layer=-1,
+        tie_word_embeddings=language.tied, dtype=language.lm_head.weight.dtype, **vision.fields,
+    )  # fmt: skip
     with torch.device("meta"):
         model = SailLlavaForConditionalGeneration(config)
     inner: Any = model.model
@@ -125,14 +116,12 @@ def _projector(in_width: int, out_width: int, seed: int) -> SailProjector:
 
 def load_projector(model: SailLlavaForConditionalGeneration, path: Path) -> None:
     """Put the weights of a trained projector into `model`; UsageError if they are of another shape, DamagedError for other names."""
-    inner: Any = model.model
-    projector = inner.multi_modal_projector
+    projector: Any = model.model.multi_modal_projector
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DamagedError(
-            f"{path} is no safetensors file ({error}); align/convert.py --projector makes one of mm_projector.bin"
-        ) from error
+        hint = "align/convert.py --projector makes one of mm_projector.bin"
+        raise DamagedError(f"{path} is no safetensors file ({error}); {hint}") from error
     own = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if set(found) != set(own):

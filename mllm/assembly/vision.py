@@ -65,9 +65,7 @@ def load_aligned_encoder(
         stage_one = SailModel.from_pretrained(model_folder(Path(sail).expanduser()))
         settings, trained = stage_one.config, stage_one.vision_head
         if settings.head == "token":
-            raise UsageError(
-                f"{sail} has token heads, which make one vector of an image; an MLLM needs one that maps each patch (glu, mlp)"
-            )
+            raise UsageError(f"{sail} has token heads, which make one vector of an image; an MLLM needs one for each patch (glu, mlp)")
         encoder = stage_one.vision_encoder
         if image_size is not None:
             encoder = load_vision_encoder(replace(stage_one.encoder_spec("vision"), image_size=image_size, precision="fp32"))
@@ -77,31 +75,23 @@ def load_aligned_encoder(
     else:
         assert vision is not None
         encoder = load_vision_encoder(VisionSpec(vision, layer=layer, image_size=image_size))
-    module, weights = nn.Module(), ""
+    module: nn.Module = nn.Identity()
+    weights = ""
     if sail_head == "trained":
         assert trained is not None
         module, weights = trained, f"trained in {sail}"
     elif sail_head == "random":
         module, weights = build_head(head, encoder.feature_width, width, expansion=expansion, dropout=dropout), f"random, seed {seed}"  # type: ignore[arg-type]
         initialize(module, torch.Generator().manual_seed(seed))
-    else:
-        module = nn.Identity()
     _, rows, columns = encoder.transform(Image.new("RGB", (64, 64))).shape
     with_cls = encoder.feature == "cls_mean"
     fields = {
-        "sail_head": sail_head,
-        "sail_head_kind": head,
-        "sail_head_expansion": expansion,
-        "sail_head_dropout": dropout,
-        "sail_width": width,
-        "sail_feature": "cls_patch" if with_cls else "patch",
-        "sail_feature_width": encoder.width * (2 if with_cls else 1),
-        "sail_layer": encoder.layer,
-        "sail_image_size": [rows, columns],
-        "sail_patch_grid": list(encoder.patch_grid),
-        "sail_unread": unread_parameters(encoder, (rows, columns)),
-        "sail_fingerprint": encoder.fingerprint,
-    }
+        "sail_head": sail_head, "sail_head_kind": head, "sail_head_expansion": expansion, "sail_head_dropout": dropout,
+        "sail_width": width, "sail_feature": "cls_patch" if with_cls else "patch",
+        "sail_feature_width": encoder.width * (2 if with_cls else 1), "sail_layer": encoder.layer,
+        "sail_image_size": [rows, columns], "sail_patch_grid": list(encoder.patch_grid),
+        "sail_unread": unread_parameters(encoder, (rows, columns)), "sail_fingerprint": encoder.fingerprint,
+    }  # fmt: skip
     return AlignedEncoder(encoder, module, weights, fields)
 
 

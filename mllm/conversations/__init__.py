@@ -1,4 +1,1 @@
-"""Conversation files to token ids and labels: reading, checking, templates, the index of lengths, batches and packs.
-
-No model belongs here.
-"""
+"""Conversation files to token ids and labels: reading, checking, templates, index of lengths, batches and packs. No model here."""

@@ -131,9 +131,10 @@ def apply_template(
     marked = marks_answers(template)
     options: dict[str, Any] = {"return_assistant_tokens_mask": marked, "add_generation_prompt": ask, **tokenizer.special_tokens_map}
     try:
-        [text], spans = render_jinja_template([list(messages)], chat_template=template, **options)  # type: ignore[misc]
+        rendered: Any = render_jinja_template([list(messages)], chat_template=template, **options)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise Reject("template", f"{type(error).__name__}: {error}"[:300]) from error
+    [text], spans = rendered
     return text, spans[0] if marked else []
 
 

@@ -1,4 +1,1 @@
-"""Optimization and its log: Trainer with an exact order, committed checkpoints, collation, estimates.
-
-The model and the data are given.
-"""
+"""Optimization and its log: Trainer with an exact order, committed checkpoints, cost, estimates. Model and data are given."""

@@ -25,13 +25,9 @@ from mllm.model.processing import SailLlavaProcessor
 
 SHARD_SIZE = "5GB"
 CODE: dict[str, ModuleType] = {
-    "modeling_sail_llava.py": modeling,
-    "processing_sail_llava.py": processing,
-    "heads.py": heads,
-    "strict_loading.py": strict_loading,
-    "families.py": families,
-    "errors.py": errors,
-}
+    "modeling_sail_llava.py": modeling, "processing_sail_llava.py": processing, "heads.py": heads,
+    "strict_loading.py": strict_loading, "families.py": families, "errors.py": errors,
+}  # fmt: skip
 MODEL_MAP = {
     "AutoConfig": "modeling_sail_llava.SailLlavaConfig",
     "AutoModel": "modeling_sail_llava.SailLlavaModel",
@@ -46,7 +42,6 @@ def save_mllm(model: SailLlavaForConditionalGeneration, processor: SailLlavaProc
 
     Weights keep their types; shards hold at most 5 GB. UsageError if `folder` holds something else; DiskFullError.
     """
-    folder = Path(folder)
     require_free_place(folder)
     with replaced_folder(folder, "mllm") as temporary:
         model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
