@@ -1,1 +1,4 @@
-"""Components to one untrained model: language model, aligned encoder, projector, warm start. Nothing is optimized by gradient here."""
+"""Components to one untrained model: a language model, an aligned encoder, a projector, a warm start.
+
+Nothing is optimized by gradient here.
+"""

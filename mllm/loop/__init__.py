@@ -1,1 +1,4 @@
-"""Optimization and its log: Trainer with an exact order, committed checkpoints, cost, estimates. Model and data are given."""
+"""Optimization and its log: Trainer with an exact order, committed checkpoints, counts, estimates.
+
+The model and the data are given.
+"""

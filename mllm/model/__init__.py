@@ -1,1 +1,4 @@
-"""What is exported: the MLLM as a Hugging Face model, its processor, its saving, how it answers. No training loop."""
+"""What is exported: the MLLM as a Hugging Face model, its processor, its parts and cost, how it answers.
+
+No training loop.
+"""
