@@ -17,60 +17,40 @@ from align.model.token_heads import TextWithHead, VisionWithHead
 
 
 class DualEncoder(Protocol):
-    """Two frozen encoders and what maps their features into one space. Features are kept; aligning them is cheap.
+    """Two frozen encoders and what maps their features into one space. Features are cached; projecting them is cheap.
 
-    The encoders are asked for only when features are not known yet. `scale` is the t of the logits t <x, y>.
+    The encoders are asked for only when features are not cached yet. Embeddings (..., E) are L2-normalized float32.
+
+    `vision_encoder` is what `align.features.extract.Extraction` takes: pixels (B, 3, H, W) of its `transform` give features (B, F)
+    float32, not normalized. `text_encoder.encode(texts, batch_size)` gives features (T, D) float32, not normalized, in their order.
     """
 
     @property
-    def vision_fingerprint(self) -> dict[str, Any]:
-        """What decides an image feature."""
-
+    def vision_fingerprint(self) -> dict[str, Any]: ...  # what decides an image feature
     @property
-    def text_fingerprint(self) -> dict[str, Any]:
-        """What decides a text feature."""
-
+    def text_fingerprint(self) -> dict[str, Any]: ...  # what decides a text feature
     @property
-    def vision_encoder(self) -> Any:
-        """The encoder of images, on `device`, as `align.features.extract.Extraction` takes it: pixels (B, 3, H, W) of its `transform`
-        give features (B, F) float32, not normalized, which its `fingerprint` decides; `feature_width` is F."""
-
+    def patch_fingerprint(self) -> dict[str, Any]: ...  # what decides `encode_patches`: models that agree in it share one forward pass
     @property
-    def text_encoder(self) -> Any:
-        """The encoder of texts, on `device`: `encode(texts, batch_size)` gives features (T, D) float32, not normalized, in their order."""
-
+    def vision_encoder(self) -> Any: ...  # on `device`, as `text_encoder`
     @property
-    def device(self) -> torch.device:
-        """Where features are aligned."""
-
+    def text_encoder(self) -> Any: ...
     @property
-    def scale(self) -> float:
-        """t of the model's logits."""
-
+    def device(self) -> torch.device: ...  # where features are projected
     @property
-    def patch_size(self) -> int:
-        """Pixels a side of a patch of `encode_patches`."""
-
+    def scale(self) -> float: ...  # t of the model's logits t <x, y>
     @property
-    def patch_fingerprint(self) -> dict[str, Any]:
-        """What decides `encode_patches`: models that agree in it share one forward pass."""
+    def patch_size(self) -> int: ...  # pixels a side of a patch of `encode_patches`
 
-    def project_image(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalized float32 embeddings of image features (..., F)."""
-
-    def project_text(self, features: Tensor) -> Tensor:
-        """Return (..., E) L2-normalized float32 embeddings of text features (..., D)."""
-
-    def encode_patches(self, pixels: Tensor) -> Tensor:
-        """Return what `project_patches` takes, for pixels (B, 3, H, W)."""
-
-    def project_patches(self, features: Tensor) -> Tensor:
-        """Return (B, P, E) L2-normalized float32 patch embeddings, row by row over the grid of patches."""
+    def project_image(self, features: Tensor) -> Tensor: ...  # (..., F) -> (..., E)
+    def project_text(self, features: Tensor) -> Tensor: ...  # (..., D) -> (..., E)
+    def encode_patches(self, pixels: Tensor) -> Tensor: ...  # (B, 3, H, W) -> what `project_patches` takes
+    def project_patches(self, features: Tensor) -> Tensor: ...  # -> (B, P, E), row by row over the grid of patches
 
 
 @dataclass(frozen=True)
 class SailDualEncoder(DualEncoder):
-    """A SailModel as a DualEncoder; its encoders are loaded, and checked, when they are first asked for.
+    """A SailModel as a DualEncoder. Its encoders are loaded when first asked for: FingerprintError if they are not those of training.
 
     A token head belongs to the encoder: its output is the feature, and its weights are part of the fingerprint.
     """
@@ -86,14 +66,16 @@ class SailDualEncoder(DualEncoder):
         return _with_head(self.sail.config.text_fingerprint, self.sail.text_head)
 
     @property
+    def patch_fingerprint(self) -> dict[str, Any]:
+        return self.sail.config.vision_fingerprint
+
+    @property
     def vision_encoder(self) -> Any:
-        """The frozen vision encoder, with a token head after it if there is one; FingerprintError if it is another one."""
         encoder, head = self.sail.vision_encoder, self.sail.vision_head
         return VisionWithHead(encoder, head, self.vision_fingerprint) if isinstance(head, ImageTokenHead) else encoder
 
     @property
     def text_encoder(self) -> Any:
-        """The frozen text encoder, with a token head after it if there is one; FingerprintError if it is another one."""
         encoder, head = self.sail.text_encoder, self.sail.text_head
         return TextWithHead(encoder, head, self.text_fingerprint) if isinstance(head, TextTokenHead) else encoder
 
@@ -111,19 +93,13 @@ class SailDualEncoder(DualEncoder):
 
     @torch.no_grad()
     def project_image(self, features: Tensor) -> Tensor:
-        if isinstance(self.sail.vision_head, ImageTokenHead):
-            return functional.normalize(features.float(), dim=-1)
-        return self.sail.project_image(features)
+        projected = isinstance(self.sail.vision_head, ImageTokenHead)
+        return functional.normalize(features.float(), dim=-1) if projected else self.sail.project_image(features)
 
     @torch.no_grad()
     def project_text(self, features: Tensor) -> Tensor:
-        if isinstance(self.sail.text_head, TextTokenHead):
-            return functional.normalize(features.float(), dim=-1)
-        return self.sail.project_text(features)
-
-    @property
-    def patch_fingerprint(self) -> dict[str, Any]:
-        return self.sail.config.vision_fingerprint
+        projected = isinstance(self.sail.text_head, TextTokenHead)
+        return functional.normalize(features.float(), dim=-1) if projected else self.sail.project_text(features)
 
     @torch.no_grad()
     def encode_patches(self, pixels: Tensor) -> Tensor:

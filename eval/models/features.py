@@ -3,8 +3,8 @@
     <cache>/images/<images digest>/<encoder digest>/images/    a feature store
     <cache>/texts/<encoder digest>/<texts digest>-<hash>.safetensors  "features" (T, D) float16
 
-Models that share an encoder share its features, so before and after cost one forward pass, and a second run none: the encoders of
-a SailModel are not even loaded (reference models are, to hash their weights, but not run).
+Models that share an encoder share its features: a trained and an untrained model cost one forward pass, and a second run costs
+none (it does not even load a SailModel's encoders; reference models are loaded, to hash their weights).
 
 Shapes: `N` samples, `T` texts, `F` image feature width, `D` text feature width, `E` aligned width.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import load as tensors_from_bytes
@@ -46,22 +45,33 @@ class FeatureCache:
     def images(self, data: TaskData, model: DualEncoder, progress: Progress | None = None) -> tuple[TaskData, np.ndarray]:
         """Return the samples whose image could be encoded and their features (N, F) float16, in the same order."""
         folder = self.folder / "images" / data.images_digest / fingerprint_digest(model.vision_fingerprint)
-        store = _open_complete(folder / "images")
-        if store is None:
+        if not all((folder / "images" / name).exists() for name in ("store.json", "rejects.parquet")):  # not all committed
+            vision, stopping = model.vision_encoder, Stopping(self.max_reject_fraction)
             job = Extraction(
-                data.source,
-                data.plan,
-                folder,
-                vision=model.vision_encoder,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                stopping=Stopping(self.max_reject_fraction),
+                data.source, data.plan, folder, vision=vision, batch_size=self.batch_size, workers=self.workers, stopping=stopping
             )
             job.fill(progress)
-            store = FeatureStore(folder / "images")
+        store = FeatureStore(folder / "images")
         compare_encoders(model.vision_fingerprint, store.fingerprint, str(store.folder))
-        rejects = pq.read_table(store.folder / "rejects.parquet")
-        return select_rows(data, store, rejects, self.max_reject_fraction)
+        return self._with_feature(data, store)
+
+    def _with_feature(self, data: TaskData, store: FeatureStore) -> tuple[TaskData, np.ndarray]:
+        """Return the samples that have a feature, and the features by key; DataError if too many are left out."""
+        keys = store.keys.to_pylist()
+        row_of = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))  # a key's first row
+        rows = np.array([row_of.get(key, -1) for key in data.keys], dtype=np.int64)
+        lost = {key for key, row in zip(data.keys, rows, strict=True) if row < 0}
+        rejects = pq.read_table(store.folder / "rejects.parquet").to_pylist()
+        codes = Counter(reject["code"] for reject in rejects if reject["key"] in lost)
+        kept = data.keep(rows >= 0, dict(codes))
+        total = len(kept.keys) + sum(kept.rejected.values())
+        if len(kept.keys) < (1 - self.max_reject_fraction) * total or not kept.keys:
+            shown = ", ".join(f"{code} {count}" for code, count in kept.rejected.items())
+            raise DataError(
+                f"task {data.task.id!r}: {total - len(kept.keys)} of {total} samples were rejected ({shown}); "
+                "mend the data, or raise --max-reject-fraction"
+            )
+        return kept, store.features(rows[rows >= 0])
 
     def texts(self, texts: Sequence[str], model: DualEncoder) -> Tensor:
         """Return features (T, D) float16 of `texts`, in order; equal texts are encoded once."""
@@ -83,35 +93,8 @@ class FeatureCache:
         return torch.from_numpy(features[rows.astype(np.int64)])
 
 
-def select_rows(data: TaskData, store: FeatureStore, rejects: pa.Table, max_reject_fraction: float) -> tuple[TaskData, np.ndarray]:
-    """Return the samples that have a feature, and the features by key; DataError if too many are left out."""
-    row_of: dict[str, int] = {}
-    for row, key in enumerate(store.keys.to_pylist()):
-        row_of.setdefault(key, row)
-    rows = np.array([row_of.get(key, -1) for key in data.keys], dtype=np.int64)
-    lost = {key for key, row in zip(data.keys, rows, strict=True) if row < 0}
-    codes = Counter(reject["code"] for reject in rejects.to_pylist() if reject["key"] in lost)
-    kept = data.keep(rows >= 0, dict(codes))
-    total = len(kept.keys) + sum(kept.rejected.values())
-    if len(kept.keys) < (1 - max_reject_fraction) * total or not kept.keys:
-        shown = ", ".join(f"{code} {count}" for code, count in kept.rejected.items())
-        raise DataError(
-            f"task {data.task.id!r}: {total - len(kept.keys)} of {total} samples were rejected ({shown}); "
-            "mend the data, or raise --max-reject-fraction"
-        )
-    return kept, store.features(rows[rows >= 0])
-
-
 @torch.inference_mode()
 def projected(head: Callable[[Tensor], Tensor], features: np.ndarray | Tensor, device: torch.device, chunk: int = 8192) -> Tensor:
     """Return (N, E) float32 embeddings on the CPU: `head` (a model's project_image or project_text) over rows of features."""
     rows = torch.as_tensor(features)
-    parts = [head(rows[start : start + chunk].to(device).float()).cpu() for start in range(0, len(rows), chunk)]
-    return torch.cat(parts)
-
-
-def _open_complete(folder: Path) -> FeatureStore | None:
-    """Return the store in `folder` if all its shards are committed and its rejects are known, else None."""
-    if not (folder / "store.json").exists() or not (folder / "rejects.parquet").exists():
-        return None
-    return FeatureStore(folder)
+    return torch.cat([head(part.to(device).float()).cpu() for part in rows.split(chunk)])

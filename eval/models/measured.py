@@ -48,7 +48,7 @@ def load_models(
     All folders are checked before any model is loaded. `trust_remote_code` is of the SailModels' encoders.
     """
     pairs = [split_name(given) for given in models]
-    reference = [model.partition(":")[0] in REFERENCES and ":" in model for _, model in pairs]
+    reference = [model.startswith(tuple(f"{library}:" for library in REFERENCES)) for _, model in pairs]
     alone = reference.count(False) == 1
     names = [
         name or (model.partition(":")[2] if trained_as_one else "trained" if alone else model)

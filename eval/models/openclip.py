@@ -37,11 +37,9 @@ class OpenClip(ReferenceModel):
         super().__init__(model, transform, description)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return `encode_image`."""
         return self.model.encode_image(pixels, normalize=False)
 
     def sentences(self, texts: list[str]) -> Tensor:
-        """Return `encode_text`."""
         return self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=False)
 
     def patches(self, pixels: Tensor) -> Tensor:
@@ -60,7 +58,6 @@ class OpenClip(ReferenceModel):
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of a patch."""
         return int(self._vit().patch_size[0])
 
     def _vit(self) -> Any:
@@ -97,10 +94,8 @@ def load_openclip(source: str) -> OpenClip:
         raise UsageError("openclip: models need the package open_clip_torch; pip install 'sail-upgrade-kit[clip]'") from error
     architecture, _, weights = source.partition("/")
     if architecture not in open_clip.list_models() or not weights:
-        known = nearest(architecture, open_clip.list_models())
-        raise UsageError(
-            f"openclip:{source}: expected openclip:ARCH/TAG or openclip:ARCH/FILE.safetensors with an ARCH of open_clip; {known}"
-        )
+        expected = "expected openclip:ARCH/TAG or openclip:ARCH/FILE.safetensors with an ARCH of open_clip"
+        raise UsageError(f"openclip:{source}: {expected}; {nearest(architecture, open_clip.list_models())}")
     tag = open_clip.get_pretrained_cfg(architecture, weights)
     with load_errors_named(f"openclip:{source}", "needed are weights of this architecture"):
         model, described, named = (_of_tag if tag else _of_file)(open_clip, architecture, weights)
@@ -174,9 +169,8 @@ def _preprocessing(open_clip: Any, architecture: str) -> dict[str, Any]:
     tags = [open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)]
     known = {json.dumps({key: tag[key] for key in PREPROCESSING if key in tag}) for tag in tags}
     if len(known) > 1:
-        raise UsageError(
-            f"pretrained models of {architecture} prepare images in different ways; put the weights' open_clip_config.json beside them"
-        )
+        mend = "put the weights' open_clip_config.json beside them"
+        raise UsageError(f"pretrained models of {architecture} prepare images in different ways; {mend}")
     return json.loads(known.pop()) if known else {}
 
 

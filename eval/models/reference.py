@@ -1,10 +1,9 @@
 """Dual encoders trained as one on images and texts, to compare with: what those of open_clip and of transformers share.
 
-What is kept as a feature is the projected embedding before it is normalized; projecting is dividing by the L2 norm. Each model has
-its own image processing, tokenizer and context length. The bias of SigLIP's logits changes no rank and is not read.
-
-Dense embeddings are those of the plain MaskCLIP baseline (Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022) without
-its changes to the last block: the patch tokens of the last layer after the final norm, through the visual projection.
+A feature is the projected embedding before it is normalized; projecting it divides by the L2 norm. Each model has its own image
+processing, tokenizer and context length. The bias of SigLIP's logits changes no rank and is not read. Dense embeddings are the patch
+tokens of the last layer after the final norm, through the visual projection: the plain MaskCLIP baseline (Zhou et al., "Extract Free
+Dense Labels from CLIP", ECCV 2022) without its changes to the last block.
 
 Legend: `B` images, `P` patches, `T` texts, `E` embedding width.
 """
@@ -37,7 +36,7 @@ class ReferenceModel(nn.Module, ABC):
         self.width = self.sentences(["a"]).shape[-1]
 
     def train(self, mode: bool = True) -> "ReferenceModel":
-        """Return self, left in eval mode: a frozen model has no training mode."""
+        """Return self in eval mode: a frozen model has no training mode."""
         return super().train(False)
 
     @abstractmethod
@@ -54,27 +53,22 @@ class ReferenceModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def patch_size(self) -> int:
-        """Pixels a side of a patch."""
+    def patch_size(self) -> int: ...
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         return next(self.parameters()).device
 
     @property
     def scale(self) -> float:
-        """t of the model's logits."""
         return self.model.logit_scale.detach().exp().item()
 
     @property
     def vision_encoder(self) -> "Images":
-        """The image side."""
         return Images(self)
 
     @property
     def text_encoder(self) -> "Sentences":
-        """The text side."""
         return Sentences(self)
 
     def project_image(self, features: Tensor) -> Tensor:
@@ -85,12 +79,11 @@ class ReferenceModel(nn.Module, ABC):
 
     @property
     def patch_fingerprint(self) -> dict[str, Any]:
-        """What decides `encode_patches`."""
         return self.vision_fingerprint
 
     @torch.inference_mode()
     def encode_patches(self, pixels: Tensor) -> Tensor:
-        """Return the projected patches (B, P, E); H and W may be any multiples of the patch size."""
+        """Return the projected patches (B, P, E), not normalized; H and W may be any multiples of the patch size."""
         return self.patches(pixels.to(self.device))
 
 
@@ -125,5 +118,5 @@ def fingerprint_of(name: str, architecture: dict[str, Any], weights: str, prepro
     """Return the fingerprint of one side; the same weights with another architecture, such as another activation, are another model."""
     kept = {key: value for key, value in architecture.items() if key not in ("_name_or_path", "transformers_version", "dtype")}
     digest = hash_bytes(json.dumps(kept, sort_keys=True, default=str).encode())
-    shared = {"encoder": name, "feature": "projected", "architecture": digest, "precision": "fp32"}
-    return {**shared, "weights": weights, "preprocessing": preprocessing}
+    side = {"encoder": name, "feature": "projected", "architecture": digest, "precision": "fp32"}
+    return side | {"weights": weights, "preprocessing": preprocessing}

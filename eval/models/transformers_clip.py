@@ -1,7 +1,6 @@
 """CLIP, MetaCLIP 2 and SigLIP of transformers, to compare with: a hub id or a local folder, as in `hf:openai/clip-vit-large-patch14`.
 
-SigLIP projects by attention pooling; there each patch is pooled as if it were the only one, so that its value and output
-projections and its MLP remain.
+SigLIP projects by attention pooling. There each patch is pooled alone, which leaves the pooling's value and output projections and MLP.
 
 Legend: `B` images, `P` patches, `W` width of the tower, `T` texts, `E` embedding width.
 """
@@ -32,7 +31,6 @@ class TransformersClip(ReferenceModel):
         super().__init__(model, transform, description)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Return `get_image_features`."""
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def patches(self, pixels: Tensor) -> Tensor:
@@ -40,14 +38,12 @@ class TransformersClip(ReferenceModel):
         return self.family.project(self.model, self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state)
 
     def sentences(self, texts: list[str]) -> Tensor:
-        """Return `get_text_features`."""
         tokens = self.tokenizer(texts, padding=self.family.padding, truncation=True, max_length=self.max_length, return_tensors="pt")
         given = {name: tokens[name].to(self.device) for name in self.family.inputs}
         return self.model.get_text_features(**given).pooler_output
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of a patch."""
         return int(self.model.config.vision_config.patch_size)
 
 

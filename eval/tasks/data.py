@@ -1,14 +1,14 @@
 """How the data of a task is read: keys, labels or captions, and a digest of exactly what was measured.
 
 A task's data lies below the data root, in a data set's official layout (`official/`) or in one that `align.sources.plan` reads.
-Classification needs a label a sample (a class number or name), retrieval one or more captions, compositional matching pairs of
-images and captions; segmentation is read by eval/tasks/masks.py. CLIP_benchmark's webdataset layout works as it is, also for the data
-sets below, in `wds_<id>`: `test/*.tar` with .jpg and .cls or .txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
+Segmentation is read by eval/tasks/masks.py. CLIP_benchmark's webdataset layout also works for the built-in tasks, in `wds_<id>`:
+`test/*.tar` with .jpg and .cls or .txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, compress, groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,9 +41,7 @@ _EXPECTED = {
 
 def protocol_note(task: Task, images: int, captions: Sequence[int] = ()) -> Task:
     """Return the task, its note saying so if not the published number of images, or of `captions` of each, is measured."""
-    differs = []
-    if task.published and images != task.published:
-        differs.append(f"{images:,} of {task.published:,} images")
+    differs = [f"{images:,} of {task.published:,} images"] if task.published and images != task.published else []
     if short := sum(count < task.captions_each for count in captions):
         differs.append(f"{short:,} images with fewer than {task.captions_each} captions")
     said = f"{' and '.join(differs)}: not the published protocol." if differs else ""
@@ -77,22 +75,23 @@ class TaskData:
     def keep(self, usable: np.ndarray, rejected: dict[str, int]) -> "TaskData":
         """Return the samples where `usable` (N,) bool is set, adding what was `rejected` to the counts; a group stays whole or goes."""
         if self.groups:
-            broken = {group for group, use in zip(self.groups, usable, strict=True) if not use}
+            broken = set(compress(self.groups, ~usable))
             whole = np.array([group not in broken for group in self.groups], dtype=bool)
-            lost = int(usable.sum() - whole.sum())
-            usable, rejected = whole, {**rejected, **({_GROUP_LOST: lost} if lost else {})}
+            if lost := int(usable.sum() - whole.sum()):
+                rejected = {**rejected, _GROUP_LOST: lost}
+            usable = whole
         number = np.cumsum(usable) - 1  # new number of each kept sample
-        kept = usable[self.caption_image] if len(self.caption_image) else np.zeros(0, dtype=bool)
+        kept = usable[self.caption_image]  # (M,)
         return replace(
             self,
-            keys=tuple(key for key, use in zip(self.keys, usable, strict=True) if use),
+            keys=tuple(compress(self.keys, usable)),
             places=self.places[usable],
             labels=self.labels[usable] if len(self.labels) else self.labels,
-            captions=tuple(text for text, use in zip(self.captions, kept, strict=True) if use),
+            captions=tuple(compress(self.captions, kept)),
             caption_image=number[self.caption_image[kept]],
             rejected=dict(Counter(self.rejected) + Counter(rejected)),
-            groups=tuple(group for group, use in zip(self.groups, usable, strict=True) if use) if self.groups else (),
-            categories=tuple(one for one, use in zip(self.categories, usable, strict=True) if use) if self.categories else (),
+            groups=tuple(compress(self.groups, usable)),
+            categories=tuple(compress(self.categories, usable)),
         )
 
 
@@ -107,7 +106,6 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
     task = _found(task, data_root)
     folder = data_root / task.path
     place = folder / task.data
-    names: tuple[str, ...] = ()
     if task.layout in READERS:
         source, official = read_official(task.layout, place, task.id, cache or data_root / ".manifests")
         names = official.class_names
@@ -126,15 +124,15 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
     if not usable:
         linked = "; link the whole folder, not folders in it" if "unsafe_path" in rejected else ""
         raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({_shown(rejected)}){linked}")
-    labels = np.zeros(0, dtype=np.int64)
-    captions: list[list[str]] = []
+    labels, captions, values = np.zeros(0, dtype=np.int64), list[list[str]](), [row.value for row in usable]
     if task.kind == "classification":
-        labels, names = _labels(task, names, [row.value for row in usable])
+        labels, names = _labels(task, names, values)
     else:
-        captions, names = [row.value for row in usable], ()
+        captions, names = values, ()
+    captions_each = [len(texts) for texts in captions]
     content.update(repr((pixels.hexdigest(), names)).encode())
     return TaskData(
-        task=protocol_note(task, len(usable), [len(texts) for texts in captions]),
+        task=protocol_note(task, len(usable), captions_each),
         folder=folder,
         source=source,
         plan=made,
@@ -142,8 +140,8 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         places=np.array([row.place for row in usable]),
         labels=labels,
         class_names=names,
-        captions=tuple(text for texts in captions for text in texts),
-        caption_image=np.repeat(np.arange(len(captions)), [len(texts) for texts in captions]),
+        captions=tuple(chain.from_iterable(captions)),
+        caption_image=np.repeat(np.arange(len(captions)), captions_each),
         rejected=dict(rejected),
         images_digest=pixels.hexdigest(),
         digest=content.hexdigest(),
@@ -154,13 +152,11 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
 
 def read_images(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, bytes | Reject | None]]:
     """Yield (number, encoded image) of the given samples of a task, shard by shard."""
-    wanted = sorted(numbers, key=lambda number: tuple(data.places[number]))
-    opened, reader = -1, None
-    for number in wanted:
-        shard, row = (int(value) for value in data.places[number])
-        if reader is None or shard != opened:
-            opened, reader = shard, open_shard(data.source, data.plan, shard)
-        yield number, next(iter(reader.rows(row, row + 1))).image
+    places = sorted((*data.places[number].tolist(), number) for number in numbers)
+    for shard, wanted in groupby(places, key=lambda place: place[0]):
+        reader = open_shard(data.source, data.plan, shard)
+        for _, row, number in wanted:
+            yield number, next(iter(reader.rows(row, row + 1))).image
 
 
 def pictures(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
@@ -191,10 +187,8 @@ def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
             place = (shard, row.index)
             image = xxhash.xxh3_128_hexdigest(row.image) if isinstance(row.image, bytes) else "none"
             try:
-                if row.reject is not None:
-                    raise row.reject
-                if isinstance(row.image, Reject):
-                    raise row.image
+                if bad := row.reject or (row.image if isinstance(row.image, Reject) else None):
+                    raise bad
                 if task.column not in row.fields:
                     raise Reject("missing_column", f"no {task.column!r}")
                 value = row.fields[task.column]
@@ -223,9 +217,9 @@ def _usable(rows: Sequence[_Sample]) -> tuple[Counter[str], list[_Sample]]:
 
 
 def _labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return class numbers (N,) and class names; class numbers need `lines`, the file of names, class names may do without."""
-    if any(isinstance(value, int) for value in values):
-        if not all(isinstance(value, int) for value in values):
+    """Return class numbers (N,) and class names. Labels that are numbers need `lines`, the file of names; names may do without."""
+    if any(numeric := [isinstance(value, int) for value in values]):
+        if not all(numeric):
             raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
         if not lines:
             raise DataError(f"task {task.id!r}: labels are numbers, so it needs `classes`, a file with the names of class 0, 1, ...")
@@ -271,14 +265,11 @@ def _found(task: Task, data_root: Path) -> Task:
             if task.kind == "classification":
                 as_tars = replace(as_tars, classes=OWN_NAMES, templates=_templates(task, data_root / path))
             return _found(as_tars, data_root)
-    trap = layout.trap(place)
+    trap = f". {found}" if (found := layout.trap(place)) else ""
     lacking = f" (missing: {', '.join(missing)})" if folder.is_dir() and missing != ["."] else ""
     tars = f" or CLIP_benchmark's test/*.tar in {data_root / packed[1]}," if packed else ""
-    made = _beside(task, folder)
-    raise DataError(
-        f"task {task.id!r} has no data: put {layout.what} in {place}{lacking}{made},{tars} or give another --data-root"
-        + (f". {trap}" if trap else "")
-    )
+    where = f"{place}{lacking}{_beside(task, folder)}"
+    raise DataError(f"task {task.id!r} has no data: put {layout.what} in {where},{tars} or give another --data-root{trap}")
 
 
 def _templates(task: Task, folder: Path) -> str:

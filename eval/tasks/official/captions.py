@@ -13,6 +13,7 @@ from eval.tasks.official.layout import ManifestRow, Official, OfficialLayout
 VAL2017 = (
     "COCO val2017 is not the Karpathy test split: it has 5,000 images too, but others; dataset_coco.json names the right ones, of val2014"
 )
+_ZIP = "caption_datasets.zip by A. Karpathy, cs.stanford.edu/people/karpathy/deepimagesent"
 
 
 def coco_karpathy(folder: Path) -> Official:
@@ -36,9 +37,7 @@ def _karpathy(path: Path, below: str) -> Official:
         said = "COCO's own captions" if isinstance(content, dict) and "annotations" in content else "something else"
         raise DataError(f"{path} holds {said}, not a Karpathy split ({VAL2017}); take the file of that name from caption_datasets.zip")
     rows: list[ManifestRow] = []
-    for image in content["images"]:
-        if image is None:
-            continue
+    for image in filter(None, content["images"]):
         place = image["filepath"] or below
         if "2017" in place:
             raise DataError(f"{path} lists images of {place}: {VAL2017}")
@@ -60,14 +59,11 @@ def _only_test(value: dict[str, Any]) -> Any:
 
 CAPTIONS: dict[str, OfficialLayout] = {
     "coco_karpathy": OfficialLayout(
-        "retrieval", coco_karpathy, ("dataset_coco.json", "val2014"),
-        "dataset_coco.json (caption_datasets.zip by A. Karpathy, cs.stanford.edu/people/karpathy/deepimagesent) and val2014/*.jpg "
-        "(cocodataset.org)",
+        "retrieval", coco_karpathy, ("dataset_coco.json", "val2014"), f"dataset_coco.json ({_ZIP}) and val2014/*.jpg (cocodataset.org)",
         {"val2017": VAL2017, "annotations/captions_val2017.json": VAL2017},
     ),
     "flickr30k_karpathy": OfficialLayout(
         "retrieval", flickr30k_karpathy, ("dataset_flickr30k.json", "flickr30k-images"),
-        "dataset_flickr30k.json (caption_datasets.zip by A. Karpathy, cs.stanford.edu/people/karpathy/deepimagesent) and "
-        "flickr30k-images/*.jpg (shannon.cs.illinois.edu/DenotationGraph)",
+        f"dataset_flickr30k.json ({_ZIP}) and flickr30k-images/*.jpg (shannon.cs.illinois.edu/DenotationGraph)",
     ),
 }  # fmt: skip

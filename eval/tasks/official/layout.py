@@ -1,7 +1,7 @@
 """What readers of official data-set layouts share: what they return, and how list files, class folders and .mat files are read.
 
-A reader turns a published folder, exactly as its archives unpack, into rows: keys, image paths and labels or captions of the
-test split. It reads lists and names of files, never an image, so that a missing image is counted later like any bad sample.
+A reader turns a published folder, exactly as its archives unpack, into the rows of the test split. It reads lists and names of
+files, never an image: a missing image is counted later, like any bad sample.
 """
 
 import importlib.util
@@ -36,9 +36,9 @@ OWN_NAMES = "classnames.txt"  # in a data set's folder: class names that win ove
 class Official:
     """The test split of a data set. `rows` may be read once.
 
-    Classification: {key, image, label}, the label a number of `class_names`. Retrieval: {key, image, captions}. Compositional: the
-    same with one caption, a group and a category; the two rows of a group follow each other. An image is a path relative to the
-    folder that was read, or an encoded file (bytes).
+    Classification: {key, image, label}, the label an index of `class_names`. Retrieval: {key, image, captions}. Compositional: also
+    group and category, one caption a row; the two rows of a group follow each other. An image is a path relative to the folder that
+    was read, or an encoded file (bytes).
     """
 
     rows: Iterable[ManifestRow]
@@ -107,10 +107,8 @@ def class_folders(place: Path, count: int, ignored: str = "") -> list[str]:
     """Return the names of the folders in `place`, sorted; DataError unless they are `count`: one too few would shift every label."""
     found = sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".") and entry.name != ignored)
     if len(found) != count:
-        shown = f"{', '.join(found[:3])}, ..." if found else "only files"
-        raise DataError(
-            f"{place} has {len(found)} class folders ({shown}), the official set has {count}; unpack all of it, one folder a class"
-        )
+        has = f"{len(found)} class folders ({', '.join(found[:3])}, ...)" if found else "0 class folders (only files)"
+        raise DataError(f"{place} has {has}, the official set has {count}; unpack all of it, one folder a class")
     return found
 
 
@@ -142,5 +140,4 @@ def load_mat(path: Path, variable: str) -> list[Any]:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise DataError(f"{path}: no {variable!r} could be read ({said[0]}); get the file again")
-    found: list[Any] = json.loads(done.stdout)
-    return found
+    return list(json.loads(done.stdout))

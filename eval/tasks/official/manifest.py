@@ -1,7 +1,7 @@
 """Official data-set layouts by exact id, and the manifest that a set read in one becomes.
 
-A reader lists the test split; its rows are written to a manifest (JSONL with image paths; parquet with image bytes if the data
-set has no image files), which `align.sources.plan` then reads like anyone's data: same limits, same rejects, same digests.
+The rows that a reader lists are written to a manifest: JSONL with image paths, or parquet with image bytes if the data set has no
+image files. `align.sources.plan` reads it like a user's data: same limits, same rejects, same digests.
 """
 
 import errno
@@ -40,8 +40,7 @@ def read_official(layout: str, place: Path, task_id: str, cache: Path) -> tuple[
 def write_manifest(rows: Iterable[ManifestRow], folder: Path, name: str) -> Path:
     """Write rows to `folder`/`name`.jsonl, or .parquet if images are bytes, and return the path; DataError if there are none."""
     rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
+    if (first := next(rows, None)) is None:
         raise DataError(f"task {name!r}: its lists name no test image; get the data set again")
     rows = chain([first], rows)
     path = folder / f"{name}.{'parquet' if isinstance(first['image'], bytes) else 'jsonl'}"
@@ -58,8 +57,7 @@ def write_manifest(rows: Iterable[ManifestRow], folder: Path, name: str) -> Path
 
 def _write_lines(rows: Iterator[ManifestRow], path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")  # ASCII: file names need not be UTF-8
+        file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: file names need not be UTF-8
 
 
 def _write_parquet(rows: Iterator[ManifestRow], path: Path) -> None:

@@ -18,6 +18,7 @@ from align.sources.safe_files import parse_json
 from eval.tasks.official.layout import ManifestRow, Official, OfficialLayout
 
 MMVP_IMAGES = "MLLM_VLM Images"
+_WINOGROUND = ("id", "image_0", "image_1", "caption_0", "caption_1")
 
 
 def pairs(path: Path) -> Official:
@@ -73,16 +74,15 @@ def _pairs(path: Path) -> Iterator[ManifestRow]:
 
 
 def _winoground_files(path: Path, images: Path) -> Iterator[ManifestRow]:
-    for _, row in _json_rows(path, ("id", "image_0", "image_1", "caption_0", "caption_1")):
+    for _, row in _json_rows(path, _WINOGROUND):
         names = [str(images / (name if "." in name else f"{name}.png")) for name in (str(row["image_0"]), str(row["image_1"]))]
         yield from _group(row["id"], names, [row["caption_0"], row["caption_1"]], row.get("collapsed_tag", ""))
 
 
 def _winoground_parquet(path: Path) -> Iterator[ManifestRow]:
-    wanted = ["id", "image_0", "image_1", "caption_0", "caption_1", "collapsed_tag"]
+    wanted = [*_WINOGROUND, "collapsed_tag"]
     try:
-        file = pq.ParquetFile(path)
-        for batch in file.iter_batches(batch_size=16, columns=wanted):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=16, columns=wanted):
             for row in batch.to_pylist():
                 images = [row["image_0"]["bytes"], row["image_1"]["bytes"]]
                 yield from _group(row["id"], images, [row["caption_0"], row["caption_1"]], row["collapsed_tag"])
@@ -102,17 +102,12 @@ def _mmvp(path: Path) -> Iterator[ManifestRow]:
         yield from _group(first, names, [one, two], category)
 
 
-PAIRS: dict[str, OfficialLayout] = {
-    "winoground": OfficialLayout(
-        "compositional", winoground, (".",),
-        "examples.jsonl and images/ (images.zip unpacked), or data/*.parquet (huggingface.co/datasets/facebook/winoground)",
-    ),
-    "mmvp_vlm": OfficialLayout(
-        "compositional", mmvp_vlm, ("Questions.csv", MMVP_IMAGES),
-        f"Questions.csv and '{MMVP_IMAGES}'/<category>/<number>.jpg (huggingface.co/datasets/MMVP/MMVP_VLM)",
-    ),
-    "pairs": OfficialLayout(
-        "compositional", pairs, (".",),
-        'a JSONL file with {"key", "images": [a, b], "captions": [a, b], "category"} rows, image paths relative to it',
-    ),
+_READERS: dict[str, tuple[Any, ...]] = {  # the fields of an OfficialLayout after its kind
+    "winoground": (winoground, (".",),
+        "examples.jsonl and images/ (images.zip unpacked), or data/*.parquet (huggingface.co/datasets/facebook/winoground)"),
+    "mmvp_vlm": (mmvp_vlm, ("Questions.csv", MMVP_IMAGES),
+        f"Questions.csv and '{MMVP_IMAGES}'/<category>/<number>.jpg (huggingface.co/datasets/MMVP/MMVP_VLM)"),
+    "pairs": (pairs, (".",),
+        'a JSONL file with {"key", "images": [a, b], "captions": [a, b], "category"} rows, image paths relative to it'),
 }  # fmt: skip
+PAIRS = {name: OfficialLayout("compositional", *given) for name, given in _READERS.items()}

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -124,8 +125,7 @@ def dtd(folder: Path) -> Official:
 def pets(folder: Path) -> Official:
     """Return the Oxford-IIIT Pets' test split; the breeds in the images' names must be the packaged names of their labels."""
     path = folder / "annotations/test.txt"
-    own = own_names(folder, 37)
-    names = own or package_classes("pets")
+    names = (own := own_names(folder, 37)) or package_classes("pets")
     labels = [(image, class_number(label, len(names), path)) for image, label, _ in columns(path, 3)]
     for image, label in labels:
         if not own and _plain(image.rpartition("_")[0]) != _plain(names[label]):
@@ -169,18 +169,12 @@ def eurosat(folder: Path) -> Official:
 
 def ucf101(folder: Path) -> Official:
     """Return the middle frames of UCF101's first test list: UCF-101-midframes/Apply_Eye_Makeup/v_ApplyEyeMakeup_g01_c01.jpg."""
-    lists = folder / "ucfTrainTestlist"
-    path = lists / "testlist01.txt"
-    classes = [name for _, name in columns(lists / "classInd.txt", 2)]
+    classes, path = [name for _, name in columns(folder / "ucfTrainTestlist/classInd.txt", 2)], folder / "ucfTrainTestlist/testlist01.txt"
     known = numbered(classes)
-
-    def rows() -> Iterator[ManifestRow]:
-        for (video,) in columns(path, 1):
-            action, _, name = video.partition("/")
-            frame = f"{_words(action, '_')}/{name.removesuffix('.avi')}.jpg"
-            yield image_row(frame, "UCF-101-midframes", class_of(action, known, path))
-
-    return Official(rows(), own_names(folder, len(classes)) or tuple(_words(name, " ") for name in classes))
+    videos = (line.partition("/")[::2] for line in read_lines(path))
+    frames = ((action, f"{_words(action, '_')}/{name.removesuffix('.avi')}.jpg") for action, name in videos)
+    rows = (image_row(frame, "UCF-101-midframes", class_of(action, known, path)) for action, frame in frames)
+    return Official(rows, own_names(folder, len(classes)) or tuple(_words(name, " ") for name in classes))
 
 
 def cub(folder: Path) -> Official:
@@ -189,13 +183,9 @@ def cub(folder: Path) -> Official:
     path = folder / "image_class_labels.txt"
     test = {image for image, training in columns(folder / "train_test_split.txt", 2) if training == "0"}
     label_of = {line[0]: line[1] for line in columns(path, 2)}
-
-    def rows() -> Iterator[ManifestRow]:
-        for image, name in columns(folder / "images.txt", 2):
-            if image in test:
-                yield image_row(name, "images", class_number(label_of.get(image), len(classes), path))
-
-    return Official(rows(), own_names(folder, len(classes)) or _spaced(name.partition(".")[2] for name in classes))
+    images = ((image, name) for image, name in columns(folder / "images.txt", 2) if image in test)
+    rows = (image_row(name, "images", class_number(label_of.get(image), len(classes), path)) for image, name in images)
+    return Official(rows, own_names(folder, len(classes)) or _spaced(name.partition(".")[2] for name in classes))
 
 
 def _cifar(folder: Path, batch: str, names: str, label_bytes: int) -> Official:
@@ -235,67 +225,38 @@ def _plain(name: str) -> str:
 
 
 _PICKLES = "holds pickles, which can run code when they are read; get the binary version instead:"
-PHOTOS: dict[str, OfficialLayout] = {
-    "imagenet": OfficialLayout(
-        "classification", imagenet, ("val",), "val/<WordNet id>/*.JPEG, 1,000 folders (image-net.org, ILSVRC2012_img_val.tar)"
-    ),
-    "imagenetv2": OfficialLayout(
-        "classification", imagenet_v2, ("0", "999"),
-        "the folders 0 to 999 of *.jpeg (imagenetv2-matched-frequency.tar.gz, huggingface.co/datasets/vaishaal/ImageNetV2)",
-    ),
-    "food101": OfficialLayout(
-        "classification", food101, ("images", "meta/classes.txt", "meta/test.txt"),
-        "images/<class>/<number>.jpg, meta/classes.txt and meta/test.txt (food-101.tar.gz, ETH Zurich)",
-    ),
-    "cifar10": OfficialLayout(
-        "classification", cifar10, ("test_batch.bin", "batches.meta.txt"),
+_READERS: dict[str, tuple[Any, ...]] = {  # the fields of an OfficialLayout after its kind
+    "imagenet": (imagenet, ("val",), "val/<WordNet id>/*.JPEG, 1,000 folders (image-net.org, ILSVRC2012_img_val.tar)"),
+    "imagenetv2": (imagenet_v2, ("0", "999"),
+        "the folders 0 to 999 of *.jpeg (imagenetv2-matched-frequency.tar.gz, huggingface.co/datasets/vaishaal/ImageNetV2)"),
+    "food101": (food101, ("images", "meta/classes.txt", "meta/test.txt"),
+        "images/<class>/<number>.jpg, meta/classes.txt and meta/test.txt (food-101.tar.gz, ETH Zurich)"),
+    "cifar10": (cifar10, ("test_batch.bin", "batches.meta.txt"),
         "test_batch.bin and batches.meta.txt (cifar-10-binary.tar.gz, cs.toronto.edu/~kriz/cifar.html)",
-        dict.fromkeys(("../cifar-10-batches-py", "test_batch"), f"cifar-10-batches-py {_PICKLES} cifar-10-binary.tar.gz"),
-    ),
-    "cifar100": OfficialLayout(
-        "classification", cifar100, ("test.bin", "fine_label_names.txt"),
+        dict.fromkeys(("../cifar-10-batches-py", "test_batch"), f"cifar-10-batches-py {_PICKLES} cifar-10-binary.tar.gz")),
+    "cifar100": (cifar100, ("test.bin", "fine_label_names.txt"),
         "test.bin and fine_label_names.txt (cifar-100-binary.tar.gz, cs.toronto.edu/~kriz/cifar.html)",
-        dict.fromkeys(("../cifar-100-python", "test"), f"cifar-100-python {_PICKLES} cifar-100-binary.tar.gz"),
-    ),
-    "sun397": OfficialLayout(
-        "classification", sun397, ("ClassName.txt", "Testing_01.txt"),
-        "<letter>/<class>/sun_*.jpg, ClassName.txt (SUN397.tar.gz) and Testing_01.txt (Partitions.zip), vision.princeton.edu",
-    ),
-    "cars": OfficialLayout(
-        "classification", stanford_cars, ("cars_test", "cars_test_annos_withlabels.mat", "devkit/cars_meta.mat"),
-        "cars_test/<number>.jpg, cars_test_annos_withlabels.mat and devkit/cars_meta.mat (Stanford Cars by J. Krause)",
-    ),
-    "fgvc_aircraft": OfficialLayout(
-        "classification", fgvc_aircraft, ("data/images", "data/variants.txt", "data/images_variant_test.txt"),
-        "data/images/<number>.jpg, data/variants.txt and data/images_variant_test.txt (fgvc-aircraft-2013b.tar.gz, Oxford VGG)",
-    ),
-    "dtd": OfficialLayout(
-        "classification", dtd, ("images", "labels/test1.txt"),
-        "images/<class>/*.jpg and labels/test1.txt (dtd-r1.0.1.tar.gz, Oxford VGG)",
-    ),
-    "pets": OfficialLayout(
-        "classification", pets, ("images", "annotations/test.txt"),
-        "images/<Breed>_<number>.jpg and annotations/test.txt (images.tar.gz and annotations.tar.gz, Oxford VGG)",
-    ),
-    "caltech101": OfficialLayout(
-        "classification", caltech101, ("101_ObjectCategories",),
-        "101_ObjectCategories/<category>/image_*.jpg (caltech-101.zip, data.caltech.edu/records/mzrjq-6wc02)",
-    ),
-    "flowers": OfficialLayout(
-        "classification", flowers, ("jpg", "imagelabels.mat", "setid.mat"),
-        "jpg/image_<number>.jpg, imagelabels.mat and setid.mat (102flowers.tgz and two files, Oxford VGG)",
-    ),
-    "eurosat": OfficialLayout(
-        "classification", eurosat, ("2750",), "2750/<Class>/*.jpg (EuroSAT.zip, the RGB version, github.com/phelber/EuroSAT)"
-    ),
-    "ucf101": OfficialLayout(
-        "classification", ucf101,
+        dict.fromkeys(("../cifar-100-python", "test"), f"cifar-100-python {_PICKLES} cifar-100-binary.tar.gz")),
+    "sun397": (sun397, ("ClassName.txt", "Testing_01.txt"),
+        "<letter>/<class>/sun_*.jpg, ClassName.txt (SUN397.tar.gz) and Testing_01.txt (Partitions.zip), vision.princeton.edu"),
+    "cars": (stanford_cars, ("cars_test", "cars_test_annos_withlabels.mat", "devkit/cars_meta.mat"),
+        "cars_test/<number>.jpg, cars_test_annos_withlabels.mat and devkit/cars_meta.mat (Stanford Cars by J. Krause)"),
+    "fgvc_aircraft": (fgvc_aircraft, ("data/images", "data/variants.txt", "data/images_variant_test.txt"),
+        "data/images/<number>.jpg, data/variants.txt and data/images_variant_test.txt (fgvc-aircraft-2013b.tar.gz, Oxford VGG)"),
+    "dtd": (dtd, ("images", "labels/test1.txt"),
+        "images/<class>/*.jpg and labels/test1.txt (dtd-r1.0.1.tar.gz, Oxford VGG)"),
+    "pets": (pets, ("images", "annotations/test.txt"),
+        "images/<Breed>_<number>.jpg and annotations/test.txt (images.tar.gz and annotations.tar.gz, Oxford VGG)"),
+    "caltech101": (caltech101, ("101_ObjectCategories",),
+        "101_ObjectCategories/<category>/image_*.jpg (caltech-101.zip, data.caltech.edu/records/mzrjq-6wc02)"),
+    "flowers": (flowers, ("jpg", "imagelabels.mat", "setid.mat"),
+        "jpg/image_<number>.jpg, imagelabels.mat and setid.mat (102flowers.tgz and two files, Oxford VGG)"),
+    "eurosat": (eurosat, ("2750",), "2750/<Class>/*.jpg (EuroSAT.zip, the RGB version, github.com/phelber/EuroSAT)"),
+    "ucf101": (ucf101,
         ("UCF-101-midframes", "ucfTrainTestlist/classInd.txt", "ucfTrainTestlist/testlist01.txt"),
         "UCF-101-midframes/<Class_Name>/*.jpg (the middle frame of each video, as CoOp publishes them) and ucfTrainTestlist/"
-        "{classInd,testlist01}.txt (UCF101TrainTestSplits-RecognitionTask.zip, crcv.ucf.edu)",
-    ),
-    "cub": OfficialLayout(
-        "classification", cub, ("images", "images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt"),
-        "images/<class>/*.jpg, {images,classes,image_class_labels,train_test_split}.txt (CUB_200_2011.tgz, Caltech)",
-    ),
+        "{classInd,testlist01}.txt (UCF101TrainTestSplits-RecognitionTask.zip, crcv.ucf.edu)"),
+    "cub": (cub, ("images", "images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt"),
+        "images/<class>/*.jpg, {images,classes,image_class_labels,train_test_split}.txt (CUB_200_2011.tgz, Caltech)"),
 }  # fmt: skip
+PHOTOS = {name: OfficialLayout("classification", *given) for name, given in _READERS.items()}
