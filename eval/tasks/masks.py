@@ -1,12 +1,7 @@
 """Images with a class for every pixel: official layouts and a user's own, class names with synonyms, label maps read safely.
 
-    folder      <data>/*.jpg, <labels>/*.png named like the images, <classes>: the names of class 0, 1, ..., one class a line
-    ade20k      images/validation/*.jpg, annotations/validation/*.png (0: not counted, 1..150), objectInfo150.txt
-    coco_stuff  images/val2017/*.jpg, annotations/val2017/*.png (stuffthingmaps; 255: not counted), labels.txt
-    voc         JPEGImages/*.jpg, SegmentationClass/*.png (255: not counted), ImageSets/Segmentation/val.txt
-
-Several names of a class are separated by commas, as in the class files of this field: `person, man, woman`. With the protocol
-`background`, VOC's class 0 is a class with a list of names (VOC21); without, its pixels do not count (VOC20).
+`eval.tasks.task.MASKS` says which files each layout needs. Several names of a class are separated by commas: `person, man, woman`.
+With the protocol `background`, VOC's class 0 is a class with a list of names (VOC21); without, its pixels do not count (VOC20).
 Shapes: `N` images, `C` classes, `S` names of all classes, `H` and `W` pixels of an image.
 """
 
@@ -47,10 +42,10 @@ _VOC_BACKGROUND = (
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """The images of a task, each with a label map that was read and found good.
+    """The images of a task that have a good label map.
 
-    `names` (S,) are the names of all classes, `owner` (S,) int64 the class of each; `class_names` (C,) the first name of each.
-    `images_digest` stands for keys and encoded images, `digest` for everything measured: also label maps and names.
+    `names` (S,) are the names of all classes, `owner` (S,) int64 the class of each; `class_names` (C,) the first name of each class.
+    `images_digest` is of keys and encoded images, `digest` of everything measured: also of label maps and names.
     """
 
     task: Task
@@ -97,18 +92,13 @@ class _Layout:
     values: dict[int, int]
 
 
-def load_segmentation(
-    task: Task,
-    data_root: Path,
-    *,
-    max_reject_fraction: float = 0.05,
-) -> SegmentationData:
+def load_segmentation(task: Task, data_root: Path, *, max_reject_fraction: float = 0.05) -> SegmentationData:
     """Return the images of a segmentation task; DataError, saying what to put where, if its data is missing or unusable.
 
-    Every image and label map is decoded once and checked. Images without a label map, with one of another size, or with a damaged
-    file are left out and counted (`label_missing`, `label_size`, ...), up to `max_reject_fraction`. A label value that is no class
-    is an error: it would falsify the result.
+    Every image and label map is decoded once. Images whose own file or label map is damaged, missing or of another size are left out
+    and counted by reject code, up to `max_reject_fraction`. A label value that is no class is an error: it would falsify the result.
     """
+    assert task.kind == "segmentation", "eval.tasks.data reads the others"
     folder = data_root / task.path
     found = _layout(task, folder)
     classes_of = np.full(1 << 16, _UNKNOWN, dtype=np.int16)
@@ -118,14 +108,14 @@ def load_segmentation(
     pixels, content = xxhash.xxh3_128(), xxhash.xxh3_128(repr((found.names, sorted(found.values.items()))).encode())
     stems = Counter(_stem(image) for image, _ in found.files)
     for image, label in found.files:
+        key = _stem(image)
         code, hashes = _check(image_root, image, label_root, label, classes_of)
-        code = "duplicate_key" if stems[_stem(image)] > 1 else code
-        if code:
-            rejected[code] += 1
-        else:
-            good.append((_stem(image), (image, label)))
-            pixels.update(f"{_stem(image)}\0{hashes[0]}\0".encode())
-            content.update(hashes[1].encode())
+        if stems[key] > 1 or code:
+            rejected["duplicate_key" if stems[key] > 1 else code] += 1
+            continue
+        good.append((key, (image, label)))
+        pixels.update(f"{key}\0{hashes[0]}\0".encode())
+        content.update(hashes[1].encode())
     if not good or len(good) < (1 - max_reject_fraction) * len(found.files):
         shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common()) or "there is none"
         raise DataError(
@@ -151,8 +141,6 @@ def load_segmentation(
 
 
 def _layout(task: Task, folder: Path) -> _Layout:
-    if task.kind != "segmentation" or task.layout not in LAYOUTS:
-        raise UsageError(f"task {task.id!r}: segmentation reads the layouts {', '.join(LAYOUTS)}, not {task.kind} in {task.layout}")
     if task.protocol not in ("", "background"):
         raise UsageError(f"task {task.id!r}: protocol {task.protocol!r} is unknown; allowed: background, or none")
     if not folder.is_dir():
@@ -161,10 +149,9 @@ def _layout(task: Task, folder: Path) -> _Layout:
 
 
 def gate_labels(data: bytes, limits: Limits) -> np.ndarray:
-    """Return the label map in `data` (an encoded PNG) as its numbers (H, W), palette indices included; raise Reject if it is damaged.
+    """Return the numbers (H, W) of a label map, an encoded PNG, palette indices included.
 
-    What is refused in an image is refused here: too many pixels in the header, wrong checksums, cut content. DataError for a picture
-    with colors instead of one number a pixel.
+    Reject if `gate_image` refuses it, DataError for a picture with colors instead of one number a pixel.
     """
     gate_image(data, limits)  # decodes all of it under guard
     image = Image.open(io.BytesIO(data))
@@ -215,18 +202,10 @@ def _stem(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Return (image, label map) paths: the label map of a/b.jpg is a/b.png."""
-    return [(name, f"{_stem(name)}.png") for name in names]
-
-
-def _listed(folder: Path, pattern: str = "**/*") -> list[str]:
-    """Return the image files below `folder` that match, relative to it, in sorted order."""
-    return sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.glob(pattern)
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-    )
+def _pairs(folder: Path, pattern: str = "**/*") -> list[tuple[str, str]]:
+    """Return (image, label map) paths of the images below `folder` that match, relative to it, sorted: a/b.jpg has a/b.png."""
+    found = (path for path in folder.glob(pattern) if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
+    return [(name, f"{_stem(name)}.png") for name in sorted(path.relative_to(folder).as_posix() for path in found)]
 
 
 def _required(task: Task, path: Path) -> Path:
@@ -244,10 +223,9 @@ def _folder(task: Task, folder: Path) -> _Layout:
     data = Path("images" if task.data == "." else task.data)
     fixed = next((at for at, part in enumerate(data.parts) if re.search(r"[*?[]", part)), len(data.parts))
     images, pattern = folder.joinpath(*data.parts[:fixed]), str(Path(*data.parts[fixed:])) if fixed < len(data.parts) else "**/*"
-    files = _pairs(_listed(_required(task, images), pattern))
+    files = _pairs(_required(task, images), pattern)
     values = {number: number for number in range(len(lines))} | {task.ignore: IGNORED}
-    names = _counted(task, tuple(map(split_names, lines)), len(lines))
-    return _Layout(images, _required(task, folder / task.labels), files, names, values)
+    return _Layout(images, _required(task, folder / task.labels), files, _named(task, lines, len(lines)), values)
 
 
 def _ade20k(task: Task, folder: Path) -> _Layout:
@@ -255,24 +233,20 @@ def _ade20k(task: Task, folder: Path) -> _Layout:
     table = [line.split("\t") for line in read_lines(_required(task, folder / (task.classes or "objectInfo150.txt")))]
     column = next((at for at, cell in enumerate(table[0]) if cell.strip() == "Name"), None)
     rows = table[1:] if column is not None else table  # a file of one's own is names only
-    names = tuple(split_names(row[column or 0]) for row in rows)
-    values = {0: IGNORED} | {number: number - 1 for number in range(1, len(names) + 1)}
-    return _Layout(images, labels, _pairs(_listed(images)), _counted(task, names, 150), values)
+    values = {0: IGNORED} | {number: number - 1 for number in range(1, 151)}
+    return _Layout(images, labels, _pairs(images), _named(task, [row[column or 0] for row in rows], 150), values)
 
 
 def _coco_stuff(task: Task, folder: Path) -> _Layout:
     images, labels = (_required(task, folder / kind / "val2017") for kind in ("images", "annotations"))
     lines = read_lines(_required(task, folder / (task.classes or "labels.txt")))
     rows = [line.partition(":")[::2] for line in lines]
-    if all(number.strip().isdigit() for number, _ in rows):  # the published file: 0 is unlabeled, k is label value k - 1
-        named = {int(number) - 1: name for number, name in rows}
-        kept = [value for value in range(182) if value not in _COCO_GAPS and value in named]
-        names = tuple(split_names(re.sub("-(other|stuff)$", "", named[value].strip()).replace("-", " ")) for value in kept)
-    else:  # names only
-        names = tuple(map(split_names, lines))
     used = [value for value in range(182) if value not in _COCO_GAPS]
+    if all(number.strip().isdigit() for number, _ in rows):  # the published file, not just names: 0 is unlabeled, k is label value k - 1
+        named = {int(number) - 1: name for number, name in rows}
+        lines = tuple(re.sub("-(other|stuff)$", "", named[value].strip()).replace("-", " ") for value in used if value in named)
     values = {value: number for number, value in enumerate(used)} | {255: IGNORED}
-    return _Layout(images, labels, _pairs(_listed(images)), _counted(task, names, len(used)), values)
+    return _Layout(images, labels, _pairs(images), _named(task, lines, len(used)), values)
 
 
 def _voc(task: Task, folder: Path) -> _Layout:
@@ -282,11 +256,13 @@ def _voc(task: Task, folder: Path) -> _Layout:
     lines = read_lines(_required(task, folder / task.classes)) if task.classes else (*((_VOC_BACKGROUND,) if background else ()), *_VOC)
     shift = 0 if background else 1
     values = {255: IGNORED, 0: IGNORED} | {number: number - shift for number in range(shift, 21)}
-    names = _counted(task, tuple(map(split_names, lines)), 21 - shift)
-    return _Layout(images, labels, _pairs(f"{key}.jpg" for key in keys), names, values)
+    files = [(f"{key}.jpg", f"{key}.png") for key in keys]
+    return _Layout(images, labels, files, _named(task, lines, 21 - shift), values)
 
 
-def _counted(task: Task, names: tuple[tuple[str, ...], ...], classes: int) -> tuple[tuple[str, ...], ...]:
+def _named(task: Task, lines: Iterable[str], classes: int) -> tuple[tuple[str, ...], ...]:
+    """Return the names of each class, a line each; DataError unless `classes` have one."""
+    names = tuple(map(split_names, lines))
     named = sum(map(bool, names))
     if not named == len(names) == classes:
         raise DataError(f"task {task.id!r}: its file of class names names {named} classes, one a line; expected {classes}")

@@ -1,12 +1,11 @@
 """Prompts of zero-shot classification: template sets by exact id, template files, and sentences written for each class.
 
-A template holds `{c}` where the class name goes. Results record which set was used (`PromptSet.id`), and numbers of different
-sets never share a table column. `clip:<data set>` are the templates that the package clip_benchmark (MIT) ships for a data set.
+A template holds `{c}` where the class name goes. Numbers of different sets (`PromptSet.id`) never share a table column.
+`clip:<data set>` are the templates that the package clip_benchmark (MIT) ships for a data set.
 """
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,16 +112,19 @@ def package_templates(data_set: str) -> tuple[str, ...]:
 
 
 def prompt_set(templates: str, class_names: tuple[str, ...], folder: Path) -> PromptSet:
-    """Return the sentences of every class for a template set's id or a file in `folder`.
+    """Return the sentences of every class for a template set's id, or a .txt (templates) or .json (sentences by class) file in `folder`.
 
-    A `.txt` file holds templates, a `.json` file sentences for each class; their id carries the hash of what was read, so that
-    two versions of a file are never taken for the same prompts, and so does the id of packaged templates.
+    The id of a file or of packaged templates carries the hash of what was read: two versions are never taken for the same prompts.
     """
+
+    def filled(name: str, texts: tuple[str, ...]) -> PromptSet:
+        return PromptSet(name, tuple(fill(texts, class_name) for class_name in class_names))
+
     if templates in TEMPLATES:
-        return PromptSet(templates, _filled(TEMPLATES[templates], class_names))
+        return filled(templates, TEMPLATES[templates])
     if templates.startswith(PACKAGED):
         read = package_templates(templates.removeprefix(PACKAGED))
-        return PromptSet(f"{templates}@{_digest(read)}", _filled(read, class_names))
+        return filled(f"{templates}@{_digest(read)}", read)
     path = folder / templates
     known = [*sorted(TEMPLATES), f"{PACKAGED}<data set>"]
     if path.suffix not in (".txt", ".json"):
@@ -131,7 +133,7 @@ def prompt_set(templates: str, class_names: tuple[str, ...], folder: Path) -> Pr
         raise DataError(f"prompts {templates!r} not found: put the file at {path}, or name a set: {', '.join(known)}")
     if path.suffix == ".txt":
         read = read_templates(path)
-        return PromptSet(f"templates:{path.name}@{_digest(read)}", _filled(read, class_names))
+        return filled(f"templates:{path.name}@{_digest(read)}", read)
     sentences = read_sentences(path, class_names)
     return PromptSet(f"sentences:{path.name}@{_digest(sentences)}", sentences)
 
@@ -146,10 +148,6 @@ def _packaged(file: str, data_set: str) -> tuple[str, ...]:
     if data_set not in content:
         raise UsageError(f"clip_benchmark's {file} has no {data_set!r}; {nearest(data_set, sorted(content))}")
     return tuple(content[data_set])
-
-
-def _filled(templates: Sequence[str], class_names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple(fill(tuple(templates), name) for name in class_names)
 
 
 def _digest(texts: Any) -> str:

@@ -1,7 +1,4 @@
-"""Tasks by exact id: what is measured, where its data belongs, in which layout, and by which protocol.
-
-The ids are the usual ones of each data set.
-"""
+"""Tasks by exact id, the usual one of each data set: where its data belongs, in which layout, and by which protocol it is measured."""
 
 from pathlib import Path
 

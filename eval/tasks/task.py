@@ -1,7 +1,4 @@
-"""One thing to measure, as a built-in task or as a YAML file of one's own with the fields of Task.
-
-Its data lies in a data set's official layout (`official/`), or in one that `align.sources.plan` or `eval.tasks.masks` reads.
-"""
+"""One thing to measure: a built-in task, or a user's YAML file with the fields of Task."""
 
 import re
 from dataclasses import dataclass, fields
@@ -96,16 +93,15 @@ class Task:
 def read_task_file(path: Path) -> Task:
     """Return the task that a YAML file describes; UsageError for an unknown, missing or wrongly typed field."""
     content = load_yaml(path)
-    known = [field.name for field in fields(Task)]
+    known = {field.name: field.type for field in fields(Task)}
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected `field: value` lines; fields are {', '.join(known)}")
     for key, value in content.items():
         if key not in known:
-            raise UsageError(f"{path}: unknown field {key!r}; {nearest(str(key), known)}")
-        wanted = next(field.type for field in fields(Task) if field.name == key)
-        if not isinstance(value, int if wanted is int else str) or isinstance(value, bool):
-            what = "a whole number" if wanted is int else "text"
-            raise UsageError(f"{path}: {key} should be {what}, found {value!r}" + ("" if wanted is int else "; put it in quotes"))
+            raise UsageError(f"{path}: unknown field {key!r}; {nearest(str(key), list(known))}")
+        wanted, what, mend = (int, "a whole number", "") if known[key] is int else (str, "text", "; put it in quotes")
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise UsageError(f"{path}: {key} should be {what}, found {value!r}{mend}")
     missing = [field for field in ("id", "kind", "layout", "path") if field not in content]
     if missing:
         raise UsageError(f"{path} lacks {', '.join(missing)}; a task needs at least id, kind, layout and path")
