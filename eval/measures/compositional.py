@@ -42,22 +42,20 @@ class CompositionalAnswers:
     @property
     def text(self) -> np.ndarray:
         """(G,) bool: each image scores higher with its own caption than with the other one."""
-        own, other = self._own(), self.scores[:, [0, 1], [1, 0]]  # (G, 2), by image
-        return np.asarray((own > other).all(axis=1))
+        return self._own_above(self.scores[:, [0, 1], [1, 0]])  # (G, 2), by image
 
     @property
     def image(self) -> np.ndarray:
         """(G,) bool: each caption scores higher with its own image than with the other one."""
-        own, other = self._own(), self.scores[:, [1, 0], [0, 1]]  # (G, 2), by caption
-        return np.asarray((own > other).all(axis=1))
+        return self._own_above(self.scores[:, [1, 0], [0, 1]])  # (G, 2), by caption
 
     @property
     def group(self) -> np.ndarray:
         """(G,) bool: text and image are both right."""
         return self.text & self.image
 
-    def _own(self) -> np.ndarray:
-        return self.scores[:, [0, 1], [0, 1]]
+    def _own_above(self, other: np.ndarray) -> np.ndarray:
+        return np.asarray((self.scores[:, [0, 1], [0, 1]] > other).all(axis=1))
 
 
 @torch.no_grad()
@@ -77,12 +75,8 @@ def compositional(images: Tensor, captions: Tensor) -> CompositionalAnswers:
 def compositional_entries(answers: CompositionalAnswers, protocol: str, task: str, model: str, confidence: float) -> list[Entry]:
     """Return the shares of right groups with their Wilson intervals: text_score, image_score and group_score, or pair_accuracy."""
     n = len(answers.scores)
-    entries = []
-    for metric, answer in _metrics(protocol).items():
-        right = int(getattr(answers, answer).sum())
-        interval = wilson_interval(right, n, confidence)
-        entries.append(Entry(task, metric, right / n, *interval, n, model))
-    return entries
+    rights = {metric: int(getattr(answers, answer).sum()) for metric, answer in _metrics(protocol).items()}
+    return [Entry(task, metric, right / n, *wilson_interval(right, n, confidence), n, model) for metric, right in rights.items()]
 
 
 def compositional_chance(groups: int, protocol: str, task: str, model: str) -> list[Entry]:
@@ -106,15 +100,6 @@ def compositional_table(answers: CompositionalAnswers, groups: Sequence[str], ca
     return pa.table({"key": pa.array(keys, pa.string()), "category": pa.array(kinds, pa.string()), **cosines, **right})
 
 
-def by_category(table: pa.Table) -> dict[str, dict[str, float]]:
-    """Return, for each category of a `compositional_table` in alphabetical order, n and the shares of right text, image and group.
-
-    The share of right `image` is MMVP's pair accuracy.
-    """
-    shares = table.group_by("category").aggregate([("key", "count"), *((name, "mean") for name in CHANCE)]).sort_by("category")
-    return {row["category"]: {"n": row["key_count"], **{name: row[f"{name}_mean"] for name in CHANCE}} for row in shares.to_pylist()}
-
-
 def compositional_examples(
     answers: Mapping[str, CompositionalAnswers],
     groups: Sequence[str],
@@ -131,13 +116,10 @@ def compositional_examples(
     items = []
     for group in drawn_numbers(len(keys), count, generator):
         first = 2 * group
-        said = {
-            name: {
-                "scores": given.scores[group].astype(np.float64).round(4).tolist(),
-                **{answer: bool(getattr(given, answer)[group]) for answer in CHANCE},
-            }
-            for name, given in answers.items()
-        }
+        said = {}
+        for name, given in answers.items():
+            right = {answer: bool(getattr(given, answer)[group]) for answer in CHANCE}
+            said[name] = {"scores": given.scores[group].astype(np.float64).round(4).tolist(), **right}
         shown = {"images": [first, first + 1], "captions": list(captions[first : first + 2])}
         items.append({"key": keys[group], "category": kinds[group], **shown, "answers": said})
     return {"items": items}

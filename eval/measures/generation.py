@@ -66,9 +66,8 @@ def yes_no_scores(values: Sequence[Sequence[str]]) -> dict[str, float]:
     An answer that is neither is wrong: it lowers recall if yes was right. What has no denominator is 0. With a third item, the
     group, each metric is the mean over groups.
     """
-    codes, groups = _cells(values)
-    counts = np.bincount(codes, minlength=4 * groups)
-    return {name: float(_yes_no(name, counts[None].reshape(1, groups, 4))[0]) for name in YES_NO}
+    counts = _cells(values)
+    return {name: float(_yes_no(name, counts)) for name in YES_NO}
 
 
 def rouge_l(answer: str, truths: Sequence[str]) -> float:
@@ -113,19 +112,19 @@ def estimate(metric: str, values: Sequence[Any], generator: np.random.Generator,
     return (float(scores.mean()), *percentiles(drawn, confidence))
 
 
-def _cells(values: Sequence[Sequence[str]]) -> tuple[np.ndarray, int]:
-    """Return (N,) codes 4 * group + (0 yes, true yes; 1 yes, true no; 2 not yes, true yes; 3 not yes, true no) and the number of groups."""
+def _cells(values: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return (groups, 4) counts of answers: yes, true yes; yes, true no; not yes, true yes; not yes, true no."""
     names = sorted({value[2] if len(value) > 2 else "" for value in values})
     codes = []
     for said, true, *group in values:
         if true not in ("yes", "no"):
             raise DataError(f"the right answer to a yes-no question is {true!r}; expected yes or no")
         codes.append(4 * names.index(group[0] if group else "") + 2 * (said != "yes") + (true == "no"))
-    return np.asarray(codes, dtype=np.int64), len(names)
+    return np.bincount(np.asarray(codes, dtype=np.int64), minlength=4 * len(names)).reshape(-1, 4)
 
 
 def _yes_no(name: str, counts: np.ndarray) -> np.ndarray:
-    """Return (R,) a metric, averaged over groups, of counts (R, groups, 4) in the order of `_cells`."""
+    """Return (...) a metric, averaged over groups, of counts (..., groups, 4) in the order of `_cells`."""
     right, wrong, missed, rejected = (counts[..., cell] for cell in range(4))
     over, under = {
         "precision": (right, right + wrong),
@@ -139,13 +138,12 @@ def _yes_no(name: str, counts: np.ndarray) -> np.ndarray:
 def _yes_no_estimate(
     name: str, values: Sequence[Sequence[str]], generator: np.random.Generator, confidence: float
 ) -> tuple[float, float, float]:
-    codes, groups = _cells(values)
-    counts = np.bincount(codes, minlength=4 * groups)
-    value = yes_no_scores(values)[name]
-    if name == "f1" or groups > 1:
-        drawn = kind_bootstrap(lambda times: _yes_no(name, times.reshape(-1, groups, 4)), counts, generator)
+    counts = _cells(values)
+    value = float(_yes_no(name, counts))
+    if name == "f1" or len(counts) > 1:
+        drawn = kind_bootstrap(lambda times: _yes_no(name, times.reshape(-1, *counts.shape)), counts.ravel(), generator)
         return (value, *percentiles(drawn, confidence))
-    right, wrong, missed, rejected = (int(count) for count in counts)
+    right, wrong, missed, rejected = counts[0].tolist()
     of = {"precision": right + wrong, "recall": right + missed, "yes_ratio": right + wrong + missed + rejected}[name]
     hits = right + wrong if name == "yes_ratio" else right
     return (value, *(wilson_interval(hits, of, confidence) if of else (0.0, 1.0)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from align.common.intervals import bootstrap, median_of, percentiles
 from align.model.ranking import ranks_and_top
-from eval.results.examples import drawn_numbers
+from eval.results.examples import drawn_numbers, ranked
 from eval.results.metrics import chance_recall, clustered_recall_interval, median_rank, recall_at
 from eval.results.records import Entry
 
@@ -75,12 +75,8 @@ def retrieval_chance(captions_per_image: np.ndarray, task: str, model: str) -> l
     """Return the expected recalls of a random order, for images with `captions_per_image` (N,) captions; intervals are points."""
     images, captions = len(captions_per_image), int(captions_per_image.sum())
     directions = (("i2t", captions, captions_per_image, images), ("t2i", images, np.ones(1, dtype=np.int64), captions))
-    entries = []
-    for direction, targets, positives, n in directions:
-        for k in KS:
-            value = chance_recall(targets, positives, k)
-            entries.append(Entry(task, f"{direction}_r@{k}", value, value, value, n, model))
-    return entries
+    values = [(f"{way}_r@{k}", chance_recall(targets, positives, k), n) for way, targets, positives, n in directions for k in KS]
+    return [Entry(task, metric, value, value, value, n, model) for metric, value, n in values]
 
 
 def retrieval_table(answers: RetrievalAnswers, keys: Sequence[str], caption_image: np.ndarray) -> pa.Table:
@@ -119,51 +115,31 @@ def retrieval_examples(
 ) -> dict[str, Any]:
     """Return `count` random queries each way with every model's answers, and a matrix of cosines.
 
-    For an image, `best` is the one of its own captions that the model ranks first.
-
-    `embeddings` maps model names to L2-normalized images (N, E) and captions (M, E); caption j belongs to image
-    `caption_image[j]` (M,), and the captions of an image follow one another.
+    For an image, `best` is the one of its own captions that the model ranks first. `embeddings` maps model names to
+    L2-normalized images (N, E) and captions (M, E); caption j belongs to image `caption_image[j]` (M,), in ascending order.
     """
     images = int(caption_image.max()) + 1
-    first = np.searchsorted(caption_image, np.arange(images))  # each image's first caption
     chosen = drawn_numbers(images, MATRIX_SIDE, generator) if count else []
-    rows = first[chosen]
+    rows = np.searchsorted(caption_image, chosen)  # each image's first caption
     cosines = {name: c[rows] @ i[chosen].T for name, (i, c) in embeddings.items()}
     matrix = {
         "images": chosen,
-        "captions": [captions[int(row)] for row in rows],
+        "captions": [captions[row] for row in rows],
         "scores": {name: values.double().numpy().round(4).tolist() for name, values in cosines.items()},
     }
     t2i, i2t = [], []
     for caption in drawn_numbers(len(captions), count, generator):
-        own = int(caption_image[caption])
-        said = {
-            name: {
-                "rank": int(given.t2i_ranks[caption]),
-                "top": [
-                    {"image": int(image), "score": round(float(score), 4), "right": int(image) == own}
-                    for image, score in _best(given.t2i_top[caption], given.t2i_scores[caption])
-                ],
-            }
-            for name, given in answers.items()
-        }
+        own, said = int(caption_image[caption]), {}
+        for name, given in answers.items():
+            top, scores = given.t2i_top[caption, :SHOWN_ANSWERS], given.t2i_scores[caption, :SHOWN_ANSWERS]
+            said[name] = {"rank": int(given.t2i_ranks[caption]), "top": ranked("image", top.tolist(), scores, top == own)}
         t2i.append({"caption": captions[caption], "image": own, "answers": said})
     for image in drawn_numbers(images, count, generator):
-        mine = np.flatnonzero(caption_image == image)
-        said = {
-            name: {
-                "rank": int(given.i2t_ranks[image]),
-                "best": captions[int(mine[int((embeddings[name][1][mine] @ embeddings[name][0][image]).argmax())])],
-                "top": [
-                    {"caption": captions[number], "score": round(float(score), 4), "right": int(caption_image[number]) == image}
-                    for number, score in _best(given.i2t_top[image], given.i2t_scores[image])
-                ],
-            }
-            for name, given in answers.items()
-        }
+        mine, said = np.flatnonzero(caption_image == image), {}
+        for name, given in answers.items():
+            top, scores = given.i2t_top[image, :SHOWN_ANSWERS], given.i2t_scores[image, :SHOWN_ANSWERS]
+            best = captions[mine[int((embeddings[name][1][mine] @ embeddings[name][0][image]).argmax())]]
+            shown = ranked("caption", [captions[n] for n in top], scores, caption_image[top] == image)
+            said[name] = {"rank": int(given.i2t_ranks[image]), "best": best, "top": shown}
         i2t.append({"image": image, "answers": said})
     return {"t2i": t2i, "i2t": i2t, "matrix": matrix}
-
-
-def _best(targets: np.ndarray, scores: np.ndarray) -> list[tuple[Any, Any]]:
-    return list(zip(targets[:SHOWN_ANSWERS], scores[:SHOWN_ANSWERS], strict=True))

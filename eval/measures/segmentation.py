@@ -2,9 +2,9 @@
 
     <cache>/segmentation/<digest>/<first image>-<hash>.parquet    the label maps of 32 images as PNGs, whose numbers are classes
 
-The digest is of images, model, prompts and protocol: a second run touches no encoder, one that was killed goes on at the shard
-where it was, and a shard that does not have the hash in its name is made again. `windows` makes a label map, `masks` reads
-the true ones. Shapes: `N` images, `C` classes, `S` names, `E` aligned width, `R` resamples, `H` and `W` pixels of an image.
+The digest is of images, model, prompts and protocol. A second run does not run the encoder; a killed one resumes at its shard; a
+shard whose content does not have the hash in its name is made again. `windows` makes a label map, `eval.tasks.masks` reads the true
+ones. Shapes: `N` images, `C` classes, `S` names, `E` aligned width, `H` and `W` pixels of an image.
 """
 
 import io
@@ -63,10 +63,9 @@ class LabelMaps:
 
 @dataclass(frozen=True)
 class Prompted:
-    """A model that was told the names of a task: what makes label maps.
+    """A model with the names of a task: `weights` (S, E), L2-normalized, are made from each name's `sentences`.
 
-    `fingerprint` is of encoders and heads; `weights` (S, E) are L2-normalized, one for each of the data's names, and made from its
-    `sentences`.
+    `fingerprint` is of encoders and heads.
     """
 
     model: DualEncoder
@@ -80,16 +79,14 @@ def label_maps(
     prompted: Sequence[Prompted],
     cache: Path,
     *,
-    windows: Windows | None = None,
-    batch_size: int = 8,
+    windows: Windows,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LabelMaps]:
     """Return each model's label maps of all images, computing those that are not in `cache` yet.
 
     An image is read once, and goes once through an encoder that several models share (a trained model and its untrained twin).
-    `batch_size` windows go through it at a time. `report(done, total)` is called after each image.
+    `report(done, total)` is called after each image.
     """
-    windows = windows or Windows()
     folders = [cache / "segmentation" / maps_digest(data, one.fingerprint, one.sentences, windows) for one in prompted]
     total = len(data.keys)
     starts = range(0, total, SHARD_IMAGES)
@@ -106,7 +103,7 @@ def label_maps(
                 image = data.image(number)
                 for alike in _sharing([(folders[n], prompted[n]) for n in lacking]):
                     models, weights = [one.model for _, one in alike], [one.weights for _, one in alike]
-                    for (folder, _), classes in zip(alike, segment(models, image, weights, data.owner, windows, batch_size), strict=True):
+                    for (folder, _), classes in zip(alike, segment(models, image, weights, data.owner, windows), strict=True):
                         made[folder].append(_encoded(classes))
                 done += 1
                 report(done, total)
@@ -125,7 +122,7 @@ def _sharing(prompted: Sequence[tuple[Path, Prompted]]) -> list[list[tuple[Path,
 
 
 def maps_digest(data: SegmentationData, fingerprint: Mapping[str, Any], sentences: Sequence[Sequence[str]], windows: Windows) -> str:
-    """Return 32 hex digits for all that decides label maps: images, model (not what its folders are called), prompts and protocol."""
+    """Return 32 hex digits for all that decides label maps: images, model (not its folders' names), prompts and protocol."""
     model = {name: value for name, value in fingerprint.items() if name.split()[-1] != "encoder"}
     decides = [data.images_digest, model, [list(of_name) for of_name in sentences], data.owner.tolist(), asdict(windows)]
     return hash_bytes(json.dumps(decides, sort_keys=True).encode())
@@ -170,13 +167,10 @@ def segmentation_answers(data: SegmentationData, maps: LabelMaps) -> Segmentatio
 def majority_answers(answers: SegmentationAnswers) -> SegmentationAnswers:
     """Return the counts of giving every pixel the most frequent class of these very images: what counting alone can reach."""
     pixels = answers.tp + answers.fn  # (N, C) of each true class
-    most = int(pixels.sum(axis=0).argmax())
-    right, confusion = np.zeros_like(pixels), np.zeros_like(answers.confusion)
-    right[:, most] = pixels[:, most]
-    confusion[:, most] = pixels.sum(axis=0)
-    wrong = np.zeros_like(pixels)
-    wrong[:, most] = pixels.sum(axis=1) - pixels[:, most]
-    return SegmentationAnswers(confusion, right, wrong, pixels - right)
+    total = pixels.sum(axis=0)
+    named = np.arange(len(total)) == total.argmax()  # (C,): the class that every pixel is given
+    wrong = (pixels.sum(axis=1, keepdims=True) - pixels) * named
+    return SegmentationAnswers(np.outer(total, named), pixels * named, wrong, pixels * ~named)
 
 
 def class_iou(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
@@ -206,14 +200,11 @@ def segmentation_entries(
     n = len(answers.tp)
 
     def statistics(times: np.ndarray) -> np.ndarray:  # (r, N) -> (r, metrics)
-        found = segmentation_metrics(*(times @ count for count in counts))
-        return np.stack([found[metric] for metric in METRICS], axis=1)
+        return np.stack(list(segmentation_metrics(*(times @ count for count in counts)).values()), axis=1)
 
     drawn = kind_bootstrap(statistics, np.ones(n), generator, resamples)  # every image is a kind of its own
-    return [
-        Entry(task, metric, float(values[metric]), *percentiles(drawn[:, place], confidence), n, model)
-        for place, metric in enumerate(METRICS)
-    ]
+    intervals = {metric: percentiles(column, confidence) for metric, column in zip(METRICS, drawn.T, strict=True)}
+    return [Entry(task, metric, float(values[metric]), *interval, n, model) for metric, interval in intervals.items()]
 
 
 def segmentation_table(answers: SegmentationAnswers, keys: Sequence[str]) -> pa.Table:
@@ -250,20 +241,9 @@ def segmentation_examples(
             said[model] = {"overlay": path, "pixel_accuracy": accuracy}
             named |= np.bincount(predicted[~ignored], minlength=len(colors)) >= max(1, _NAMED * truth.size)
         legend = [*np.flatnonzero(counts)[np.argsort(-counts[counts > 0], kind="stable")], *np.flatnonzero(named & (counts == 0))]
-        items.append(
-            {
-                "image": number,
-                "key": data.keys[number],
-                "classes": _legend([int(n) for n in legend], data.class_names, colors),
-                "truth": true_path,
-                "answers": said,
-            }
-        )
+        classes = [{"name": data.class_names[n], "color": "#{:02x}{:02x}{:02x}".format(*colors[n])} for n in legend]
+        items.append({"image": number, "key": data.keys[number], "classes": classes, "truth": true_path, "answers": said})
     return {"items": items}
-
-
-def _legend(numbers: Sequence[int], names: Sequence[str], colors: np.ndarray) -> list[dict[str, str]]:
-    return [{"name": names[n], "color": "#{:02x}{:02x}{:02x}".format(*colors[n])} for n in numbers]
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -63,8 +63,8 @@ def patch_cosines(
 ) -> list[Tensor]:
     """Return each model's mean cosines (S, h, w) over all windows of an RGB image, on its device, for its `weights` (S, E).
 
-    The models share one frozen encoder (`patch_fingerprint`), which runs once. `batch_size` is how many windows go through it at a
-    time. UsageError if its patches are not where they should be, NonFiniteError if a model's embeddings are not finite.
+    The models share one frozen encoder (`patch_fingerprint`), which runs once, on `batch_size` windows at a time. UsageError if its
+    patches are not where they should be, NonFiniteError if a model's embeddings are not finite.
     """
     first = models[0]
     patch, device = first.patch_size, first.device
@@ -99,8 +99,7 @@ def patch_cosines(
 def best_classes(cosines: Tensor, owner: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the class (H, W) of each pixel: the `owner` (S,) of the name whose `cosines` (S, h, w), interpolated to `size`, is highest.
 
-    uint8, or uint16 beyond 256 classes. Rows are done a few at a time: about 64 MiB are held, not S x H x W x 4 bytes (210 MB for
-    COCO-Stuff at 640 x 480).
+    uint8, or uint16 beyond 256 classes. A strip of rows at a time holds about 64 MiB; all would hold 210 MB (COCO-Stuff, 640 x 480).
     """
     height, width = size
     names, rows, columns = cosines.shape
@@ -109,26 +108,15 @@ def best_classes(cosines: Tensor, owner: np.ndarray, size: tuple[int, int]) -> n
         interpolate(torch.eye(cells, device=cosines.device)[None], size=pixels, mode="linear", align_corners=False)[0]
         for cells, pixels in ((rows, height), (columns, width))
     )  # (h, H), (w, W)
-    step = max(1, _BYTES // (4 * names * width))
-    parts = []
-    for start in range(0, height, step):
-        strip = torch.einsum("shw,hr->srw", cosines, down[:, start : start + step]) @ across  # (S, step, W)
-        parts.append(strip.argmax(0).cpu())
+    strips = down.split(max(1, _BYTES // (4 * names * width)), dim=1)  # (h, step)
+    best = [(torch.einsum("shw,hr->srw", cosines, strip) @ across).argmax(0).cpu() for strip in strips]  # (step, W)
     kind = np.uint8 if int(owner.max()) < 256 else np.uint16
-    return owner.astype(kind)[torch.cat(parts).numpy()]
+    return owner.astype(kind)[torch.cat(best).numpy()]
 
 
 def segment(
-    models: Sequence[DualEncoder],
-    image: Image.Image,
-    weights: Sequence[Tensor],
-    owner: np.ndarray,
-    windows: Windows | None = None,
-    batch_size: int = 8,
+    models: Sequence[DualEncoder], image: Image.Image, weights: Sequence[Tensor], owner: np.ndarray, windows: Windows
 ) -> list[np.ndarray]:
-    """Return, by each model, the class (H, W) of each pixel of an RGB image.
-
-    Names have L2-normalized `weights` (S, E) of each model and classes `owner` (S,); models and `batch_size` as of `patch_cosines`.
-    """
-    found = patch_cosines(models, image, weights, windows or Windows(), batch_size)
+    """Return each model's class (H, W) of each pixel of an RGB image; `owner` (S,) are the names' classes, the rest as `patch_cosines`."""
+    found = patch_cosines(models, image, weights, windows)
     return [best_classes(cosines, owner, (image.height, image.width)) for cosines in found]

@@ -14,14 +14,8 @@ from torch import Tensor
 
 from align.common.errors import UsageError
 from align.common.intervals import wilson_interval
-from eval.results.examples import drawn_numbers
-from eval.results.metrics import (
-    accuracy_at,
-    label_ranks,
-    majority_rates,
-    mean_per_class,
-    mean_per_class_interval,
-)
+from eval.results.examples import drawn_numbers, ranked
+from eval.results.metrics import accuracy_at, label_ranks, majority_rates, mean_per_class, mean_per_class_interval
 from eval.results.records import Entry
 
 TOP = 5  # classes kept for each image
@@ -59,27 +53,20 @@ def zero_shot_classification(
 ) -> ClassificationAnswers:
     """Return the answers for `images` (N, E) given class `weights` (C, E), both L2-normalized, and `labels` (N,) int64.
 
-    Ties are settled against the model: a class that scores as high as the right one is ranked before it. Probabilities are the
-    softmax over the classes of `scale` times the cosine, the model's own t; a bias would cancel.
+    Ties count against the model: a class that scores as high as the right one is ranked before it. Probabilities are the softmax
+    over the classes of the cosines times `scale`, the model's own t; a bias would cancel.
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weights):
         raise UsageError(f"labels run from {int(labels.min())} to {int(labels.max())}, but classes from 0 to {len(weights) - 1}")
-    keep = min(TOP, len(weights))
-    ranks, top, top_scores, confidence = [], [], [], []
-    for start in range(0, len(images), chunk):
+    parts = []
+    for start in range(0, max(1, len(images)), chunk):
         scores = (images[start : start + chunk] @ weights.T).numpy()  # (chunk, C)
-        ranks.append(label_ranks(scores, labels[start : start + chunk].numpy()))
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
-        top.append(order)
-        top_scores.append(np.take_along_axis(scores, order, axis=1))
+        top = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
         below = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)  # so that exp cannot overflow
-        confidence.append((1 / np.exp(scale * below).sum(axis=1)).astype(np.float32))
-    return ClassificationAnswers(
-        np.concatenate(ranks or [np.zeros(0, np.int64)]),
-        np.concatenate(top or [np.zeros((0, keep), np.int64)]),
-        np.concatenate(top_scores or [np.zeros((0, keep), np.float32)]),
-        np.concatenate(confidence or [np.zeros(0, np.float32)]),
-    )
+        confidence = (1 / np.exp(scale * below).sum(axis=1)).astype(np.float32)
+        ranks = label_ranks(scores, labels[start : start + chunk].numpy())
+        parts.append((ranks, top, np.take_along_axis(scores, top, axis=1), confidence))
+    return ClassificationAnswers(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def classification_entries(
@@ -93,21 +80,21 @@ def classification_entries(
 ) -> list[Entry]:
     """Return acc@1, acc@5 (left out with fewer than 5 classes) and mean_per_class, with Wilson and bootstrap intervals."""
     n = len(labels)
-    entries = []
-    for k in (1, 5):
-        if k <= classes:
-            value = accuracy_at(answers.ranks, k, classes)
-            entries.append(Entry(task, f"acc@{k}", value, *wilson_interval(round(value * n), n, confidence), n, model))
+    rates = {k: accuracy_at(answers.ranks, k, classes) for k in _ks(classes)}
+    entries = [Entry(task, f"acc@{k}", rate, *wilson_interval(round(rate * n), n, confidence), n, model) for k, rate in rates.items()]
     correct = answers.ranks == 1
     interval = mean_per_class_interval(correct, labels, classes, generator, confidence)
-    entries.append(Entry(task, "mean_per_class", mean_per_class(correct, labels, classes), *interval, n, model))
-    return entries
+    return [*entries, Entry(task, "mean_per_class", mean_per_class(correct, labels, classes), *interval, n, model)]
+
+
+def _ks(classes: int) -> tuple[int, ...]:
+    return (1, 5) if classes >= 5 else (1,)
 
 
 def majority_entries(labels: np.ndarray, classes: int, task: str, model: str, confidence: float) -> list[Entry]:
     """Return the scores of always naming the most frequent classes of these very labels: what counting alone can reach."""
     n = len(labels)
-    rates = majority_rates(labels, classes, (1, 5) if classes >= 5 else (1,))
+    rates = majority_rates(labels, classes, _ks(classes))
     entries = [Entry(task, f"acc@{k}", rate, *wilson_interval(round(rate * n), n, confidence), n, model) for k, rate in rates.items()]
     share = 1 / len(np.unique(labels))  # right on one of the classes that occur, wrong on the others
     return [*entries, Entry(task, "mean_per_class", share, share, share, n, model)]
@@ -115,7 +102,7 @@ def majority_entries(labels: np.ndarray, classes: int, task: str, model: str, co
 
 def classification_chance(n: int, classes: int, task: str, model: str) -> list[Entry]:
     """Return what a random order of the classes scores on average; it is exact, so its interval is a point."""
-    values = {"acc@1": 1 / classes, **({"acc@5": 5 / classes} if classes >= 5 else {}), "mean_per_class": 1 / classes}
+    values = {f"acc@{k}": k / classes for k in _ks(classes)} | {"mean_per_class": 1 / classes}
     return [Entry(task, metric, value, value, value, n, model) for metric, value in values.items()]
 
 
@@ -156,16 +143,9 @@ def classification_examples(
     """Return `count` random images with the classes each model named first; `answers` maps model names to answers."""
     items = []
     for image in drawn_numbers(len(labels), count, generator):
-        label = int(labels[image])
-        said = {
-            name: {
-                "rank": int(given.ranks[image]),
-                "top": [
-                    {"class": class_names[number], "score": round(float(score), 4), "right": int(number) == label}
-                    for number, score in zip(given.top[image], given.top_scores[image], strict=True)
-                ],
-            }
-            for name, given in answers.items()
-        }
+        label, said = int(labels[image]), {}
+        for name, given in answers.items():
+            top, scores = given.top[image], given.top_scores[image]
+            said[name] = {"rank": int(given.ranks[image]), "top": ranked("class", [class_names[n] for n in top], scores, top == label)}
         items.append({"image": image, "label": class_names[label], "answers": said})
     return {"items": items}

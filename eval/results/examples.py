@@ -23,6 +23,11 @@ def drawn_numbers(total: int, count: int, generator: np.random.Generator) -> lis
     return [int(number) for number in generator.choice(total, size=min(count, total), replace=False)]
 
 
+def ranked(what: str, shown: Iterable[Any], scores: Iterable[float], right: Iterable[bool]) -> list[dict[str, Any]]:
+    """Return a model's best answers as the report shows them: `what` is the key of what each one is."""
+    return [{what: one, "score": round(float(s), 4), "right": bool(good)} for one, s, good in zip(shown, scores, right, strict=True)]
+
+
 def drawn_questions(task: str, numbers: Iterable[int], count: int, seed: int) -> list[int]:
     """Return `count` of a task's question numbers: those that come first by hash of seed, task and number.
 
