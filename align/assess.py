@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.assessment.config import AssessConfig
-from align.common.commandline import run
+from align.common.commandline import run, set_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,13 +87,11 @@ def main(config: AssessConfig) -> None:
     from align.assessment.candidates import folder_name
     from align.assessment.encoding import draw_samples, encode_texts, encode_visions, refuse_equal_names
     from align.assessment.tables import trained_scores
-    from align.common.console import Progress, plain_console
-    from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+    from align.common.console import Progress
+    from align.common.hardware import resolve_precision
     from align.common.runs import add_launch
 
-    reuse_freed_memory()
-    use_cores(1)
-    console, folder = plain_console(), Path(config.output)
+    console, folder = set_up(), Path(config.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision, device)
     refuse_equal_names([folder_name(name) for name in (*config.vision, *config.text)])

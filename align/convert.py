@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run
-from align.common.console import plain_console
+from align.common.commandline import run, set_up
 from align.common.errors import UsageError
 from align.common.files import human_bytes, require_free
-from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.hardware import resolve_precision
 from align.common.locks import Lease
 from align.model.config import ConvertConfig
 
@@ -31,12 +30,7 @@ if TYPE_CHECKING:
 
 def main(config: ConvertConfig) -> None:
     """Do the one conversion that was asked for."""
-    from transformers.utils.logging import disable_progress_bar
-
-    reuse_freed_memory()
-    use_cores(1)
-    disable_progress_bar()  # of transformers
-    console = plain_console()
+    console = set_up()
     if config.heads:
         convert_heads(config, console)
     elif config.embeddings:

@@ -20,7 +20,7 @@ Interrupted runs resume with the same command from the last committed shards, to
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run
+from align.common.commandline import run, set_up
 from align.curation.config import CurateConfig
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def main(config: CurateConfig) -> None:
     import torch
     from rich.panel import Panel
 
-    from align.common.console import plain_console
     from align.common.files import remove_temporaries
-    from align.common.hardware import reuse_freed_memory, use_cores
     from align.common.recipes_yaml import refuse_other_config, write_recipe
     from align.common.runs import add_launch
     from align.curation.concepts import concept_names, evaluation_note, evaluation_sets, inputs_of, kept_prototypes, make_prototypes
@@ -74,9 +72,7 @@ def main(config: CurateConfig) -> None:
     from align.curation.scoring import ConceptSpace, score_shards
     from align.model.dual_encoder import SailModel
 
-    reuse_freed_memory()
-    use_cores(1)
-    console, folder = plain_console(), Path(config.output)
+    console, folder = set_up(), Path(config.output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     candidates, names = CandidatePool.open(*config.candidates), concept_names(config)
     refuse_other_config(config, folder, "curate", FREE_ON_RESUME)

@@ -10,16 +10,15 @@ Interrupted runs resume with the same command: only shards that are not committe
 share the work if they are given the same `--job` name and see the same `--output`.
 """
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run
-from align.common.console import Progress, plain_console
+from align.common.commandline import run, set_up
+from align.common.console import Progress
 from align.common.errors import UsageError
 from align.common.files import human_bytes, remove_temporaries, require_free
-from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+from align.common.hardware import resolve_precision
 from align.common.locks import Lease, new_job
 from align.features.config import EncodeConfig
 
@@ -37,10 +36,8 @@ def main(config: EncodeConfig) -> None:
     import torch
     from accelerate import PartialState
 
-    reuse_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
-    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    console = plain_console(quiet=not state.is_main_process)
+    console = set_up(quiet=not state.is_main_process)
     job = planned(config, state)
     size = job.predicted_bytes()
     console.print(
@@ -72,10 +69,9 @@ def planned(config: EncodeConfig, state: "PartialState") -> "Extraction":
     from align.encoders.vision import load_vision_encoder
     from align.features.extract import Extraction, Stopping
     from align.sources.gate import Limits
-    from align.sources.plan import Plan, Source, plan
+    from align.sources.plan import Plan, plan
 
-    source = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
-    folder = Path(config.output)
+    source, folder = config.source(config.data), Path(config.output)
     if state.is_main_process:
         plan(source, config.shard_rows, config.captions).keep(folder, "files, columns or --shard-rows")
     state.wait_for_everyone()

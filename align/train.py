@@ -17,8 +17,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run
-from align.common.console import plain_console
+from align.common.commandline import run, set_up
 from align.common.errors import UsageError
 from align.common.files import hash_file, human_bytes
 from align.common.recipes_yaml import refuse_other_config, write_recipe
@@ -37,18 +36,14 @@ def main(config: TrainConfig) -> None:
     """Open the features, build the heads, train them from the newest checkpoint on; write config and manifest first."""
     import torch
     from accelerate import PartialState
-    from transformers.utils.logging import disable_progress_bar
 
-    from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+    from align.common.hardware import resolve_precision
     from align.training.data import build_model
     from align.training.run import Run
     from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
-    reuse_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
-    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    console = plain_console(quiet=not state.is_main_process)
-    disable_progress_bar()  # of transformers: a bar for each saved model
+    console = set_up(quiet=not state.is_main_process)
     if config.batch_size % state.num_processes:
         raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")
     refuse_other_config(config, Path(config.output), "train", FREE_ON_RESUME)

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from align.common.commandline import run
+from align.common.commandline import run, set_up
 from align.common.console import plain_console
 from eval.measures.config import EvalConfig
 
@@ -58,9 +58,7 @@ def compare_results(config: EvalConfig) -> None:
 def measure(config: EvalConfig) -> None:
     """Read the tasks, load the models, measure, save, report."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
-    from align.common.hardware import reuse_freed_memory, use_cores
     from eval.measures.measurement import Measurement, read_task
     from eval.measures.windows import Windows
     from eval.models.features import FeatureCache
@@ -70,10 +68,7 @@ def measure(config: EvalConfig) -> None:
     from eval.results.tables import results_table
     from eval.tasks.registry import find_task
 
-    reuse_freed_memory()
-    use_cores(1)
-    disable_progress_bar()  # of transformers, for every checkpoint it opens
-    console, output = plain_console(), Path(config.output)
+    console, output = set_up(), Path(config.output)
     cache = Path(config.cache) if config.cache else output / "cache"
     tasks = [find_task(name) for name in config.tasks]
     # all of them, so that wrong data is told before hours of encoding

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.common.commandline import run
+from align.common.commandline import run, set_up
 from align.common.errors import DataError, KitError, UsageError
 from mllm.model.config import ChatConfig
 
@@ -78,15 +78,12 @@ def main(config: ChatConfig) -> None:
     """Load the model, then answer one question or hold a conversation."""
     import torch
     from transformers import TextStreamer
-    from transformers.utils.logging import disable_progress_bar
 
-    from align.common.console import plain_console
-    from align.common.hardware import resolve_precision, use_cores
+    from align.common.hardware import resolve_precision
     from mllm.model.answering import Answerer, ChatSession, Decoding
     from mllm.model.saving import load_mllm
 
-    disable_progress_bar()
-    use_cores(1)
+    console = set_up()
     torch.manual_seed(config.seed)
     image = read_image(config.image) if config.image else None
     decoding = Decoding(config.max_new_tokens, config.temperature)
@@ -98,7 +95,6 @@ def main(config: ChatConfig) -> None:
     if config.prompt is not None:
         session.ask(config.prompt, streamer)
         return
-    console = plain_console()
     if sys.stdin.isatty():
         console.print(f"{COMMANDS}; everything else is a question")
     converse(session, console, questions(console), streamer)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run
+from align.common.commandline import run, set_up
 from align.common.errors import UsageError
 from align.common.recipes_yaml import load_yaml, refuse_other_config
 from mllm.loop.config import FinetuneConfig
@@ -37,10 +37,9 @@ FREE_ON_RESUME = {
 def main(config: FinetuneConfig) -> None:
     """Load and freeze the model, read the data, train, export."""
     import torch
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+    from transformers.utils.logging import set_verbosity_error
 
-    from align.common.console import plain_console
-    from align.common.hardware import resolve_precision, reuse_freed_memory, use_cores
+    from align.common.hardware import resolve_precision
     from mllm.conversations.packing import EpochPlan
     from mllm.loop.estimate import estimate
     from mllm.loop.flops import Collate, image_flops, step_cost
@@ -51,17 +50,14 @@ def main(config: FinetuneConfig) -> None:
     from mllm.model.modeling import SailLlavaConfig
     from mllm.model.saving import require_mllm
 
-    reuse_freed_memory()
-    disable_progress_bar()
     set_verbosity_error()
     rates, start = config.learning_rates(), Path(config.model)
     require_mllm(start)
     image_cost = image_flops(SailLlavaConfig.from_pretrained(start), rates)
     precision = resolve_precision(config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = training_arguments(config, precision, int(os.environ.get("WORLD_SIZE", "1")))  # starts the process group: before the model
-    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     rank, world = settings.process_index, settings.world_size
-    console = plain_console(quiet=rank != 0)
+    console = set_up(quiet=rank != 0)
     refuse_other_config(config, Path(config.output), config.stage, FREE_ON_RESUME)
     model, processor = load_trainable(start, rates, config.lora(), config.seed, bf16=settings.bf16, deepspeed=bool(config.deepspeed))
     with settings.main_process_first(desc="index of the data"):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run
+from align.common.commandline import run, set_up
 from mllm.assembly.config import UpgradeConfig
 
 if TYPE_CHECKING:
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 def main(config: UpgradeConfig) -> None:
     """Load the components, join them, start the projector, save the model and say what was kept."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from align.common.console import Progress, plain_console
-    from align.common.hardware import reuse_freed_memory, use_cores
+    from align.common.console import Progress
     from align.common.recipes_yaml import write_recipe
     from align.common.runs import add_launch
     from mllm.assembly.join import load_projector, report_table
@@ -36,10 +33,7 @@ def main(config: UpgradeConfig) -> None:
     from mllm.conversations.table import open_conversations
     from mllm.model.saving import require_free_place, save_mllm
 
-    reuse_freed_memory()
-    use_cores(1)
-    disable_progress_bar()  # of transformers, for every file it reads and writes
-    console = plain_console()
+    console = set_up()
     folder = Path(config.output)
     require_free_place(folder)
     model, processor, report = assembled(config)

@@ -187,8 +187,10 @@ def test_entries_are_the_files_that_can_be_run():
 def test_every_config_field_is_documented_and_read(section):
     kind = CONFIGS[section]
     source = "\n".join(path.read_text() for path in FILES if path.name != "config.py")
-    definition = (ROOT / Path(*kind.__module__.split("."))).with_suffix(".py").read_text()
-    methods = "".join(inspect.getsource(value) for name, value in vars(kind).items() if inspect.isfunction(value) and name[:2] != "__")
+    bases = [base for base in kind.__mro__ if base is not object]
+    definition = "".join(inspect.getsource(base) for base in bases)
+    members = [item for base in bases for item in vars(base).items()]
+    methods = "".join(inspect.getsource(value) for name, value in members if inspect.isfunction(value) and name[:2] != "__")
     for field in dataclasses.fields(kind):
         used = re.search(rf"config\.{field.name}\b", source) or re.search(rf"self\.{field.name}\b", methods)
         assert used, f"{kind.__name__}.{field.name} is never read"

@@ -7,10 +7,11 @@ from typing import Literal
 from align.common.checks import check, check_least
 from align.common.hardware import Precision
 from align.encoders.trust import check_trust, split_revision
+from align.sources.config import SourceFlags
 
 
-@dataclass(frozen=True)
-class AssessConfig:
+@dataclass(frozen=True, kw_only=True)
+class AssessConfig(SourceFlags):
     """Rank vision encoders, their layers and text encoders on a few thousand pairs, before anything is trained at length."""
 
     data: str
@@ -37,14 +38,6 @@ class AssessConfig:
     """Column with the class: `label` is the folder's name, `cls` that of CLIP_benchmark's tars."""
     trained: tuple[str, ...] = ()
     """Finished runs of align/train.py on stores of this assessment: their recall becomes a score to be predicted."""
-    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
-    """How the pairs lie on disk."""
-    image_column: str = "image"
-    """Column with image bytes or a path (parquet, jsonl, csv)."""
-    key_column: str = "key"
-    """Column with the sample key; without one, file name and row number make the key."""
-    image_root: str | None = None
-    """Folder that image paths are relative to. None: the folder of the manifest."""
     rows: int = 5000
     """Pairs to take from the data, drawn in pieces of up to 64 neighbors by the seed."""
     labelled_rows: int = 2000
@@ -79,8 +72,6 @@ class AssessConfig:
     """Images a forward pass."""
     text_batch_size: int = 64
     """Captions a forward pass."""
-    workers: int = 2
-    """Processes that read and decode images beside the forward pass."""
     seed: int = 0
     """Seed of the sample, splits, probes, resamples and random weights."""
     trust_remote_code: bool = False

@@ -58,7 +58,7 @@ def draw_samples(config: AssessConfig) -> dict[str, Sample]:
         folder = Path(config.output) / name
         return Sample(source, sampled_plan(source, rows, config.seed, columns, folder), folder)
 
-    source = Source(config.data, config.layout, config.image_column, config.key_column, config.image_root)
+    source = config.source(config.data)
     samples = {"pairs": drawn("pairs", source, config.rows, config.captions)}
     if config.labelled:
         source = Source(config.labelled, image=config.image_column, key=config.key_column)

@@ -3,6 +3,7 @@
 Entries keep their heavy imports inside `main`, so that `--help` and a typo are answered before torch is loaded.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import tyro
+from rich.console import Console
 
+from align.common.console import plain_console
 from align.common.errors import KitError, UsageError
 from align.common.files import arm_failpoint
+from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.recipes_yaml import recipe_flags, to_recipe
 
 Config = TypeVar("Config")
@@ -31,7 +35,7 @@ def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -
     flags = recipe_flags(Path(recipe), section, known) if recipe else []
     show = "--print-config" in arguments
     flags += [a for a in arguments if a != "--print-config"]
-    config = tyro.cli(kind, args=flags, description=kind.__doc__)
+    config = tyro.cli(kind, args=flags, description=inspect.getdoc(kind))
     if show:
         sys.stdout.write(to_recipe(config, section))
         raise SystemExit(0)
@@ -75,6 +79,19 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         _leave(130)
+
+
+def set_up(quiet: bool = False) -> Console:
+    """Return the console of an entry that computes; first give torch this process's share of the cores and silence transformers' bars.
+
+    Call it after whatever sets the number of threads itself, such as `PartialState`.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    reuse_freed_memory()
+    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    disable_progress_bar()  # of transformers, for every file it reads and writes
+    return plain_console(quiet)
 
 
 def _leave(code: int) -> None:

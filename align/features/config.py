@@ -1,36 +1,25 @@
 """What align/encode.py can be told. Every field is a flag; checked when it is made."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from align.common.checks import check, check_least, check_share
 from align.common.hardware import Arithmetic, Precision
+from align.encoders.config import EncoderFlags
 from align.encoders.spec import TextSpec, VisionFeature, VisionSpec
 from align.encoders.trust import check_trust
+from align.sources.config import SourceFlags
 
 
-@dataclass(frozen=True)
-class EncodeConfig:
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(EncoderFlags, SourceFlags):
     """Encode images and captions once with frozen encoders into feature stores."""
 
     data: str
     """What to read: a folder, a file or a quoted glob ('shards/*.tar')."""
     output: str
     """Folder for the stores: OUTPUT/images and OUTPUT/captions-COLUMN."""
-    vision: str | None = None
-    """Vision encoder: hub id, local folder or an `embedded:` id. None: do not encode images."""
-    text: str | None = None
-    """Text encoder: hub id, local folder or an `embedded:` id. None: do not encode captions."""
     captions: tuple[str, ...] = ()
     """Caption columns to encode, each into a store of its own. A column may hold a list of captions."""
-    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
-    """How the data lies on disk."""
-    image_column: str = "image"
-    """Column with image bytes or a path (parquet, jsonl, csv)."""
-    key_column: str = "key"
-    """Column with the sample key; without one, file name and row number make the key."""
-    image_root: str | None = None
-    """Folder that image paths are relative to. None: the folder of the manifest."""
     feature: VisionFeature = "auto"
     """What is pooled: [cls ; mean of patches], one of them, or whichever of cls_mean and mean the encoder has. tokens: nothing,
     all tokens of images and captions are kept for `--head token` (526 KB an image of ViT-L; set --max-length, too)."""
@@ -42,16 +31,12 @@ class EncodeConfig:
     """Layer of the text encoder; -1 is the last."""
     prompt: str = ""
     """Text put before every caption."""
-    max_length: int | None = None
-    """Longest caption in tokens. None: the text encoder's own."""
     precision: Precision = "auto"
     """Arithmetic of the encoders (auto: bf16 where the hardware has it); features are stored in fp16 either way."""
     batch_size: int = 64
     """Images a forward pass."""
     text_batch_size: int = 64
     """Captions a forward pass."""
-    workers: int = 2
-    """Processes that read and decode images beside the forward pass."""
     shard_rows: int = 32768
     """Samples a shard: the unit of work, commit and restart."""
     max_pixels: int = 64_000_000
@@ -68,10 +53,6 @@ class EncodeConfig:
     """Check the data, predict size and disk, encode nothing."""
     trust_remote_code: bool = False
     """Run code that ships with an encoder: of those on the hub whose revision is pinned, and of local folders."""
-    vision_revision: str | None = None
-    """Commit of the vision encoder on the hub."""
-    text_revision: str | None = None
-    """Commit of the text encoder on the hub."""
 
     def __post_init__(self) -> None:
         check(bool(self.vision or self.text), "neither --vision nor --text", "name at least one encoder")
@@ -83,15 +64,8 @@ class EncodeConfig:
 
     def encoders(self, precision: Arithmetic) -> tuple[VisionSpec | None, TextSpec | None]:
         """Return what describes both encoders, None where not asked for; `precision` is what `auto` was resolved to."""
-        vision, text = None, None
-        if self.vision:
-            vision = VisionSpec(
-                self.vision, self.vision_revision, feature=self.feature, layer=self.layer, image_size=self.image_size,
-                precision=precision, trust_remote_code=self.trust_remote_code,
-            )  # fmt: skip
-        if self.text:
-            text = TextSpec(
-                self.text, self.text_revision, prompt=self.prompt, max_length=self.max_length, layer=self.text_layer,
-                feature="tokens" if self.feature == "tokens" else "pooled", precision=precision, trust_remote_code=self.trust_remote_code,
-            )  # fmt: skip
-        return vision, text
+        return self.specs(
+            {"feature": self.feature, "layer": self.layer, "image_size": self.image_size},
+            {"feature": "tokens" if self.feature == "tokens" else "pooled", "layer": self.text_layer, "prompt": self.prompt},
+            precision=precision, trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip

@@ -5,12 +5,13 @@ from typing import Literal
 
 from align.common.checks import check, check_least
 from align.common.hardware import Arithmetic, Precision
+from align.encoders.config import EncoderFlags
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.trust import check_trust
 
 
-@dataclass(frozen=True)
-class ConvertConfig:
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(EncoderFlags):
     """Turn published SAIL weights or embeddings into this kit's formats, or heads back into the published layout."""
 
     heads: str | None = None
@@ -27,22 +28,12 @@ class ConvertConfig:
     """Folder of published embeddings (0.pt, 1.pt, ... or clip-retrieval's), into a feature store."""
     output: str | None = None
     """Model folder, file or feature store to write."""
-    vision: str | None = None
-    """Vision encoder of the heads: hub id, local folder or `embedded:` id. None: the model takes encoded features only."""
-    text: str | None = None
-    """Text encoder of the heads: hub id, local folder or `embedded:` id."""
-    vision_revision: str | None = None
-    """Commit of the vision encoder on the hub."""
-    text_revision: str | None = None
-    """Commit of the text encoder on the hub."""
     trust_remote_code: bool = False
     """Run code that ships with an encoder: of those on the hub whose revision is pinned, and of local folders."""
     feature: Literal["auto", "cls_mean", "cls", "mean"] = "auto"
     """What the vision encoder pools; SAIL's heads take cls_mean."""
     layer: int = -1
     """Layer of the vision encoder."""
-    max_length: int | None = None
-    """Longest caption in tokens. None: the text encoder's own."""
     precision: Precision = "auto"
     """Arithmetic of the encoders (auto: bf16 where this machine's CPU has it)."""
     embed_encoders: bool = False
@@ -77,14 +68,5 @@ class ConvertConfig:
 
     def encoders(self, precision: Arithmetic) -> tuple[VisionSpec | None, TextSpec | None]:
         """Return what describes both encoders, None where not asked for; `precision` is what `auto` was resolved to."""
-        vision, text = None, None
-        if self.vision:
-            vision = VisionSpec(
-                self.vision, self.vision_revision, feature=self.feature, layer=self.layer,
-                precision=precision, trust_remote_code=self.trust_remote_code,
-            )  # fmt: skip
-        if self.text:
-            text = TextSpec(
-                self.text, self.text_revision, max_length=self.max_length, precision=precision, trust_remote_code=self.trust_remote_code
-            )
-        return vision, text
+        own = {"feature": self.feature, "layer": self.layer}
+        return self.specs(own, {}, precision=precision, trust_remote_code=self.trust_remote_code)

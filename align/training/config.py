@@ -5,13 +5,18 @@ from typing import Literal
 
 from align.common.checks import check, check_least, check_share
 from align.common.hardware import Precision
+from align.encoders.config import EncoderFlags
+from align.sources.config import SourceFlags
 
 Positives = Literal["diagonal", "same_key", "same_caption"]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train alignment heads, on feature stores (--images) or with the encoders in the loop (--data)."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(EncoderFlags, SourceFlags):
+    """Train alignment heads, on feature stores (--images) or with the encoders in the loop (--data).
+
+    The flags of encoders, data layout and image reading go with --data.
+    """
 
     captions: tuple[str, ...]
     """Caption slots: each is one caption store per data set, joined by '+', or a caption column of --data. Each slot gives every
@@ -22,32 +27,12 @@ class TrainConfig:
     """Image stores, one per data set."""
     data: str | None = None
     """Instead of stores: images and captions themselves (a folder, a file or a quoted glob), encoded anew in every step."""
-    vision: str | None = None
-    """With --data, the vision encoder: hub id, local folder or an `embedded:` id."""
-    text: str | None = None
-    """With --data, the text encoder: hub id, local folder or an `embedded:` id."""
     augment: bool = False
     """With --data: random crop of 20 to 100% of the image, flip and RandAugment(2, 7), drawn anew in each epoch."""
-    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
-    """How --data lies on disk."""
-    image_column: str = "image"
-    """Column of --data with image bytes or a path (parquet, jsonl, csv)."""
-    key_column: str = "key"
-    """Column of --data with the sample key."""
-    image_root: str | None = None
-    """Folder that image paths of --data are relative to. None: the folder of the manifest."""
     image_size: int | None = None
     """With --data: input side in pixels, if not the encoder's own."""
-    max_length: int | None = None
-    """With --data: longest caption in tokens. None: the text encoder's own. Set it for token heads: rows are padded to it."""
-    vision_revision: str | None = None
-    """Commit of the vision encoder on the hub."""
-    text_revision: str | None = None
-    """Commit of the text encoder on the hub."""
     encoder_batch_size: int = 64
     """With --data: images and captions a forward pass of the encoders."""
-    workers: int = 2
-    """With --data: processes that read, decode and augment images."""
     max_reject_fraction: float = 0.05
     """With --data: stop when a larger share of samples is rejected."""
     val_data: str | None = None

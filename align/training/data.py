@@ -9,12 +9,11 @@ from accelerate import PartialState
 from align.common.errors import UsageError
 from align.common.hardware import resolve_precision
 from align.common.runs import JsonLines
-from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailConfig, SailModel
-from align.sources.plan import Plan, Source, plan
+from align.sources.plan import Plan, plan
 from align.training.config import TrainConfig
 from align.training.online import SHARD_ROWS, OnlinePairs
 from align.training.pairs import PairedFeatures, open_pairs
@@ -47,17 +46,16 @@ def from_stores(config: TrainConfig) -> TrainingData:
 
 def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     """Return the pairs of --data with both encoders loaded; what files there are is found out once, by the first process."""
-    assert config.data and config.vision and config.text
     options: dict[str, Any] = {"precision": resolve_precision(config.precision, state.device)}
     if config.head == "token":
         options["feature"] = "tokens"
-    vision_spec = VisionSpec(config.vision, config.vision_revision, image_size=config.image_size, **options)
-    text_spec = TextSpec(config.text, config.text_revision, max_length=config.max_length, **options)
+    vision_spec, text_spec = config.specs({"image_size": config.image_size}, {}, **options)
+    assert config.data and vision_spec and text_spec
     vision, text = load_vision_encoder(vision_spec, state.device), load_text_encoder(text_spec, state.device)
     loaders = {"vision": vision.spec.stored(), "text": text.spec.stored()}
     opened = []
     for name, data in (("data", config.data), ("val-data", config.val_data)):
-        source = Source(str(data), config.layout, config.image_column, config.key_column, config.image_root)
+        source = config.source(str(data))
         folder = Path(config.output) / name
         if state.is_main_process and data:
             plan(source, SHARD_ROWS, config.captions).keep(folder, "files or columns")
