@@ -57,7 +57,7 @@ SCORING |= {"align.assessment.encoding.draw_samples": None, "align.common.runs.a
 ENCODING = {f"align.assessment.encoding.{name}": [] for name in ("chosen_layers", "chosen_features")}
 ENCODING |= {f"align.assessment.encoding.{name}": None for name in (VISION, "LayerFeatures", "sampled_plan")}
 PAIRS = {"align.assessment.encoding.draw_samples": {"pairs": MagicMock()}, "align.assessment.encoding.encode_visions": []}
-PAIRS |= {f"align.assessment.encoding.{TEXT}": MagicMock(layers=0), "align.assessment.encoding.text_name": "text"}
+PAIRS |= {f"align.assessment.encoding.{TEXT}": MagicMock(layers=0)}
 MEASURED = {f"eval.measures.measurement.{name}": None for name in ("read_task", "Measurement")}
 MEASURED |= {"eval.tasks.registry.find_task": None, "eval.models.measured.load_models": [], "eval.results.records.generated_half": None}
 REPORTED = {**MEASURED, "eval.results.records.merge_results": None, "eval.results.records.save_results": None}
@@ -68,6 +68,7 @@ COLLECTED = {**ANSWERED, "eval.harness.output.collect": MagicMock(models=()), "e
 COLLECTED |= {"eval.results.records.save_results": None, "eval.results.tables.results_table": "", "eval.lmms.replace": None}
 CURATED = {f"align.curation.{name}": None for name in ("pool.CandidatePool", "scoring.ConceptSpace")}
 CURATED |= {"align.curation.concepts.inputs_of": {}, "align.curation.concepts.concept_names": ("a", "b")}
+PROMPTED = {name: result for name, result in CURATED.items() if "Space" not in name} | {"align.curation.scoring.ConceptSpace.work": ""}
 JOINED = {"mllm.upgrade.assembled": (MagicMock(), MagicMock(), [])}
 CHECKED = {"mllm.model.saving.require_mllm": None, "mllm.model.processing.SailLlavaProcessor.from_pretrained": None}
 CHECKED |= {"mllm.conversations.tokens.Chat.of_processor": None, "mllm.conversations.table.open_conversations": None}
@@ -115,11 +116,11 @@ ARRIVALS = [
         ("encode", flag, 3, "align.features.extract.Extraction", flag.replace("-", "_"), ENCODERS)
         for flag in ("batch-size", "text-batch-size", "workers")
     ],
-    ("curate", "trust-remote-code", True, "align.curation.concepts.partial", "trust_remote_code", CURATED),
+    ("curate", "trust-remote-code", True, "align.curation.scoring.ConceptSpace.encode_texts", "trust_remote_code", PROMPTED),
     ("curate", "top", 3000, "align.curation.scoring.score_shards", "top", SPACED),
     ("curate", "save-every", 3, "align.curation.scoring.score_shards", "every", SPACED),
     ("curate", "duplicate-cosine", 0.5, "align.curation.duplicates.picker_for", "cosine", SCORED),
-    ("curate", "text-batch-size", 3, "align.curation.concepts.partial", "batch_size", CURATED),
+    ("curate", "text-batch-size", 3, "align.curation.scoring.ConceptSpace.encode_texts", "batch_size", PROMPTED),
     *[("train", flag, value, "align.sources.plan.Source", PLACES[flag], LOADED) for flag, value in SOURCE],
     ("train", "val-data", "other.jsonl", "align.sources.plan.Source:2", "data", {**LOADED, "align.training.data.OnlinePairs": None}),
     ("train", "image-size", 98, f"align.training.data.{VISION}", "spec.image_size", {}),
@@ -143,7 +144,7 @@ ARRIVALS = [
     ("assess", "rows", 777, "align.assessment.encoding.sampled_plan", "rows", {}),
     ("assess", "captions", "long", "align.assessment.encoding.sampled_plan", "columns", {}, ("long",)),
     ("assess", "output", "OUT/more", "align.assessment.encoding.sampled_plan", "folder", {}, "OUT/more/pairs"),
-    ("assess", "labelled", "l", "align.assessment.encoding.Source", "data", {"align.assessment.encoding.sampled_plan": None}),
+    ("assess", "labelled", "l", "align.sources.plan.Source:2", "data", {"align.assessment.encoding.sampled_plan": None}),
     ("assess", "vision", "w", f"align.assessment.encoding.{VISION}", "spec.name", ENCODING),
     ("assess", "layers", "all", "align.assessment.encoding.chosen_layers", "wanted", ENCODING, ("all",)),
     ("assess", "features", "cls", "align.assessment.encoding.chosen_features", "wanted", ENCODING, ("cls",)),
@@ -296,11 +297,11 @@ def test_a_flag_arrives_where_it_is_needed(row, places, monkeypatch):
     section, flag, value, target, argument, stand_ins, *other = row
     (place, _, nth), calls = target.partition(":"), []
     owner, last = found(place)
-    signature = inspect.signature(getattr(owner, last)) if last != "partial" else None
+    signature = inspect.signature(getattr(owner, last))
     run = command(section, f"{WITH.get(f'{section}-{flag}', '')} --{flag} {'' if value is True else value}", places, stand_ins, monkeypatch)
 
     def stop(*given, **named):
-        calls.append(named if signature is None else signature.bind(*given, **named).arguments)
+        calls.append(signature.bind(*given, **named).arguments)
         if len(calls) == int(nth or 1):
             raise Arrived(calls[-1])
         return MagicMock()

@@ -61,7 +61,7 @@ def draw_samples(config: AssessConfig) -> dict[str, Sample]:
     source = config.source(config.data)
     samples = {"pairs": drawn("pairs", source, config.rows, config.captions)}
     if config.labelled:
-        source = Source(config.labelled, image=config.image_column, key=config.key_column)
+        source = replace(config.source(config.labelled), layout="auto", image_root=None)
         samples["labelled"] = drawn("labelled", source, config.labelled_rows, (config.label_column,))
     return samples
 
