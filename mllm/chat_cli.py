@@ -53,7 +53,7 @@ def questions(console: "Console") -> Iterator[str]:
 
 
 def converse(session: "ChatSession", console: "Console", lines: Iterator[str], streamer: Any) -> None:
-    """Answer line after line; what goes wrong with one is said, and the next is asked for."""
+    """Answer line after line; print what goes wrong with one, and go on."""
     for line in lines:
         command, _, rest = line.partition(" ")
         try:

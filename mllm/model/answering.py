@@ -22,7 +22,7 @@ from mllm.model.processing import SailLlavaProcessor
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is chosen: greedily at temperature 0, else sampled."""
+    """How an answer is chosen: greedily at temperature 0, otherwise sampled."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -58,10 +58,10 @@ class Answerer:
     def __init__(self, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, chat: Chat | None = None) -> None:
         self.model, self.processor = model.eval(), processor
         self.chat = chat or Chat.of_processor(processor)
-        tokenizer = processor.tokenizer
-        ends = model.generation_config.eos_token_id  # the template's, and those that the LLM has always known
-        self.stop_ids: list[int] = list(dict.fromkeys([*self.chat.stop_ids, *(ends if isinstance(ends, list) else [ends] if ends else [])]))
-        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
+        known = ends if isinstance(ends, list) else [ends] if ends else []  # by the LLM from the start; the template has its own
+        self.stop_ids: list[int] = list(dict.fromkeys([*self.chat.stop_ids, *known]))
+        self.pad_id: int = pad if pad is not None else self.stop_ids[0]
         self.context: int = model.config.text_config.max_position_embeddings
         self._stoppers: dict[tuple[str, ...], StoppingCriteriaList] = {}
         model.generation_config = GenerationConfig(eos_token_id=self.stop_ids, pad_token_id=self.pad_id)
@@ -74,7 +74,10 @@ class Answerer:
         leaves no room for an answer. An answer ends where the model's positions do.
         """
         prompts = [self.chat.prompt_ids(one.messages) for one in conversations]
-        rooms = [min(decoding.max_new_tokens, self._room(prompt)) for prompt in prompts]
+        longest = max(map(len, prompts))
+        if longest >= self.context:
+            raise DataError(f"the question has {longest} tokens, the model reads {self.context}; shorten it or give fewer images")
+        rooms = [min(decoding.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
         if decoding.num_beams > 1 and any(len(one.images) != 1 for one in conversations):
             raise UsageError("beam search needs exactly one image in every conversation; use num_beams 1")
         sampling: dict[str, Any] = {"do_sample": decoding.temperature > 0}
@@ -122,12 +125,6 @@ class Answerer:
             total = log_probs.gather(1, own[:, None]).double().sum()
             scores.append((float(total), bool((log_probs.argmax(dim=-1) == own).all())))
         return scores
-
-    def _room(self, prompt: list[int]) -> int:
-        room = self.context - len(prompt)
-        if room < 1:
-            raise DataError(f"the question has {len(prompt)} tokens, the model reads {self.context}; shorten it or give fewer images")
-        return room
 
     def _inputs(self, conversations: Sequence[Conversation], rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """Return input_ids and attention_mask (B, T), padded on the left, and pixel_values if there are images."""
