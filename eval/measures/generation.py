@@ -125,14 +125,18 @@ def _cells(values: Sequence[Sequence[str]]) -> np.ndarray:
 
 def _yes_no(name: str, counts: np.ndarray) -> np.ndarray:
     """Return (...) a metric, averaged over groups, of counts (..., groups, 4) in the order of `_cells`."""
+    over, under = _part_and_whole(name, counts)
+    return np.divide(over, under, out=np.zeros(over.shape), where=under > 0).mean(axis=-1)
+
+
+def _part_and_whole(name: str, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     right, wrong, missed, rejected = (counts[..., cell] for cell in range(4))
-    over, under = {
+    return {
         "precision": (right, right + wrong),
         "recall": (right, right + missed),
         "f1": (2 * right, 2 * right + wrong + missed),
         "yes_ratio": (right + wrong, right + wrong + missed + rejected),
     }[name]
-    return np.divide(over, under, out=np.zeros(over.shape), where=under > 0).mean(axis=-1)
 
 
 def _yes_no_estimate(
@@ -143,7 +147,5 @@ def _yes_no_estimate(
     if name == "f1" or len(counts) > 1:
         drawn = kind_bootstrap(lambda times: _yes_no(name, times.reshape(-1, *counts.shape)), counts.ravel(), generator)
         return (value, *percentiles(drawn, confidence))
-    right, wrong, missed, rejected = counts[0].tolist()
-    of = {"precision": right + wrong, "recall": right + missed, "yes_ratio": right + wrong + missed + rejected}[name]
-    hits = right + wrong if name == "yes_ratio" else right
+    hits, of = (int(count) for count in _part_and_whole(name, counts[0]))
     return (value, *(wilson_interval(hits, of, confidence) if of else (0.0, 1.0)))

@@ -5,8 +5,9 @@ Beside each number go what every model said to each sample (answers/) and a few 
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from eval.measures.zeroshot import (
     majority_entries,
     zero_shot_classification,
 )
+from eval.models.dual_encoder import DualEncoder
 from eval.models.features import FeatureCache, projected
 from eval.models.measured import MeasuredModel
 from eval.results.examples import save_examples, shown_images
@@ -116,12 +118,11 @@ class Measurement:
     def _classification(self, data: TaskData, features: dict[str, np.ndarray], began: float) -> None:
         task, classes, answers = data.task.id, len(data.class_names), {}
         prompts = prompt_set(self.templates or data.task.templates, data.class_names, data.folder)
-        sentences = [sentence for of_class in prompts.sentences for sentence in of_class]
-        texts = {one.record.name: self.cache.texts(sentences, one.model) for one in self.models}
+        prompted = self._prompted(prompts.sentences)
         began = self._clock("features", began)
-        for one, images, embedded in self._embeddings(features, texts):
-            weights = class_weights(embedded, [len(of_class) for of_class in prompts.sentences])
-            said = zero_shot_classification(images, weights, torch.from_numpy(data.labels), scale=one.model.scale)
+        for one, told in zip(self.models, prompted, strict=True):
+            images = projected(one.model.project_image, features[one.record.name], one.model.device)
+            said = zero_shot_classification(images, told.weights, torch.from_numpy(data.labels), scale=one.model.scale)
             answers[name := one.record.name] = said
             self.entries += classification_entries(said, data.labels, classes, task, name, generator(self.seed, 11), self.confidence)
             save_answers(self.output, task, name, classification_table(said, data.keys, data.labels, data.class_names))
@@ -180,24 +181,20 @@ class Measurement:
 
     def _prompted(self, sentences: Sequence[Sequence[str]]) -> list[Prompted]:
         """Return every model with its embedding of each name, the mean of the name's `sentences`."""
-        texts = [sentence for of_name in sentences for sentence in of_name]
-        found = []
-        for one in self.models:
-            embedded = projected(one.model.project_text, self.cache.texts(texts, one.model), one.model.device)
-            weights = class_weights(embedded, [len(of_name) for of_name in sentences])
-            found.append(Prompted(one.model, one.record.fingerprint, weights, sentences))
-        return found
-
-    def _embeddings(self, features: dict[str, np.ndarray], texts: dict[str, Tensor]) -> Iterator[tuple[MeasuredModel, Tensor, Tensor]]:
-        """Yield each model with its embeddings of images (N, E) and texts (T, E), given its features of both."""
-        for one in self.models:
-            images = projected(one.model.project_image, features[one.record.name], one.model.device)
-            yield one, images, projected(one.model.project_text, texts[one.record.name], one.model.device)
+        texts, counts = list(chain.from_iterable(sentences)), [len(of_name) for of_name in sentences]
+        weights = [class_weights(self._embedded(one.model, texts), counts) for one in self.models]
+        return [Prompted(one.model, one.record.fingerprint, w, sentences) for one, w in zip(self.models, weights, strict=True)]
 
     def _of_captions(self, data: TaskData, features: dict[str, np.ndarray]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return every model's embeddings of the images (N, E) and captions (M, E) of a task."""
-        texts = {one.record.name: self.cache.texts(data.captions, one.model) for one in self.models}
-        return {one.record.name: (images, captions) for one, images, captions in self._embeddings(features, texts)}
+        found = {}
+        for name, model in ((one.record.name, one.model) for one in self.models):
+            found[name] = (projected(model.project_image, features[name], model.device), self._embedded(model, data.captions))
+        return found
+
+    def _embedded(self, model: DualEncoder, texts: Sequence[str]) -> Tensor:
+        """Return a model's embeddings (T, E) of texts."""
+        return projected(model.project_text, self.cache.texts(texts, model), model.device)
 
     def _finish(self, data: TaskData | SegmentationData, targets: int, prompts: str, chosen: dict[str, Any], began: float) -> None:
         """Write the examples of a task, note what it was measured on, and how long scoring took."""

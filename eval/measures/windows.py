@@ -82,10 +82,9 @@ def patch_cosines(
         for model, of_model, total in zip(models, weights, totals, strict=True):
             cosines = model.project_patches(features).float() @ of_model.T  # (B, P, S)
             if cosines.shape[1] != down * across:
-                raise UsageError(
-                    f"the encoder gives {cosines.shape[1]} patches, not {down} x {across}, for {down * patch} x {across * patch} pixels: "
-                    f"its patches are not of {patch} pixels a side; choose an encoder with a regular grid"
-                )
+                found = f"{cosines.shape[1]} patches, not {down} x {across}, for {down * patch} x {across * patch} pixels"
+                mend = f"its patches are not of {patch} pixels a side; choose an encoder with a regular grid"
+                raise UsageError(f"the encoder gives {found}: {mend}")
             for (r, c), cosine in zip(batch, cosines, strict=True):
                 total[:, r, c] += cosine.T.unflatten(1, (down, across))
         for r, c in batch:

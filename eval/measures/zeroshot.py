@@ -134,11 +134,7 @@ def classification_table(answers: ClassificationAnswers, keys: Sequence[str], la
 
 
 def classification_examples(
-    answers: Mapping[str, ClassificationAnswers],
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    count: int,
-    generator: np.random.Generator,
+    answers: Mapping[str, ClassificationAnswers], labels: np.ndarray, class_names: Sequence[str], count: int, generator: np.random.Generator
 ) -> dict[str, Any]:
     """Return `count` random images with the classes each model named first; `answers` maps model names to answers."""
     items = []

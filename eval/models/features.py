@@ -67,10 +67,8 @@ class FeatureCache:
         total = len(kept.keys) + sum(kept.rejected.values())
         if len(kept.keys) < (1 - self.max_reject_fraction) * total or not kept.keys:
             shown = ", ".join(f"{code} {count}" for code, count in kept.rejected.items())
-            raise DataError(
-                f"task {data.task.id!r}: {total - len(kept.keys)} of {total} samples were rejected ({shown}); "
-                "mend the data, or raise --max-reject-fraction"
-            )
+            rejected = f"{total - len(kept.keys)} of {total} samples were rejected ({shown})"
+            raise DataError(f"task {data.task.id!r}: {rejected}; mend the data, or raise --max-reject-fraction")
         return kept, store.features(rows[rows >= 0])
 
     def texts(self, texts: Sequence[str], model: DualEncoder) -> Tensor:

@@ -65,10 +65,8 @@ class OpenClip(ReferenceModel):
 
         visual = self.model.visual
         if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
-            raise UsageError(
-                f"{self.description}: dense embeddings are read from open_clip's own ViT without attention pooling, not from "
-                f"{type(visual).__name__}; give the same model as hf:, or leave out segmentation"
-            )
+            said = f"dense embeddings are read from open_clip's own ViT without attention pooling, not from {type(visual).__name__}"
+            raise UsageError(f"{self.description}: {said}; give the same model as hf:, or leave out segmentation")
         return visual
 
 
@@ -84,8 +82,8 @@ def _interpolated(position: Tensor, own: tuple[int, int], grid: tuple[int, ...])
 def load_openclip(source: str) -> OpenClip:
     """Return the open_clip model `source`: ARCH/TAG, or ARCH/FILE.safetensors.
 
-    A tag says itself whether it was trained with QuickGELU. A file does not: there ARCH decides (`ViT-B-32-quickgelu`), or the
-    open_clip_config.json beside the file, which also says how images are prepared and, with the tokenizer's files, texts.
+    A tag knows whether it was trained with QuickGELU. For a file, ARCH decides (`ViT-B-32-quickgelu`), or the open_clip_config.json
+    beside it, which also says how images are prepared and, with the tokenizer's files, texts.
     """
     try:
         import open_clip
@@ -181,7 +179,5 @@ def _refuse_other_positions(source: str, file: Path, model: nn.Module) -> None:
         for key in sorted(key for key in stored.keys() if key.endswith("positional_embedding") and key in own):  # noqa: SIM118
             shape = tuple(stored.get_slice(key).get_shape())
             if shape != tuple(own[key].shape):
-                raise UsageError(
-                    f"openclip:{source}: {key} is {shape} in the file, {tuple(own[key].shape)} in this architecture: the file is "
-                    "for another image size or context length; name its own architecture"
-                )
+                why = "the file is for another image size or context length; name its own architecture"
+                raise UsageError(f"openclip:{source}: {key} is {shape} in the file, {tuple(own[key].shape)} in this architecture: {why}")

@@ -123,7 +123,8 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         content.update(repr((row.key, row.value, *row.group)).encode())
     if not usable:
         linked = "; link the whole folder, not folders in it" if "unsafe_path" in rejected else ""
-        raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({_shown(rejected)}){linked}")
+        shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common())
+        raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({shown}){linked}")
     labels, captions, values = np.zeros(0, dtype=np.int64), list[list[str]](), [row.value for row in usable]
     if task.kind == "classification":
         labels, names = _labels(task, names, values)
@@ -284,7 +285,3 @@ def _beside(task: Task, folder: Path) -> str:
     files = [name for name in (task.classes, task.templates) if name.endswith((".txt", ".json"))]
     made = " (`make quickstart` makes it)" if task.note == DEMONSTRATION else ""
     return (f", with {' and '.join(files)} in {folder}" if files else "") + made
-
-
-def _shown(counts: Counter[str]) -> str:
-    return ", ".join(f"{code} {count}" for code, count in counts.most_common())

@@ -118,10 +118,8 @@ def load_segmentation(task: Task, data_root: Path, *, max_reject_fraction: float
         content.update(hashes[1].encode())
     if not good or len(good) < (1 - max_reject_fraction) * len(found.files):
         shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common()) or "there is none"
-        raise DataError(
-            f"task {task.id!r}: {len(good)} of {len(found.files)} images in {found.images} are usable ({shown}); expected "
-            f"{MASKS[task.layout]}. Mend the data, or raise --max-reject-fraction"
-        )
+        usable = f"{len(good)} of {len(found.files)} images in {found.images} are usable ({shown}); expected {MASKS[task.layout]}"
+        raise DataError(f"task {task.id!r}: {usable}. Mend the data, or raise --max-reject-fraction")
     content.update(pixels.digest())
     return SegmentationData(
         task=task,
@@ -191,10 +189,8 @@ def _classes(numbers: np.ndarray, classes_of: np.ndarray, path: str) -> np.ndarr
     if (classes == _UNKNOWN).any():
         value = int(numbers[classes == _UNKNOWN].flat[0])
         known = np.flatnonzero(classes_of != _UNKNOWN)
-        raise DataError(
-            f"{path} has the label value {value}, which is no class; {len(known)} values from {known[0]} to {known[-1]} are known. "
-            "Mend the label map, the file of class names, or the task's `ignore`"
-        )
+        wrong = f"the label value {value}, which is no class; {len(known)} values from {known[0]} to {known[-1]} are known"
+        raise DataError(f"{path} has {wrong}. Mend the label map, the file of class names, or the task's `ignore`")
     return classes
 
 

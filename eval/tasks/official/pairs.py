@@ -42,7 +42,18 @@ def winoground(folder: Path) -> Official:
 
 def mmvp_vlm(folder: Path) -> Official:
     """Return MMVP-VLM: two questions after each other in Questions.csv make a pair, their type is the category and the folder."""
-    return Official(_mmvp(folder / "Questions.csv"))
+    path = folder / "Questions.csv"
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = [line for line in csv.reader(file) if line][1:]  # 270 of them; the first names the columns
+    if len(lines) % 2 or any(len(line) != 3 for line in lines):
+        raise DataError(f"{path}: expected Question ID, Type and Statement, two lines a pair; found {len(lines)} lines")
+    rows: list[ManifestRow] = []
+    for (first, category, one), (second, other, two) in zip(lines[::2], lines[1::2], strict=True):
+        if category != other or not first.isdecimal() or second != str(int(first) + 1):
+            raise DataError(f"{path}: questions {first} ({category}) and {second} ({other}) are no pair; get the file again")
+        names = [f"{MMVP_IMAGES}/{category}/{number}.jpg" for number in (first, second)]
+        rows += _group(first, names, [one, two], category)
+    return Official(rows)
 
 
 def _group(key: Any, images: list[Any], captions: list[Any], category: Any) -> list[ManifestRow]:
@@ -88,18 +99,6 @@ def _winoground_parquet(path: Path) -> Iterator[ManifestRow]:
                 yield from _group(row["id"], images, [row["caption_0"], row["caption_1"]], row["collapsed_tag"])
     except (pa.ArrowException, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read as Winoground ({error}); expected {', '.join(wanted)}, images with bytes") from error
-
-
-def _mmvp(path: Path) -> Iterator[ManifestRow]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = [line for line in csv.reader(file) if line][1:]  # 270 of them; the first names the columns
-    if len(lines) % 2 or any(len(line) != 3 for line in lines):
-        raise DataError(f"{path}: expected Question ID, Type and Statement, two lines a pair; found {len(lines)} lines")
-    for (first, category, one), (second, other, two) in zip(lines[::2], lines[1::2], strict=True):
-        if category != other or not first.isdecimal() or second != str(int(first) + 1):
-            raise DataError(f"{path}: questions {first} ({category}) and {second} ({other}) are no pair; get the file again")
-        names = [f"{MMVP_IMAGES}/{category}/{number}.jpg" for number in (first, second)]
-        yield from _group(first, names, [one, two], category)
 
 
 _READERS: dict[str, tuple[Any, ...]] = {  # the fields of an OfficialLayout after its kind

@@ -37,19 +37,11 @@ _EUROSAT = (
 )
 _BACKGROUND = "BACKGROUND_Google"  # of Caltech101: pictures of anything, no class
 _CALTECH = {  # folders whose packaged name is not just their own
-    "Faces": "off-center face",
-    "Faces_easy": "centered face",
-    "Leopards": "leopard",
-    "Motorbikes": "motorbike",
-    "airplanes": "airplane",
-    "car_side": "side of a car",
-    "cougar_body": "body of a cougar cat",
-    "cougar_face": "face of a cougar cat",
-    "crocodile_head": "head of a crocodile",
-    "flamingo_head": "head of a flamingo",
-    "snoopy": "snoopy (cartoon beagle)",
-    "yin_yang": "yin and yang symbol",
-}
+    "Faces": "off-center face", "Faces_easy": "centered face", "Leopards": "leopard",
+    "Motorbikes": "motorbike", "airplanes": "airplane", "car_side": "side of a car",
+    "cougar_body": "body of a cougar cat", "cougar_face": "face of a cougar cat", "crocodile_head": "head of a crocodile",
+    "flamingo_head": "head of a flamingo", "snoopy": "snoopy (cartoon beagle)", "yin_yang": "yin and yang symbol",
+}  # fmt: skip
 
 
 def imagenet(folder: Path) -> Official:
