@@ -5,7 +5,7 @@ Labels that come from data are drawn as plain text: no math, no control characte
 
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,19 @@ def plain(text: str, width: int = 0, lines: int = 3) -> str:
     return "\n".join(textwrap.wrap(clean, width, max_lines=lines, placeholder=" ...") or [""])
 
 
-def _figure(theme: Theme, width: float, height: float) -> Figure:
-    return new_figure(width, height, theme.background)
-
-
-def _axes(figure: Figure, theme: Theme, title: str = "") -> Axes:
+def _chart(theme: Theme, title: str = "", x_label: str = "", width: float = 4.6, height: float = 3.3) -> tuple[Figure, Axes]:
+    figure = new_figure(width, height, theme.background)
     axes = figure.add_subplot(facecolor=theme.background)
-    shown = "\n".join(map(plain, title.splitlines()))
-    style_axes(axes, shown, ink=theme.ink, muted=theme.muted, grid=theme.grid)
-    return axes
+    style_axes(axes, "\n".join(map(plain, title.splitlines())), ink=theme.ink, muted=theme.muted, grid=theme.grid)
+    axes.set_xlabel(x_label, fontsize=8.5, color=theme.muted)
+    return figure, axes
+
+
+def _model_lines(values: Mapping[str, Any], models: Sequence[ModelRecord], theme: Theme) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield what is drawn of each model, with the color and label of its line."""
+    by_name = {model.name: model for model in models}
+    for name, value in values.items():
+        yield value, {"color": model_color(by_name[name], models, theme), "label": plain(name)}
 
 
 def _percent(axes: Axes, axis: str = "y") -> None:
@@ -94,15 +98,13 @@ def model_color(model: ModelRecord, models: Sequence[ModelRecord], theme: Theme)
 
 def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme, percent: bool = False) -> bytes:
     """Return a small line chart; `lines` maps a label to (steps, values). Of six lines or more, the second half is dashed."""
-    figure = _figure(theme, 4.0, 3.0)
-    axes = _axes(figure, theme, title)
+    figure, axes = _chart(theme, title, "step", 4.0, 3.0)
+    many = len(lines) > 5
     for number, (label, (steps, values)) in enumerate(lines.items()):
-        dashed = len(lines) > 5 and number >= len(lines) / 2
-        color = theme.series[number % 3 if len(lines) > 5 else number % len(theme.series)]
+        color = theme.series[number % (3 if many else len(theme.series))]
+        style = "--" if many and number >= len(lines) / 2 else "-"
         mark = "o" if len(steps) < 25 and len(lines) > 1 else None
-        style = "--" if dashed else "-"
         axes.plot(steps, values, color=color, linewidth=1.7, linestyle=style, marker=mark, markersize=2.5, label=label)
-    axes.set_xlabel("step", fontsize=8.5, color=theme.muted)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if percent:
         axes.set_ylim(0, 1)
@@ -119,8 +121,7 @@ def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models
     """Return grouped bars with intervals: one group for each metric of `labels` (metric -> shown name), one bar a model."""
     shown = [model for model in models if any(entry.model == model.name for entry in entries)]
     longest = max(len(line) for label in labels.values() for line in label.splitlines())
-    figure = _figure(theme, max(4.6, 0.32 * len(labels) * len(shown), 0.085 * longest * len(labels)), 3.3)
-    axes = _axes(figure, theme, title)
+    figure, axes = _chart(theme, title, width=max(4.6, 0.32 * len(labels) * len(shown), 0.085 * longest * len(labels)))
     width = 0.8 / len(shown)
     for number, model in enumerate(shown):
         found = {entry.metric: entry for entry in entries if entry.model == model.name}
@@ -152,16 +153,12 @@ def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models
 
 def recall_curve(title: str, ranks: Mapping[str, np.ndarray], targets: int, models: Sequence[ModelRecord], theme: Theme) -> bytes:
     """Return recall@k for every k on a log axis, one line a model, and the diagonal of a random order."""
-    figure = _figure(theme, 4.6, 3.3)
-    axes = _axes(figure, theme, title)
-    by_name = {model.name: model for model in models}
+    figure, axes = _chart(theme, title, "k (answers looked at)")
     ks = np.unique(np.round(np.geomspace(1, targets, 120)).astype(int))
-    for name, found in ranks.items():
-        values = np.searchsorted(np.sort(found), ks, side="right") / len(found)
-        axes.plot(ks, values, color=model_color(by_name[name], models, theme), linewidth=1.9, label=plain(name))
+    for found, line in _model_lines(ranks, models, theme):
+        axes.plot(ks, np.searchsorted(np.sort(found), ks, side="right") / len(found), linewidth=1.9, **line)
     axes.plot(ks, ks / targets, color=theme.muted, linewidth=1, linestyle=":", label="random order")
     axes.set_xscale("log")
-    axes.set_xlabel("k (answers looked at)", fontsize=8.5, color=theme.muted)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(0, 1.02)
     _percent(axes)
@@ -177,11 +174,10 @@ def similarity(captions: Sequence[str], thumbs: Sequence[Path], scores: Mapping[
     count = len(captions)
     matrices = {name: np.asarray(matrix, dtype=np.float64) for name, matrix in scores.items()}
     low, high = min(m.min() for m in matrices.values()), max(m.max() for m in matrices.values())
-    figure = _figure(theme, 2.6 + (0.52 * count + 0.4) * len(matrices), 0.52 * count + 1.5)
+    figure = new_figure(2.6 + (0.52 * count + 0.4) * len(matrices), 0.52 * count + 1.5, theme.background)
     grid = figure.add_gridspec(2, len(matrices) + 1, height_ratios=[1, count], width_ratios=[*[count] * len(matrices), 0.35])
     for column, (name, matrix) in enumerate(matrices.items()):
         strip, axes = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
-        strip.set_xlim(-0.5, count - 0.5)
         strip.set_ylim(-0.5, 0.5)
         strip.axis("off")
         strip.set_title(plain(name), fontsize=10.5, color=theme.ink, parse_math=False)
@@ -213,15 +209,9 @@ def similarity(captions: Sequence[str], thumbs: Sequence[Path], scores: Mapping[
 
 def sorted_classes(title: str, accuracy: Mapping[str, Sequence[float]], models: Sequence[ModelRecord], theme: Theme) -> bytes:
     """Return each model's accuracies by class, sorted from its best to its worst class."""
-    figure = _figure(theme, 4.6, 3.3)
-    axes = _axes(figure, theme, title)
-    by_name = {model.name: model for model in models}
-    for name, values in accuracy.items():
-        heights = np.sort(np.asarray(values))[::-1]
-        axes.step(
-            np.arange(1, len(heights) + 1), heights, color=model_color(by_name[name], models, theme), linewidth=1.9, label=plain(name)
-        )
-    axes.set_xlabel("classes, each model's best first", fontsize=8.5, color=theme.muted)
+    figure, axes = _chart(theme, title, "classes, each model's best first")
+    for values, line in _model_lines(accuracy, models, theme):
+        axes.step(np.arange(1, len(values) + 1), np.sort(np.asarray(values))[::-1], linewidth=1.9, **line)
     axes.set_ylim(-0.02, 1.02)
     _percent(axes)
     _legend(axes, theme)
@@ -232,15 +222,15 @@ def class_bars(
     title: str,
     rows: Sequence[tuple[str, int, float]],
     before: Mapping[str, float],
-    color: str,
+    model: ModelRecord,
+    models: Sequence[ModelRecord],
     theme: Theme,
     before_name: str = "untrained",
 ) -> bytes:
-    """Return horizontal bars of (class, images, accuracy or IoU) `rows`, the first on top; dots mark those of `before`."""
-    figure = _figure(theme, 4.6, 0.24 * len(rows) + 1.0)
-    axes = _axes(figure, theme, title)
+    """Return a model's bars of (class, images, accuracy or IoU) `rows`, the first on top; dots mark those of `before`."""
+    figure, axes = _chart(theme, title, height=0.24 * len(rows) + 1.0)
     places = np.arange(len(rows))[::-1]
-    axes.barh(places, [row[2] for row in rows], height=0.68, color=color)
+    axes.barh(places, [row[2] for row in rows], height=0.68, color=model_color(model, models, theme))
     if before:
         axes.scatter([before[row[0]] for row in rows], places, s=16, color=theme.ink, zorder=3, label=plain(before_name))
         _legend(axes, theme, loc="upper left", bbox_to_anchor=(-0.02, -0.22 * 7 / (len(rows) + 3)))
@@ -252,8 +242,7 @@ def class_bars(
 
 def class_gains(title: str, rows: Sequence[tuple[str, int, float] | None], theme: Theme) -> bytes:
     """Return horizontal bars of (class, images, gain) `rows` from 0 to either side, the first on top; None leaves a gap."""
-    figure = _figure(theme, 4.6, 0.24 * len(rows) + 1.2)
-    axes = _axes(figure, theme, plain(title, 34, 2))
+    figure, axes = _chart(theme, plain(title, 34, 2), "gain in points", height=0.24 * len(rows) + 1.2)
     gains = np.array([row[2] if row else 0.0 for row in rows])
     places = np.arange(len(rows))[::-1]
     axes.barh(places, gains, height=0.68, color=[theme.series[0] if gain >= 0 else theme.series[1] for gain in gains])
@@ -268,15 +257,13 @@ def class_gains(title: str, rows: Sequence[tuple[str, int, float] | None], theme
             )  # fmt: skip
     _named_rows(axes, [f"{plain(row[0], 26, 1)} ({row[1]})" if row else "..." for row in rows], theme)
     axes.set_xlim(min(0.0, float(gains.min())) - 0.14 * reach, max(0.0, float(gains.max())) + 0.14 * reach)
-    axes.set_xlabel("gain in points", fontsize=8.5, color=theme.muted)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+g}" if value else "0"))
     return png(figure)
 
 
 def forest(rows: Sequence[tuple[str, float, float, float, bool]], theme: Theme, title: str = "B minus A, in points") -> bytes:
     """Return (name, difference, low, high, shown) `rows` as points with intervals about 0; differences not shown are hollow and gray."""
-    figure = _figure(theme, 9.0, 0.24 * len(rows) + 1.1)
-    axes = _axes(figure, theme, title)
+    figure, axes = _chart(theme, title, "A is better  |  B is better", 9.0, 0.24 * len(rows) + 1.1)
     for place, (_, value, low, high, shown) in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
         color = theme.muted if not shown else theme.series[0] if value > 0 else theme.series[1]
         axes.plot([100 * low, 100 * high], [place, place], color=color, linewidth=1.6, solid_capstyle="round")
@@ -284,23 +271,18 @@ def forest(rows: Sequence[tuple[str, float, float, float, bool]], theme: Theme, 
     axes.axvline(0, color=theme.muted, linewidth=0.9)
     _named_rows(axes, [plain(name, 44, 1) for name, *_ in rows], theme)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
-    axes.set_xlabel("A is better  |  B is better", fontsize=8.5, color=theme.muted)
     return png(figure)
 
 
 def reliability(title: str, found: Mapping[str, Calibration], models: Sequence[ModelRecord], theme: Theme) -> bytes:
     """Return accuracy against confidence, one line a model; the area of a dot is the share of images in its bin."""
-    figure = _figure(theme, 4.6, 4.2)
-    axes = _axes(figure, theme, title)
+    figure, axes = _chart(theme, title, "confidence", height=4.2)
     axes.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=":", label="as sure as right")
-    by_name = {model.name: model for model in models}
-    for name, one in found.items():
-        color = model_color(by_name[name], models, theme)
-        axes.plot(one.confidence, one.accuracy, color=color, linewidth=1.4, marker="o", markersize=3, label=plain(name))
-        axes.scatter(one.confidence, one.accuracy, s=8 + 160 * one.count / one.count.sum(), color=color, zorder=3)
+    for one, line in _model_lines(found, models, theme):
+        axes.plot(one.confidence, one.accuracy, linewidth=1.4, marker="o", markersize=3, **line)
+        axes.scatter(one.confidence, one.accuracy, s=8 + 160 * one.count / one.count.sum(), color=line["color"], zorder=3)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("confidence", fontsize=8.5, color=theme.muted)
     axes.set_ylabel("accuracy", fontsize=8.5, color=theme.muted)
     _percent(axes)
     _percent(axes, "x")

@@ -14,18 +14,7 @@ from typing import Any
 import jinja2
 
 from align.common.files import atomic_bytes
-from eval.page.figures import bars, forest
-from eval.page.sections import (
-    Figures,
-    classification,
-    compositional,
-    generation,
-    pictures,
-    retrieval,
-    segmentation,
-    subjects,
-    training,
-)
+from eval.page import figures, sections
 from eval.results.anchors import Anchor, anchors_of, prompts_note, shown_anchor
 from eval.results.compare import Comparison, load_comparison, verdict
 from eval.results.examples import load_examples
@@ -64,11 +53,7 @@ SECTIONS = {  # kind -> heading of a task's own section
 
 
 def write_report(
-    results_folder: Path,
-    output: Path,
-    train_runs: Sequence[Path] = (),
-    title: str = "What the encoder learned",
-    dark: bool = True,
+    results_folder: Path, output: Path, train_runs: Sequence[Path] = (), title: str = "What the encoder learned", dark: bool = True
 ) -> Path:
     """Write report.html, figures/*.png and entries.csv into `output` and return the path of the page.
 
@@ -81,7 +66,7 @@ def write_report(
         tasks=tuple(sorted(results.tasks, key=lambda task: TASK_KINDS.index(task.kind))),
     )
     examples = {task.id: load_examples(results_folder, task.id) for task in results.tasks}
-    drawn = Figures(output / "figures", dark)
+    drawn = sections.Figures(output / "figures", dark)
     tables = [_table(results, task, drawn) for task in results.tasks]
     generated = [task for task in results.tasks if task.kind == "generation"]
     if len(generated) > 1:
@@ -91,7 +76,7 @@ def write_report(
         "title": title,
         "notes": _notes(results),
         "models": results.models,
-        "lead": "; ".join(model.description for model in subjects(results)),
+        "lead": "; ".join(model.description for model in sections.subjects(results)),
         "tasks": results.tasks,
         "headlines": [line for task in results.tasks if (line := _headline(results, task))],
         "confidence": f"{100 * results.confidence:g}%",
@@ -100,10 +85,10 @@ def write_report(
         "clip": _named_clip(results),
         "published": any(table["anchors"] or table["more"] for table in tables),
         "comparison": _compared(comparison, drawn) if comparison and results.created in comparison.created else None,
-        "training": training(train_runs or found_runs(results), drawn),
+        "training": sections.training(train_runs or found_runs(results), drawn),
         **_sections(results, examples, results_folder, drawn),
         "sections": SECTIONS,
-        "thumbs": {task.id: pictures(results_folder, examples[task.id]) for task in results.tasks},
+        "thumbs": {task.id: sections.pictures(results_folder, examples[task.id]) for task in results.tasks},
         "figures": drawn.uris,
         "command": results.command,
         "created": results.created,
@@ -119,22 +104,21 @@ def write_report(
 
 
 def _sections(
-    results: Results, examples: dict[str, dict[str, Any] | None], folder: Path, drawn: Figures
+    results: Results, examples: dict[str, dict[str, Any] | None], folder: Path, drawn: sections.Figures
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what is shown of each task, by kind."""
-    kinds = {"retrieval": retrieval, "classification": classification, "compositional": compositional, "segmentation": segmentation}
     shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TASK_KINDS}
     for task in results.tasks:
         if task.kind != "generation":
-            shown[task.kind].append(kinds[task.kind](results, task, examples[task.id], folder, drawn))
-        elif (answered := generation(results, task, examples[task.id]))["items"]:
+            shown[task.kind].append(sections.BY_KIND[task.kind](results, task, examples[task.id], folder, drawn))
+        elif (answered := sections.generation(results, task, examples[task.id]))["items"]:
             shown["generation"].append(answered)
     return shown
 
 
 def write_comparison(comparison: Comparison, output: Path, dark: bool = True) -> Path:
     """Write comparison.html and figures/comparison.png into `output` and return the path of the page."""
-    drawn = Figures(output / "figures", dark)
+    drawn = sections.Figures(output / "figures", dark)
     context = {"comparison": _compared(comparison, drawn), "figures": drawn.uris}
     atomic_bytes(output / "comparison.html", _rendered("comparison.html.j2", context))
     return output / "comparison.html"
@@ -175,7 +159,7 @@ def _best(results: Results, task: TaskRecord, metric: str, clip: bool) -> Entry 
 def _headline(results: Results, task: TaskRecord) -> dict[str, str] | None:
     metrics = shown_metrics(results, task)
     metric = next((name for name in HEADLINE.get(task.kind, ()) if name in metrics), next(iter(metrics), ""))
-    entry = next((e for model in subjects(results) if (e := results.value(task.id, metric, model.name))), None)
+    entry = next((e for model in sections.subjects(results) if (e := results.value(task.id, metric, model.name))), None)
     if entry is None:
         return None
     unit = "" if metric.endswith(POINTS) else "%"
@@ -191,7 +175,7 @@ def _headline(results: Results, task: TaskRecord) -> dict[str, str] | None:
     }  # fmt: skip
 
 
-def _table(results: Results, task: TaskRecord, drawn: Figures) -> dict[str, Any]:
+def _table(results: Results, task: TaskRecord, drawn: sections.Figures) -> dict[str, Any]:
     entries = [entry for entry in results.entries if entry.task == task.id]
     models = [model for model in results.models if any(entry.model == model.name for entry in entries)]
     slug = file_name(task.id)
@@ -201,7 +185,7 @@ def _table(results: Results, task: TaskRecord, drawn: Figures) -> dict[str, Any]
         if len(labels) > (1 if task.kind == "generation" else 0):
             names.append(f"bars-{slug}-{file_name(title)}")
             shown = [entry for entry in entries if entry.metric in labels]
-            drawn.add(names[-1], bars, f"{task.id}: {title}", shown, labels, results.models)
+            drawn.add(names[-1], figures.bars, f"{task.id}: {title}", shown, labels, results.models)
     detail = {
         "classification": f"{task.images} images, {task.targets} classes, prompts {task.prompts}",
         "retrieval": f"{task.images} images, {task.targets} captions",
@@ -257,7 +241,7 @@ def _answers_table(results: Results, tasks: Sequence[TaskRecord]) -> dict[str, A
     return {"models": models, "parts": parts, "anchors": [_column(anchor, "") for anchor in anchors]} if parts else None
 
 
-def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: Figures) -> None:
+def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: sections.Figures) -> None:
     """Draw the main metric of every generation task side by side; a metric on a scale of its own is left out."""
     main = {task.id: next(iter(shown_metrics(results, task).items())) for task in tasks}
     entries = [
@@ -267,15 +251,15 @@ def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: Figures) -> 
     ]
     labels = {task: f"{task.replace('_', ' ')}\n{main[task][1]}" for task in dict.fromkeys(entry.metric for entry in entries)}
     if labels:
-        drawn.add("bars-generation", bars, "generated answers", entries, labels, results.models)
+        drawn.add("bars-generation", figures.bars, "generated answers", entries, labels, results.models)
 
 
-def _compared(comparison: Comparison, drawn: Figures) -> dict[str, Any]:
+def _compared(comparison: Comparison, drawn: sections.Figures) -> dict[str, Any]:
     """Return the rows of a comparison and draw its differences; ranks have a scale of their own and are only in the table."""
     points = [one for one in comparison.differences if one.unit == "points"]
     if points:
         rows = [(f"{one.task} {one.metric}", one.difference, one.low, one.high, comparison.shown(one)) for one in points]
-        drawn.add("comparison", forest, rows)
+        drawn.add("comparison", figures.forest, rows)
     rows_shown = []
     for one in comparison.differences:
         factor = 1 if one.unit == "ranks" else 100

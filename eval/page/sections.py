@@ -16,21 +16,7 @@ import pyarrow as pa
 from align.common.errors import DamagedError
 from align.common.files import atomic_bytes
 from align.common.intervals import wilson_interval
-from eval.page.figures import (
-    DARK,
-    LIGHT,
-    Theme,
-    bars,
-    class_bars,
-    class_gains,
-    curves,
-    model_color,
-    plain,
-    recall_curve,
-    reliability,
-    similarity,
-    sorted_classes,
-)
+from eval.page import figures
 from eval.results.calibration import calibration
 from eval.results.compare import class_counts
 from eval.results.records import SUBJECTS, Entry, ModelRecord, Results, TaskRecord, file_name, load_answers
@@ -53,7 +39,7 @@ class Figures:
 
     def __init__(self, folder: Path, dark: bool) -> None:
         self.folder = folder
-        self.themes = [LIGHT, *([DARK] if dark else [])]
+        self.themes = [figures.LIGHT, *([figures.DARK] if dark else [])]
         self.uris: dict[str, dict[str, str]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -63,7 +49,7 @@ class Figures:
         for theme in self.themes:
             png = draw(*arguments, theme=theme, **options)
             self.uris[name][theme.name] = _data_uri(png, "png")
-            if theme is LIGHT:
+            if theme is figures.LIGHT:
                 atomic_bytes(self.folder / f"{name}.png", png)
 
 
@@ -94,7 +80,7 @@ def training(runs: Sequence[Path], drawn: Figures) -> list[dict[str, Any]]:
                     lines[label] = (steps, values)
             if lines:
                 names.append(f"{slug}-{file_name(title.replace(' ', '-'))}")
-                drawn.add(names[-1], curves, title, lines, percent=title == "validation recall")
+                drawn.add(names[-1], figures.curves, title, lines, percent=title == "validation recall")
         if names:
             shown.append({"name": str(run), "figures": names})
     return shown
@@ -109,7 +95,7 @@ def retrieval(results: Results, task: TaskRecord, examples: dict[str, Any] | Non
             for model, answers in _answers(results, task, folder)
         }
         if ranks:
-            drawn.add(f"recall-{slug}-{direction}", recall_curve, f"{task.id}: {title}", ranks, targets, results.models)
+            drawn.add(f"recall-{slug}-{direction}", figures.recall_curve, f"{task.id}: {title}", ranks, targets, results.models)
     shown: dict[str, Any] = {"id": task.id, "slug": slug, "t2i": [], "i2t": []}
     if examples:
         matrix = examples["matrix"]
@@ -118,7 +104,7 @@ def retrieval(results: Results, task: TaskRecord, examples: dict[str, Any] | Non
         ordered = sorted(known, key=lambda model: ("untrained", "clip", "trained").index(model.kind))  # before, then after
         scores = {model.name: matrix["scores"][model.name] for model in ordered[-3:]}
         if scores and thumbs:
-            drawn.add(f"similarity-{slug}", similarity, matrix["captions"], thumbs, scores)
+            drawn.add(f"similarity-{slug}", figures.similarity, matrix["captions"], thumbs, scores)
         for direction in ("t2i", "i2t"):
             shown[direction] = [example for one in examples[direction] if (example := _answer(one, results))]
     return shown
@@ -136,7 +122,7 @@ def classification(results: Results, task: TaskRecord, examples: dict[str, Any] 
             reliable[model.name] = calibration(sure, correct)
     gained = _by_class(results, task, accuracy, drawn, "accuracy")
     if reliable:
-        drawn.add(f"reliability-{slug}", reliability, f"{task.id}: is it as right as it is sure?", reliable, results.models)
+        drawn.add(f"reliability-{slug}", figures.reliability, f"{task.id}: is it as right as it is sure?", reliable, results.models)
     sure_rows = [
         {
             "model": name,
@@ -163,9 +149,9 @@ def compositional(results: Results, task: TaskRecord, examples: dict[str, Any] |
             hits = right[categories == category]
             low, high = wilson_interval(int(hits.sum()), len(hits), results.confidence)
             entries.append(Entry(task.id, category, float(hits.mean()), low, high, len(hits), model.name))
-            names[category] = f"{plain(category, 16)}\n({len(hits)})"
+            names[category] = f"{figures.plain(category, 16)}\n({len(hits)})"
     if len(names) > 1:
-        drawn.add(f"categories-{slug}", bars, f"{task.id}: right {label} by category", entries, names, results.models)
+        drawn.add(f"categories-{slug}", figures.bars, f"{task.id}: right {label} by category", entries, names, results.models)
     items = []
     for one in examples["items"] if examples else []:
         said = [{"model": model, **given} for model in results.models if (given := one["answers"].get(model.name))]
@@ -197,6 +183,9 @@ def segmentation(results: Results, task: TaskRecord, examples: dict[str, Any] | 
         legend = [{"name": part["name"], "color": _color(part["color"])} for part in one["classes"]]
         items.append({"image": one["image"], "classes": legend, "truth": _picture(folder, one["truth"]), "said": said})
     return {"id": task.id, "slug": file_name(task.id), "items": items, "gains": gained}
+
+
+BY_KIND = {"retrieval": retrieval, "classification": classification, "compositional": compositional, "segmentation": segmentation}
 
 
 def generation(results: Results, task: TaskRecord, examples: dict[str, Any] | None) -> dict[str, Any]:
@@ -273,27 +262,21 @@ def _by_class(results: Results, task: TaskRecord, scores: Mapping[str, ClassRows
     half = MOST_CLASSES // 2
     if len(ordered) > MOST_CLASSES:
         values = {name: [row[2] for row in rows.values()] for name, rows in scores.items()}
-        drawn.add(f"classes-sorted-{slug}", sorted_classes, f"{task.id}: {what}, all {len(ordered)} classes", values, models)
+        drawn.add(f"classes-sorted-{slug}", figures.sorted_classes, f"{task.id}: {what}, all {len(ordered)} classes", values, models)
     parts = {"all": ordered} if len(ordered) <= MOST_CLASSES else {"best": ordered[:half], "worst": ordered[-half:]}
     dots = {name: value for name, _, value in before.values()}
     for part, rows in parts.items():
         title = f"{task.id}: {what} by class" if part == "all" else f"{task.id}: {part} {half} of {len(ordered)} classes"
         name = others[0].name if others else ""
-        drawn.add(f"classes-{part}-{slug}", _draw_classes, title, rows, dots, main, models, before_name=name)
-    figures = []
+        drawn.add(f"classes-{part}-{slug}", figures.class_bars, title, rows, dots, main, models, before_name=name)
+    gained = []
     for other in others:
         mine, theirs = scores[main.name], scores[other.name]
         gains = sorted(((name, n, value - theirs[c][2]) for c, (name, n, value) in mine.items()), key=lambda row: (-row[2], row[0]))
         shown = gains if len(gains) <= MOST_CLASSES else [*gains[:half], None, *gains[-half:]]
-        figures.append(f"gains-{slug}-{file_name(other.name)}")
-        drawn.add(figures[-1], class_gains, f"{what} by class: {main.name} minus {other.name}", shown)
-    return figures
-
-
-def _draw_classes(
-    title: str, rows: Any, before: Any, model: ModelRecord, models: Sequence[ModelRecord], theme: Theme, before_name: str
-) -> bytes:
-    return class_bars(title, rows, before, model_color(model, models, theme), theme, before_name)
+        gained.append(f"gains-{slug}-{file_name(other.name)}")
+        drawn.add(gained[-1], figures.class_gains, f"{what} by class: {main.name} minus {other.name}", shown)
+    return gained
 
 
 def _class_accuracies(answers: pa.Table, correct: np.ndarray) -> ClassRows:

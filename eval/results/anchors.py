@@ -33,7 +33,7 @@ class Anchor:
 
 
 @cache
-def published(path: Path = PUBLISHED) -> tuple[Anchor, ...]:
+def published_numbers(path: Path = PUBLISHED) -> tuple[Anchor, ...]:
     """Return the published numbers of a YAML file; DamagedError for an unknown or wrong field, or a number that is no percentage."""
     content = load_yaml(path)
     if not isinstance(content, list):
@@ -46,7 +46,7 @@ def published(path: Path = PUBLISHED) -> tuple[Anchor, ...]:
 
 def anchors_of(task: TaskRecord, metrics: Sequence[str]) -> list[Anchor]:
     """Return the published models that have any of `metrics` on a task of exactly this id, those of the fold-out table last."""
-    found = [anchor for anchor in published() if set(anchor.values.get(task.id, ())) & set(metrics)]
+    found = [anchor for anchor in published_numbers() if set(anchor.values.get(task.id, ())) & set(metrics)]
     return sorted(found, key=lambda anchor: anchor.more)
 
 

@@ -16,9 +16,9 @@ from align.common.errors import DamagedError, UsageError
 from eval.page.figures import DARK, LIGHT, class_bars, class_gains, curves, forest, model_color, plain
 from eval.page.page import _notes, found_runs, write_report
 from eval.page.sections import Figures, segmentation
-from eval.results.anchors import published
+from eval.results.anchors import published_numbers
 from eval.results.calibration import calibration
-from eval.results.records import load_answers, load_results
+from eval.results.records import ModelRecord, load_answers, load_results
 from eval.results.tables import shown_value
 from tests.support.synthetic_results import make_results
 
@@ -207,7 +207,7 @@ def test_published_numbers_are_in_published_columns_only(official):
     }  # fmt: skip
     assert set(seen) == {"top-1 accuracy", "text score", "image score", "group score"}
     assert "other prompts: published with sentences written for each class, ours with templates (simple)" in page
-    names = {anchor.name for anchor in published()}
+    names = {anchor.name for anchor in published_numbers()}
     assert not names & {model.name for model in results.models} and all(entry.model not in names for entry in results.entries)
 
 
@@ -313,10 +313,11 @@ def test_the_entry_needs_no_torch_and_can_leave_out_dark_figures(tmp_path):
 
 
 def test_labels_are_drawn_as_plain_text():
+    subject = ModelRecord("m", "trained", "", "", {})
     assert plain("a\x00b\ud800c\n$d$") == "a b?c $d$"
     assert plain("one two three", 8) == "one two\nthree"
     for theme in (LIGHT, DARK):
-        png = class_bars("$\\frac{", [("$x_{$", 3, 0.5), ("狗 🐕", 2, 0.25)], {"$x_{$": 0.0, "狗 🐕": 0.1}, "#123456", theme)
+        png = class_bars("$\\frac{", [("$x_{$", 3, 0.5), ("狗 🐕", 2, 0.25)], {"$x_{$": 0.0, "狗 🐕": 0.1}, subject, [subject], theme)
         assert png.startswith(b"\x89PNG")
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from align.common.errors import DamagedError
-from eval.results.anchors import anchors_of, prompts_note, published, shown_anchor
+from eval.results.anchors import anchors_of, prompts_note, published_numbers, shown_anchor
 from eval.results.records import TaskRecord
 from eval.tasks.registry import TASKS
 
@@ -13,7 +13,7 @@ def record(task, kind="classification", prompts="imagenet80"):
 
 
 def value(name, task, metric):
-    return next(anchor for anchor in published() if anchor.name == name).values[task][metric]
+    return next(anchor for anchor in published_numbers() if anchor.name == name).values[task][metric]
 
 
 def test_the_published_table_is_copied_right():
@@ -30,7 +30,7 @@ def test_the_published_table_is_copied_right():
 
 
 def test_every_anchor_belongs_to_a_task_of_the_kit():
-    for anchor in published():
+    for anchor in published_numbers():
         for task in anchor.values:
             assert task in TASKS or task.startswith("sail_parity_"), f"{anchor.name}: {task} is no task, so this is never shown"
 
@@ -47,13 +47,13 @@ def test_anchors_are_found_by_exact_id_only():
 
 
 def test_numbers_are_shown_as_printed():
-    sail = next(anchor for anchor in published() if anchor.name == "SAIL-L, GTE")
+    sail = next(anchor for anchor in published_numbers() if anchor.name == "SAIL-L, GTE")
     assert [shown_anchor(sail, "winoground", metric) for metric in ("text_score", "image_score", "pair_accuracy")] == ["34.0", "13.25", ""]
 
 
 def test_other_prompts_are_said():
-    freeze = next(anchor for anchor in published() if anchor.name.startswith("freeze-align"))
-    sail = next(anchor for anchor in published() if anchor.name == "SAIL-L, GTE")
+    freeze = next(anchor for anchor in published_numbers() if anchor.name.startswith("freeze-align"))
+    sail = next(anchor for anchor in published_numbers() if anchor.name == "SAIL-L, GTE")
     own = record("imagenet1k", prompts="sentences:classes.json@12345678")
     assert "published with sentences written for each class, ours with templates (imagenet80)" in prompts_note(freeze, record("imagenet1k"))
     assert prompts_note(sail, record("imagenet1k")) == "" and prompts_note(freeze, own) == ""
@@ -76,4 +76,4 @@ def test_damaged_files_are_refused(tmp_path, text, says):
     path = tmp_path / "published.yaml"
     path.write_text(text)
     with pytest.raises(DamagedError, match=says):
-        published(path)
+        published_numbers(path)
