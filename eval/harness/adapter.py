@@ -25,13 +25,8 @@ from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.saving import load_mllm
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NOT_OURS = (
-    "image_aspect_ratio",
-    "visual_cot",
-    "max_agentic_steps",
-    "skip_special_tokens",
-    "seed",
-)  # other models' and lmms-eval's settings
+# Settings of other models and of lmms-eval itself.
+NOT_OURS = ("image_aspect_ratio", "visual_cot", "max_agentic_steps", "skip_special_tokens", "seed")
 PLACEHOLDER = "<image>"
 MOST_ROUNDS = 64
 
@@ -92,12 +87,11 @@ class SailLlava(lmms):
             raise UsageError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        chosen = self.accelerator.device if device == "auto" or self._world_size > 1 else torch.device(device)
-        self.device = chosen
+        self.device = self.accelerator.device if device == "auto" or self._world_size > 1 else torch.device(device)
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
-        precision = DTYPES[dtype if dtype != "auto" else resolve_precision("auto", chosen)]
+        precision = DTYPES[dtype if dtype != "auto" else resolve_precision("auto", self.device)]
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        model, processor = load_mllm(Path(str(pretrained)), dtype=precision, device=chosen, **options)
+        model, processor = load_mllm(Path(str(pretrained)), dtype=precision, device=self.device, **options)
         self.answerer = Answerer(model, processor, Chat.of_processor(processor, template))
         self.thumbnails = Path(thumbnails) if thumbnails and examples else None
         self.examples, self.seed = examples, seed
@@ -135,18 +129,18 @@ class SailLlava(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Return the answers of all rounds for each request; what a round asks, and with which images, the task says."""
         self._draw(requests)
-        talks = [_Talk(request, self._visuals(request), self._doc(request)) for request in requests]
+        conversations = [_Rounds(request, self._visuals(request), self._doc(request)) for request in requests]
         decodings = [decoding(request.args[1], self.max_new_tokens) for request in requests]
         for _ in range(MOST_ROUNDS):
-            open_talks = [number for number, talk in enumerate(talks) if not talk.ended]
-            if not open_talks:
-                return [talk.answers for talk in talks]
-            texts, settings = [talks[number].text for number in open_talks], [decodings[number] for number in open_talks]
+            unfinished = [number for number, one in enumerate(conversations) if not one.ended]
+            if not unfinished:
+                return [one.answers for one in conversations]
+            texts, settings = [conversations[number].text for number in unfinished], [decodings[number] for number in unfinished]
             for places in self._batches(texts, settings):
-                numbers = [open_talks[place] for place in places]
-                batch = [conversation(talks[number].text, talks[number].visuals) for number in numbers]
+                numbers = [unfinished[place] for place in places]
+                batch = [conversation(conversations[number].text, conversations[number].visuals) for number in numbers]
                 for number, text in zip(numbers, self.answerer.generate(batch, decodings[numbers[0]]), strict=True):
-                    talks[number].go_on(text)
+                    conversations[number].go_on(text)
         raise UsageError(f"a task asked for more than {MOST_ROUNDS} rounds; it never says that it is done")
 
     def _batches(self, texts: Sequence[str], settings: Sequence[Any]) -> Any:
@@ -192,8 +186,8 @@ class SailLlava(lmms):
         return str(wanted(self._doc(request)) if callable(wanted) else wanted)
 
 
-class _Talk:
-    """One request of several rounds: the next question, and the answers so far."""
+class _Rounds:
+    """A conversation of several rounds that a request asks for: the next question, and the answers so far."""
 
     def __init__(self, request: Instance, visuals: list[Any], doc: Any) -> None:
         self.text: str = request.args[0]
@@ -201,8 +195,7 @@ class _Talk:
         self.ask: Callable[..., Any] = request.args[3]
         self.answers: list[str] = []
         self.info: Any = None
-        self.round = 0
-        self.ended = False
+        self.round, self.ended = 0, False
 
     def go_on(self, answer: str) -> None:
         """Take the answer to the current round and let the task say what comes next."""
@@ -237,10 +230,9 @@ def decoding(settings: dict[str, Any], max_new_tokens: int) -> Decoding:
     until = rest.pop("until", None) or []
     also = rest.pop("stop_sequences", None) or []
     ends = [end for given in (until, also) for end in ([given] if isinstance(given, str) else given)]
-    sample = rest.pop("do_sample", None)
-    temperature = rest.pop("temperature", None)
+    sample, temperature = rest.pop("do_sample", None), rest.pop("temperature", None)
     if temperature is None:
-        temperature = 1.0 if sample else 0.0
+        temperature = 1 if sample else 0
     temperature = 0.0 if sample is False else float(temperature)
     numbers = {name: rest.pop(name, None) for name in ("top_p", "top_k", "num_beams", "repetition_penalty")}
     limit = int(rest.pop("max_new_tokens", max_new_tokens))
