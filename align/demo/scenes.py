@@ -59,11 +59,6 @@ class Placed:
     mirrored: bool
     shape: np.ndarray = field(repr=False, compare=False)
 
-    @property
-    def size(self) -> int:
-        """The longer side of the box in pixels."""
-        return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -257,11 +252,10 @@ class SpriteScenes:
             colors = ((first * (side - 1 - ramp) + second * ramp) // (side - 1)).astype(np.uint8)  # (side, 3)
             line = Image.fromarray(colors[:, None, :]) if direction % 2 else Image.fromarray(colors[None, :, :])
             return line.resize((side, side), Image.Resampling.NEAREST)
+        top, left = phase % side, noise % side
         if plan.texture == "grain":
-            top, left = phase % side, noise % side
             return Image.fromarray((first + self._noise[top : top + side, left : left + side]).clip(0, 255).astype(np.uint8))
         if plan.texture == "mottled":
-            top, left = phase % side, noise % side
             blots = self._noise[top : top + 12, left : left + 12] > 0  # (12, 12, 1)
             return Image.fromarray(np.where(blots, second, first).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
         if plan.texture == "stripes":
@@ -290,5 +284,4 @@ def _cells(rng: np.random.Generator, count: int, size: int) -> list[tuple[float,
         else:
             cut = top + part * (bottom - top)
             cells += [(left, top, right, cut), (left, cut, right, bottom)]
-    order = rng.permutation(count)
-    return [cells[int(number)] for number in order]
+    return [cells[int(number)] for number in rng.permutation(count)]

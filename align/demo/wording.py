@@ -114,7 +114,7 @@ def long_caption(rng: np.random.Generator, things: Sequence[Thing], size: int, b
     if style == 0:
         sentences = [f"{_one_of(rng, ('This picture shows', 'The image shows', 'We see'))} {_listed(placed)} on {background}."]
     elif style == 1:
-        sentences = [f"On {background} there {_is_or_are(things)} {_listed(placed)}."]
+        sentences = [f"On {background} there {'is' if len(things) == 1 else 'are'} {_listed(placed)}."]
     elif style == 2:
         sentences = [f"{_capital(_listed(placed))}.", f"{_one_of(rng, ('The picture has', 'Behind, there is'))} {background}."]
     else:
@@ -157,7 +157,3 @@ def _listed(phrases: Sequence[str]) -> str:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _is_or_are(things: Sequence[Thing]) -> str:
-    return "is" if len(things) == 1 else "are"

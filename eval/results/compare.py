@@ -18,15 +18,7 @@ from rich.table import Table
 from align.common.errors import DamagedError, UsageError
 from align.common.files import atomic_bytes, atomic_json
 from align.common.intervals import Statistic, mean_of, median_of, percentiles
-from eval.results.paired import (
-    bootstrap_p,
-    holm,
-    mean_per_class_of,
-    mean_ratio_of,
-    paired_bootstrap,
-    ratio_of,
-    sign_flip_p,
-)
+from eval.results.paired import bootstrap_p, holm, mean_per_class_of, mean_ratio_of, paired_bootstrap, ratio_of, sign_flip_p
 from eval.results.records import (
     GRADED,
     SUBJECTS,
@@ -50,7 +42,7 @@ COLUMNS = {"text_score": "text", "image_score": "image", "group_score": "group",
 class Difference:
     """One metric of one task: both values, B - A with its interval, and the p-value before and after correction.
 
-    `n` samples in `clusters` independent groups. Values are fractions; ranks, and `lower_is_better`, where `unit` is ranks.
+    `n` samples in `clusters` independent groups. Values are fractions, or ranks (lower is better) where `unit` is ranks.
     """
 
     task: str
@@ -68,11 +60,6 @@ class Difference:
     test: str
     p: float
     p_holm: float
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether the smaller value is the better one."""
-        return self.unit == "ranks"
 
 
 @dataclass(frozen=True)
@@ -189,8 +176,7 @@ def _task_differences(task: TaskRecord, a: _Side, b: _Side, generator: np.random
             _check(side, task.id, {name: float(pairs[name][place](once)[0]) for name in names}, numbers)
         drawn = paired_bootstrap(pairs, clusters, generator)
         for name in names:
-            both = measured[0][name], measured[1][name]
-            test, p = _test(both[0], both[1], clusters, drawn[name])
+            test, p = _test(measured[0][name], measured[1][name], clusters, drawn[name])
             low, high = percentiles(drawn[name], confidence)
             values = known[0][name], known[1][name]
             unit = "ranks" if name.endswith("median_rank") else "points"
@@ -274,7 +260,7 @@ def verdict(one: Difference, shown: bool) -> str:
         return f"no difference shown: B - A is {value:+.1f} {one.unit} ({low:.1f} to {high:.1f}), {p}"
     if value < 0:
         low, high = -high, -low
-    name = "B" if (value > 0) != one.lower_is_better else "A"
+    name = "B" if (value > 0) != (one.unit == "ranks") else "A"
     return f"{name} is better by {abs(value):.1f} {one.unit} ({low:.1f} to {high:.1f}), {p}"
 
 

@@ -7,7 +7,7 @@ sample, so that runs can be compared pairwise) and `examples/<task>.json` with i
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -247,5 +247,4 @@ def load_answers(folder: Path, task: str, model: str) -> pa.Table:
 
 def csv_rows(results: Results) -> list[Sequence[Any]]:
     """Return the entries as rows for a CSV file, the header first."""
-    names = [field.name for field in fields(Entry)]
-    return [names, *([asdict(entry)[name] for name in names] for entry in results.entries)]
+    return [[field.name for field in fields(Entry)], *map(astuple, results.entries)]
