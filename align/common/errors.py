@@ -9,56 +9,41 @@ class KitError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
 
-class UsageError(KitError, ValueError):
+
+class UsageError(KitError, ValueError, exit_code=2):
     """A flag, recipe or argument is wrong."""
 
-    exit_code = 2
 
-
-class DataError(KitError):
+class DataError(KitError, exit_code=3):
     """The data cannot be used: no samples, a missing column, too many rejects."""
 
-    exit_code = 3
 
-
-class OfflineError(KitError):
+class OfflineError(KitError, exit_code=4):
     """An embedded asset is neither in the cache nor reachable."""
 
-    exit_code = 4
 
-
-class FingerprintError(KitError):
+class FingerprintError(KitError, exit_code=5):
     """Features were made by another encoder or setting than the one asked for."""
 
-    exit_code = 5
 
-
-class LeaseError(KitError):
+class LeaseError(KitError, exit_code=6):
     """Another job is writing to the same folder."""
 
-    exit_code = 6
 
-
-class DiskFullError(KitError):
+class DiskFullError(KitError, exit_code=7):
     """A write needs more space than the file system has."""
 
-    exit_code = 7
 
-
-class NonFiniteError(KitError):
+class NonFiniteError(KitError, exit_code=8):
     """Training produced a non-finite loss or gradient several times in a row."""
 
-    exit_code = 8
 
-
-class DamagedError(KitError):
+class DamagedError(KitError, exit_code=9):
     """A file does not have the content that was committed."""
 
-    exit_code = 9
 
-
-class Preempted(KitError):
+class Preempted(KitError, exit_code=75):
     """The process was asked to stop (SIGTERM) and has saved its state; run the same command to go on."""
-
-    exit_code = 75

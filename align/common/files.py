@@ -1,7 +1,4 @@
-"""Files that survive a crash: atomic writes, content hashes, disk space and failpoints.
-
-A file that exists is never taken for done. Whoever writes one also records its hash, and whoever reads it may check it.
-"""
+"""Files that survive a crash: atomic writes, content hashes, disk space and failpoints."""
 
 import errno
 import json
@@ -34,11 +31,10 @@ def arm_failpoint(spec: str) -> None:
 
 def failpoint(name: str) -> None:
     """Pass the write boundary `name`; the process dies here if that failpoint is armed and its turn has come."""
-    if name not in _armed:
-        return
-    _armed[name] -= 1
-    if _armed[name] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if name in _armed:
+        _armed[name] -= 1
+        if _armed[name] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hash_bytes(data: bytes) -> str:
@@ -109,12 +105,10 @@ def read_json(path: Path) -> Any:
         raise DamagedError(f"{path} is not valid JSON ({error}); restore it or delete the folder and run again") from error
 
 
-def remove_temporaries(folder: Path) -> int:
-    """Delete files that a dead writer left half-written in `folder` (not in its subfolders); return how many."""
-    leftovers = list(folder.glob(f"*{TEMPORARY}"))
-    for leftover in leftovers:
+def remove_temporaries(folder: Path) -> None:
+    """Delete files that a dead writer left half-written in `folder` (not in its subfolders)."""
+    for leftover in folder.glob(f"*{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
-    return len(leftovers)
 
 
 def save_hashed(stem: Path, suffix: str, data: bytes) -> None:
@@ -153,8 +147,7 @@ def require_free(folder: Path, needed: int) -> None:
 
 
 def _space_message(path: Path, needed: int | None) -> str:
-    existing = path if path.exists() else path.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(path if path.exists() else path.parent).free
     wanted = f"{human_bytes(needed)} needed, " if needed is not None else ""
     return f"disk full while writing {path}: {wanted}{human_bytes(free)} free. Free some space and run the same command again."
 

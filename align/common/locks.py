@@ -1,7 +1,7 @@
 """Who may write: one process at a time (locked), or one job at a time (lease) whose workers share the shards among them (claims).
 
-A lock is the kernel's, which frees it when its holder dies. A lease names its holder and is kept alive by touching the file, so that
-workers on several machines can hold it together: a holder that died, or was silent for `STALE_SECONDS` on another machine, loses it.
+The kernel frees a lock when its holder dies. Workers on several machines can hold a lease together: each keeps a file that names it and
+touches it. A worker that died, or was silent for `STALE_SECONDS` on another machine, loses it.
 Claims only save work: two workers that encode the same shard write the same bytes.
 """
 
@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -48,9 +47,9 @@ def locked(path: Path, waiting: Callable[[], None] | None = None, keep: bool = T
         lock.release()
 
 
-def _myself(job: str) -> dict[str, Any]:
-    pid = os.getpid()
-    return {"job": job, "host": socket.gethostname(), "pid": pid, "started": psutil.Process(pid).create_time()}
+def _myself(job: str) -> str:
+    """Return what a lease or claim of this process holds, as JSON."""
+    return json.dumps({"job": job, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()})
 
 
 def _is_stale(path: Path) -> bool:
@@ -60,12 +59,8 @@ def _is_stale(path: Path) -> bool:
         silent = time.time() - path.stat().st_mtime
         if holder["host"] != socket.gethostname():
             return silent > STALE_SECONDS
-        return not psutil.pid_exists(holder["pid"]) or psutil.Process(holder["pid"]).create_time() != holder["started"]
-    except FileNotFoundError:
-        return True
-    except (ValueError, KeyError, TypeError):  # cut short by a crash
-        return True
-    except psutil.NoSuchProcess:
+        return psutil.Process(holder["pid"]).create_time() != holder["started"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):  # released, cut short by a crash, or dead
         return True
 
 
@@ -99,7 +94,7 @@ class Lease:
                         f"{self.folder} is being written by process {holder['pid']} on {holder['host']} (job {holder['job']}). "
                         "Wait for it to end, or give both the same --job to share the work."
                     )
-            self._mine.write_text(json.dumps(_myself(self.job)))
+            self._mine.write_text(_myself(self.job))
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
         return self
@@ -125,11 +120,10 @@ class Lease:
             return False
         path.unlink(missing_ok=True)
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            with open(path, "x") as file:
+                file.write(_myself(self.job))
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(json.dumps(_myself(self.job)))
         self._claimed.add(path)
         return True
 

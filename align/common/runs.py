@@ -23,16 +23,8 @@ from align.common.errors import UsageError
 from align.common.files import atomic_bytes, atomic_json, disk_full_named, read_json
 
 PACKAGES = (
-    "sail-upgrade-kit",
-    "torch",
-    "torchvision",
-    "transformers",
-    "accelerate",
-    "sentence-transformers",
-    "timm",
-    "safetensors",
-    "numpy",
-)
+    "sail-upgrade-kit", "torch", "torchvision", "transformers", "accelerate", "sentence-transformers", "timm", "safetensors", "numpy",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -48,11 +40,9 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Return the commit of the source tree (with `+changes` if it was edited), or None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(Path(__file__).resolve().parents[2]), "describe", "--always", "--dirty=+changes", "--abbrev=12"]
     try:
-        shown = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12"], capture_output=True, text=True, timeout=10
-        )
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return shown.stdout.strip() or None if shown.returncode == 0 else None
@@ -64,15 +54,9 @@ def add_launch(folder: Path, facts: dict[str, Any]) -> None:
 
     path = folder / "manifest.json"
     manifest = read_json(path) if path.exists() else {"launches": []}
-    launch = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": git_commit(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        **facts,
-    }
-    manifest["launches"].append(launch)
+    started, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [Path(sys.argv[0]).name, *sys.argv[1:]]
+    launch = {"started": started, "command": command, "commit": git_commit(), "versions": versions()}
+    manifest["launches"].append({**launch, "threads": torch.get_num_threads(), **facts})
     atomic_json(path, manifest)
 
 
@@ -104,9 +88,7 @@ class JsonLines:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all rows."""
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
 
 class RunLog:

