@@ -27,13 +27,9 @@ from align.common.commandline import run
 from align.demo.config import PrepareConfig
 
 TESTED = (
-    "embedded:efficientnet-lite0",
-    "embedded:efficientnet-lite1",
-    "embedded:efficientnet-lite2",
-    "embedded:vit-s14-focus",
-    "embedded:minilm",
-    "embedded:smollm2-135m",
-)
+    "embedded:efficientnet-lite0", "embedded:efficientnet-lite1", "embedded:efficientnet-lite2", "embedded:vit-s14-focus",
+    "embedded:minilm", "embedded:smollm2-135m",
+)  # fmt: skip
 
 
 def main(config: PrepareConfig) -> None:

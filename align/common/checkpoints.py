@@ -49,8 +49,7 @@ def verify_checkpoint(folder: Path) -> None:
     if not isinstance(record, dict) or not record:
         raise DamagedError(f"{folder} has no usable COMMIT record")
     for name, digest in record.items():
-        problem = damage(folder / name, digest)
-        if problem:
+        if problem := damage(folder / name, digest):
             raise DamagedError(problem)
 
 

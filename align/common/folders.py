@@ -69,8 +69,7 @@ def commit_folder(folder: Path, facts: dict[str, Any]) -> None:
 def check_folder(folder: Path, contents: bool, advice: str) -> None:
     """Raise DamagedError, ending in `advice`, unless every committed file has its size and, if `contents`, its hash."""
     for name, entry in read_json(folder / COMMIT)["files"].items():
-        problem = damage(folder / name, entry["xxh3"] if contents else None, entry["bytes"])
-        if problem:
+        if problem := damage(folder / name, entry["xxh3"] if contents else None, entry["bytes"]):
             raise DamagedError(f"{problem}; {advice}")
 
 

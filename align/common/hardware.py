@@ -21,12 +21,11 @@ def resolve_precision(precision: Precision, device: "torch.device") -> Arithmeti
 
     if precision != "auto":
         return precision
+    fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = False
     return "bf16" if fast else "fp32"
 
 

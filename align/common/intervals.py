@@ -14,6 +14,7 @@ from align.common.errors import UsageError
 
 BLOCK = 1 << 22  # weights held at once: 32 MiB
 Statistic = Callable[[np.ndarray], np.ndarray]
+Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]  # pearson or spearman
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -106,11 +107,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def correlation_interval(
-    first: np.ndarray,
-    second: np.ndarray,
-    correlation: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    generator: np.random.Generator,
-    resamples: int = 1000,
+    first: np.ndarray, second: np.ndarray, correlation: Correlation, generator: np.random.Generator, resamples: int = 1000
 ) -> tuple[float, float, float]:
     """Return (value, low, high) of a correlation of two arrays (n,), bootstrapped over the n points; NaN for fewer than 4 points."""
     if len(first) < 4:

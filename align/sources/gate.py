@@ -1,7 +1,6 @@
 """The gate: every image is decoded once and completely, every caption is checked, and what is bad is rejected with a code.
 
-Nothing here repairs or guesses. A Reject is one sample's own fault: callers count it, list it and go on. Call the gate in
-worker processes, not in threads (it silences Pillow's warnings while it decodes).
+Nothing is repaired or guessed. Call the gate in worker processes, not in threads: it silences Pillow's warnings while it decodes.
 """
 
 import io
@@ -24,14 +23,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow ma
 MAX_KEY_BYTES = 512
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 # what Pillow's decoders raise on hostile bytes (RuntimeError includes NotImplementedError and RecursionError)
@@ -39,8 +33,6 @@ _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
     EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-
-
 _TRUNCATED = "LOAD_TRUNCATED_IMAGES"  # the name of Pillow's process-wide switch
 
 
@@ -65,10 +57,10 @@ class Limits:
 def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
     """Return the image in `data` (an encoded file) as a fully decoded, upright, 8-bit RGB image; raise Reject if it is bad.
 
-    `data` may also be the Reject, or the None, that a Row carries instead of bytes; it is raised. Formats: see FORMATS.
-    Animations give their first frame. EXIF orientation is applied; an EXIF block that cannot be read is ignored, and so is a
-    color profile. Transparency is composited on white. 16-bit gray is divided by 257. Float gray within [0, 1] is multiplied
-    by 255; other float gray, and 32-bit integers outside 16 bits, are stretched from their minimum and maximum to 0..255.
+    `data` may also be the Reject, or the None, that a Row carries instead of bytes; it is raised. Formats: see FORMATS. Animations give
+    their first frame. EXIF orientation is applied; a damaged EXIF block and color profiles are ignored. Transparency is composited on
+    white. 16-bit gray is divided by 257. Float gray within [0, 1] is multiplied by 255; other float gray, and 32-bit integers outside
+    16 bits, are stretched from their minimum and maximum to 0..255.
     """
     if data is None:
         raise Reject("image_missing")
@@ -137,9 +129,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _ALPHA or "transparency" in image.info:
         if image.mode in ("RGBa", "La"):  # premultiplied: only to its own plain mode
             image = image.convert(image.mode.upper())
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
@@ -155,7 +146,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         low, high = 0.0, 65_535.0
     scale = 255 / (high - low) if high > low else 0.0
     gray = values.astype(np.float32)
-    gray *= scale  # scaled first: the range of float32 itself cannot overflow then
+    gray *= scale  # before the shift, so that float32 cannot overflow
     gray -= low * scale
     return Image.fromarray(np.rint(gray, out=gray).clip(0, 255).astype(np.uint8))
 
@@ -175,8 +166,7 @@ def split_captions(value: Any, limits: Limits) -> tuple[list[str], list[Reject]]
         raise Reject("caption_missing", "an empty list")
     if len(values) > limits.max_captions:
         raise Reject("caption_count", f"{len(values)} captions, at most {limits.max_captions} are allowed")
-    good: list[str] = []
-    dropped: list[Reject] = []
+    good, dropped = list[str](), list[Reject]()
     for item in values:
         try:
             good.append(_gate_caption(item, limits))

@@ -1,8 +1,8 @@
 """Image-caption sources: which files there are, how their rows are cut into shards, and how a shard is opened.
 
-Layouts: webdataset tars (of img2dataset and CLIP_benchmark), parquet (image cells of bytes, of Hugging Face `datasets`
-structs, or paths), JSONL and CSV/TSV (image paths relative to an image root), and folders of images. A plan is a pure
-function of the files; it is made once by a scan that reads headers or finds line ends, and saved beside the features.
+Layouts: webdataset tars (of img2dataset and CLIP_benchmark), parquet (image cells of bytes, of Hugging Face `datasets` structs, or
+paths), JSONL and CSV/TSV (image paths relative to an image root), and folders of images. A plan is a pure function of the files. It is
+made once by a scan that reads headers or finds line ends, and saved beside the features.
 """
 
 import glob
@@ -29,15 +29,9 @@ from align.sources.tar import TarReader
 
 SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}  # by first bytes
-READERS: dict[str, type[TarReader] | type[TableReader]] = {
-    "webdataset": TarReader,
-    "parquet": ParquetReader,
-    "jsonl": JsonlReader,
-    "csv": CsvReader,
-}
-SHARDS_SCHEMA = pa.schema(
-    [("shard", pa.int32()), ("file", pa.string()), ("start", pa.int64()), ("stop", pa.int64()), ("offset", pa.int64())]
-)
+READERS: dict[str, type[TarReader] | type[TableReader]]
+READERS = {"webdataset": TarReader, "parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
+SHARDS_SCHEMA = pa.schema([("shard", pa.int32()), ("file", pa.string()), *((name, pa.int64()) for name in ("start", "stop", "offset"))])
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,12 @@ class Plan:
         """Rows of each shard."""
         return pc.subtract(self.shards["stop"], self.shards["start"]).to_pylist()
 
-    def _save(self, folder: Path) -> None:
-        """Write `plan.parquet`, and for an image folder `listing.arrow`, atomically."""
+    def keep(self, folder: Path, settings: str) -> None:
+        """Save the plan in `folder` for all launches and processes; FingerprintError, naming `settings`, if another one is there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "plan.parquet").exists():
+            compare_fingerprints({"data": self.digest}, {"data": Plan.load(folder).digest}, f"{folder} ({settings})")
+            return
         if self.listing is not None:
             table = pa.table({"name": self.listing})
             with atomic_path(folder / "listing.arrow") as temporary, pa.ipc.new_file(str(temporary), table.schema) as file:
@@ -80,14 +78,6 @@ class Plan:
         facts = {"layout": self.layout, "digest": self.digest}
         with atomic_path(folder / "plan.parquet") as temporary:
             pq.write_table(self.shards.replace_schema_metadata(facts), temporary, compression="zstd")
-
-    def keep(self, folder: Path, settings: str) -> None:
-        """Save the plan in `folder` for all launches and processes; FingerprintError, naming `settings`, if another one is there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "plan.parquet").exists():
-            compare_fingerprints({"data": self.digest}, {"data": Plan.load(folder).digest}, f"{folder} ({settings})")
-        else:
-            self._save(folder)
 
     @staticmethod
     def load(folder: Path) -> "Plan":
@@ -105,9 +95,7 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle a loaded plan as its place: a listing may be large."""
-        if self.folder is not None:
-            return Plan.load, (self.folder,)
-        return Plan, (self.layout, self.shards, self.listing, self.digest)
+        return (Plan.load, (self.folder,)) if self.folder else (Plan, (self.layout, self.shards, self.listing, self.digest))
 
 
 def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Plan:
@@ -122,8 +110,7 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
     except OSError as error:
         raise DataError(f"{source.data} cannot be listed ({error})") from error
     digest = xxhash.xxh3_128(repr((layout, source.image, source.key, rows_per_shard)).encode())
-    listing = None
-    pieces: list[tuple[int, str, int, int, int]] = []
+    listing, pieces = None, list[tuple[int, str, int, int, int]]()
     for file in files:
         try:
             if layout == "folder":

@@ -49,14 +49,9 @@ def read_below(root: str, path: str, limit: int) -> bytes:
 
 def _os_reject(error: OSError, path: str) -> Reject:
     codes = {
-        errno.ENOENT: "file_missing",
-        errno.ENOTDIR: "file_missing",
-        errno.EACCES: "file_denied",
-        errno.EPERM: "file_denied",
-        errno.ELOOP: "file_kind",
-        errno.ENXIO: "file_kind",
-        errno.EISDIR: "file_kind",
-    }
+        errno.ENOENT: "file_missing", errno.ENOTDIR: "file_missing", errno.EACCES: "file_denied", errno.EPERM: "file_denied",
+        errno.ELOOP: "file_kind", errno.ENXIO: "file_kind", errno.EISDIR: "file_kind",
+    }  # fmt: skip
     return Reject(codes.get(error.errno or 0, "file_unreadable"), f"{path[:200]!r}: {error.strerror}")
 
 

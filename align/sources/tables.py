@@ -5,7 +5,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -97,14 +97,12 @@ class JsonlReader(TableReader):
                 found.append(block)
                 if sum(map(len, found)) > len(self):
                     break
-        ends = np.concatenate([*found, np.array([size], dtype=np.int64)])  # a last line may lack its newline
-        self._ends = ends[: len(self) + 1]
+        self._ends = np.concatenate([*found, np.array([size], dtype=np.int64)])[: len(self) + 1]  # a last line may lack its newline
         self._require_rows(len(self._ends) - 1)
 
     @cached_property
     def columns(self) -> list[str]:
-        names: dict[str, None] = {}
-        rejects = []
+        names, rejects = dict[str, None](), list[Reject]()
         with open(self.file, "rb") as file:
             file.seek(text_start(self.file))
             for line, length in islice(bounded_lines(file), HEAD_ROWS):
@@ -147,23 +145,19 @@ def csv_records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, int, list
     Cells hold one character a byte: `cell.encode("latin-1")` are the file's bytes. A record that breaks the quoting rules, or
     with a cell above `csv.field_size_limit()`, is cut at its first line end, so that one open quote costs one row.
     """
-    lines = _Lines(file)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
+        lines = _Lines(file)
         begin = lines.position
-        lines.lengths.clear()
         try:
-            cells = next(reader)
-        except StopIteration:
+            for cells in csv.reader(lines, delimiter=delimiter, strict=True):
+                yield begin, lines.position, cells or Reject("row_blank")
+                begin = lines.position
+                lines.lengths.clear()
             return
         except csv.Error as error:
             end = begin + lines.lengths[0]
             yield begin, end, Reject("row_syntax", str(error))
             file.seek(end)
-            lines = _Lines(file)
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        else:
-            yield begin, lines.position, cells if cells else Reject("row_blank")
 
 
 def csv_delimiter(file: str) -> str:
@@ -253,8 +247,8 @@ class ParquetReader(TableReader):
     def _open(self) -> None:
         self._metadata = pq.read_metadata(self.file)
         counts = [self._metadata.row_group(number).num_rows for number in range(self._metadata.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._require_rows(int(self._starts[-1]) - self.start)
+        self._starts = [0, *accumulate(counts)]  # row at which each group begins, and the number of all rows
+        self._require_rows(self._starts[-1] - self.start)
         self._kept: tuple[Any, pa.Table] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,8 +260,8 @@ class ParquetReader(TableReader):
 
     def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
         first, last = self.start + start, self.start + stop
-        for group in range(len(self._starts) - 1):
-            begin, end = max(first, int(self._starts[group])), min(last, int(self._starts[group + 1]))
+        for group, (low, high) in enumerate(pairwise(self._starts)):
+            begin, end = max(first, low), min(last, high)
             if begin >= end:
                 continue
             try:
@@ -275,7 +269,7 @@ class ParquetReader(TableReader):
             except (OSError, pa.ArrowException) as error:
                 yield from [Reject("row_unreadable", str(error)[:200])] * (end - begin)
                 continue
-            for number in range(begin - int(self._starts[group]), end - int(self._starts[group])):
+            for number in range(begin - low, end - low):
                 try:
                     yield {name: table[name][number].as_py() for name in table.column_names}
                 except UnicodeDecodeError as error:

@@ -1,11 +1,12 @@
 """Samples of a webdataset tar: which byte ranges of the archive belong to which key, found by reading headers only.
 
-`tarfile` is not used because it reads header payloads of any announced size into memory, keeps every member for ever and
-takes three times as long; nothing is ever extracted, so only headers matter. Reads ustar, GNU and pax headers.
+Reads ustar, GNU and pax headers. `tarfile` is not used: it reads header payloads of any announced size into memory, keeps every member
+for ever and takes three times as long.
 """
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from align.common.reject_codes import Reject
@@ -46,9 +47,8 @@ class _Header(NamedTuple):
 def tar_samples(descriptor: int, offset: int = 0) -> Iterator[TarSample]:
     """Yield the samples of an open tar from byte `offset` (where a sample begins) on, in order.
 
-    If the archive is cut (has no end mark) or damaged, the last sample before that point carries the reject
-    `archive_truncated` and the iteration ends. A sample with a link, a device or an unsafe name carries a reject. Directories
-    and hidden files are passed over.
+    If the archive is cut (has no end mark) or damaged, the last sample before that point carries the reject `archive_truncated` and the
+    iteration ends. A sample with a link, a device or an unsafe name carries a reject. Directories and hidden files are passed over.
     """
     key, begin, members, reject = "", offset, list[Member](), None
     try:
@@ -171,8 +171,7 @@ class TarReader(ShardReader):
 
     def _open(self) -> None:
         with open(self.file, "rb") as file:
-            samples = tar_samples(file.fileno(), self.offset)
-            self._samples = [sample for _, sample in zip(range(len(self)), samples, strict=False)]
+            self._samples = list(islice(tar_samples(file.fileno(), self.offset), len(self)))
         self._require_rows(len(self._samples))
 
     def _keys(self) -> Iterator[str | None]:
