@@ -45,10 +45,7 @@ def settings_of(config: AssessConfig, precision: "Arithmetic") -> "Settings":
 
 
 def report(config: AssessConfig, texts: list[str], results: list["Assessed"], weights: "np.ndarray", console: "Console") -> None:
-    """Write table, JSON and figures; print the best candidates, the correlations and the recommendation.
-
-    `weights` are the bootstrap weights over the test images of the probes.
-    """
+    """Write table, JSON and figures; print the best candidates, correlations and advice. `weights`: bootstrap, over the test images."""
     from align.assessment import tables
     from align.assessment.figures import heat_map, scatter
     from align.assessment.scores import NO_LABELS, NO_PATCHES
@@ -58,8 +55,7 @@ def report(config: AssessConfig, texts: list[str], results: list["Assessed"], we
     targets = ["probing", *(["trained"] if config.trained else [])]
     found = {target: tables.correlations(results, target, config.seed) for target in targets}
     follows = tables.follows(results, config.seed)
-    said = tables.recommend(results, weights)
-    said += [*([] if config.labelled else [NO_LABELS]), *([] if config.patch_images else [NO_PATCHES])]
+    said = tables.recommend(results, weights) + [NO_LABELS] * (not config.labelled) + [NO_PATCHES] * (not config.patch_images)
     ranks = {text: tables.rank_matrix(results, text) for text in texts}
     facts = {"recommendation": said, "follows": follows, "correlations": found, "spearman": ranks}
     listed = [{**asdict(r.candidate), "scores": {name: asdict(score) for name, score in r.scores.items()}} for r in results]

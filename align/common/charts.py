@@ -22,10 +22,7 @@ def new_figure(width: float, height: float, background: str = "white", dpi: int 
 def style_axes(
     axes: "Axes", title: str = "", *, ink: str = INK, muted: str = MUTED, grid: str = GRID, lines: str = "y", size: float = 8.5
 ) -> None:
-    """Draw axes as all figures have them: no box, gray ticks, a light grid along `lines` (x, y or both), the title on the left.
-
-    `size` is that of the numbers in points. The title is plain text, without math.
-    """
+    """Draw axes with no box, gray ticks of `size` points, a light grid along `lines` (x, y or both), and a plain-text title on the left."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grid)

@@ -117,10 +117,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Tensor], dict[str, Any], list[str]]:
-    """Return (path, tensors, state, problems) of the newest checkpoint that verifies; path is None if there is none.
-
-    DamagedError if there are checkpoints but none verifies; see `newest_readable`.
-    """
+    """Return (path, tensors, state, problems) of the newest checkpoint that verifies, chosen as by `newest_readable`."""
     path, content, problems = newest_readable(folder, checkpoints(folder), load_checkpoint)
-    tensors, state = content or ({}, {})
-    return path, tensors, state, problems
+    return path, *(content or ({}, {})), problems

@@ -19,10 +19,7 @@ _armed: dict[str, int] = {}
 
 
 def arm_failpoint(spec: str) -> None:
-    """Kill this process with SIGKILL at the n-th passage of a named write boundary.
-
-    `spec` is `name` or `name:n` (n counts from 1). Used by reliability tests only; entries read it from SAIL_FAILPOINT.
-    """
+    """Kill this process with SIGKILL at the n-th passage of a write boundary; `spec` is `name` or `name:n`. For reliability tests."""
     name, _, count = spec.partition(":")
     if count and not count.isdigit():
         raise UsageError(f"failpoint {spec!r}: expected name or name:n with n a whole number from 1")

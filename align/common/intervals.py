@@ -1,8 +1,8 @@
 """How sure a number is: percentile bootstrap, Wilson interval, ranks and correlations. Arrays in, floats out.
 
 Shapes: `N` samples, `G` clusters of samples that belong together (the captions of an image), `R` resamples, `r` resamples of a block.
-A statistic is a function of weights (r, N), how often each sample was drawn; weights of one give the plain value. What draws takes its
-generator and draws in an order that does not depend on the size of the blocks, as published intervals depend on it.
+A statistic is a function of weights (r, N), how often each sample was drawn; weights of one give the plain value. The order of draws
+does not depend on the size of the blocks: published intervals depend on it.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,8 +40,7 @@ def percentiles(drawn: np.ndarray, confidence: float = 0.95) -> tuple[float, flo
 def bootstrap(statistic: Statistic, clusters: np.ndarray, generator: np.random.Generator, resamples: int = 1000) -> np.ndarray:
     """Return the values (R, ...) of a statistic in bootstrap resamples that draw whole clusters.
 
-    `clusters` (N,) are numbers from 0 without gaps: samples of one cluster are drawn together, as they are not independent. Where
-    every sample is one, they are `np.arange(N)`.
+    `clusters` (N,) are numbers from 0 without gaps: samples of a cluster are drawn together. `np.arange(N)`: each sample is its own.
     """
     if len(clusters) == 0:
         raise UsageError("no samples to draw from; check that the data is not empty")

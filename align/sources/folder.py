@@ -16,10 +16,7 @@ _IMAGE_SUFFIXES = tuple(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)
 
 
 def list_images(folder: str) -> pa.ChunkedArray:
-    """Return the paths of the image files below a folder, as bytes in sorted order in one chunk.
-
-    Hidden files and folders are passed over; links to folders are not followed.
-    """
+    """Return the paths of the image files below a folder, as bytes, sorted, in one chunk; hidden ones and linked folders are left out."""
     root = os.fsencode(folder)
     pending, batch, chunks = [b""], list[bytes](), list[pa.Array]()
     while pending:
@@ -59,12 +56,10 @@ class FolderReader(ShardReader):
         for index in range(start, stop):
             path = os.fsdecode(self._names[index])
             stem = os.path.splitext(path)[0]
-            key = self._row_name(index)
-            fields: dict[str, Any] = {}
+            key, fields = self._row_name(index), dict[str, Any]()
             try:
                 key = gate_key(stem)
-                folder = os.path.dirname(path)
-                if folder:
+                if folder := os.path.dirname(path):
                     fields["label"] = os.path.basename(folder)
                 if os.path.lexists(os.path.join(self.root, f"{stem}.txt")):
                     fields["txt"] = text_captions(read_below(self.root, f"{stem}.txt", MAX_ROW_BYTES), whole=False)

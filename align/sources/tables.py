@@ -66,9 +66,9 @@ class TableReader(ShardReader):
                 key = gate_key(record[self.key])
             except Reject as reject:
                 return Row(index, key, None, {}, reject)
-        image = None
-        if images:
-            image = self._image_of(record[self.image]) if self.image in record else Reject("missing_column", f"no {self.image!r}")
+        if not images:
+            return Row(index, key, None, fields)
+        image = self._image_of(record[self.image]) if self.image in record else Reject("missing_column", f"no {self.image!r}")
         return Row(index, key, image, fields)
 
 
@@ -197,15 +197,11 @@ class CsvReader(TableReader):
         return rows, offsets
 
     def _open(self) -> None:
-        edges = [self.offset]
         with open(self.file, "rb") as file:
             file.seek(self.offset)
-            for _, end, _ in csv_records(file, csv_delimiter(self.file)):
-                edges.append(end)
-                if len(edges) > len(self):
-                    break
-        self._edges = np.array(edges, dtype=np.int64)
-        self._require_rows(len(edges) - 1)
+            ends = (end for _, end, _ in islice(csv_records(file, csv_delimiter(self.file)), len(self)))
+            self._edges = np.array([self.offset, *ends], dtype=np.int64)
+        self._require_rows(len(self._edges) - 1)
 
     @cached_property
     def columns(self) -> list[str]:
@@ -216,7 +212,7 @@ class CsvReader(TableReader):
             return
         with open(self.file, "rb") as file:
             file.seek(int(self._edges[start]))
-            for _, (_, _, cells) in zip(range(start, stop), csv_records(file, csv_delimiter(self.file)), strict=False):
+            for _, _, cells in islice(csv_records(file, csv_delimiter(self.file)), stop - start):
                 yield cells if isinstance(cells, Reject) else self._named(cells)
 
     def _named(self, cells: list[str]) -> dict[str, Any] | Reject:
