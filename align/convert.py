@@ -64,9 +64,9 @@ def convert_heads(config: ConvertConfig, console: "Console") -> None:
         else:
             heads_from(weights, str(place))  # what is wrong with the file is told before encoders are opened
             precision = resolve_precision(config.precision, torch.device("cpu"))
-            specs = config.encoders(precision)
-            vision = load_vision_encoder(specs[0]) if specs[0] else None
-            text = load_text_encoder(specs[1]) if specs[1] else None
+            vision_spec, text_spec = config.encoders(precision)
+            vision = load_vision_encoder(vision_spec) if vision_spec else None
+            text = load_text_encoder(text_spec) if text_spec else None
             if text:
                 text.tokenizer.save_pretrained(tokenizer)
             model = heads_from(weights, str(place), vision, text, precision)

@@ -85,7 +85,7 @@ def clean_checkpoints(folder: Path, uncommitted: bool = False) -> None:
     """Remove what killed processes left half-written or half-removed; `uncommitted`: also checkpoints without a COMMIT."""
     leftovers = [path for suffix in (TEMPORARY, RETIRED) for path in folder.glob(f"step-*{suffix}")]
     if uncommitted:
-        leftovers += [path for path in checkpoints(folder) if not (path / COMMIT).is_file()]
+        leftovers += set(checkpoints(folder)) - set(checkpoints(folder, committed=True))
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
 

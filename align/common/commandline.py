@@ -33,10 +33,9 @@ def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     recipe = _take_value(arguments, "--config")
     flags = recipe_flags(Path(recipe), section, known) if recipe else []
-    show = "--print-config" in arguments
     flags += [a for a in arguments if a != "--print-config"]
     config = tyro.cli(kind, args=flags, description=inspect.getdoc(kind))
-    if show:
+    if "--print-config" in arguments:
         sys.stdout.write(to_recipe(config, section))
         raise SystemExit(0)
     return config
@@ -56,12 +55,9 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
 
 
 def run(main: Callable[[Config], None], kind: type[Config], section: str | Callable[[list[str]], str]) -> None:
-    """Run an entry: parse, call `main(config)`, turn a KitError into one line on stderr and its exit code.
+    """Run an entry: parse, call `main(config)`, turn a KitError into one line on stderr and its exit code (130: interrupted).
 
     `section` may be a function of the arguments, for an entry with several sections.
-
-    Exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 offline, 5 fingerprint, 6 lease, 7 disk full, 8 non-finite,
-    9 damaged file, 75 stopped by SIGTERM with state saved (run the same command again), 130 interrupted.
     """
     if "SAIL_FAILPOINT" in os.environ:
         arm_failpoint(os.environ["SAIL_FAILPOINT"])
@@ -70,15 +66,11 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
         config = parse(kind, name)
         if os.environ.get("RANK", "0") == "0":  # the first sign of life; libraries take seconds to load
             sys.stderr.write(f"{name}: loading libraries\n")
-            sys.stderr.flush()
         main(config)
     except KitError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.stderr.flush()
-        _leave(error.exit_code)
+        _leave(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to go on\n")
-        _leave(130)
+        _leave("interrupted; run the same command again to go on", 130)
 
 
 def set_up(quiet: bool = False) -> Console:
@@ -94,7 +86,8 @@ def set_up(quiet: bool = False) -> Console:
     return plain_console(quiet)
 
 
-def _leave(code: int) -> None:
+def _leave(message: str, code: int) -> None:
+    sys.stderr.write(f"{message}\n")  # stderr flushes each line
     # After an error other ranks may sit in a collective and DataLoader workers in a queue: a plain exit would hang on them.
     if "RANK" in os.environ:
         os._exit(code)

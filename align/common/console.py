@@ -19,7 +19,7 @@ def plain_console(quiet: bool = False) -> Console:
 class Progress:
     """Shows what is done, the rate, the time left and the split of time: twice a second on a terminal, every 10 s in a log.
 
-    Call it with what is done. It can be given to libraries as a function of (done, total); without a console it only keeps the time.
+    Call it with what is done; libraries take it as a function of (done, total). Without a console it only keeps the time.
     """
 
     def __init__(self, console: Console | None = None, what: str = "", total: int = 0, first: int | None = 0, workers: int = 1) -> None:

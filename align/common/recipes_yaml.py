@@ -65,10 +65,8 @@ def recipe_flags(recipe: Path, section: str, known: Sequence[str]) -> list[str]:
         name = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             flags.append(name if value else f"--no-{name[2:]}")
-        elif isinstance(value, list):
-            flags += [name, *(str(item) for item in value)]
         else:
-            flags += [name, str(value)]
+            flags += [name, *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 

@@ -1,7 +1,7 @@
 """One row of a source, and random access to the rows of one shard: what the readers of all layouts have in common.
 
-A reader is cheap to open, may be pickled, and holds no open file between calls. Numbers: a row has an index within its shard
-(from 0) and a number within its file (from 0, `start + index`).
+A reader is cheap to open, may be pickled, and holds no open file between calls. A row has an index within its shard (from 0) and a
+number within its file (from 0, `start + index`).
 """
 
 import os
@@ -80,8 +80,7 @@ class ShardReader(ABC):
             raise DataError(f"{self.file} changed since it was planned: {len(self)} rows from row {self.start} on expected, {found} found")
 
     def _find_duplicates(self) -> frozenset[int]:
-        seen: set[str] = set()
-        found = []
+        seen, found = set[str](), list[int]()
         for index, key in enumerate(self._keys()):
             if key in seen:
                 found.append(index)

@@ -107,10 +107,7 @@ def _headers(descriptor: int, offset: int) -> Iterator[_Header]:
             if announced > MAX_HEADER_BYTES:
                 raise _Damage(content - BLOCK, f"an extension header of {announced} bytes")
             payload = os.pread(descriptor, announced, content)
-            if kind == _LONG_NAME:
-                name = _text(payload)
-            else:
-                name, size = _pax(payload, name, size)
+            name, size = (_text(payload), size) if kind == _LONG_NAME else _pax(payload, name, size)
             first = begin
             continue
         if kind not in _IGNORED:
