@@ -65,7 +65,7 @@ class Rendered:
     short: str
     long: str
     names: tuple[str, ...]
-    shown: Shown | None = None
+    shown: Shown
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from align.common.errors import DataError
 from align.common.files import failpoint
-from align.demo.questions import Question, Shown, conversations, single_questions
+from align.demo.questions import conversations, single_questions
 from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, render_segmented, render_swapped
 
 SCENES_PER_TAR = 1000
@@ -135,28 +135,20 @@ def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, t
         write_conversations(folder / "pretrain.json", [row(scene, [("", scene.short)]) for scene in kept("mllm_pretrain", pretrain)])
     if instruct:
         scenes = list(kept("mllm_instruct", instruct))
-        asked = conversations([known(scene) for scene in scenes], seed)
+        asked = conversations([scene.shown for scene in scenes], seed)
         rows = [row(scene, [(turn.question, turn.answer) for turn in turns]) for scene, turns in zip(scenes, asked, strict=True)]
         write_conversations(folder / "instruct.json", rows)
     if test:
         scenes = list(renderer.scenes("mllm_test", 0, test))
-        pairs = list(zip(scenes, single_questions([known(scene) for scene in scenes], seed), strict=True))
+        pairs = list(zip(scenes, single_questions([scene.shown for scene in scenes], seed), strict=True))
         for name, kinds in TEST_FILES.items():
-            chosen = [(scene, [turn for turn in turns if turn.kind in kinds]) for scene, turns in pairs]
-            write_questions(folder / f"{name}.parquet", [line for scene, turns in chosen for line in question_rows(scene, turns)])
+            rows = [
+                question_row(f"{scene.key}-{number}", (f"{scene.key}.jpg", scene.jpeg), turn.question, turn.answer, turn.kind)
+                for scene, turns in pairs
+                for number, turn in enumerate(turn for turn in turns if turn.kind in kinds)
+            ]
+            write_questions(folder / f"{name}.parquet", rows)
     failpoint("prepare-mllm")
-
-
-def known(scene: Rendered) -> Shown:
-    """Return what a rendered scene shows."""
-    assert scene.shown is not None
-    return scene.shown
-
-
-def question_rows(scene: Rendered, turns: list[Question]) -> Iterator[dict[str, Any]]:
-    """Yield a scene's rows of a question table."""
-    for number, turn in enumerate(turns):
-        yield question_row(f"{scene.key}-{number}", (f"{scene.key}.jpg", scene.jpeg), turn.question, turn.answer, turn.kind)
 
 
 def conversation_row(key: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -232,7 +232,8 @@ class FewScenes:
 
     def scenes(self, part, start, stop):
         for number in range(start, stop):
-            yield rendering.Rendered(f"{part}-{number}", b"jpeg", "short", "long", (f"thing {number % self.kinds}",))
+            shown = rendering.Shown((), (), 64, "short")
+            yield rendering.Rendered(f"{part}-{number}", b"jpeg", "short", "long", (f"thing {number % self.kinds}",), shown)
 
 
 def test_a_retrieval_scene_that_would_be_a_second_right_answer_is_left_out(tmp_path):
