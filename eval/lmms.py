@@ -45,8 +45,7 @@ def main(config: LmmsConfig) -> None:
         raise DataError("; ".join(failures))
     command, seconds = shlex.join(["python", "eval/lmms.py", *sys.argv[1:]]), time.monotonic() - began
     measured = collect(output, answered, command, seconds, config.seed, config.confidence, config.baseline)
-    there = (output / RESULTS).is_file()
-    results = merge_results(load_results(output), measured) if there else measured
+    results = merge_results(load_results(output), measured) if (output / RESULTS).is_file() else measured
     write_examples(output, results, measured, config.examples, config.seed)
     saved = save_results(output, results)
     console.print(results_table(replace(measured, models=tuple(m for m in results.models if m in measured.models)), "questions"))

@@ -76,9 +76,8 @@ def measure(config: EvalConfig) -> None:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     output.mkdir(parents=True, exist_ok=True)
     answered = generated_half(output, config.seed, config.confidence)
-    trusted = config.trust_remote_code
     job = Measurement(
-        load_models(config.model, device, untrained=config.baseline, seed=config.seed, trust_remote_code=trusted),
+        load_models(config.model, device, untrained=config.baseline, seed=config.seed, trust_remote_code=config.trust_remote_code),
         FeatureCache(cache, config.batch_size, config.text_batch_size, config.workers, config.max_reject_fraction),
         output,
         console,

@@ -51,7 +51,7 @@ def local_tasks(include: str | None = None, data: str | None = None) -> dict[str
             name = content["task"]
             if name in found:
                 raise UsageError(f"two tasks are called {name!r}: {found[name].path} and {path}; rename one")
-            splits = _data_files(content)
+            splits = data_files(content)
             moved = data is not None and folder == FOLDER and path.name.startswith("sprites_")
             base = Path(str(data)).resolve() if moved else path.parent
             places = tuple((split, (base / (Path(file).name if moved else file)).resolve()) for split, file in splits)
@@ -81,7 +81,8 @@ def _read(path: Path) -> Any:
         raise UsageError(f"{path} is not a YAML task: {error}") from error
 
 
-def _data_files(content: dict[str, Any]) -> list[tuple[str, str]]:
+def data_files(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (split, file) of the local data files that a task's config names, as it names them."""
     given = (content.get("dataset_kwargs") or {}).get("data_files") or {}
     if isinstance(given, str | list):
         given = {str(content.get("test_split") or "train"): given}

@@ -22,6 +22,7 @@ from align.common.files import hash_bytes, hash_file, read_json
 from align.common.intervals import wilson_interval
 from align.common.runs import git_commit, versions
 from align.common.seeds import generator
+from eval.harness.local import data_files
 from eval.measures.generation import YES_NO, estimate, normalized
 from eval.results.examples import drawn_questions, generation_examples, save_examples
 from eval.results.records import Entry, ModelRecord, Results, TaskRecord, file_name, load_answers, save_answers
@@ -123,7 +124,7 @@ def majority_entry(run: TaskRun, confidence: float) -> list[Entry]:
 def task_record(run: TaskRun) -> TaskRecord:
     """Return what results say about a task; its digest covers questions, right answers and local data files."""
     asked = [[row["doc_id"], row.get("input"), row["target"]] for row in sorted(run.answered, key=lambda row: row["doc_id"])]
-    files = [hash_file(Path(path)) for path in _data_files(run.config) if Path(path).is_file()]
+    files = [hash_file(Path(path)) for _, path in data_files(run.config) if Path(path).is_file()]
     digest = hash_bytes(json.dumps([asked, files]).encode())[:16]
     metadata = run.config.get("metadata")
     told = metadata if isinstance(metadata, dict) else {}
@@ -220,12 +221,6 @@ def _prompts(config: dict[str, Any]) -> tuple[str, str]:
     settings = config.get("lmms_eval_specific_kwargs") or {}
     chosen = settings.get("sail_llava") or settings.get("default") or {}
     return str(chosen.get("pre_prompt", "")), str(chosen.get("post_prompt", ""))
-
-
-def _data_files(config: dict[str, Any]) -> list[str]:
-    given = (config.get("dataset_kwargs") or {}).get("data_files") or []
-    values = given.values() if isinstance(given, dict) else [given] if isinstance(given, str) else given
-    return [path for value in values for path in ([value] if isinstance(value, str) else value)]
 
 
 def _is_number(value: Any) -> bool:

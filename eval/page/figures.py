@@ -81,8 +81,7 @@ def _model_lines(values: Mapping[str, Any], models: Sequence[ModelRecord], theme
 
 
 def _percent(axes: Axes, axis: str = "y") -> None:
-    chosen = axes.yaxis if axis == "y" else axes.xaxis
-    chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    (axes.yaxis if axis == "y" else axes.xaxis).set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
 
 
 def _legend(axes: Axes, theme: Theme, **options: Any) -> None:
