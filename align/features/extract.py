@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,16 +32,22 @@ from align.sources.row import ShardReader
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a job in its middle
 
 
-@dataclass(frozen=True)
-class Stopping:
-    """When rejects stop a job: above `fraction` of the rows, or at `in_a_row` rows one after the other."""
+class Stopping(NamedTuple):
+    """When rejects stop a job: above `fraction` of the samples, or at `in_a_row` samples one after the other."""
 
     fraction: float = 0.05
     in_a_row: int = 100
 
 
-@dataclass(frozen=True)
-class _Task:
+class ImageStore(NamedTuple):
+    """A store of image features: it gets `columns` of the features of the plan's first `rows` rows."""
+
+    writer: StoreWriter
+    columns: slice
+    rows: int
+
+
+class _Task(NamedTuple):
     """Rows start..stop of a shard, and what is wanted of them."""
 
     shard: int
@@ -62,6 +68,16 @@ class _Decoded:
     rejects: list[RejectedRow]
 
 
+@dataclass
+class _Shard:
+    """What has been gathered for the shard in hand: features (B, F) of each batch, the rest as in `_Decoded`."""
+
+    features: list[np.ndarray] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    captions: dict[str, list[tuple[str, list[str]]]] = field(default_factory=dict)
+    rejects: list[RejectedRow] = field(default_factory=list)
+
+
 class _Batches(Dataset):
     """Decodes tasks; lives in DataLoader workers, which get tasks instead of row numbers."""
 
@@ -72,8 +88,7 @@ class _Batches(Dataset):
     def __getitem__(self, task: _Task) -> _Decoded:
         if self._opened is None or self._opened[0] != task.shard:
             self._opened = (task.shard, open_shard(self.source, self.plan, task.shard))
-        decoded = _Decoded(task, None, [], {column: [] for column in task.columns}, [])
-        pixels = []
+        decoded, pixels = _Decoded(task, None, [], {column: [] for column in task.columns}, []), []
         for row in self._opened[1].rows(task.start, task.stop, images=task.images):
             if row.reject is not None:
                 decoded.rejects.append(RejectedRow.of(row.reject, row.index, row.key, "row"))
@@ -124,25 +139,24 @@ class Extraction:
         self.limits, self.stopping = limits or Limits(), stopping or Stopping()
         self.progress = Progress()
         self.rows = self.rejected = self._in_a_row = 0  # of this process
-        self.image_writer = None
+        self.image_stores: list[ImageStore] = []
         if vision is not None:
-            header = self._header("image", vision, vision.feature_width)
-            self.image_writer = StoreWriter(output / "images", header)
+            self.image_stores.append(ImageStore(self._store("images", "image", vision, vision.feature_width), slice(None), plan.rows))
         self.caption_writers = {}
         for column in columns:
             assert text is not None
-            header = self._header("caption", text, text.width)
-            self.caption_writers[column] = StoreWriter(output / f"captions-{column}", header)
+            self.caption_writers[column] = self._store(f"captions-{column}", "caption", text, text.width)
             text.tokenizer.save_pretrained(output / f"captions-{column}" / "tokenizer")  # so that training needs no encoder
 
-    def _header(self, kind: Literal["image", "caption"], encoder: VisionEncoder | TextEncoder, width: int) -> StoreHeader:
-        loader = encoder.spec.stored() if encoder.spec else {}
-        return StoreHeader(kind, encoder.fingerprint, loader, width, self.plan.digest, len(self.plan.shards), self.plan.rows)
+    def _store(self, name: str, kind: Literal["image", "caption"], encoder: VisionEncoder | TextEncoder, width: int) -> StoreWriter:
+        loader, plan = encoder.spec.stored() if encoder.spec else {}, self.plan
+        header = StoreHeader(kind, encoder.fingerprint, loader, width, plan.digest, len(plan.shards), plan.rows)
+        return StoreWriter(self.output / name, header)
 
     @property
     def writers(self) -> list[StoreWriter]:
         """The stores of this job."""
-        return [*([self.image_writer] if self.image_writer else []), *self.caption_writers.values()]
+        return [*(store.writer for store in self.image_stores), *self.caption_writers.values()]
 
     def pending(self) -> list[int]:
         """Return the shards that some store has not committed yet."""
@@ -172,8 +186,7 @@ class Extraction:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
         )
-        shard = _Shard()
-        clock = time.monotonic()
+        shard, clock = _Shard(), time.monotonic()
         for decoded in loader:
             self.progress.add("waiting for decode", time.monotonic() - clock)
             with self.progress.spend("forward"):
@@ -190,20 +203,21 @@ class Extraction:
         self.progress(self.rows, note=f"{self.rejected} rejected", now=now)
 
     def finish(self) -> pa.Table:
-        """Check that every shard is committed, write each store's `rejects.parquet` and return them all in one table."""
-        tables = [writer.finish() for writer in self.writers]
-        rejects = pa.concat_tables(tables)
+        """Check that every shard is committed, write each store's `rejects.parquet` and return them all in one table.
+
+        Of several stores of images, the rejects of the first are in it: an image that does not decode is rejected in all.
+        """
+        images = [store.writer.finish() for store in self.image_stores]
+        rejects = pa.concat_tables([*images[:1], *(writer.finish() for writer in self.caption_writers.values())])
         samples = rejects.group_by(["shard", "row"]).aggregate([]).num_rows  # a sample may be rejected in several stores
-        fraction = samples / max(1, self.plan.rows)
-        if fraction > self.stopping.fraction:
-            self._stop(
-                f"{100 * fraction:.1f}% of the samples were rejected, {100 * self.stopping.fraction:.1f}% are allowed", rejects.to_pylist()
-            )
+        fraction, allowed = samples / max(1, self.plan.rows), self.stopping.fraction
+        if fraction > allowed:
+            self._stop(f"{100 * fraction:.1f}% of the samples were rejected, {100 * allowed:.1f}% are allowed", rejects.to_pylist())
         return rejects
 
     def _tasks(self, lease: Lease) -> Iterator[_Task]:
         for shard, rows in enumerate(self.plan.lengths):
-            images = self.image_writer is not None and not self.image_writer.done(shard)
+            images = not all(store.writer.done(shard) for store in self.image_stores)
             columns = tuple(column for column, writer in self.caption_writers.items() if not writer.done(shard))
             if not (images or columns) or not lease.claim(shard):
                 continue
@@ -211,7 +225,7 @@ class Extraction:
             for begin in range(0, rows, step):
                 yield _Task(shard, begin, min(begin + step, rows), images, columns)
 
-    def _take(self, decoded: _Decoded, shard: "_Shard") -> None:
+    def _take(self, decoded: _Decoded, shard: _Shard) -> None:
         if decoded.pixels is not None and self.vision is not None:
             shard.features.append(self.vision(decoded.pixels).numpy(force=True))
             shard.keys += decoded.keys
@@ -228,13 +242,16 @@ class Extraction:
         if self.rows >= MIN_ROWS_FOR_SHARE and self.rejected > self.stopping.fraction * max(self.rows, self.plan.rows // 2):
             self._stop(f"{self.rejected} of {self.rows} samples were rejected", [asdict(reject) for reject in shard.rejects])
 
-    def _commit(self, task: _Task, shard: "_Shard") -> None:
+    def _commit(self, task: _Task, shard: _Shard) -> None:
         if task.images:
-            assert self.image_writer is not None and self.vision is not None
-            empty = np.empty((0, self.vision.feature_width), dtype=np.float32)
-            features = np.concatenate(shard.features) if shard.features else empty
+            assert self.vision is not None
+            features = np.concatenate(shard.features or [np.empty((0, self.vision.feature_width), dtype=np.float32)])
             rejects = [reject for reject in shard.rejects if reject.column in ("row", "image")]
-            self._write(self.image_writer, task.shard, features, shard.keys, [0] * len(shard.keys), rejects)
+            for writer, columns, rows in self.image_stores:
+                if not writer.done(task.shard):
+                    keep = min(len(shard.keys), max(0, rows - sum(self.plan.lengths[: task.shard])))
+                    with self.progress.spend("write"):
+                        writer.write(task.shard, features[:keep, columns], shard.keys[:keep], [0] * keep, rejects)
         for column in task.columns:
             assert self.text is not None
             flat = [(key, item, text) for key, texts in shard.captions[column] for item, text in enumerate(texts)]
@@ -242,26 +259,13 @@ class Extraction:
                 features = self.text.encode([text for _, _, text in flat], self.text_batch_size).numpy(force=True)
             rejects = [reject for reject in shard.rejects if reject.column in ("row", column)]
             keys, items, texts = ([caption[place] for caption in flat] for place in range(3))
-            self._write(self.caption_writers[column], task.shard, features, keys, items, rejects, texts)
-
-    def _write(self, writer: StoreWriter, *shard: Any) -> None:
-        with self.progress.spend("write"):
-            writer.write(*shard)
+            with self.progress.spend("write"):
+                self.caption_writers[column].write(task.shard, features, keys, items, rejects, texts)
 
     def _stop(self, why: str, rejects: list[dict[str, Any]]) -> None:
-        counts = Counter(reject["code"] for reject in rejects).most_common(5)
+        counts = ", ".join(f"{code} {count}" for code, count in Counter(reject["code"] for reject in rejects).most_common(5))
         first = " First: {key!r} {column}: {code} ({detail}).".format(**rejects[0]) if rejects else ""
         raise DataError(
-            f"{why} (codes: {', '.join(f'{code} {count}' for code, count in counts)}).{first} Mend the data, or raise "
-            "--max-reject-fraction / --max-rejects-in-a-row; committed shards are kept."
+            f"{why} (codes: {counts}).{first} Mend the data, or raise --max-reject-fraction / --max-rejects-in-a-row; "
+            "committed shards are kept."
         )
-
-
-@dataclass
-class _Shard:
-    """What has been gathered for the shard in hand."""
-
-    features: list[np.ndarray] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    captions: dict[str, list[tuple[str, list[str]]]] = field(default_factory=dict)
-    rejects: list[RejectedRow] = field(default_factory=list)

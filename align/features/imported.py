@@ -7,10 +7,9 @@ What made them cannot be checked: the fingerprint is what the user states. Legen
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,16 +26,14 @@ Kind = Literal["image", "caption"]
 _PREFIX = {"image": "img_emb", "caption": "text_emb"}
 
 
-@dataclass(frozen=True)
-class EmbeddingsFile:
+class EmbeddingsFile(NamedTuple):
     """A file of embeddings and, in clip-retrieval's layout, the parquet with its keys."""
 
     path: Path
     metadata: Path | None = None
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Rows start..stop of a file: what makes one shard of the store."""
 
     file: int
@@ -71,11 +68,11 @@ class Embeddings:
         """Look at every file's header; DataError if width, rows or key column are not as they should, DamagedError if one does not read."""
         self.files, self.key_column = files, key_column
         self._open: tuple[int, np.ndarray | Tensor, list[Any] | None] | None = None
-        shapes = [self._rows(number).shape for number in range(len(files))]
+        shapes = [tuple(self._rows(number).shape) for number in range(len(files))]
         for file, shape in zip(files, shapes, strict=True):
             if len(shape) != 2 or shape[1] != shapes[0][1]:
-                raise DataError(f"{file.path} has the shape {tuple(shape)}; expected (rows, {shapes[0][-1]}) as in the first file")
-        self.lengths, self.width = [int(shape[0]) for shape in shapes], int(shapes[0][1])
+                raise DataError(f"{file.path} has the shape {shape}; expected (rows, {shapes[0][-1]}) as in the first file")
+        self.lengths, self.width = [shape[0] for shape in shapes], shapes[0][1]
         for file, rows in zip(files, self.lengths, strict=True):
             if file.metadata is not None:
                 self._check_metadata(file.metadata, rows)
@@ -132,13 +129,7 @@ def _read(path: Path) -> tuple[np.ndarray | Tensor, list[Any] | None]:
 
 
 def import_embeddings(
-    embeddings: Embeddings,
-    output: Path,
-    *,
-    kind: Kind,
-    fingerprint: dict[str, str],
-    shard_rows: int,
-    keys_file: Path | None = None,
+    embeddings: Embeddings, output: Path, *, kind: Kind, fingerprint: dict[str, str], shard_rows: int, keys_file: Path | None = None
 ) -> FeatureStore:
     """Write the embeddings to a feature store in `output` and return it; shards that are committed already are not made again.
 

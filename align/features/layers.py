@@ -10,29 +10,25 @@ Shapes: `B` batch, `P` patches, `D` encoder width, `N` rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from align.common.reject_codes import RejectedRow
 from align.encoders.spec import VisionFeature
 from align.encoders.vision import VisionEncoder
-from align.features.extract import Extraction
+from align.features.extract import Extraction, ImageStore
 from align.features.store import StoreHeader, StoreWriter
 from align.sources.plan import Plan, Source
 
 PATCH_SIDE = 7  # patches are averaged to at most 7 x 7 before their neighborhoods are compared
 
 
-@dataclass(frozen=True)
-class LayerShape:
+class LayerShape(NamedTuple):
     """What one layer gives: width D and the grid of its patches, as it is and as it is kept."""
 
     width: int
@@ -76,46 +72,14 @@ class LayerFeatures:
         return torch.cat([*pooled, *kept], dim=1).half()
 
 
-class LayerStores:
-    """Several stores that are written as one: each gets its columns of the rows; the patch stores those of the first rows only."""
-
-    def __init__(self, writers: Sequence[StoreWriter], starts: Sequence[int], limits: Sequence[int]) -> None:
-        """`starts` (shards): rows of the plan before each shard; `limits`: rows of the plan that each store may keep."""
-        self.writers, self.starts, self.limits = writers, starts, limits
-
-    def done(self, shard: int) -> bool:
-        """Return whether every store has committed `shard`."""
-        return all(writer.done(shard) for writer in self.writers)
-
-    def write(self, shard: int, features: np.ndarray, keys: Sequence[str], items: Sequence[int], rejects: list[RejectedRow]) -> None:
-        """Write and commit one shard in every store that lacks it."""
-        edges = np.cumsum([0, *(writer.header.width for writer in self.writers)])
-        for writer, limit, begin, end in zip(self.writers, self.limits, edges[:-1], edges[1:], strict=True):
-            keep = min(len(keys), max(0, limit - self.starts[shard]))
-            if not writer.done(shard):
-                writer.write(shard, features[:keep, begin:end], keys[:keep], items[:keep], rejects)
-
-    def finish(self) -> pa.Table:
-        """Finish every store and return the rejects of the first: bad images are bad for all layers."""
-        return [writer.finish() for writer in self.writers][0]
-
-    def clean(self) -> None:
-        """Remove what a killed writer left in any of the stores."""
-        for writer in self.writers:
-            writer.clean()
-
-    def predicted_bytes(self) -> int:
-        """Return the space that all stores together still need."""
-        return sum(writer.predicted_bytes() for writer in self.writers)
-
-
 class LayerExtraction(Extraction):
     """An extraction whose forward fills the stores of several layers at once."""
 
     def __init__(self, source: Source, plan: Plan, output: Path, features: LayerFeatures, patch_images: int = 0, **options: Any) -> None:
         """`output`: folder of the encoder's stores; `options` as of Extraction."""
         super().__init__(source, plan, output, **options)
-        encoder, writers, limits = features.encoder, [], []
+        self.vision = features  # type: ignore[assignment]  # what an extraction asks of an encoder: transform, width, a call
+        encoder, begin = features.encoder, 0
         feature: VisionFeature = "cls_mean" if encoder.has_cls else "mean"
         for kind, count in {"layer": plan.rows, **({"patches": min(plan.rows, patch_images)} if features.with_patches else {})}.items():
             for layer, width in features.widths(kind == "patches").items():
@@ -124,8 +88,6 @@ class LayerExtraction(Extraction):
                     fingerprint |= {"feature": f"patches {features.shapes[layer].kept}", "images": count}
                 loader = replace(encoder.spec, feature=feature, layer=layer).stored()
                 header = StoreHeader("image", fingerprint, loader, width, plan.digest, len(plan.shards), count)
-                writers.append(StoreWriter(output / f"{kind}-{layer:02d}", header))
-                limits.append(count)
-        starts = np.cumsum([0, *plan.lengths]).tolist()
-        self.vision = features  # type: ignore[assignment]  # what an extraction asks of an encoder: transform, width, a call
-        self.image_writer = LayerStores(writers, starts, limits)  # type: ignore[assignment]  # likewise of a store
+                writer = StoreWriter(output / f"{kind}-{layer:02d}", header)
+                self.image_stores.append(ImageStore(writer, slice(begin, begin + width), count))
+                begin += width

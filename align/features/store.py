@@ -13,7 +13,6 @@ Shapes: `N` rows of a shard, `W` width. A shard without its commit record does n
 """
 
 import json
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,16 +26,7 @@ import xxhash
 from safetensors.numpy import save as safetensors_bytes
 
 from align.common.errors import DamagedError, DataError, UsageError
-from align.common.files import (
-    atomic_bytes,
-    atomic_json,
-    atomic_path,
-    failpoint,
-    hash_file,
-    human_bytes,
-    read_json,
-    remove_temporaries,
-)
+from align.common.files import atomic_bytes, atomic_json, atomic_path, failpoint, hash_file, human_bytes, read_json, remove_temporaries
 from align.common.fingerprints import compare_fingerprints
 from align.common.folders import damage
 from align.common.reject_codes import Reject, RejectedRow
@@ -71,8 +61,7 @@ class StoreWriter:
         for name in ("shards", "commits"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if (folder / "store.json").exists():
-            stored = read_header(folder)
-            compare_fingerprints(_flat(header), _flat(stored), str(folder))
+            compare_fingerprints(_flat(header), _flat(read_header(folder)), str(folder))
         else:
             atomic_json(folder / "store.json", asdict(header))
 
@@ -83,11 +72,8 @@ class StoreWriter:
 
     def done(self, shard: int) -> bool:
         """Return whether `shard` is committed and its files have their committed sizes."""
-        path = self.folder / "commits" / f"{shard:06d}.json"
-        if not path.exists():
-            return False
-        sizes = read_json(path)["bytes"]
-        return not any(damage(self.folder / "shards" / name, size=size) for name, size in sizes.items())
+        path, shards = self.folder / "commits" / f"{shard:06d}.json", self.folder / "shards"
+        return path.exists() and not any(damage(shards / name, size=size) for name, size in read_json(path)["bytes"].items())
 
     def write(
         self,
@@ -113,8 +99,7 @@ class StoreWriter:
                 for row in np.flatnonzero(~good).tolist()
             ]
         kept = np.flatnonzero(good).tolist()
-        name = f"{shard:06d}"
-        shards = self.folder / "shards"
+        name, shards = f"{shard:06d}", self.folder / "shards"
         atomic_bytes(shards / f"{name}.safetensors", safetensors_bytes({"features": np.ascontiguousarray(half[kept])}))
         table = pa.table({"key": [keys[row] for row in kept], "item": [items[row] for row in kept]}, schema=KEYS_SCHEMA)
         if texts is not None:
@@ -140,7 +125,7 @@ class StoreWriter:
         if missing:
             raise DataError(f"{self.folder}: {len(missing)} of {self.header.shards} shards are not committed; run the same command again")
         parts = [pq.read_table(self.folder / "shards" / f"{shard:06d}.rejects.parquet") for shard in range(self.header.shards)]
-        rejects = pa.concat_tables(parts) if parts else REJECTS_SCHEMA.empty_table()
+        rejects = pa.concat_tables([REJECTS_SCHEMA.empty_table(), *parts])
         with atomic_path(self.folder / "rejects.parquet") as temporary:
             pq.write_table(rejects, temporary, compression="zstd")
         return rejects
@@ -194,7 +179,7 @@ class FeatureStore:
                 )
             self._commits.append(read_json(path))
         self.starts = np.concatenate([[0], np.cumsum([commit["rows"] for commit in self._commits])]).astype(np.int64)
-        self._maps: list[np.ndarray | None] = [None] * self.header.shards
+        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -207,8 +192,7 @@ class FeatureStore:
     @cached_property
     def key_table(self) -> pa.Table:
         """Columns key (string) and item (int16), one row a feature."""
-        tables = [self.shard_keys(shard) for shard in range(self.header.shards)]
-        return pa.concat_tables(tables) if tables else KEYS_SCHEMA.empty_table()
+        return pa.concat_tables([KEYS_SCHEMA.empty_table(), *map(self.shard_keys, range(self.header.shards))])
 
     @property
     def keys(self) -> pa.ChunkedArray:
@@ -224,10 +208,10 @@ class FeatureStore:
     def text_ids(self) -> np.ndarray:
         """Hashes of the captions' words (N,) int64; UsageError if the store has none: it is of an older version, or was imported."""
         schema = KEYS_SCHEMA.append(pa.field("text", pa.int64()))
-        tables = [self.shard_keys(shard, schema)["text"] for shard in range(self.header.shards)]
-        if any(column.null_count for column in tables):
+        column = pa.concat_tables([schema.empty_table(), *(self.shard_keys(shard, schema) for shard in range(self.header.shards))])["text"]
+        if column.null_count:
             raise UsageError(f"{self.folder} does not know which captions have the same words; encode them again with align/encode.py")
-        return np.concatenate([column.to_numpy() for column in tables] or [np.empty(0, dtype=np.int64)])
+        return column.to_numpy()
 
     def shard_keys(self, shard: int, schema: pa.Schema = KEYS_SCHEMA) -> pa.Table:
         """Return key and item of the rows of one shard; DamagedError if its file is not as committed."""
@@ -241,18 +225,14 @@ class FeatureStore:
         return table
 
     def _map(self, shard: int) -> np.ndarray:
-        mapped = self._maps[shard]
-        if mapped is None:
+        if shard not in self._maps:
             path = self.folder / "shards" / f"{shard:06d}.safetensors"
-            mapped = self._maps[shard] = _map_features(path, self._commits[shard]["rows"], self.width)
-        return mapped
+            self._maps[shard] = _map_features(path, self._commits[shard]["rows"], self.width)
+        return self._maps[shard]
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """Return features (n, W) float16 of the given row numbers (n,) int64, in the order asked for.
-
-        Reading is done in row order, so that neighboring rows are read together.
-        """
-        order = np.argsort(rows, kind="stable")
+        """Return features (n, W) float16 of the given row numbers (n,) int64, in the order asked for."""
+        order = np.argsort(rows, kind="stable")  # neighboring rows are read together
         ordered = rows[order]
         bounds = np.searchsorted(ordered, self.starts)
         out = np.empty((len(rows), self.width), dtype=np.float16)
@@ -262,25 +242,16 @@ class FeatureStore:
                 out[order[begin:end]] = self._map(shard)[ordered[begin:end] - self.starts[shard]]
         return out
 
-    def all_features(self) -> np.ndarray:
-        """Return features (N, W) float16 of every row; only for stores that fit in memory."""
-        maps = [self._map(shard) for shard in range(self.header.shards)]
-        return np.concatenate(maps) if maps else np.empty((0, self.width), dtype=np.float16)
-
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the shard number (n,) of each row number (n,)."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def verify(self) -> None:
         """Read every byte and compare with the committed hashes; DamagedError lists the shards that differ."""
-        damaged = []
-        expected = {"store.json", "rejects.parquet", "lease.json"}
-        for shard, commit in enumerate(self._commits):
-            for name, digest in commit["xxh3"].items():
-                expected.add(name)
-                if damage(self.folder / "shards" / name, digest):
-                    damaged.append(f"{name} (shard {shard})")
-        extra = [path.name for path in (self.folder / "shards").iterdir() if path.name not in expected]
+        shards = self.folder / "shards"
+        files = {name: (digest, shard) for shard, commit in enumerate(self._commits) for name, digest in commit["xxh3"].items()}
+        damaged = [f"{name} (shard {shard})" for name, (digest, shard) in files.items() if damage(shards / name, digest)]
+        extra = [path.name for path in shards.iterdir() if path.name not in files]
         if damaged or extra:
             raise DamagedError(
                 f"{self.folder}: damaged: {', '.join(damaged) or 'none'}; not committed: {', '.join(extra) or 'none'}. "
@@ -293,8 +264,7 @@ def _map_features(path: Path, rows: int, width: int) -> np.ndarray:
     size = rows * width * 2
     try:
         with open(path, "rb") as file:
-            prefix = file.read(8)
-            (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
+            length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if 0 < length < 10_000 else {}
         actual = path.stat().st_size
     except (OSError, ValueError) as error:

@@ -18,6 +18,8 @@ from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.published_heads import heads_from, to_published
 
+from tests.support.stores import all_features
+
 F, D, E, W = 6, 4, 5, 3  # image features, caption features, aligned width, expansion
 
 
@@ -229,7 +231,7 @@ def test_clip_retrieval_folders_become_stores_by_key(tmp_path):
     keys, images, texts = clip_retrieval(tmp_path / "emb")
     for kind, values in (("image", images), ("caption", texts)):
         store = imported(embeddings=str(tmp_path / "emb"), kind=kind, output=str(tmp_path / kind), shard_rows=2, stated=("weights=abc",))
-        assert store.keys.to_pylist() == keys and np.array_equal(store.all_features(), values)
+        assert store.keys.to_pylist() == keys and np.array_equal(all_features(store), values)
         assert store.header.kind == kind and store.header.shards == 5 and store.header.loader == {}
         assert store.fingerprint == {"encoder": "some/clip", "made": "imported", "weights": "abc"}
         store.verify()
@@ -238,7 +240,7 @@ def test_clip_retrieval_folders_become_stores_by_key(tmp_path):
 def test_more_than_nine_files_are_in_numerical_order(tmp_path):
     keys, images, _ = clip_retrieval(tmp_path / "emb", sizes=(1,) * 12)
     store = imported(embeddings=str(tmp_path / "emb"), kind="image", output=str(tmp_path / "out"))
-    assert store.keys.to_pylist() == keys and np.array_equal(store.all_features(), images)
+    assert store.keys.to_pylist() == keys and np.array_equal(all_features(store), images)
 
 
 def test_a_killed_import_goes_on(tmp_path, monkeypatch):
@@ -260,7 +262,7 @@ def test_a_killed_import_goes_on(tmp_path, monkeypatch):
         import_embeddings(embeddings, tmp_path / "out", **settings)
     store = import_embeddings(embeddings, tmp_path / "out", **settings)
     assert wrote == [0, 1, 2, 2, 3, 4]
-    assert store.keys.to_pylist() == keys and np.array_equal(store.all_features(), images)
+    assert store.keys.to_pylist() == keys and np.array_equal(all_features(store), images)
 
 
 def test_tensors_with_keys_and_tensors_with_a_file_of_keys(tmp_path):
@@ -278,7 +280,7 @@ def test_tensors_with_keys_and_tensors_with_a_file_of_keys(tmp_path):
         imported(embeddings=str(tmp_path / "plain"), kind="caption", output=str(tmp_path / "o2"), keys=str(tmp_path / "keys.txt")),
     ]
     for store in stores:
-        assert store.keys.to_pylist() == keys and np.array_equal(store.all_features(), values)
+        assert store.keys.to_pylist() == keys and np.array_equal(all_features(store), values)
         assert store.key_table["item"].to_pylist() == [0, 1, 0, 1, 0]  # the third and fourth are of one sample, over two files
     with pytest.raises(DataError, match="--keys"):
         imported(embeddings=str(tmp_path / "plain"), kind="caption", output=str(tmp_path / "o3"))

@@ -26,7 +26,7 @@ from align.model.saving import save_model
 from align.train import main as train
 from align.training.config import TrainConfig
 from tests.support.flags import as_flags
-from tests.support.stores import build_store
+from tests.support.stores import all_features, build_store
 from tests.support.tiny_encoders import save_bert
 
 SHARDS, SHARD_ROWS = 6, 20
@@ -76,8 +76,8 @@ def straight(world):
 
 
 def test_the_choice_is_that_of_plain_loops(world, straight):
-    images = FeatureStore(world / "images").all_features().astype(np.float32)
-    shots = FeatureStore(world / "shots").all_features().astype(np.float32)
+    images = all_features(FeatureStore(world / "images")).astype(np.float32)
+    shots = all_features(FeatureStore(world / "shots")).astype(np.float32)
     normed = lambda rows: rows / np.linalg.norm(rows, axis=-1, keepdims=True)  # noqa: E731
     prototypes = {name: normed(normed(shots[2 * n : 2 * n + 2]).mean(0)) for n, name in enumerate(("dog", "cat", "cow", "hen"))}
     scores = {name: normed(images) @ vector for name, vector in prototypes.items()}
@@ -175,14 +175,14 @@ def test_sigterm_saves_and_goes_on(world, tmp_path, straight, monkeypatch):
 
 def test_duplicates_are_judged_on_images_and_evaluation_images_are_kept_out(world, tmp_path, capsys):
     images, captions = FeatureStore(world / "images"), FeatureStore(world / "captions")
-    vectors = images.all_features().astype(np.float32)
+    vectors = all_features(images).astype(np.float32)
     keys = captions.keys.to_pylist()
     vectors[5::10] = vectors[4::10]  # every tenth image repeats the one before it
     rows = [(keys[n], 0, vectors[n]) for n in range(120) if n != 17]
     shards = [[row for row in rows if int(row[0][1:]) // SHARD_ROWS == shard] for shard in range(SHARDS)]
     build_store(world / "repeating", shards)
     build_store(world / "held", [[("e0", 0, vectors[30]), ("e1", 0, vectors[61])]], data="plan-eval")
-    build_store(world / "text-shots", [[(f"s{n}", 0, v) for n, v in enumerate(FeatureStore(world / "shots").all_features())]],
+    build_store(world / "text-shots", [[(f"s{n}", 0, v) for n, v in enumerate(all_features(FeatureStore(world / "shots")))]],
                 kind="caption", fingerprint={"encoder": "text"}, data="plan-shots")  # fmt: skip
     settings = {"candidates": world / "captions", "concept-store": world / "text-shots", "images": world / "repeating", "top": 120,
                 "per-concept": 120, "exclude": world / "held", "exclude-cosine": 0.9999}  # fmt: skip
@@ -228,7 +228,7 @@ def test_text_concepts_go_through_the_encoder_of_the_captions(texts, tmp_path):
     unit = lambda rows: torch.nn.functional.normalize(rows, dim=-1)  # noqa: E731
     dog = unit(unit(encoder.encode(["a dog", "the dog"], 2)).mean(0))
     table = pq.read_table(tmp_path / "out" / "chosen.parquet")
-    features = torch.from_numpy(FeatureStore(texts / "captions").all_features()).float()
+    features = torch.from_numpy(all_features(FeatureStore(texts / "captions"))).float()
     for row in table.filter(pa.compute.equal(table["concept"], "dog")).to_pylist():
         assert row["score"] == pytest.approx(float(unit(features[int(row["key"][1:])]) @ dog), abs=1e-5)
 
@@ -248,7 +248,7 @@ def test_a_model_brings_text_concepts_and_images_together(texts, world, tmp_path
     curate(world, tmp_path / "out", model=tmp_path / "model", **common)
     table = pq.read_table(tmp_path / "out" / "chosen.parquet").to_pylist()
     with torch.no_grad():
-        images = model.project_image(torch.from_numpy(store.all_features()).float())
+        images = model.project_image(torch.from_numpy(all_features(store)).float())
         encoder = load_text_encoder(str(texts / "text" / "st"))
         names = model.project_text(encoder.encode(["a photo of a dog.", "a photo of a cat."], 2))
     for row in table:

@@ -23,6 +23,7 @@ from align.model.dual_encoder import SailModel
 from align.train import main as train
 from align.training.config import TrainConfig
 from tests.support.flags import as_flags
+from tests.support.stores import all_features
 from tests.support.tiny_encoders import save, save_bert
 
 SHARDS = 3
@@ -103,7 +104,7 @@ def close_to(first, second):
     for name in ("images", "captions-short", "captions-many"):
         a, b = FeatureStore(first / name), FeatureStore(second / name)
         assert a.key_table.equals(b.key_table) and np.array_equal(a.starts, b.starts)
-        np.testing.assert_allclose(a.all_features().astype(np.float32), b.all_features().astype(np.float32), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(all_features(a).astype(np.float32), all_features(b).astype(np.float32), rtol=2e-3, atol=2e-3)
 
 
 def test_batch_sizes_and_workers_do_not_matter(world, straight, tmp_path):

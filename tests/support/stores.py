@@ -27,3 +27,8 @@ def build_paired_stores(folder):
     for name in ("short", "long"):
         shards = [[(keys[n], 0, captions[n] * (1 if name == "short" else 2)) for n in range(a, a + 32)] for a in (0, 32, 64)]
         build_store(folder / f"captions-{name}", shards, kind="caption", fingerprint={"encoder": "text"})
+
+
+def all_features(store):
+    """Return the features (N, W) float16 of every row."""
+    return store.features(np.arange(len(store)))

@@ -12,6 +12,8 @@ from align.common.files import arm_failpoint
 from align.common.reject_codes import RejectedRow
 from align.features.store import FeatureStore, StoreHeader, StoreWriter, hash64
 
+from tests.support.stores import all_features
+
 
 def rows(count, start=0, width=8):
     values = np.random.default_rng(start).normal(size=(count, width)).astype(np.float32)
@@ -24,7 +26,7 @@ def test_features_come_back_in_the_order_asked_for(tmp_path, make_store):
     flat = np.array([row[2] for shard in shards for row in shard]).astype(np.float16)
     wanted = np.array([14, 0, 7, 7, 4, 5])
     assert np.array_equal(store.features(wanted), flat[wanted])
-    assert np.array_equal(store.all_features(), flat)
+    assert np.array_equal(all_features(store), flat)
     assert store.keys.to_pylist() == [f"key-{n}" for n in range(15)]
     assert store.shard_of(np.array([0, 4, 5, 7, 8, 14])).tolist() == [0, 0, 1, 1, 2, 2]
 
