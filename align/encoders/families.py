@@ -61,7 +61,7 @@ class BlockBackbone(nn.Module):
         blocks = self._blocks()
         handles = [blocks[layer - 1].register_forward_hook(partial(_keep, outputs, layer)) for layer in set(layers) - {0}]
         if 0 in layers:
-            handles.append(blocks[0].register_forward_pre_hook(partial(_keep_input, outputs)))
+            handles.append(blocks[0].register_forward_pre_hook(partial(_keep, outputs, 0)))
         try:
             self.model(pixels, **self.arguments(self.model, pixels))
         finally:
@@ -94,18 +94,15 @@ class PyramidBackbone(nn.Module):
 
     def forward(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Return, per layer, the map as tokens: (B, P, D), D differing between layers."""
-        inner = sorted(set(layers) - {self.count})
-        last = self.count in layers
-        read = partial(self.model.timm_model.forward_intermediates, pixels, output_fmt="NCHW", indices=[k - 1 for k in inner])
+        timm_model, inner, last = self.model.timm_model, sorted(set(layers) - {self.count}), self.count in layers
         maps: dict[int, Tensor] = {}
-        if last and not inner:
-            final = self.model.timm_model.forward_features(pixels)
-        elif last:
-            final, found = read()
-        else:
-            found = read(intermediates_only=True, stop_early=True)
         if inner:
+            options = {"indices": [k - 1 for k in inner], "output_fmt": "NCHW"}
+            read = timm_model.forward_intermediates(pixels, **options, intermediates_only=not last, stop_early=not last)
+            final, found = read if last else (None, read)
             maps = dict(zip(inner, found, strict=True))
+        else:
+            final = timm_model.forward_features(pixels)
         if last:
             maps[self.count] = final.permute(0, 3, 1, 2) if self.channels_last else final
         return [maps[layer].flatten(2).transpose(1, 2) for layer in layers]
@@ -114,12 +111,9 @@ class PyramidBackbone(nn.Module):
 Backbone = BlockBackbone | PyramidBackbone
 
 
-def _keep(outputs: dict[int, Tensor], layer: int, block: nn.Module, inputs: Any, output: Any) -> None:
-    outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-
-def _keep_input(outputs: dict[int, Tensor], block: nn.Module, inputs: Any) -> None:
-    outputs[0] = inputs[0]
+def _keep(outputs: dict[int, Tensor], layer: int, block: nn.Module, inputs: Any, output: Any = None) -> None:
+    value = inputs if output is None else output  # before the block there is no output yet
+    outputs[layer] = value[0] if isinstance(value, tuple) else value
 
 
 def _interpolated(model: Any, pixels: Tensor) -> dict[str, Any]:
@@ -143,10 +137,6 @@ def _vit(blocks: str, norm: str, has_cls: bool = True, registers: bool = False, 
     return adapter
 
 
-def _cnn(blocks: str, norm: str | None) -> Callable[[Any], Backbone]:
-    return lambda model: BlockBackbone(model, blocks, norm, cnn=True)
-
-
 def _timm(model: Any) -> Backbone:
     timm_model = model.timm_model
     if not hasattr(timm_model, "num_prefix_tokens"):
@@ -156,15 +146,9 @@ def _timm(model: Any) -> Backbone:
             f"timm architecture {model.config.architecture!r} is neither a ViT (blocks, then norm) nor a CNN; "
             "choose another architecture, or one that transformers has itself"
         )
-    return BlockBackbone(
-        model,
-        "timm_model.blocks",
-        "timm_model.norm",
-        has_cls=timm_model.cls_token is not None,
-        prefix=timm_model.num_prefix_tokens,
-        fixed=not _take_any_size(timm_model),
-        arguments=lambda model, pixels: {"do_pooling": False},
-    )
+    has_cls, prefix, fixed = timm_model.cls_token is not None, timm_model.num_prefix_tokens, not _take_any_size(timm_model)
+    options: dict[str, Any] = {"has_cls": has_cls, "prefix": prefix, "fixed": fixed}
+    return BlockBackbone(model, "timm_model.blocks", "timm_model.norm", **options, arguments=lambda model, pixels: {"do_pooling": False})
 
 
 def _take_any_size(timm_model: Any) -> bool:
@@ -193,7 +177,7 @@ VISION_ADAPTERS: dict[str, Callable[[Any], Backbone]] = {
     "dinov2": _vit("encoder.layer", "layernorm", unused=("embeddings.mask_token",)),
     "dinov2_with_registers": _vit("encoder.layer", "layernorm", registers=True, unused=("embeddings.mask_token",)),
     "dinov3_vit": _vit("model.layer", "norm", registers=True, unused=("embeddings.mask_token",)),
-    "dinov3_convnext": _cnn("model.stages", "layer_norm"),
+    "dinov3_convnext": partial(BlockBackbone, blocks="model.stages", norm="layer_norm", cnn=True),
     "vit": _vit("layers", "layernorm", unused=("pooler.",), arguments=_interpolated),
     "vit_mae": _vit("layers", "layernorm", arguments=_unmasked),
     "ijepa": _vit("layers", "layernorm", has_cls=False, unused=("pooler.",), arguments=_interpolated),
@@ -203,8 +187,8 @@ VISION_ADAPTERS: dict[str, Callable[[Any], Backbone]] = {
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
-    "convnextv2": _cnn("encoder.stages", "layernorm"),
-    "resnet": _cnn("encoder.stages", None),
+    "convnextv2": partial(BlockBackbone, blocks="encoder.stages", norm="layernorm", cnn=True),
+    "resnet": partial(BlockBackbone, blocks="encoder.stages", norm=None, cnn=True),
     "timm_wrapper": _timm,
 }
 DUAL_ENCODERS = ("aimv2", "clip", "siglip")  # the vision model is read out of the image-text model's folder

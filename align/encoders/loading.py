@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from align.common.errors import DamagedError, KitError, OfflineError, UsageError
 from align.common.hardware import Arithmetic
+from align.encoders.spec import EncoderSpec
 
 CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "modules.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -43,6 +44,16 @@ def resolve_encoder(name: str) -> str:
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise UsageError(f"{name!r} is not a folder; give an existing folder, a hub id (owner/name) or an embedded: id")
     return name
+
+
+@contextmanager
+def opened(spec: EncoderSpec, needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the folder or hub id that `spec` means and what `from_pretrained` is told besides; errors as `load_errors_named`."""
+    source, remote = resolve_encoder(spec.name), spec.from_pretrained
+    with load_errors_named(spec.name, needed):
+        if remote["trust_remote_code"]:
+            require_own_code(spec.name, source, spec.revision)
+        yield source, remote
 
 
 @contextmanager

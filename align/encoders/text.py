@@ -11,16 +11,7 @@ import xxhash
 from torch import Tensor, nn
 
 from align.common.errors import UsageError
-from align.encoders.loading import (
-    TEXT_FILES,
-    autocast,
-    hash_weights,
-    load_errors_named,
-    recorded_id,
-    require_complete,
-    require_own_code,
-    resolve_encoder,
-)
+from align.encoders.loading import TEXT_FILES, autocast, hash_weights, opened, recorded_id, require_complete
 from align.encoders.spec import TextSpec
 
 if TYPE_CHECKING:
@@ -45,13 +36,13 @@ class TextEncoder(nn.Module):
         self.id, self.prompt, self.precision, self.feature = spec.name, spec.prompt, spec.precision, spec.feature
         self.fingerprint: dict[str, Any] = {}
         self.max_length: int = self.model.max_seq_length
-        self.layers = len(_blocks(model[0].auto_model) or ())
-        self.tokenizer = model.tokenizer
+        self.layers, self.tokenizer = len(_blocks(model[0].auto_model) or ()), model.tokenizer
         self.requires_grad_(False).eval()
         blank = model.preprocess(["a"], prompt=spec.prompt)
         # a pooling that leaves the prompt out needs to know its length
         self._prompt = {key: blank[key] for key in ("prompt_length",) if key in blank}
-        self.width = self.encode(["a"], batch_size=1).shape[1]
+        tokens = self.feature == "tokens"
+        self.width = self.max_length * self.encode_tokens(["a"])[0].shape[2] if tokens else self.encode(["a"], batch_size=1).shape[1]
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Return self, left in eval mode: a frozen encoder has no training mode."""
@@ -67,9 +58,8 @@ class TextEncoder(nn.Module):
         if self.feature == "tokens":
             return self._encode_all_tokens(texts, batch_size)
         with autocast(self.model.device, self.precision):
-            embeddings = self.model.encode(
-                texts, batch_size=batch_size, prompt=self.prompt, convert_to_tensor=True, show_progress_bar=False
-            )
+            options = {"prompt": self.prompt, "convert_to_tensor": True, "show_progress_bar": False}
+            embeddings = self.model.encode(texts, batch_size=batch_size, **options)
         return embeddings.to("cpu", torch.float32).clone()  # inference tensors cannot be trained on; their clone can
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -92,15 +82,11 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def _encode_all_tokens(self, texts: list[str], batch_size: int) -> Tensor:
         order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
-        rows: Tensor | None = None
+        rows = torch.zeros(len(texts), self.width)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            tokens, mask = self.encode_tokens([texts[number] for number in chosen])
-            if rows is None:
-                rows = torch.zeros(len(texts), self.max_length * tokens.shape[-1])
-            part = _token_rows(tokens, mask).cpu()
+            part = _token_rows(*self.encode_tokens([texts[number] for number in chosen])).cpu()
             rows[chosen, : part.shape[1]] = part
-        assert rows is not None
         return rows
 
 
@@ -119,9 +105,8 @@ def load_text_encoder(spec: TextSpec | str, device: str | torch.device = "cpu") 
     """
     spec = TextSpec(spec) if isinstance(spec, str) else spec
     model = _open(spec)
-    language_model = model[0].auto_model
-    blocks = len(_blocks(language_model) or ())
-    _stop_after(spec.name, language_model, spec.layer)
+    blocks = len(_blocks(model[0].auto_model) or ())
+    _stop_after(spec.name, model[0].auto_model, spec.layer)
     _limit_length(spec.name, model, spec.max_length)
     encoder = TextEncoder(model.to(device), spec)
     pooling = [{"type": type(module).__name__, **module.get_config_dict()} for module in list(model)[1:]]
@@ -147,24 +132,15 @@ def _open(spec: TextSpec) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize, Transformer
 
-    source, remote = resolve_encoder(spec.name), spec.from_pretrained
-    with load_errors_named(spec.name, TEXT_FILES):
-        if remote["trust_remote_code"]:
-            require_own_code(spec.name, source, spec.revision)
-        kwargs = {"dtype": torch.float32, "use_safetensors": True}
+    with opened(spec, TEXT_FILES) as (source, remote):
+        kwargs: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
         model: Any = SentenceTransformer(source, device="cpu", model_kwargs=kwargs, **remote)
         if not isinstance(model[0], Transformer):
             raise UsageError(f"{spec.name}: its first module is {type(model[0]).__name__}; choose a text encoder that is a transformer")
         language_model = model[0].auto_model
         # sentence-transformers does not tell which weights were missing; loading without data does
-        _, report = type(language_model).from_pretrained(
-            language_model.name_or_path,
-            config=language_model.config,
-            device_map="meta",
-            use_safetensors=True,
-            output_loading_info=True,
-            **remote,
-        )
+        kwargs = {"config": language_model.config, "device_map": "meta", "use_safetensors": True, "output_loading_info": True}
+        _, report = type(language_model).from_pretrained(language_model.name_or_path, **kwargs, **remote)
     require_complete(spec.name, report["missing_keys"], TEXT_UNUSED)
     if isinstance(model[-1], Normalize):
         del model[-1]

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
 from align.common.errors import UsageError
-from align.encoders.loading import VISION_FILES, load_errors_named, resolve_encoder
+from align.encoders.loading import VISION_FILES, opened
 from align.encoders.spec import VisionSpec
 
 
@@ -36,8 +36,7 @@ class Transform:
 
     def canonical(self) -> str:
         """Return the processor's values and backend as JSON; the torchvision and PIL backends differ by up to 0.015."""
-        # timm's own transforms work on PIL images and do not name a backend
-        backend = "pil" if self.is_timm else self.processor.backend
+        backend = "pil" if self.is_timm else self.processor.backend  # timm's works on PIL images and names none
         return json.dumps({**self.processor.to_dict(), "backend": backend}, sort_keys=True)
 
 
@@ -51,8 +50,7 @@ class PixelNormalizer:
 
     def __call__(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
         """Return an RGB image as pixels (3, H, W) float32 of `size` (H, W)."""
-        height, width = size
-        resized = np.asarray(image.resize((width, height), self.resample), dtype=np.float32) / 255
+        resized = np.asarray(image.resize(size[::-1], self.resample), dtype=np.float32) / 255
         mean, std = (np.array(values, dtype=np.float32) for values in (self.mean, self.std))
         return torch.from_numpy((resized - mean) / std).permute(2, 0, 1)
 
@@ -61,9 +59,9 @@ def pixel_normalizer(transform: Any) -> PixelNormalizer:
     """Return how `transform` (a Transform, or a torchvision Compose) scales pixels; UsageError if it does not say."""
     from torchvision.transforms import Compose, Normalize  # a second, for what few processes ask
 
-    source: Any = transform.processor if isinstance(transform, Transform) else transform
-    if isinstance(transform, Transform) and transform.is_timm:
-        source = source.val_transforms
+    source: Any = transform
+    if isinstance(transform, Transform):
+        source = transform.processor.val_transforms if transform.is_timm else transform.processor
     if isinstance(source, Compose):
         steps = source.transforms
         mean, std = next(((step.mean, step.std) for step in steps if isinstance(step, Normalize)), (0.0, 1.0))
@@ -87,9 +85,8 @@ def pixel_normalizer(transform: Any) -> PixelNormalizer:
 
 def load_transform(spec: VisionSpec) -> Transform:
     """Return the transform of a vision encoder, without its weights, for images of `spec.image_size`; errors as `load_vision_encoder`."""
-    source = resolve_encoder(spec.name)
-    with load_errors_named(spec.name, VISION_FILES):
-        transform = Transform(AutoImageProcessor.from_pretrained(source, **spec.from_pretrained))
+    with opened(spec, VISION_FILES) as (source, remote):
+        transform = Transform(AutoImageProcessor.from_pretrained(source, **remote))
     return transform if spec.image_size is None else _resized(spec.name, transform, spec.image_size)
 
 

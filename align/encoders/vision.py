@@ -19,17 +19,7 @@ from transformers import AutoConfig, AutoModel
 
 from align.common.errors import KitError, UsageError
 from align.encoders.families import DUAL_ENCODERS, VISION_ADAPTERS, Backbone
-from align.encoders.loading import (
-    VISION_FILES,
-    autocast,
-    first_line,
-    hash_weights,
-    load_errors_named,
-    recorded_id,
-    require_complete,
-    require_own_code,
-    resolve_encoder,
-)
+from align.encoders.loading import VISION_FILES, autocast, first_line, hash_weights, opened, recorded_id, require_complete
 from align.encoders.spec import VisionSpec
 from align.encoders.transforms import Transform, load_transform, output_size
 
@@ -109,10 +99,8 @@ class VisionEncoder(nn.Module):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with autocast(device, self.precision):
             outputs = self.backbone(pixels, indices)
-        return [self._split(tokens.float()) for tokens in outputs]
-
-    def _split(self, tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-        return (tokens[:, 0] if self.has_cls else None), tokens[:, self.backbone.prefix :]
+        features = [tokens.float() for tokens in outputs]
+        return [(tokens[:, 0] if self.has_cls else None, tokens[:, self.backbone.prefix :]) for tokens in features]
 
     def pool(self, cls: Tensor | None, patches: Tensor) -> Tensor:
         """Return the image feature (B, F), not normalized: `[cls ; mean(patches)]`, `cls`, the mean of the patches, or all tokens."""
@@ -143,13 +131,12 @@ class VisionEncoder(nn.Module):
 
 def feature_width(width: int, feature: str, has_cls: bool, patches: int = 1) -> int:
     """Return the width F of the image feature; UsageError if the feature needs a CLS token that the encoder does not have."""
-    widths = {"auto": 2 * width if has_cls else width, "cls_mean": 2 * width, "cls": width, "mean": width}
-    widths["tokens"] = (patches + has_cls) * width
-    if feature not in widths:
-        raise UsageError(f"feature={feature!r} is unknown; allowed: {', '.join(widths)}")
+    factors = {"auto": 1 + has_cls, "cls_mean": 2, "cls": 1, "mean": 1, "tokens": patches + has_cls}
+    if feature not in factors:
+        raise UsageError(f"feature={feature!r} is unknown; allowed: {', '.join(factors)}")
     if feature.startswith("cls") and not has_cls:
         raise UsageError(f"feature={feature!r} needs a CLS token, which this encoder does not have; use feature='mean' or 'auto'")
-    return widths[feature]
+    return factors[feature] * width
 
 
 def load_vision_encoder(spec: VisionSpec | str, device: str | torch.device = "cpu") -> VisionEncoder:
@@ -180,21 +167,16 @@ def load_vision_encoder(spec: VisionSpec | str, device: str | torch.device = "cp
 
 def _open(spec: VisionSpec) -> tuple[Any, str, set[str]]:
     """Return the model that AutoModel opens, of an image-text model its vision half; its model_type; and the weights that are missing."""
-    source, remote = resolve_encoder(spec.name), spec.from_pretrained
     known = f"known model types: {', '.join(sorted(VISION_ADAPTERS))}"
-    with load_errors_named(spec.name, f"{VISION_FILES}; {known}"):
-        if remote["trust_remote_code"]:
-            require_own_code(spec.name, source, spec.revision)
+    with opened(spec, f"{VISION_FILES}; {known}") as (source, remote):
         config = AutoConfig.from_pretrained(source, **remote)
         if config.model_type not in VISION_ADAPTERS:
             raise UsageError(f"{spec.name}: model_type {config.model_type!r} has no vision adapter; {known}")
         arguments = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, report = AutoModel.from_pretrained(source, **arguments, **remote)
-    missing = set(report["missing_keys"])
-    if config.model_type in DUAL_ENCODERS:
-        half = "vision_model."
-        return model.vision_model, config.model_type, {key.removeprefix(half) for key in missing if key.startswith(half)}
-    return model, config.model_type, missing
+    half = "vision_model." if config.model_type in DUAL_ENCODERS else ""
+    missing = {key.removeprefix(half) for key in report["missing_keys"] if key.startswith(half)}
+    return model.vision_model if half else model, config.model_type, missing
 
 
 def _layer_index(layer: int, first: int, count: int) -> int:
@@ -206,6 +188,6 @@ def _layer_index(layer: int, first: int, count: int) -> int:
 
 def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
     """Return the rows and columns of `patches`, the pair of factors nearest to the image's aspect ratio."""
-    rows = [n for n in range(1, patches + 1) if patches % n == 0]
-    best = min(rows, key=lambda n: abs(math.log(n * n / patches * width / height)))
-    return best, patches // best
+    factors = (n for n in range(1, patches + 1) if patches % n == 0)
+    rows = min(factors, key=lambda n: abs(math.log(n * n / patches * width / height)))
+    return rows, patches // rows

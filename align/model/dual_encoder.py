@@ -112,8 +112,8 @@ class SailModel(StrictModel):
     def initialize(self, seed: int) -> "SailModel":
         """Give the heads their initial weights (Xavier uniform, zero bias), a pure function of `seed`; return self."""
         generator = torch.Generator().manual_seed(seed)
-        initialize(self.vision_head, generator)
-        initialize(self.text_head, generator)
+        for head in (self.vision_head, self.text_head):
+            initialize(head, generator)
         with torch.no_grad():
             self.logit_scale.fill_(self.config.log_scale)
             if self.logit_bias is not None:
@@ -160,8 +160,7 @@ class SailModel(StrictModel):
 
     def _encoder(self, side: Literal["vision", "text"], load: Callable[..., Any]) -> Any:
         if side not in self._encoders:
-            encoder = load(self.encoder_spec(side))
-            trained_on = getattr(self.config, f"{side}_fingerprint")
+            encoder, trained_on = load(self.encoder_spec(side)), getattr(self.config, f"{side}_fingerprint")
             compare_encoders(encoder.fingerprint, trained_on, f"the model in {self.config.name_or_path}")
             self._encoders[side] = encoder
         return self._encoders[side].to(self.device)
@@ -176,9 +175,8 @@ class SailModel(StrictModel):
 
     def project_patches(self, features: Tensor) -> Tensor:
         """Return (B, P, E) L2-normalized dense embeddings of `vision_encoder.dense`: features (B, P, F) or token rows (B, T F)."""
-        if isinstance(self.vision_head, ImageTokenHead):
-            return functional.normalize(self.vision_head.dense(features.to(self.logit_scale.dtype)).float(), dim=-1)
-        return self.project_image(features)
+        head = self.vision_head.dense if isinstance(self.vision_head, ImageTokenHead) else self.vision_head
+        return functional.normalize(head(features.to(self.logit_scale.dtype)).float(), dim=-1)
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Return an output whose `pooler_output` (B, E) are L2-normalized image embeddings, as CLIP's in transformers.
@@ -186,10 +184,8 @@ class SailModel(StrictModel):
         pixel_values (B, 3, H, W) come from the processor; `last_hidden_state` holds the patches (B, P, width) before the head.
         """
         cls, patches = self.vision_encoder.encode(pixel_values)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=patches,
-            pooler_output=self.project_image(self.vision_encoder.pool(cls, patches)),
-        )
+        embeddings = self.project_image(self.vision_encoder.pool(cls, patches))
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=embeddings)
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
         """Return (B, P, E) L2-normalized dense embeddings: each patch as [cls ; p_i] through the image head.
@@ -219,11 +215,10 @@ def _heads(config: SailConfig) -> tuple[nn.Module, nn.Module]:
     if config.head == "token":
         vision = ImageTokenHead(config.vision_width, config.width, config.vision_cls, config.dropout)
         return vision, TextTokenHead(config.text_width, config.width, config.dropout)
-    kinds = ("identity", "sharelock") if config.head == "sharelock" else (config.head, config.head)
-    options = [{"expansion": config.expansion, "dropout": config.dropout} if kind != "identity" else {} for kind in kinds]
-    widths = (config.vision_width, config.text_width)
-    built = [build_head(k, w, config.width, **o) for k, w, o in zip(kinds, widths, options, strict=True)]  # type: ignore[arg-type]
-    return built[0], built[1]
+    options = {"expansion": config.expansion, "dropout": config.dropout}
+    vision, vision_options = ("identity", {}) if config.head == "sharelock" else (config.head, options)
+    vision_head = build_head(vision, config.vision_width, config.width, **vision_options)
+    return vision_head, build_head(config.head, config.text_width, config.width, **options)
 
 
 class SailImageProcessor(BaseImageProcessor):
@@ -249,9 +244,8 @@ class SailImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """Return pixel_values (B, 3, H, W) float32 for one PIL image or a list of them."""
         if self._transform is None:
-            name = self.vision["name"]
-            name = str(Path(self.folder) / name) if name == VISION_FOLDER else name
-            self._transform = load_transform(VisionSpec(**{**self.vision, "name": name}))
+            inside = {"name": str(Path(self.folder) / VISION_FOLDER)} if self.vision["name"] == VISION_FOLDER else {}
+            self._transform = load_transform(VisionSpec(**{**self.vision, **inside}))
         listed = images if isinstance(images, (list, tuple)) else [images]
         pixels = torch.stack([self._transform(image.convert("RGB")) for image in listed])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)

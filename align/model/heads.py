@@ -1,12 +1,11 @@
 """Alignment heads: small networks that map frozen features into the space shared by images and texts (SAIL, arXiv 2412.04616).
 
 Shapes: `F` feature width given to a head, `E` aligned width, `w` expansion factor. Every head computes `a(x) = G(LayerNorm(x))`
-on the last axis of a (..., F) tensor, so pooled features (B, F) and dense features (B, P, F) pass through the same weights.
+on the last axis: pooled features (B, F) and dense features (B, P, F) pass through the same weights.
 The output (..., E) is not normalized: the caller divides by its L2 norm.
 
-Token heads (freeze-align) read all tokens of an image or caption instead of a pooled feature: rows (B, T D) of `T` tokens of width `D`,
-one after the other, as encoders with feature="tokens" give them. Their pooled form is exact and three times cheaper than the formula:
-A and W2 are linear, so they act on the mean over tokens, and only W1 and GELU act on every token.
+Token heads (freeze-align) read rows (B, T D): all `T` tokens of width `D` of an image or caption, as encoders with feature="tokens"
+give them. Pooling is exact and three times cheaper than the formula: A and W2 are linear, so they act on the mean over tokens.
 """
 
 import inspect
@@ -31,7 +30,6 @@ class LinearHead(nn.Module):
         self.out = nn.Linear(in_width, out_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (..., E) for features (..., F)."""
         return self.out(self.norm(features))
 
 
@@ -45,7 +43,6 @@ class MlpHead(nn.Module):
         self.out = nn.Linear(expansion * in_width, out_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (..., E) for features (..., F)."""
         return self.out(functional.gelu(self.up(self.norm(features))))
 
 
@@ -63,7 +60,6 @@ class GluHead(nn.Module):
         self.out = nn.Linear(expansion * in_width, out_width)  # W3
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (..., E) for features (..., F)."""
         normed = self.norm(features)
         gate = functional.relu6(self.gate(normed))  # (..., wF)
         return self.out(gate * self.value(normed).clamp(-GLU_BOUND, GLU_BOUND))
@@ -85,13 +81,12 @@ class SharelockHead(nn.Module):
         self.out = nn.Linear(hidden, out_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (..., E) for features (..., F)."""
         rows = self.norm(features).reshape(-1, features.shape[-1])  # BatchNorm1d wants (N, F)
         return self.out(self.layers(rows)).unflatten(0, features.shape[:-1])
 
 
 class IdentityHead(nn.Module):
-    """Returns its input: the vision side of `sharelock`. It has no parameters and F must equal E."""
+    """Returns its input: the vision side of `sharelock`, without parameters. F must equal E."""
 
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
@@ -102,7 +97,6 @@ class IdentityHead(nn.Module):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the features (..., F) themselves."""
         return features
 
 
@@ -206,11 +200,9 @@ def build_head(
 ) -> nn.Module:
     """Return the head `kind` mapping (..., in_width) to (..., out_width), float32; `initialize` then sets its weights.
 
-    `expansion` is w of `mlp` (default 4) and `glu` (default 8; the workshop paper's is 4); `hidden` (default 4096) and `dropout`
-    (default 0.2) belong to `sharelock`; `token`, a head of single tokens, has a dropout, too (default 0.1). None keeps the default.
-    The global random state is left as it was.
-
-    Raises UsageError for an unknown kind, a width below 1 or an option that the kind does not have.
+    `expansion` is w of `mlp` (default 4) and `glu` (default 8; the workshop paper's is 4). `sharelock` has `hidden` (default 4096) and
+    `dropout` (default 0.2), `token` has `dropout` (default 0.1). The global random state is left as it was.
+    UsageError for an unknown kind, a width below 1 or an option that the kind does not have.
     """
     if kind not in HEADS:
         raise UsageError(f"unknown head {kind!r}: choose one of {', '.join(HEADS)}")

@@ -3,19 +3,21 @@
 Shapes: `B` rows of the global batch, `N` rows of this process (N = B in a single process), `E` aligned width.
 Logits are `t <x_i, y_j> + b` with `t = exp(log_scale)`, x an image and y a caption embedding, both L2-normalized by the caller.
 
-A B x B matrix of logits is never kept. The forward pass walks over tiles of logits, adds each tile's part to the loss and to all
-gradients, and drops the tile; the backward pass only multiplies the stored gradients by the incoming one. Memory is
-O(B E + tile^2). Matmuls run in `matmul_dtype` (the inputs' by default, whatever autocast says), everything else in float32 or
-wider. The diagonal, which carries most of the gradient, is left out of the tiles and computed apart, never in low precision.
+The B x B logits are never kept: memory is O(B E + tile^2). The forward pass adds each tile of logits to the loss and to all
+gradients; the backward pass multiplies the stored gradients by the incoming one. Matmuls run in `matmul_dtype` (the inputs' by
+default, whatever autocast says), everything else in float32 or wider. The diagonal carries most of the gradient: it is computed
+apart from the tiles, never in low precision.
 
 With several processes the negatives are global: captions are gathered, each process computes the rows of its own images, and the
-captions' gradients are summed back. Every process gets the global loss. Its backward pass yields the gradients of its own rows,
-and its own tiles' part of those of log_scale and bias, all times the number of processes: DistributedDataParallel, which averages
-parameter gradients over processes, then arrives at exactly the gradient that one process would have computed on the whole batch.
+captions' gradients are summed back. Every process gets the global loss. Its gradients (of its own rows, and its part of those of
+log_scale and bias) are multiplied by the number of processes: DistributedDataParallel averages parameter gradients, and so arrives
+at exactly the gradient of one process on the whole batch.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -43,17 +45,17 @@ def sigmoid_loss(
 ) -> Tensor:
     """Return SAIL's loss `-sum_ij log sigmoid(Z_ij S_ij)`, `S_ij = t <x_i, y_j> + b`, a scalar: the mean over the caption sets.
 
-    `images` (N, E) and each of `captions` (N, E) are L2-normalized, row i of one belonging to row i of the others;
-    `log_scale` and `bias` are scalars. Z is +1 on positives and -1 elsewhere. Positives are the diagonal; with `image_ids` (N,) int64
-    also all pairs of rows with equal ones, so that a second row of the same image is no false negative; with `caption_ids`, one (N,)
-    int64 for each caption set, also all pairs of rows with equal ones in that set, such as captions of the same words.
-    `mean` divides by B^2 (SAIL), `sum_over_batch` by B (SigLIP): the update of Lion, a sign, is the same with both; that of
-    AdamW is not once dividing by B^2 makes gradients smaller than its epsilon (1e-8).
+    `images` (N, E) and each of `captions` (N, E) are L2-normalized; row i of one belongs to row i of the others. Z is +1 on positives
+    and -1 elsewhere. Positives are the diagonal, pairs of rows with equal `image_ids` (N,) int64 (several rows of one image), and
+    pairs with equal `caption_ids`, one (N,) int64 for each caption set (captions of the same words).
+    `mean` divides by B^2 (SAIL), `sum_over_batch` by B (SigLIP). Lion's update, a sign, is the same with both; AdamW's is not once
+    dividing by B^2 makes gradients smaller than its epsilon (1e-8).
     The loss is float32 (float64 for such inputs); gradients have the inputs' dtypes; there is no second derivative.
-    `group` is the default process group if there is one; N may differ between processes; see the top of this module.
-    Raises UsageError for shapes or names that do not fit. Source: SAIL (arXiv 2412.04616), SigLIP (arXiv 2303.15343).
+    N may differ between the processes of `group` (default: the default group). Raises UsageError for shapes or names that do not
+    fit. Source: SAIL (arXiv 2412.04616), SigLIP (arXiv 2303.15343).
     """
-    _check_choice("reduction", reduction, Reduction)
+    if reduction not in get_args(Reduction):
+        raise UsageError(f"unknown reduction {reduction!r}: choose one of {', '.join(get_args(Reduction))}")
     _check_scalar("bias", bias)
     task = _plan(images, captions, log_scale, image_ids, caption_ids, tile, matmul_dtype, group)
     pairs = task.ranks.total**2 if reduction == "mean" else task.ranks.total
@@ -75,8 +77,7 @@ def info_nce_loss(
     """Return the symmetric cross-entropy (image to caption and caption to image, averaged), a scalar: the mean over caption sets.
 
     An anchor's term is minus the mean log-probability of its positives, `-log softmax_j(t <x_i, y_j>)_i` with one positive: InfoNCE
-    as CLIP (arXiv 2103.00020) and freeze-align (arXiv 2409.19425) train it.
-    Arguments, dtypes, processes and errors are those of `sigmoid_loss`, without bias and reduction.
+    as in CLIP (arXiv 2103.00020) and freeze-align (arXiv 2409.19425). The rest is as in `sigmoid_loss`.
     """
     task = _plan(images, captions, log_scale, image_ids, caption_ids, tile, matmul_dtype, group)
     with torch.autocast(images.device.type, enabled=False):
@@ -101,9 +102,9 @@ def logit_stats(
     caption_ids: Sequence[Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> LossStats:
-    """Return the mean positive and mean negative logit of a batch, in O(B E): the mean of a sum of products needs no pair.
+    """Return the mean positive and mean negative logit of a batch, in O(B E), the same on all processes; all of them must call it.
 
-    Arguments as in `sigmoid_loss` (`bias` None is 0). All processes of the group must call it; all get the same values.
+    Arguments as in `sigmoid_loss` (`bias` None is 0).
     """
     task = _plan(images, captions, log_scale, image_ids, caption_ids, 1, None, group)
     rows = images.to(task.wide)
@@ -131,8 +132,7 @@ class _Ranks:
     rank: int
 
     @property
-    def total(self) -> int:
-        """B, the rows of all processes."""
+    def total(self) -> int:  # B
         return sum(self.sizes)
 
     @property
@@ -184,13 +184,11 @@ class _Task:
 
     def tiles(self, images: Tensor, captions: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield (rows of images (N, E), columns = rows of captions (B, E), scaled cosines with -inf on the diagonal)."""
-        for top in range(0, images.shape[0], self.tile):
-            rows = slice(top, min(top + self.tile, images.shape[0]))
-            for left in range(0, captions.shape[0], self.tile):
-                columns = slice(left, min(left + self.tile, captions.shape[0]))
-                logits = (images[rows] @ captions[columns].T).to(self.wide).mul_(scale)  # (rows, columns)
-                logits.diagonal(self.ranks.here.start + top - left).fill_(-torch.inf)
-                yield rows, columns, logits
+        for top, left in product(*(range(0, len(side), self.tile) for side in (images, captions))):
+            rows, columns = slice(top, top + self.tile), slice(left, left + self.tile)
+            logits = (images[rows] @ captions[columns].T).to(self.wide).mul_(scale)  # (rows, columns)
+            logits.diagonal(self.ranks.here.start + top - left).fill_(-torch.inf)
+            yield rows, columns, logits
 
     def off_diagonal_positives(self, positives: "_Positives", rows: slice, columns: slice) -> Tensor | None:
         """Return a boolean mask of a tile's positives that are not on the diagonal, or None if there cannot be any."""
@@ -223,9 +221,8 @@ class _Task:
         return total
 
 
-# Which rows of the global batch are positives of each other: signed labels (B,) int64 below B. Rows are if they are equal in labels of
-# sign +1; two of these come with a third of sign -1, equal for rows that are equal in both, so that signed counts and sums are those of
-# the union. Empty: the diagonal alone.
+# Which rows of the global batch are positives of each other: those with equal labels (B,) int64 of sign +1. Two such labels come with a
+# third of sign -1, equal where both are, so that signed counts and sums are those of the union. Empty: the diagonal alone.
 _Positives = list[tuple[int, Tensor]]
 
 
@@ -365,9 +362,7 @@ def _plan(
     shared = [] if image_ids is None else [_labels(ranks.gather(image_ids))]
     own = [[] for _ in captions] if caption_ids is None else [[_labels(ranks.gather(ids))] for ids in caption_ids]
     positives = [_alike(shared + labels) for labels in own]
-    wide = torch.float32
-    for tensor in (images, *captions):
-        wide = torch.promote_types(wide, tensor.dtype)
+    wide = reduce(torch.promote_types, (tensor.dtype for tensor in (images, *captions)), torch.float32)
     return _Task(ranks, positives, tile, matmul_dtype or images.dtype, wide)
 
 
@@ -389,11 +384,6 @@ def _find_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> _Ranks:
     sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.full_like(sizes[0], rows.shape[0]), group=group)
     return _Ranks(group, [int(size) for size in torch.cat(sizes).tolist()], dist.get_rank(group))
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise UsageError(f"unknown {name} {value!r}: choose one of {', '.join(get_args(choices))}")
 
 
 def _check_scalar(name: str, value: Tensor) -> None:

@@ -11,9 +11,8 @@ A checkpoint may be wrapped by training (`module.` before each name, `state_dict
 (vlhead.bin) has the `vision_` half only. Legend: `F` feature width, `H` hidden width = expansion x F, `E` aligned width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +53,12 @@ def heads_from(
     text: TextEncoder | None = None,
     precision: Arithmetic = "fp32",
 ) -> SailModel:
-    """Return the SailModel of both published heads with the encoders that they were trained on, as far as these are given.
+    """Return the SailModel of both published heads, with the encoders that they were trained on if given.
 
-    Widths and expansion are those of the tensors. DamagedError, naming what is wrong, for a missing or unknown name, shapes that do
-    not fit together, or sides of different expansion; UsageError for an encoder whose features have another width.
+    DamagedError for a missing or unknown name, shapes that do not fit together, or sides of different expansion; UsageError for an
+    encoder whose features have another width.
     """
-    _refuse_names(weights, [*_names("vision"), *_names("text"), *LOGITS], place)
+    _refuse_names(weights, [*_names("vision_"), *_names("text_"), *LOGITS], place)
     sides = [_widths(weights, side, place) for side in SIDES]
     if sides[0][1:] != sides[1][1:]:
         found = ", ".join(f"{side} {hidden} x {feature} -> {width}" for side, (feature, hidden, width) in zip(SIDES, sides, strict=True))
@@ -87,14 +86,13 @@ def with_vision_head(base: SailModel, weights: Mapping[str, Tensor], place: str)
 
     UsageError if `base` has another kind of head, DamagedError as `heads_from`.
     """
-    _refuse_names({name: value for name, value in weights.items() if name not in LOGITS}, _names("vision"), place)
+    _refuse_names({name: value for name, value in weights.items() if name not in LOGITS}, _names("vision_"), place)
     feature, expansion, width = _widths(weights, "vision", place)
-    head: Any = base.vision_head
     own = (base.config.head, base.config.vision_width, base.config.expansion or 8, base.config.width)
     if own != ("glu", feature, expansion, width):
         given = f"glu {feature} -> {width}, expansion {expansion}"
         raise UsageError(f"{place} holds an image head {given}; the model has {own[0]} {own[1]} -> {own[3]}, expansion {own[2]}")
-    head.load_state_dict(_renamed(weights, "vision"))
+    base.vision_head.load_state_dict(_renamed(weights, "vision"))
     return base
 
 
@@ -105,20 +103,16 @@ def to_published(model: SailModel) -> dict[str, Tensor]:
     own = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     weights = {name: own[name].reshape(1) for name in LOGITS}
     for side in SIDES:
-        for theirs, ours in LAYERS.items():
-            for part in ("weight", "bias"):
-                weights[f"{side}_{theirs}.{part}"] = own[f"{side}_head.{ours}.{part}"]
+        weights |= {theirs: own[f"{side}_head.{ours}"] for theirs, ours in _names(f"{side}_").items()}
     return weights
 
 
 def projector_from(weights: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
-    """Return LLaVA's two-layer projector under the names that transformers has for it: linear_1 and linear_2.
-
-    DamagedError for other names or shapes; `model.` before each name is LLaVA's.
-    """
+    """Return LLaVA's two-layer projector under the names of transformers (linear_1, linear_2); DamagedError for other names or shapes."""
     prefix = "model.mm_projector." if any(name.startswith("model.") for name in weights) else "mm_projector."
-    _refuse_names(weights, [f"{prefix}{at}.{part}" for at in PROJECTOR for part in ("weight", "bias")], place)
-    renamed = {f"{name}.{part}": weights[f"{prefix}{at}.{part}"] for at, name in PROJECTOR.items() for part in ("weight", "bias")}
+    names = _names(prefix, PROJECTOR)
+    _refuse_names(weights, names, place)
+    renamed = {ours: weights[theirs] for theirs, ours in names.items()}
     shapes = {name: tuple(value.shape) for name, value in renamed.items()}
     first = shapes["linear_1.weight"]
     if len(first) != 2 or [*shapes.values()][1:] != [first[:1], (first[0], first[0]), first[:1]]:
@@ -132,15 +126,16 @@ def _require_width(side: str, name: str, found: int, wanted: int) -> None:
         raise UsageError(f"{given}; name the encoder that it was trained on, or another --feature")
 
 
-def _names(side: str) -> list[str]:
-    return [f"{side}_{layer}.{part}" for layer in LAYERS for part in ("weight", "bias")]
+def _names(prefix: str, layers: Mapping[str, str] = LAYERS) -> dict[str, str]:
+    """Return our name of each weight and bias of `layers`, by its published name."""
+    return {f"{prefix}{theirs}.{part}": f"{ours}.{part}" for theirs, ours in layers.items() for part in ("weight", "bias")}
 
 
 def _renamed(weights: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
-    return {f"{ours}.{part}": weights[f"{side}_{theirs}.{part}"] for theirs, ours in LAYERS.items() for part in ("weight", "bias")}
+    return {ours: weights[theirs] for theirs, ours in _names(f"{side}_").items()}
 
 
-def _refuse_names(weights: Mapping[str, Tensor], expected: list[str], place: str) -> None:
+def _refuse_names(weights: Mapping[str, Tensor], expected: Iterable[str], place: str) -> None:
     missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or unknown:
         lists = {"missing": missing, "unknown": unknown}
