@@ -96,8 +96,9 @@ class PyramidBackbone(nn.Module):
         """Return, per layer, the map as tokens: (B, P, D), D differing between layers."""
         timm_model, inner, last = self.model.timm_model, sorted(set(layers) - {self.count}), self.count in layers
         maps: dict[int, Tensor] = {}
+        final: Any = None
         if inner:
-            options = {"indices": [k - 1 for k in inner], "output_fmt": "NCHW"}
+            options: dict[str, Any] = {"indices": [k - 1 for k in inner], "output_fmt": "NCHW"}
             read = timm_model.forward_intermediates(pixels, **options, intermediates_only=not last, stop_early=not last)
             final, found = read if last else (None, read)
             maps = dict(zip(inner, found, strict=True))

@@ -258,7 +258,7 @@ class Extraction:
             with self.progress.spend("forward"):
                 features = self.text.encode([text for _, _, text in flat], self.text_batch_size).numpy(force=True)
             rejects = [reject for reject in shard.rejects if reject.column in ("row", column)]
-            keys, items, texts = ([caption[place] for caption in flat] for place in range(3))
+            keys, items, texts = [key for key, _, _ in flat], [item for _, item, _ in flat], [text for _, _, text in flat]
             with self.progress.spend("write"):
                 self.caption_writers[column].write(task.shard, features, keys, items, rejects, texts)
 

@@ -213,12 +213,14 @@ class SailModel(StrictModel):
 def _heads(config: SailConfig) -> tuple[nn.Module, nn.Module]:
     """Return the image and the text head that `config` describes."""
     if config.head == "token":
-        vision = ImageTokenHead(config.vision_width, config.width, config.vision_cls, config.dropout)
-        return vision, TextTokenHead(config.text_width, config.width, config.dropout)
-    options = {"expansion": config.expansion, "dropout": config.dropout}
-    vision, vision_options = ("identity", {}) if config.head == "sharelock" else (config.head, options)
-    vision_head = build_head(vision, config.vision_width, config.width, **vision_options)
-    return vision_head, build_head(config.head, config.text_width, config.width, **options)
+        images = ImageTokenHead(config.vision_width, config.width, config.vision_cls, config.dropout)
+        return images, TextTokenHead(config.text_width, config.width, config.dropout)
+    kind: Any = config.head
+    options: dict[str, Any] = {"expansion": config.expansion, "dropout": config.dropout}
+    texts = build_head(kind, config.text_width, config.width, **options)
+    if kind == "sharelock":
+        return build_head("identity", config.vision_width, config.width), texts
+    return build_head(kind, config.vision_width, config.width, **options), texts
 
 
 class SailImageProcessor(BaseImageProcessor):

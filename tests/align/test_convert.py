@@ -17,7 +17,6 @@ from align.features.store import FeatureStore, StoreWriter
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.published_heads import heads_from, to_published
-
 from tests.support.stores import all_features
 
 F, D, E, W = 6, 4, 5, 3  # image features, caption features, aligned width, expansion

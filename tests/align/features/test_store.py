@@ -11,7 +11,6 @@ from align.common.errors import DamagedError, DataError, FingerprintError, Usage
 from align.common.files import arm_failpoint
 from align.common.reject_codes import RejectedRow
 from align.features.store import FeatureStore, StoreHeader, StoreWriter, hash64
-
 from tests.support.stores import all_features
 
 
