@@ -259,6 +259,7 @@ def test_every_flag_names_the_test_that_observes_it(kind):
 FIELDS = [f"{kind}.{field}" for kind, fields in OBSERVED.items() for field in fields]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", [field for field in FIELDS if any(word in field for word in TRIED)])
 def test_a_tried_flag_that_is_ignored_makes_its_test_fail(field):
     kind, name = field.split(".")

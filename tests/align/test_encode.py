@@ -133,6 +133,7 @@ def test_a_model_trained_on_inner_layers_reads_them_again(world, tmp_path):
     np.testing.assert_allclose(store.features(np.array([row]))[0], expected, rtol=3e-3, atol=3e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_under_accelerate_give_the_store_of_one(world, straight, tmp_path):
     script = str(Path(main.__code__.co_filename))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]

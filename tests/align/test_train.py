@@ -162,6 +162,7 @@ def test_each_setting_of_the_heads_and_of_their_training_changes_the_log(short_r
     assert len(losses[1]) == 4 and losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_dropout_is_that_of_the_heads(short_run):
     _, run, _ = short_run
     token = [run(f"sharelock-{dropout}", head="sharelock", width=12, expansion=None, dropout=dropout) for dropout in (0, 0.5)]

@@ -147,6 +147,7 @@ def test_wrong_requests(folder, monkeypatch, changes, error, says):
         main(ChatConfig(**{"model": "model", "prompt": "a", **changes}))
 
 
+@pytest.mark.slow
 def test_the_entry_reads_questions_from_a_pipe(folder):
     command = [sys.executable, str(ROOT / "mllm/chat_cli.py"), "--model", str(folder / "model"), "--max-new-tokens", "4", "--device", "cpu"]
     done = subprocess.run(command, input="how many?\n/image gone.png\n", capture_output=True, text=True, cwd="/")
