@@ -1,1 +1,1 @@
-"""Stage two: the aligned encoder inside a LLaVA-style MLLM; put together, trained, saved and asked."""
+"""Stage two: puts the aligned encoder into a LLaVA-style MLLM, trains it, saves it and asks it questions."""

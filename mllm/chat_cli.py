@@ -1,11 +1,10 @@
-"""Talk to a multimodal LLM about an image, in the terminal.
+"""Chat with a multimodal LLM about an image in the terminal.
 
     python mllm/chat_cli.py --model runs/mine/instruct/model --image photo.jpg --prompt "What is on the table?"
     python mllm/chat_cli.py --model runs/mine/instruct/model --image photo.jpg
     python mllm/chat_cli.py --model runs/mine/instruct/model --temperature 0.7 --device cuda
 
-Without --prompt a conversation: /image PATH shows another image and starts anew, /new starts anew, /quit or Ctrl-D ends.
-Answers appear as they are written.
+Without --prompt it is a conversation: /image PATH shows another image and starts anew, /new starts anew, /quit or Ctrl-D ends.
 """
 
 import sys
@@ -27,7 +26,7 @@ COMMANDS = "/image PATH, /new, /quit"
 
 
 def read_image(path: str) -> "Image.Image":
-    """Return the image at `path` as RGB; UsageError if there is none, DataError if the gate rejects it."""
+    """Return the image at `path` as RGB. UsageError if the file cannot be read, DataError if the gate rejects it."""
     from align.common.reject_codes import Reject
     from align.sources.gate import Limits, gate_image
 
@@ -42,7 +41,7 @@ def read_image(path: str) -> "Image.Image":
 
 
 def questions(console: "Console") -> Iterator[str]:
-    """Yield what the user types, a line at a time, to the end of the input."""
+    """Yield the lines that the user types, without empty ones, until the input ends."""
     while True:
         try:
             line = console.input("> ") if sys.stdin.isatty() else input()
@@ -53,7 +52,7 @@ def questions(console: "Console") -> Iterator[str]:
 
 
 def converse(session: "ChatSession", console: "Console", lines: Iterator[str], streamer: Any) -> None:
-    """Answer line after line; print what goes wrong with one, and go on."""
+    """Answer line after line. Print the error if one fails, and go on."""
     for line in lines:
         command, _, rest = line.partition(" ")
         try:

@@ -1,10 +1,10 @@
-"""Read every row and every image of conversation data before a GPU is spent.
+"""Check every row and every image of conversation data before training.
 
     python mllm/check.py --data llava_v1_5_mix665k.json --image-root data --model runs/mine/mllm-init
     python mllm/check.py --data pretrain.json --model runs/mine/mllm-init --template plain --output runs/check-pretrain
 
-Leaves in --output: problems.jsonl (a row that cannot be used, or an image, a line), check.json, lengths.png, and cache/, which
-mllm/finetune.py takes over with --cache. Exit code 0 if all is well, 3 if there are problems.
+Writes to --output: problems.jsonl (one line per unusable row or image), check.json, lengths.png, and cache/, which mllm/finetune.py
+reuses with --cache. Exit code 0 if all is well, 3 if there are problems.
 """
 
 import json
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-BAR = 50  # characters of the longest bar
-EXAMPLES = 3  # rows named for each code
+BAR = 50  # characters in the longest bar
+EXAMPLES = 3  # rows shown for each code
 
 
 def main(config: CheckConfig) -> None:
-    """Read, tokenize, decode; then show and write what was found."""
+    """Read, tokenize and decode everything; then print and write the findings."""
     from align.common.console import Progress, plain_console
     from align.common.files import atomic_bytes, atomic_json, atomic_path
     from align.sources.gate import Limits
@@ -66,7 +66,7 @@ def main(config: CheckConfig) -> None:
 
 
 def show_epoch(console: "Console", facts: dict[str, Any], counts: "np.ndarray", edges: "np.ndarray") -> None:
-    """Print what an epoch consists of, and a bar for each bin of lengths."""
+    """Print what an epoch contains, and a bar for each bin of lengths."""
     console.print(
         f"an epoch: {facts['rows']} conversations, {facts['tokens']} tokens of which {facts['supervised_tokens']} are learned, "
         f"{facts['images']} images ({facts['different_images']} different); {facts['shortened_rows']} conversations shortened to "
@@ -77,7 +77,7 @@ def show_epoch(console: "Console", facts: dict[str, Any], counts: "np.ndarray", 
 
 
 def show_problems(console: "Console", problems: list[RejectedRow]) -> None:
-    """Print the codes, the most frequent first, with their meaning and some of the rows."""
+    """Print the problem codes, most frequent first, with their meaning and example rows."""
     from rich.table import Table
 
     table = Table("code", "count", "for example", "meaning, and the first")

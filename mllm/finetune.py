@@ -1,4 +1,4 @@
-"""Train a multimodal LLM: pretrain the projector on captions, then tune everything on conversations.
+"""Train a multimodal LLM: first the projector on captions (pretrain), then everything on conversations (instruct).
 
     deepspeed mllm/finetune.py --config mllm/recipes/llava_sail_l.yaml --stage pretrain
     accelerate launch mllm/finetune.py --stage instruct --model runs/mine/pretrain/model --data llava_v1_5_mix665k.json \
@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 8 mllm/finetune.py --config mllm/recipes/llava_sail_l.yaml --stage instruct --deepspeed zero3
     python mllm/finetune.py --config mllm/recipes/quickstart.yaml --stage pretrain --dry-run   # memory and time; trains nothing
 
-Leaves in --output: model/ (opens anywhere), adapter/ (LoRA), checkpoint-N/, metrics.jsonl, speed.jsonl, tensorboard/,
-manifest.json, config.yaml. Interrupted runs resume with the same command from the newest checkpoint that verifies. On SIGTERM
-it saves a checkpoint and exits with code 75.
+Writes to --output: model/ (opens anywhere), adapter/ (LoRA), checkpoint-N/, metrics.jsonl, speed.jsonl, tensorboard/,
+manifest.json, config.yaml. The same command resumes an interrupted run from the newest checkpoint that verifies. SIGTERM saves a
+checkpoint and exits with code 75.
 """
 
 import os
@@ -77,7 +77,7 @@ def main(config: FinetuneConfig) -> None:
 
 
 def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: "Console") -> "ConversationDataset":
-    """Return the conversations as token ids, labels and pixels, with their index."""
+    """Return the dataset of token ids, labels and pixels, with its index."""
     from align.common.console import Progress
     from mllm.conversations.batches import ConversationDataset
     from mllm.conversations.index import build_index
@@ -99,7 +99,7 @@ def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: 
 
 
 def section(argv: list[str]) -> str:
-    """Return the section of a recipe to read: what --stage says, or the only one of the two that the recipe has."""
+    """Return the section of a recipe to read: the value of --stage, or the only stage that the recipe has."""
     words = [word for argument in argv for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
     values = dict(zip(words, [*words[1:], ""], strict=False))
     stage, recipe = values.get("--stage"), values.get("--config")

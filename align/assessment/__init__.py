@@ -1,4 +1,4 @@
-"""Choosing before training: candidates, their scores, probing, tables and figures.
+"""Choosing encoders before training: candidates, their scores, probing, tables and figures.
 
-It may use training; training must not use it.
+It may use align/training, never the reverse.
 """

@@ -1,4 +1,4 @@
-"""The scores of every candidate over the images that all stores have in common; earlier scores are read from the cache."""
+"""Scores of every candidate over the images that all stores share. Scores computed earlier are read from the cache."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,17 +17,17 @@ from align.assessment.tables import Assessed
 from align.common.errors import DataError
 from align.common.files import hash_bytes
 
-FEW_OF_CLASS = 8  # labelled images of a class: with fewer, most of 20 neighbors are of other classes
+FEW_OF_CLASS = 8  # labelled images per class; with fewer, most of the 20 neighbors are of other classes
 
 
 class Assessment:
-    """Candidates and what their scores are taken from: stores, captions, labels, splits."""
+    """All candidates and the data they are scored on: stores, captions, labels and splits."""
 
     def __init__(
         self, folder: Path, pairs: Sample, visions: Sequence[EncodedVision], texts: Sequence[str], captions: Sequence[str],
         settings: Settings, device: torch.device, patches: bool,
     ) -> None:  # fmt: skip
-        """`captions` are columns that each of `texts` encoded; scores are kept in `folder`. `patches`: those were encoded too."""
+        """`captions` are the columns that every text encoder encoded. `folder` is the score cache. `patches`: stores of patches exist."""
         self.pairs, self.visions, self.settings, self.with_patches = pairs, visions, settings, patches
         self.stores = {(v.name, layer): pairs.store(v.name, f"layer-{layer:02d}") for v in visions for layer in v.layers}
         captioned = {name: [pairs.store(name, f"captions-{column}") for column in captions] for name in texts}
@@ -49,7 +49,7 @@ class Assessment:
         return self.scorer.resamples(len(self.scorer.rows[2]))
 
     def add_labels(self, labelled: Sample, column: str) -> str:
-        """Also score by the classes in a column of labelled images; return a note if they are too few, else nothing."""
+        """Also score by the classes in `column` of the labelled images. Return a warning if there are too few, else an empty string."""
         self.labelled, self.label_column = labelled, column
         self.labels = read_labels(labelled.source, labelled.plan, column)
         classes = len(set(self.labels.values()))
@@ -61,7 +61,7 @@ class Assessment:
         )
 
     def results(self) -> Iterator[Assessed]:
-        """Yield every candidate with its scores, computed if they are not in the cache."""
+        """Yield every candidate with its scores; scores that are not in the cache are computed."""
         for vision in self.visions:
             for layer in vision.layers:
                 yield from self._of_layer(vision, layer)

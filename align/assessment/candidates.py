@@ -1,6 +1,6 @@
 """What an assessment compares: the sample of pairs, the layers and features of each encoder, and their rows in the stores.
 
-Shapes: `N` rows, `D` encoder width, `F` width of a feature, `T` captions.
+Shapes: `N` rows, `D` encoder width, `F` feature width, `T` captions.
 """
 
 import re
@@ -26,30 +26,30 @@ from align.encoders.trust import split_revision
 from align.features.store import FeatureStore
 from align.sources.plan import Plan, Source, open_shard, plan
 
-SHARD_ROWS = 64  # neighbors in the source that are drawn together
+SHARD_ROWS = 64  # neighboring rows drawn together
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is compared."""
+    """One combination to compare: a layer and a feature of a vision encoder, with a text encoder."""
 
     vision: str
     layer: int
     feature: str
     text: str
-    random: bool = False  # random weights: the floor
+    random: bool = False  # random weights: a lower bound
 
     @property
     def name(self) -> str:
-        """The candidate in words."""
+        """The candidate's name in tables."""
         return f"{self.vision} layer {self.layer} {self.feature} + {self.text}"
 
 
 def sampled_plan(source: Source, rows: int, seed: int, columns: Sequence[str], folder: Path) -> Plan:
-    """Return a plan of about `rows` rows (or all), saved in `folder`: random pieces of neighbors in random order.
+    """Return a plan of about `rows` rows (or all), saved in `folder`: random pieces of neighboring rows, in random order.
 
-    A piece has `SHARD_ROWS` rows, or fewer so that there are 30. A pure function of source, `rows` and `seed`. FingerprintError if
-    `folder` holds another plan.
+    A piece has at most `SHARD_ROWS` rows, fewer if there would be less than 30 pieces. The plan depends only on source, `rows` and
+    `seed`. FingerprintError if `folder` holds another plan.
     """
     whole = plan(source, min(SHARD_ROWS, max(1, rows // 30)), columns)
     order = generator(seed, 7).permutation(len(whole.shards))
@@ -62,13 +62,13 @@ def sampled_plan(source: Source, rows: int, seed: int, columns: Sequence[str], f
 
 
 def folder_name(encoder: str, random: bool = False) -> str:
-    """Return the name that stands for an encoder in folders and tables: its id, or its folder's name, in plain letters."""
+    """Return the name of an encoder in folders and tables: its id or folder name, with `-` for all but letters, digits, `.` and `_`."""
     name = re.sub(r"[^A-Za-z0-9._]+", "-", recorded_id(split_revision(encoder)[0]).removeprefix("embedded:")).strip("-.")
     return f"{name}-random" if random else name
 
 
 def random_copy(name: str, folder: Path, seed: int) -> str:
-    """Return a folder, like any encoder's, with the encoder `name` whose weights are initial ones drawn by `seed`: the floor."""
+    """Return a folder that holds the encoder `name` with random initial weights, drawn by `seed`: the lower bound of all scores."""
     if folder.exists():
         return str(folder)
     spec = VisionSpec(*split_revision(name))
@@ -78,20 +78,20 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
         model = AutoModel.from_config(AutoConfig.from_pretrained(source, **spec.from_pretrained), dtype=torch.float32)
         transform = load_transform(spec)
         normalizers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        if normalizers:  # their statistics must be measured: without, activations die out over the layers
+        if normalizers:  # measure their statistics, or activations die out over the layers
             size = transform(Image.new("RGB", (64, 64))).shape
             for module in normalizers:
                 module.momentum = 1.0
             with torch.no_grad():
                 model.train()(torch.randn(8, *size))
         model.save_pretrained(temporary)
-        if not transform.is_timm:  # timm's is in the config
+        if not transform.is_timm:  # a timm transform is in the config
             transform.processor.save_pretrained(temporary)
     return str(folder)
 
 
 def chosen_layers(wanted: Sequence[str], encoder: str, first: int, last: int) -> list[int]:
-    """Return the layer numbers that `wanted` (numbers, `last`, `all`) means for an encoder; those it does not have are left out."""
+    """Return the layer numbers that `wanted` (numbers, `last`, `all`) selects. Missing layers are skipped; UsageError if none is left."""
     numbers = [n for word in wanted for n in (range(1, last + 1) if word == "all" else [last if word == "last" else int(word)])]
     found = {n if n >= 0 else last + 1 + n for n in numbers} & set(range(first, last + 1))
     if not found:
@@ -100,14 +100,14 @@ def chosen_layers(wanted: Sequence[str], encoder: str, first: int, last: int) ->
 
 
 def chosen_features(wanted: Sequence[str], has_cls: bool) -> list[str]:
-    """Return the feature modes that `wanted` means for an encoder; without a CLS token there is only the mean."""
+    """Return the feature modes that `wanted` selects. An encoder without a CLS token has only the mean."""
     if not has_cls:
         return ["mean"]
     return list(dict.fromkeys("cls_mean" if word == "auto" else word for word in wanted))
 
 
 def feature_columns(features: np.ndarray, feature: str, has_cls: bool) -> np.ndarray:
-    """Return the columns (N, F) of a layer's rows (N, 2D), or (N, D) of an encoder without CLS, that are its `feature`."""
+    """Return the columns (N, F) of one feature from a layer's rows: (N, 2D), or (N, D) without a CLS token."""
     if not has_cls or feature == "cls_mean":
         return features
     width = features.shape[1] // 2
@@ -115,7 +115,7 @@ def feature_columns(features: np.ndarray, feature: str, has_cls: bool) -> np.nda
 
 
 def read_labels(source: Source, plan: Plan, column: str) -> dict[str, int]:
-    """Return the class number of each sample key, from `column` of every row; DataError for fewer than two classes."""
+    """Return the class number of each sample key, from `column` of every row. DataError for fewer than two classes."""
     named: dict[str, str] = {}
     for shard in range(len(plan.shards)):
         for row in open_shard(source, plan, shard).rows(images=False):
@@ -128,20 +128,20 @@ def read_labels(source: Source, plan: Plan, column: str) -> dict[str, int]:
 
 
 def unique_keys(store: FeatureStore) -> set[str]:
-    """Return the keys of a store whose (key, item) occur once."""
+    """Return the keys of a store that have no repeated (key, item)."""
     counted = store.key_table.group_by(["key", "item"]).aggregate([([], "count_all")])
     repeated = set(counted.filter(pa.compute.greater(counted["count_all"], 1))["key"].to_pylist())
     return set(counted["key"].to_pylist()) - repeated
 
 
 def rows_of(store: FeatureStore, keys: Sequence[str]) -> np.ndarray:
-    """Return features (n, W) float16 of the given sample keys, which the store has once each."""
+    """Return the features (n, W) float16 of the sample keys. Each key must occur exactly once in the store."""
     place = {key: row for row, key in enumerate(store.keys.to_pylist())}
     return store.features(np.array([place[key] for key in keys], dtype=np.int64))
 
 
 def captions_of(stores: Sequence[FeatureStore], keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return all captions (T, D) float16 of the sample keys, over all columns, and the number of each one's key (T,), ascending."""
+    """Return the captions (T, D) float16 of the sample keys from all stores, and each caption's key number (T,), ascending."""
     place = {key: number for number, key in enumerate(keys)}
     features, owners = [], []
     for store in stores:

@@ -1,4 +1,4 @@
-"""What align/assess.py can be told: a frozen dataclass, checked when it is made. Every field is a flag."""
+"""Settings of align/assess.py. Every field is a flag; values are checked when the object is created."""
 
 import re
 from dataclasses import dataclass
@@ -12,42 +12,42 @@ from align.sources.config import SourceFlags
 
 @dataclass(frozen=True, kw_only=True)
 class AssessConfig(SourceFlags):
-    """Rank vision encoders, their layers and text encoders on a few thousand pairs, before anything is trained at length."""
+    """Rank vision encoders, their layers and text encoders on a few thousand pairs, before any long training."""
 
     data: str
     """Image-caption pairs: a folder, a file or a quoted glob ('shards/*.tar'), as for align/encode.py."""
     output: str
-    """Folder for features, scores, tables and figures. Interrupted runs resume with the same command; more candidates add to it."""
+    """Folder for features, scores, tables and figures. The same command resumes an interrupted run or adds further candidates."""
     vision: tuple[str, ...]
     """Vision encoders: hub ids, `id@COMMIT`, local folders or `embedded:` ids."""
     text: tuple[str, ...]
     """Text encoders: hub ids, `id@COMMIT`, local folders or `embedded:` ids."""
     captions: tuple[str, ...]
-    """Caption columns; a column may hold a list. All captions of an image count."""
+    """Caption columns. A column may hold a list. All captions of an image are used."""
     layers: tuple[str, ...] = ("last",)
     """Layers of each vision encoder: numbers (-1 is the last), `last` or `all`. Layers that an encoder does not have are skipped."""
     text_layers: tuple[str, ...] = ("last",)
-    """Layers of each text encoder: numbers, `last` or `all`. Each layer takes a pass of its own."""
+    """Layers of each text encoder: numbers, `last` or `all`. Each layer needs its own forward pass."""
     features: tuple[Literal["auto", "cls", "mean", "cls_mean"], ...] = ("auto",)
-    """What is pooled, as in align/encode.py; auto is cls_mean. Encoders without a CLS token have the mean only."""
+    """Pooling, as in align/encode.py; auto is cls_mean. Encoders without a CLS token have only the mean."""
     random_weights: tuple[str, ...] | None = None
-    """Add a floor: these vision encoders (without names: all of them) with random weights, last layer. None: no floor."""
+    """Also assess these vision encoders (no names: all) with random weights, last layer, as a lower bound. None: do not."""
     labelled: str | None = None
-    """Images with classes, for weighted k-NN and the linear probe: a folder of folders, tars, parquet ... None: without the two."""
+    """Images with classes, for weighted k-NN and the linear probe: a folder of folders, tars, parquet ... None: skip both scores."""
     label_column: str = "label"
-    """Column with the class: `label` is the folder's name, `cls` that of CLIP_benchmark's tars."""
+    """Column with the class. `label` is the folder's name; CLIP_benchmark's tars have `cls`."""
     trained: tuple[str, ...] = ()
-    """Finished runs of align/train.py on stores of this assessment: their recall becomes a score to be predicted."""
+    """Finished runs of align/train.py on stores of this assessment. Their recall is added as a score for the others to predict."""
     rows: int = 5000
-    """Pairs to take from the data, drawn in pieces of up to 64 neighbors by the seed."""
+    """Pairs to sample from the data, in random pieces of up to 64 neighboring rows."""
     labelled_rows: int = 2000
-    """Labelled images to take, drawn likewise."""
+    """Labelled images to sample, in the same way."""
     test_rows: int = 1000
-    """Images that probes are scored on, at most a quarter of all; half as many decide when a probe has converged."""
+    """Test images of the probes, at most a quarter of all. Half as many validation images decide when a probe has converged."""
     similarity_rows: int = 2000
-    """Images whose similarities are compared by CKA and mutual k-NN (memory grows with the square)."""
+    """Images compared by CKA and mutual k-NN. Memory grows with the square of this number."""
     patch_images: int = 1000
-    """Images whose patches, averaged to at most 7 x 7, are kept and compared. 0: without that score."""
+    """Images whose patches are kept (averaged to at most 7 x 7) and compared. 0: skip this score."""
     neighbors: int = 10
     """Neighbors of the mutual k-NN score."""
     class_neighbors: int = 20
@@ -59,25 +59,25 @@ class AssessConfig(SourceFlags):
     probe_lr: float = 1e-3
     """Constant learning rate of the probe (AdamW)."""
     probe_steps: int = 600
-    """Steps of a probe at most; convergence on the validation images ends it earlier."""
+    """Maximum steps of a probe. It stops earlier when its validation recall converges."""
     probe_every: int = 20
     """Steps between two validations."""
     probe_patience: int = 4
-    """Validations without a better recall after which a probe counts as converged."""
+    """Validations without a better recall before a probe counts as converged."""
     resamples: int = 1000
-    """Bootstrap resamples behind each interval."""
+    """Bootstrap resamples for each interval."""
     precision: Precision = "auto"
     """Arithmetic of encoders and probes (auto: bf16 where the hardware has it)."""
     batch_size: int = 32
-    """Images a forward pass."""
+    """Images per forward pass."""
     text_batch_size: int = 64
-    """Captions a forward pass."""
+    """Captions per forward pass."""
     seed: int = 0
     """Seed of the sample, splits, probes, resamples and random weights."""
     trust_remote_code: bool = False
-    """Run code that ships with an encoder: of those given as `id@COMMIT`, and of local folders."""
+    """Run code that ships with an encoder, only for encoders given as `id@COMMIT` and for local folders."""
     dry_run: bool = False
-    """List the candidates and the space they need, encode nothing."""
+    """List the candidates and the disk space they need; encode nothing."""
 
     def __post_init__(self) -> None:
         for name in ("vision", "text", "captions", "layers", "text_layers", "features"):

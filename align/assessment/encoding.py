@@ -1,7 +1,7 @@
-"""Features of the candidates, encoded once: the sample of pairs, the labelled images, and the stores of every encoder.
+"""Draws the samples and encodes them once with every encoder; the features go to stores in one folder.
 
-FOLDER/pairs/plan.parquet       the sample that all encoders see; likewise FOLDER/labelled
-FOLDER/pairs/ENCODER/...        the stores of `align.features.layers`, or captions-COLUMN of a text encoder
+FOLDER/pairs/plan.parquet       the sample that all encoders see (FOLDER/labelled likewise)
+FOLDER/pairs/ENCODER/...        stores of `align.features.layers`; captions-COLUMN for a text encoder
 FOLDER/random/ENCODER-random    encoders with random weights
 """
 
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
 
 class EncodedVision(NamedTuple):
-    """A vision encoder whose stores are filled, with the layers and features that are compared."""
+    """A vision encoder whose stores are filled, and the layers and features to compare."""
 
     name: str
     layers: list[int]
@@ -52,7 +52,7 @@ class EncodedVision(NamedTuple):
 
 
 def draw_samples(config: AssessConfig) -> dict[str, Sample]:
-    """Return the sample of `pairs`, and of `labelled` images if there are any."""
+    """Return the sample `pairs`, and the sample `labelled` if labelled images are given."""
 
     def drawn(name: str, source: Source, rows: int, columns: Sequence[str]) -> Sample:
         folder = Path(config.output) / name
@@ -69,7 +69,7 @@ def draw_samples(config: AssessConfig) -> dict[str, Sample]:
 def encode_visions(
     config: AssessConfig, samples: Mapping[str, Sample], options: dict[str, Any], device: torch.device, console: Console
 ) -> list[EncodedVision]:
-    """Fill the stores of the vision encoders, one in memory at a time; `options` are of every EncoderSpec."""
+    """Fill the stores of all vision encoders, one encoder in memory at a time. `options` go to every VisionSpec."""
     found = []
     floors = () if config.random_weights is None else config.random_weights or config.vision
     for name, random in (*itertools.product(config.vision, [False]), *itertools.product(floors, [True])):
@@ -90,7 +90,7 @@ def encode_visions(
 def encode_texts(
     config: AssessConfig, pairs: Sample, options: dict[str, Any], device: torch.device, console: Console, taken: Sequence[str]
 ) -> list[str]:
-    """Fill the caption stores of the text encoders' layers, one in memory at a time; return the layers' names, none among `taken`."""
+    """Fill the caption stores of all text layers, one model in memory at a time. Return their names; UsageError if one is in `taken`."""
     found: list[str] = []
     for name in config.text:
         spec = TextSpec(*split_revision(name), **options)
@@ -110,14 +110,14 @@ def encode_texts(
 
 
 def refuse_equal_names(names: Sequence[str]) -> None:
-    """Raise UsageError if two candidates would share a name, and so a folder."""
+    """Raise UsageError if two candidates have the same name: they would share a folder."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UsageError(f"two candidates would share a name ({', '.join(repeated)}); rename one folder")
 
 
 def _fill(job: Extraction, config: AssessConfig, console: Console) -> None:
-    """Encode the shards that are missing in one folder, and say what was rejected; a dry run only says what is missing."""
+    """Encode the missing shards of one folder and print the number of rejects. A dry run only prints what is missing."""
     if config.dry_run:
         console.print(f"{job.output}: {len(job.writers)} stores, {human_bytes(job.predicted_bytes())} to encode")
         return

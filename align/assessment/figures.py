@@ -1,4 +1,4 @@
-"""Pictures of an assessment: PNG bytes of a heat map (candidates x scores) and of scatter plots (each score against probing)."""
+"""PNG figures of an assessment: a heat map (candidates x scores) and scatter plots (each score against probing)."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,10 +17,12 @@ DPI = 110
 
 
 def heat_map(results: Sequence[Assessed], text: str) -> bytes:
-    """Return the scores in percent of the vision candidates (at most 64) with one text encoder, colored by rank within the column."""
+    """Return a PNG of the best 64 vision candidates with one text encoder: scores in percent, colored by rank within the column."""
     group = [result for result in results if result.candidate.text == text]
     group = sorted(group, key=lambda r: -r.scores["probing"].value)[:HEAT_ROWS]
-    group.sort(key=lambda r: (r.candidate.random, r.candidate.vision, r.candidate.feature, r.candidate.layer))  # columns run over layers
+    group.sort(
+        key=lambda r: (r.candidate.random, r.candidate.vision, r.candidate.feature, r.candidate.layer)
+    )  # a column of the map runs over the layers
     names = [name for name in NAMES if any(name in result.scores for result in group)]
     values = np.array([[result.scores[name].value if name in result.scores else np.nan for name in names] for result in group])
     shades = (rankdata(values, axis=0, nan_policy="omit") - 0.5) / np.isfinite(values).sum(axis=0)
@@ -41,7 +43,7 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
 
 
 def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a panel for each score against `target`, a point a vision candidate; `rows` are the correlations for the titles."""
+    """Return a PNG with a panel per score against `target` and a point per vision candidate. `rows` (correlations) give the titles."""
     group = [result for result in results if result.candidate.text == text and target in result.scores]
     panels = [row for row in rows if row["text"] == text and row["target"] == target]
     across = min(4, max(1, len(panels)))
@@ -58,7 +60,7 @@ def scatter(results: Sequence[Assessed], text: str, target: str, rows: Sequence[
             candidate = result.candidate
             color = colors.get(candidate.vision, MUTED)
             x, y = 100 * result.scores[row["score"]].value, 100 * result.scores[target].value
-            face = "none" if candidate.random else color  # hollow: does not count in r
+            face = "none" if candidate.random else color  # hollow: not part of r
             axes.scatter(x, y, s=16, marker=MARKS[candidate.feature], facecolors=face, edgecolors=color, linewidths=0.9, alpha=0.85)
         between = "" if row["r_low"] is None else f" ({row['r_low']:.2f} to {row['r_high']:.2f})"
         r = "r -" if row["r"] is None else f"r {row['r']:.2f}{between}"

@@ -1,7 +1,8 @@
-"""Probes: small heads trained on frozen features to see what the features hold.
+"""Probes: small heads trained on frozen features to measure what the features contain.
 
-Alignment probing (SAIL, section 3): linear heads on both sides, sigmoid loss, constant learning rate until a validation split
-says stop; the score is the mean of image-to-text and text-to-image R@10. A linear probe is multinomial logistic regression.
+Alignment probing (SAIL, section 3) trains linear heads on both sides with the sigmoid loss and a constant learning rate until the
+validation recall converges. The score is the mean of image-to-text and text-to-image R@10. The linear probe is multinomial logistic
+regression.
 
 Shapes: `N` images, `F` image feature width, `T` captions, `D` caption feature width, `n` held-out images, `C` classes.
 """
@@ -24,12 +25,12 @@ from align.training.pairs import BatchOrder, PairBatch
 from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
 RECALL_AT = 10
-GRADIENT = 1e-5  # steepest slope of the linear probe's loss at which it has converged; at scikit-learn's 1e-4 it has not
+GRADIENT = 1e-5  # gradient tolerance of the linear probe; at scikit-learn's 1e-4 it has not converged
 
 
 @dataclass(frozen=True)
 class CaptionedFeatures:
-    """Images (N, F) and all their captions (T, D), float16; `owners` (T,) int64 says, in ascending order, whose each caption is."""
+    """Images (N, F) and all their captions (T, D), float16. `owners` (T,) int64 are the captions' image numbers, ascending."""
 
     images: np.ndarray
     captions: np.ndarray
@@ -44,11 +45,11 @@ class CaptionedFeatures:
         place = np.full(len(self.images), -1)
         place[rows] = np.arange(len(rows))
         owners = place[self.owners]
-        order = owners.argsort(kind="stable")[np.count_nonzero(owners < 0) :]  # without the captions of other images
+        order = owners.argsort(kind="stable")[np.count_nonzero(owners < 0) :]  # drops the captions of other images
         return CaptionedFeatures(self.images[rows], self.captions[order], owners[order])
 
     def batch(self, rows: np.ndarray, seed: int, step: int) -> PairBatch:
-        """Return the images `rows` (b,), each with one of its captions, drawn by (seed, step)."""
+        """Return a batch of the images `rows` (b,), each with one caption drawn by (seed, step)."""
         first = np.searchsorted(self.owners, rows)
         count = np.searchsorted(self.owners, rows, side="right") - first
         drawn = first + (generator(seed, 2, step).random(len(rows)) * count).astype(np.int64)
@@ -57,7 +58,7 @@ class CaptionedFeatures:
 
 @dataclass(frozen=True)
 class Training:
-    """How a probe is trained. Steps are counted, not epochs: 100 epochs of 2,000 pairs are chance level at a batch of 32k."""
+    """Settings of a probe. Its length is in steps, not epochs: 100 epochs of 2,000 pairs at batch 32k stay at chance level."""
 
     width: int = 2048
     batch_size: int = 512
@@ -70,18 +71,18 @@ class Training:
 
 @dataclass(frozen=True)
 class Probe:
-    """What alignment probing found: `values` (n,) per held-out image, whose mean is the score; fractions."""
+    """Result of alignment probing, in fractions. `values` (n,) has one value per test image; their mean is the score."""
 
     values: np.ndarray
     image_to_text: float
     text_to_image: float
-    steps: int  # of the weights that were kept
-    converged: bool  # False: it still improved when the steps ran out
+    steps: int  # step of the kept weights
+    converged: bool  # False: still improving when the steps ran out
     history: list[tuple[int, float]] = field(default_factory=list)  # (step, validation recall)
 
 
 def split_rows(rows: int, test_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return image numbers for training, validation and test, by the seed: at most a quarter for test, half as many for validation."""
+    """Return image numbers for training, validation and test. Test has at most a quarter, validation half of that; DataError if too few."""
     test = min(test_rows, rows // 4)
     validation = test // 2
     if validation <= RECALL_AT:
@@ -94,16 +95,16 @@ def split_rows(rows: int, test_rows: int, seed: int) -> tuple[np.ndarray, np.nda
 def probe_alignment(
     pairs: CaptionedFeatures, rows: tuple[np.ndarray, np.ndarray, np.ndarray], how: Training, seed: int, device: torch.device
 ) -> Probe:
-    """Return the alignment probe of `pairs`, whose images `rows` are (training, validation, test).
+    """Return the result of alignment probing on `pairs`. `rows` are the image numbers for (training, validation, test).
 
-    The recall on the validation images is taken every `how.every` steps; after `how.patience` times without a better one the best
-    weights are scored on the test images.
+    The validation recall is measured every `how.every` steps. After `how.patience` validations without improvement, training stops
+    and the best weights are scored on the test images.
     """
     training, validation, test = rows[0], pairs.only(rows[1]), pairs.only(rows[2])
     settings = SailConfig(vision_width=pairs.images.shape[1], text_width=pairs.captions.shape[1], width=how.width, head="linear")
     model = SailModel(settings).initialize(seed).to(device)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, "adamw", how.lr, (0.9, 0.99), 1e-4)
-    schedule = Schedule(how.lr, how.steps, warmup=min(1.0, 10 / how.steps), min_lr=how.lr)  # constant: nobody knows the end
+    schedule = Schedule(how.lr, how.steps, warmup=min(1.0, 10 / how.steps), min_lr=how.lr)  # constant, as the last step is not known
     stepper = Stepper(model, optimizer, schedule, Objective(reduction="sum_over_batch", tile=1024), seed=seed, precision=how.precision)
     order = BatchOrder(len(training), min(how.batch_size, len(training)), seed)
     history: list[tuple[int, float]] = []
@@ -126,7 +127,7 @@ def probe_alignment(
 
 @torch.no_grad()
 def _recalled(model: SailModel, pairs: CaptionedFeatures) -> tuple[np.ndarray, float, float]:
-    """Return values (N,) per image, half its own hit and half its captions' (each caption counts the same), and both ways' R@10."""
+    """Return a value (N,) per image (half its own hit, half its captions' hits; captions weigh the same), and R@10 of both directions."""
     model.eval()
     images = model.project_image(torch.from_numpy(pairs.images).to(model.device))
     captions = model.project_text(torch.from_numpy(pairs.captions).to(model.device))
@@ -138,7 +139,7 @@ def _recalled(model: SailModel, pairs: CaptionedFeatures) -> tuple[np.ndarray, f
 
 
 def fold_numbers(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Return (N,) int64 fold of each item, stratified: the items of each class are dealt out to the folds in a random order."""
+    """Return the fold (N,) int64 of each item, stratified: each class is spread evenly over the folds in random order."""
     order = generator(seed, 6).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     numbers = np.empty(len(labels), dtype=np.int64)
@@ -147,9 +148,9 @@ def fold_numbers(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def linear_probe_correct(features: np.ndarray, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
-    """Return (N,) bool: whether a logistic regression trained on the other folds names each item's class; features (N, F) float32.
+    """Return (N,) bool: whether logistic regression trained on the other folds predicts each item's class; features (N, F) float32.
 
-    Features are standardized by the training folds. There are at most as many folds as the smallest class has items.
+    Features are standardized with the training folds. The size of the smallest class limits the number of folds.
     """
     folds = min(folds, int(np.bincount(labels).min()))
     numbers, correct = fold_numbers(labels, folds, seed), np.zeros(len(labels), dtype=bool)

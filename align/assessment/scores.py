@@ -1,6 +1,6 @@
-"""The scores of a candidate (vision encoder, layer, feature) x text encoder, each with its interval and its cost; kept on disk.
+"""Scores of each candidate (vision encoder, layer, feature, text encoder) with interval and cost, cached on disk.
 
-Shapes: `N` images in common of all stores, `F` image feature width, `D` caption feature width, `n` images of a sample.
+Shapes: `N` images that all stores share, `F` image feature width, `D` caption feature width, `n` images of a sample.
 """
 
 import time
@@ -30,18 +30,18 @@ SCORES = {
     "mutual_knn": "mutual k-NN",
     "patch_overlap": "patch neighborhoods",
 }
-METHODS = {"classes": 2}  # kind of scores -> version (else 1), raised when they are computed in another way: it voids what a cache holds
+METHODS = {"classes": 2}  # version of a kind of scores (default 1); raise it when the computation changes, to void cached ones
 NO_LABELS = "Weighted k-NN and the linear probe need classes: give --labelled a folder of folders to have the two columns."
 NO_PATCHES = "Without --patch-images there is no column for patch neighborhoods."
 MAX_PATCH_NEIGHBORS = 100
-CKA_RESAMPLES = 200  # half-samples: three digits of an interval need no more
+CKA_RESAMPLES = 200  # half-samples; enough for three digits of an interval
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number with its 95% interval, over how many images it was taken, and what it cost in seconds."""
+    """A value with its 95% interval, the number `n` of images behind it, and its cost in seconds."""
 
     value: float
     low: float | None
@@ -53,7 +53,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the scores are taken; part of the cache's key."""
+    """How the scores are computed; part of the cache key."""
 
     training: Training
     test_rows: int = 1000
@@ -65,7 +65,7 @@ class Settings:
 
 
 def cached(folder: Path, facts: dict[str, Any], compute: Callable[[], dict[str, Score]]) -> dict[str, Score]:
-    """Return the scores of `facts` (JSON values, `kind` says which scores), computed only if they are not in `folder` yet."""
+    """Return the scores for `facts` (JSON values; `kind` says which scores) from `folder`; compute and save them if they are missing."""
     method = METHODS.get(facts["kind"], 1)
     path = folder / f"{hash_bytes(repr((method, sorted(facts.items()))).encode())}.json"
     if path.exists():
@@ -77,16 +77,16 @@ def cached(folder: Path, facts: dict[str, Any], compute: Callable[[], dict[str, 
 
 
 def _timed(compute: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
-    """Return what `compute` returns, and the seconds it took."""
+    """Return the result of `compute` and its duration in seconds."""
     begin = time.perf_counter()
     return compute(*arguments), time.perf_counter() - begin
 
 
 class TextSide:
-    """The captions of one text encoder, and what is computed from them once for all vision candidates."""
+    """The captions of one text encoder, and their statistics, computed once for all vision candidates."""
 
     def __init__(self, captions: np.ndarray, owners: np.ndarray, sample: np.ndarray, device: torch.device) -> None:
-        """captions (T, D) float16 of images `owners` (T,), ascending; `sample` (n,): images whose similarities are compared."""
+        """`captions` (T, D) float16 belong to images `owners` (T,), ascending. `sample` (n,) are the images compared by similarity."""
         self.captions, self.owners, self.device = captions, owners, device
         sums = np.add.reduceat(captions.astype(np.float32), np.searchsorted(owners, np.arange(owners[-1] + 1)))
         self.means = sums / np.bincount(owners)[:, None]  # (N, D): one vector an image
@@ -95,15 +95,15 @@ class TextSide:
         self.cosine = similarity.cosines(sampled)  # (n, n)
 
     def mean_of(self, rows: np.ndarray) -> Tensor:
-        """Return the mean captions (n, D) of images `rows` (n,)."""
+        """Return the mean caption (n, D) of each of the images `rows` (n,)."""
         return torch.from_numpy(self.means[rows]).to(self.device)
 
 
 class Scorer:
-    """Computes the scores of candidates over the same images, splits and resamples."""
+    """Computes the scores of candidates, all over the same images, splits and resamples."""
 
     def __init__(self, settings: Settings, rows: int, device: torch.device) -> None:
-        """`rows` N: images in common; DataError if they are too few to be split."""
+        """`rows` is N, the number of shared images. DataError if there are too few to split."""
         self.settings, self.device, seed = settings, device, settings.seed
         self.rows = split_rows(rows, settings.test_rows, seed)
         self.sample = np.sort(generator(seed, 8).permutation(rows)[: settings.similarity_rows])
@@ -111,7 +111,7 @@ class Scorer:
         self._weights: dict[int, np.ndarray] = {}
 
     def resamples(self, n: int) -> np.ndarray:
-        """Return the bootstrap weights (R, n) that all scores over n images share: differences between candidates are paired."""
+        """Return the bootstrap weights (R, n) that all scores over n images share, so that differences between candidates are paired."""
         if n not in self._weights:
             self._weights[n] = bootstrap_weights(n, self.settings.resamples, generator(self.settings.seed, 10, n))
         return self._weights[n]
@@ -122,7 +122,7 @@ class Scorer:
         return Score(float(np.mean(array)), *interval, len(array), seconds, details or {})
 
     def with_labels(self, features: np.ndarray, labels: np.ndarray) -> dict[str, Score]:
-        """Return `knn` and `linear_probe` of labelled images: features (n, F) float16, labels (n,); classes of one image are left out."""
+        """Return `knn` and `linear_probe` of labelled images: features (n, F) float16, labels (n,). Classes of one image are left out."""
         kept = np.bincount(labels)[labels] > 1
         names, labels = np.unique(labels[kept], return_inverse=True)
         if len(names) < 2:
@@ -134,7 +134,7 @@ class Scorer:
         return {"knn": self._mean(nearest.double(), first), "linear_probe": self._mean(linear, second)}
 
     def relations(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:
-        """Return the CKAs and the mutual k-NN of image features (N, F) float16 with the mean captions of the same images."""
+        """Return the three CKAs and the mutual k-NN of image features (N, F) float16 with the mean captions of the same images."""
         images = torch.from_numpy(features[self.sample]).to(self.device).float()
 
         def cka(gram: Callable[[Tensor], Tensor], against: Tensor, debiased: bool) -> Score:
@@ -147,14 +147,14 @@ class Scorer:
         return {**scores, "mutual_knn": self._mean(shared, seconds)}
 
     def patches(self, patches: np.ndarray, width: int, captions: Tensor) -> dict[str, Score]:
-        """Return `patch_overlap` of images given as patches side by side (n, P x width) float16 with their captions (n, D)."""
+        """Return `patch_overlap` of images with their captions (n, D). An image is its patches side by side: (n, P x width) float16."""
         n = len(patches)
         k = max(1, min(MAX_PATCH_NEIGHBORS, n // 10))
         shared, seconds = _timed(similarity.patch_overlap, torch.from_numpy(patches).to(self.device).reshape(n, -1, width), captions, k)
         return {"patch_overlap": self._mean(shared, seconds, {"neighbors": k})}
 
     def probing(self, features: np.ndarray, text: TextSide) -> dict[str, Score]:
-        """Return `probing` of image features (N, F) float16 and the captions, with the value of each test image in its details."""
+        """Return `probing` of image features (N, F) float16 with the captions. Its details hold the value of each test image."""
         pairs, how = CaptionedFeatures(features, text.captions, text.owners), self.settings
         probe, seconds = _timed(probe_alignment, pairs, self.rows, how.training, how.seed, self.device)
         return {"probing": self._mean(probe.values, seconds, {**vars(probe), "values": probe.values.tolist()})}

@@ -1,7 +1,7 @@
-"""Pure scores of how alike two sets of features are: arrays in, floats out.
+"""Similarity scores of two sets of features, as pure functions: arrays in, floats out.
 
-Shapes: `n` items that both sets describe, `F` width, `P` patches, `C` classes, `R` resamples, `k` neighbors. Ties count as misses:
-items tied at rank k are dropped, and a tied class is wrong, so features that are all equal score 0.
+Shapes: `n` items in both sets, `F` width, `P` patches, `C` classes, `R` resamples, `k` neighbors. Ties count as misses: items tied
+at rank k are dropped, and a tied class is wrong. So constant features score 0.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from align.common.intervals import percentiles
 
-PCA_ROWS = 10_000  # rows that whitening is fitted on: more do not change 128 directions
+PCA_ROWS = 10_000  # rows to fit the whitening on; more do not change 128 directions
 
 
 def linear_gram(features: Tensor) -> Tensor:
-    """Return the (n, n) float64 Gram matrix `X X^T` of features (n, F) whose columns were centered (CKA does not depend on it)."""
+    """Return the (n, n) float64 Gram matrix `X X^T` of features (n, F) with centered columns (centering does not change CKA)."""
     centered = features.double() - features.double().mean(0)
     return centered @ centered.T
 
@@ -31,10 +31,11 @@ def rbf_gram(features: Tensor) -> Tensor:
 
 
 def cka(first: Tensor, second: Tensor, debiased: bool = False, weights: Tensor | None = None) -> Tensor:
-    """Return (R,) float64 centered kernel alignments of two Gram matrices (n, n), over the items that each row of `weights` (R, n) picks.
+    """Return (R,) float64 centered kernel alignments (CKA) of two Gram matrices (n, n), one for each row of `weights` (R, n).
 
-    `weights` are zeros and ones; None: one row, all items. Biased (Kornblith et al. 2019, eq. 3): in 0..1, near 1 for any features
-    as wide as there are items. Debiased (Song et al. 2012): 0 on average for unrelated features; needs 4 items. 0 without variance.
+    `weights` are zeros and ones that select items; None: one row, all items. Biased CKA (Kornblith et al. 2019, eq. 3) lies in
+    0..1, and is near 1 for any features as wide as there are items. Debiased CKA (Song et al. 2012) is 0 on average for unrelated
+    features and needs 4 items. Without variance the result is 0.
     """
     if weights is None:
         weights = torch.ones(1, len(first), dtype=first.dtype, device=first.device)
@@ -44,12 +45,12 @@ def cka(first: Tensor, second: Tensor, debiased: bool = False, weights: Tensor |
 
 
 def _hsic(first: Tensor, second: Tensor, weights: Tensor, debiased: bool) -> Tensor:
-    """Return (R,) Hilbert-Schmidt criteria up to the factor that cancels in CKA: the biased or the unbiased estimator."""
+    """Return (R,) biased or unbiased estimates of the Hilbert-Schmidt independence criterion, up to a factor that cancels in CKA."""
     if debiased:
         first, second = (gram - torch.diag(gram.diagonal()) for gram in (first, second))
     count = weights.sum(1)
     joint = ((weights @ (first * second)) * weights).sum(1)  # tr(K L)
-    rows, others = weights @ first, weights @ second  # row sums of K and of L over the items that count
+    rows, others = weights @ first, weights @ second  # row sums of K and L over the selected items
     crossed = (weights * rows * others).sum(1)  # 1^T K L 1
     total = (rows * weights).sum(1) * (others * weights).sum(1)  # (1^T K 1)(1^T L 1)
     if debiased:
@@ -58,16 +59,16 @@ def _hsic(first: Tensor, second: Tensor, weights: Tensor, debiased: bool) -> Ten
 
 
 def half_samples(n: int, resamples: int, generator: np.random.Generator) -> Tensor:
-    """Return (R, n) float64 of zeros and ones, each row picking n // 2 items without repeats, which would be each other's neighbors.
+    """Return (R, n) float64 zeros and ones; each row selects n // 2 items without repeats: a repeated item would be its own neighbor.
 
-    The spread of half-samples about their mean is that of the full sample (variance s^2 (2/n - 1/n)).
+    Half-samples spread about their mean as the full sample does (variance s^2 (2/n - 1/n)).
     """
     order = generator.random((resamples, n)).argsort(axis=1)
     return torch.from_numpy((order < n // 2).astype(np.float64))
 
 
 def cka_interval(first: Tensor, second: Tensor, debiased: bool, halves: Tensor) -> tuple[float, float, float]:
-    """Return (value, low, high) of the CKA of two Gram matrices (n, n); the interval is from `halves` (R, n) of `half_samples`."""
+    """Return (value, low, high) of the CKA of two Gram matrices (n, n). `halves` (R, n) are from `half_samples`."""
     value = float(cka(first, second, debiased)[0])
     drawn = cka(first, second, debiased, halves.to(first)).cpu().numpy()
     low, high = percentiles(drawn - drawn.mean())
@@ -75,28 +76,28 @@ def cka_interval(first: Tensor, second: Tensor, debiased: bool, halves: Tensor) 
 
 
 def cosines(features: Tensor) -> Tensor:
-    """Return the (n, n) float64 cosine similarities of features (n, F): features with a large common part differ in late digits."""
+    """Return the (n, n) cosine similarities of features (n, F). In float64, as features with a large common part differ in late digits."""
     unit = functional.normalize(features.double(), dim=-1)
     return unit @ unit.T
 
 
 def neighbors(similarities: Tensor, k: int) -> Tensor:
-    """Return (n, n) bool: whether item j is among the k items most similar to item i; neither i itself nor items tied at rank k are."""
+    """Return (n, n) bool: whether item j is among the k items most similar to item i, without i itself and items tied at rank k."""
     others = similarities.clone().fill_diagonal_(-torch.inf)
     return others > others.topk(min(k + 1, len(others)), dim=1).values[:, -1:]
 
 
 def neighbor_overlap(first: Tensor, second: Tensor, k: int) -> Tensor:
-    """Return (n,) float64 shares of the k neighbors that two sets of features, given as similarities (n, n), have in common.
+    """Return (n,) float64: the share of each item's k neighbors that two similarity matrices (n, n) have in common.
 
-    Their mean is the mutual k-NN alignment (Huh et al. 2024); its chance level is k / (n - 1).
+    The mean is the mutual k-NN alignment (Huh et al. 2024). Its chance level is k / (n - 1).
     """
     k = min(k, len(first) - 1)
     return (neighbors(first, k) & neighbors(second, k)).sum(1).double() / k
 
 
 def whiten(rows: Tensor, components: int) -> Tensor:
-    """Return (n, c) float32 principal components of rows (n, F), each of variance 1; c is at most `components`, F and the rank."""
+    """Return (n, c) float32 principal components of rows (n, F), scaled to variance 1. c is at most `components`, F and the rank."""
     step = max(1, len(rows) // PCA_ROWS)
     sample = rows[::step].float()
     mean = sample.mean(0)
@@ -112,8 +113,8 @@ def whiten(rows: Tensor, components: int) -> Tensor:
 def chamfer(patches: Tensor, block: int = 8) -> Tensor:
     """Return the (n, n) float32 symmetric Chamfer similarities of images given as patches (n, P, F).
 
-    Between two images: the mean, over the patches of both, of the cosine to the other's most similar patch. Each of the
-    (n P)^2 / 2 cosines is computed once, `block` images against all later ones at a time.
+    The similarity of two images is the mean, over the patches of both, of the cosine to the other image's most similar patch.
+    `block` images are compared with all later ones at a time, so each of the (n P)^2 / 2 cosines is computed once.
     """
     unit = functional.normalize(patches.float(), dim=-1)
     n, count, width = unit.shape
@@ -128,10 +129,10 @@ def chamfer(patches: Tensor, block: int = 8) -> Tensor:
 
 
 def patch_overlap(patches: Tensor, captions: Tensor, k: int, components: int = 128) -> Tensor:
-    """Return (n,) shares of the k neighbors common to images (patches (n, P, F)) and captions (n, D): RAVEL's training-free score.
+    """Return (n,) shares of k neighbors that images (patches (n, P, F)) and captions (n, D) have in common: RAVEL's training-free score.
 
-    Both are PCA-whitened to at most `components` and n / 8 directions: in n directions all whitened items are equally far apart.
-    Images are compared by symmetric Chamfer, captions by cosine (arXiv 2610.05413: n = 1000, k = 100, so chance is 0.1).
+    Images are compared by symmetric Chamfer, captions by cosine (arXiv 2610.05413: n = 1000, k = 100, so chance is 0.1). Both are
+    PCA-whitened to at most `components` and n / 8 directions: in n directions all whitened items are equally far apart.
     """
     n, count, width = patches.shape
     components = max(1, min(components, n // 8))
@@ -140,9 +141,9 @@ def patch_overlap(patches: Tensor, captions: Tensor, k: int, components: int = 1
 
 
 def knn_votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """Return (n, C) weighted votes of each item's k most similar items, from similarities (n, N) to items with labels (N,) int64.
+    """Return (n, C) weighted votes of the k most similar items, given similarities (n, N) to items with labels (N,) int64.
 
-    A neighbor of cosine s votes for its class with weight exp(s / temperature) (DINO; given here relative to the nearest one).
+    A neighbor with cosine s has the weight exp(s / temperature), as in DINO, here divided by the nearest neighbor's weight.
     """
     nearest = similarities.topk(min(k, similarities.shape[1]), dim=1)
     weights = torch.exp((nearest.values - nearest.values[:, :1]) / temperature)
@@ -151,12 +152,12 @@ def knn_votes(similarities: Tensor, labels: Tensor, classes: int, k: int, temper
 
 
 def vote_correct(votes: Tensor, labels: Tensor) -> Tensor:
-    """Return (n,) bool: whether each item's own class has more votes (n, C) than any other; a tie is wrong."""
+    """Return (n,) bool: whether each item's own class has more votes (n, C) than every other class. A tie is wrong."""
     return (votes >= votes.gather(1, labels[:, None])).sum(1) == 1
 
 
 def knn_correct(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Return (n,) bool: whether weighted k-NN among all other items names the class of each item; features (n, F), labels (n,)."""
+    """Return (n,) bool: whether weighted k-NN over all other items predicts each item's class; features (n, F), labels (n,)."""
     similar = cosines(features).fill_diagonal_(-torch.inf)
     k = min(k, len(labels) - 1)
     return vote_correct(knn_votes(similar, labels, int(labels.max()) + 1, k, temperature), labels)

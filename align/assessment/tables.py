@@ -1,4 +1,4 @@
-"""What the scores of all candidates say: correlations between scores, a recommendation in words, tables. Nothing is printed here."""
+"""Results of an assessment as tables and sentences: correlations between scores, and a recommendation. Nothing is printed here."""
 
 import csv
 import io
@@ -22,12 +22,12 @@ from align.common.seeds import generator
 
 NAMES = {**SCORES, "trained": "R@10 after full training"}
 CHEAP = tuple(name for name in SCORES if name != "probing")
-CLEAR, LIKELY = 0.95, 0.7  # shares of resamples in which the first came first
+CLEAR, LIKELY = 0.95, 0.7  # share of resamples that the best candidate wins
 
 
 @dataclass(frozen=True)
 class Assessed:
-    """A candidate, its scores by name, and the fingerprints of its features if a store holds exactly them."""
+    """A candidate, its scores by name, and the fingerprints of its features if stores hold exactly these features."""
 
     candidate: Candidate
     scores: Mapping[str, Score]
@@ -35,7 +35,7 @@ class Assessed:
 
 
 def table_csv(results: Sequence[Assessed]) -> str:
-    """Return the whole table as CSV: one row per candidate, four columns per score (value, low, high, seconds)."""
+    """Return all results as CSV: one row per candidate, four columns per score (value, low, high, seconds)."""
     names = [name for name in NAMES if any(name in result.scores for result in results)]
     columns = [*asdict(results[0].candidate), "probing_steps", "probing_converged"]
     columns += [f"{name}{part}" for name in names for part in ("", "_low", "_high", "_seconds")]
@@ -53,7 +53,7 @@ def table_csv(results: Sequence[Assessed]) -> str:
 
 
 def shown(results: Sequence[Assessed], rows: int) -> Table:
-    """Return the table for the terminal: the best `rows` candidates by probing, in percent, with half the width of the 95% interval."""
+    """Return a terminal table of the best `rows` candidates by probing, in percent, with half the width of the 95% interval."""
     ordered = sorted(results, key=lambda result: -result.scores["probing"].value)[:rows]
     names = [name for name in NAMES if any(name in result.scores for result in ordered)]
     title = f"{len(ordered)} of {len(results)} candidates, best probing first (percent, and half the width of the 95% interval)"
@@ -70,7 +70,7 @@ def shown(results: Sequence[Assessed], rows: int) -> Table:
 
 
 def _percent(score: Score | None, wide: bool = False) -> str:
-    """Return a score in percent with half the width of its interval, or with both ends if `wide`."""
+    """Return a score in percent with half the width of its interval; `wide` shows both ends instead."""
     if score is None:
         return "-"
     value = f"{100 * score.value:.1f}"
@@ -80,10 +80,10 @@ def _percent(score: Score | None, wide: bool = False) -> str:
 
 
 def correlations(results: Sequence[Assessed], target: str, seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
-    """Return, per text encoder (fixed, as in SAIL) and score, how well the score predicts `target` over the vision candidates.
+    """Return how well each score predicts `target` over the vision candidates, separately for each text encoder (as in SAIL).
 
-    Rows of text, score, n, r (Pearson) and rho (Spearman) with their bootstrap intervals; none for fewer than 4 candidates. Random
-    weights are left out: two clouds of points correlate whatever lies within them.
+    A row has text, score, n, r (Pearson) and rho (Spearman) with bootstrap intervals; fewer than 4 candidates give no row. Random
+    weights are left out: two distant groups of points correlate, whatever lies within them.
     """
     rows = []
     for text, group in _by_text(results).items():
@@ -101,7 +101,7 @@ def correlations(results: Sequence[Assessed], target: str, seed: int, resamples:
 
 
 def rank_matrix(results: Sequence[Assessed], text: str) -> dict[str, dict[str, float | None]]:
-    """Return the Spearman correlations between all scores over the vision candidates with one text encoder."""
+    """Return the Spearman correlations between all scores over the vision candidates of one text encoder."""
     group = _by_text(results)[text]
     names = [name for name in NAMES if all(name in result.scores for result in group)]
     values = {name: np.array([result.scores[name].value for result in group]) for name in names}
@@ -109,7 +109,7 @@ def rank_matrix(results: Sequence[Assessed], text: str) -> dict[str, dict[str, f
 
 
 def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
-    """Return, per text encoder, whether alignment follows weighted k-NN more than the linear probe (SAIL: r 0.991 against 0.847)."""
+    """Return, per text encoder, whether alignment follows weighted k-NN more than the linear probe (SAIL: r 0.991 and 0.847)."""
     rows = []
     for text, group in _by_text(results).items():
         labelled = [r for r in group if "knn" in r.scores]
@@ -129,7 +129,7 @@ def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> li
 
 
 def shown_correlations(rows: Sequence[Mapping[str, Any]], target: str) -> Table:
-    """Return the correlations with `target` as a table for the terminal."""
+    """Return a terminal table of the correlations with `target`."""
     table = Table(title=f"How well each score predicts: {NAMES[target]} (95% intervals over candidates)", title_justify="left")
     for head in ("text", "score", "candidates", "Pearson r", "Spearman"):
         table.add_column(head, justify="right" if head == "candidates" else "left")
@@ -154,7 +154,7 @@ def _interval(row: Mapping[str, Any], label: str) -> str:
 
 
 def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
-    """Return sentences: which pair, layer and feature, and how sure; `weights` (R, n) are the probes' common bootstrap weights."""
+    """Return sentences that name the best pair, layer and feature, and how sure this is. `weights` (R, n) are the bootstrap weights."""
     learned = [result for result in results if not result.candidate.random]
     values = np.array([result.scores["probing"].details["values"] for result in learned])  # (candidates, n)
     drawn = values @ weights.T.astype(np.float64)  # (candidates, R)
@@ -183,7 +183,7 @@ def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:
 
 
 def _compared(learned: Sequence[Assessed], drawn: np.ndarray, best: int) -> list[str]:
-    """Return what the best layer gains over the last one, and the best text encoder over the others; `drawn` (candidates, R)."""
+    """Return sentences: the gain of the best layer over the last, and of the best text encoder over the others; `drawn` (candidates, R)."""
     chosen = learned[best].candidate
     place = {result.candidate: at for at, result in enumerate(learned)}
     said = []
@@ -207,10 +207,10 @@ def _gain(learned: Sequence[Assessed], drawn: np.ndarray, first: list[int], seco
 
 
 def trained_scores(runs: Sequence[str], results: Sequence[Assessed]) -> list[Assessed]:
-    """Return the results with a score `trained` for those whose exact features a run of align/train.py was trained on.
+    """Return the results, with a score `trained` for candidates whose exact features a run of align/train.py was trained on.
 
-    Runs are matched by the fingerprints of both encoders. The value is the mean of both ways' R@10 at the best validation, averaged
-    over a candidate's runs. UsageError for a folder that is no run or matches no candidate.
+    Runs are matched by the fingerprints of both encoders. The value is the mean R@10 of both directions at the best validation,
+    averaged over a candidate's runs. UsageError for a folder that is no run or matches no candidate.
     """
     found: dict[Candidate, list[float]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""Pairs to steps to a run: joining by key, batch order, one exact step, validation, checkpoints of the run.
+"""From pairs to a run: joining by key, batch order, one exact step, validation, checkpoints.
 
-What is computed in a step belongs to align/model.
+Heads and losses are in align/model.
 """

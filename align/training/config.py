@@ -1,4 +1,4 @@
-"""What align/train.py can be told. Every field is a flag; checked when it is made."""
+"""Settings of align/train.py. Every field is a flag; values are checked when the object is created."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,57 +13,57 @@ Positives = Literal["diagonal", "same_key", "same_caption"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(EncoderFlags, SourceFlags):
-    """Train alignment heads, on feature stores (--images) or with the encoders in the loop (--data).
+    """Train alignment heads on feature stores (--images), or with the encoders in the loop (--data).
 
-    The flags of encoders, data layout and image reading go with --data.
+    Flags of encoders, data layout and image reading need --data.
     """
 
     captions: tuple[str, ...]
-    """Caption slots: each is one caption store per data set, joined by '+', or a caption column of --data. Each slot gives every
-    image one positive. If a store has several captions per image, one is sampled at each step; list it twice to sample two."""
+    """Caption slots: each gives every image one positive. A slot is one caption store per data set, joined by '+', or a caption
+    column of --data. If a store has several captions per image, one is sampled at each step; list it twice to sample two."""
     output: str
     """Run folder."""
     images: tuple[str, ...] = ()
     """Image stores, one per data set."""
     data: str | None = None
-    """Instead of stores: images and captions themselves (a folder, a file or a quoted glob), encoded anew in every step."""
+    """Images and captions instead of stores: a folder, a file or a quoted glob. They are encoded anew in every step."""
     augment: bool = False
     """With --data: random crop of 20 to 100% of the image, flip and RandAugment(2, 7), drawn anew in each epoch."""
     image_size: int | None = None
-    """With --data: input side in pixels, if not the encoder's own."""
+    """With --data: input side in pixels. None: the encoder's own."""
     encoder_batch_size: int = 64
-    """With --data: images and captions a forward pass of the encoders."""
+    """With --data: images and captions per forward pass of the encoders."""
     max_reject_fraction: float = 0.05
-    """With --data: stop when a larger share of samples is rejected."""
+    """With --data: stop if a larger share of samples is rejected."""
     val_data: str | None = None
-    """With --data: data for validation retrieval, with the same columns; its features are kept in memory."""
+    """With --data: validation data with the same columns. Its features are kept in memory."""
     keys: str | None = None
-    """Parquet file of the samples to train on, as align/curate.py writes it (chosen.parquet); other pairs are not used."""
+    """Parquet file with the samples to train on, as align/curate.py writes it (chosen.parquet). Other pairs are skipped."""
     val_images: str | None = None
     """Image store for validation retrieval."""
     val_captions: tuple[str, ...] = ()
-    """Caption stores for validation retrieval; all their captions count."""
+    """Caption stores for validation retrieval. All captions are used."""
     val_rows: int = 0
-    """Without --val-images: hold this many pairs of the training stores out for validation, chosen by the seed."""
+    """Without --val-images: training pairs to hold out for validation, chosen by the seed."""
     val_limit: int = 5000
-    """Validate on at most so many images."""
+    """Maximum number of validation images."""
     head: Literal["linear", "mlp", "glu", "sharelock", "token"] = "glu"
-    """Kind of both heads. sharelock: vision identity, text MLP. token: freeze-align's, for --data or stores of --feature tokens."""
+    """Type of both heads. sharelock: vision identity, text MLP. token: freeze-align's, for --data or stores of --feature tokens."""
     expansion: int | None = None
-    """Hidden width over input width of mlp and glu heads. None: the kind's own (mlp 4, glu 8)."""
+    """Hidden width divided by input width, for mlp and glu heads. None: the head's default (mlp 4, glu 8)."""
     dropout: float | None = None
-    """Dropout of heads that have one. None: the kind's own."""
+    """Dropout of heads that have one. None: the head's default."""
     width: int = 1024
-    """Aligned width E. For `sharelock` the vision feature width."""
+    """Aligned width E. With sharelock: the vision feature width."""
     loss: Literal["sigmoid", "infonce"] = "sigmoid"
     """Contrastive loss over all pairs of the global batch."""
     reduction: Literal["mean", "sum_over_batch"] = "mean"
-    """Sigmoid loss over B^2 (SAIL) or over B (SigLIP). With Lion the factor does not matter, with AdamW it does."""
+    """Divide the sigmoid loss by B^2 (mean, SAIL) or by B (sum_over_batch, SigLIP). This matters with AdamW, not with Lion."""
     positives: Positives = "diagonal"
-    """Rows of a batch that are positives of each other. diagonal: none. same_key: rows of one sample key, in any data set.
-    same_caption: these, and rows whose captions in a slot have the same words."""
+    """Rows of a batch that are positives of each other. diagonal: none. same_key: rows with the same sample key, in any data set.
+    same_caption: also rows whose captions in a slot have the same words."""
     feature_dropout: float = 0.0
-    """Share of the frozen features' values that are set to 0 before the heads, anew in each step; for every kind of head."""
+    """Share of the frozen feature values set to 0 before the heads, drawn anew in each step; for every type of head."""
     log_scale: float = 2.995732273553991
     """Initial ln t (ln 20)."""
     log_scale_range: tuple[float, float] = (0.0, 4.605170185988092)
@@ -73,11 +73,11 @@ class TrainConfig(EncoderFlags, SourceFlags):
     batch_size: int = 32768
     """Pairs in the global batch, over all processes."""
     accumulate: int = 1
-    """Pieces each process's share is computed in; the result is that of the whole batch (embeddings are computed twice)."""
+    """Pieces in which each process computes its share. The result equals the whole batch; embeddings are computed twice."""
     epochs: float | None = None
-    """Length of the run in passes over the data; give this or --steps."""
+    """Length of the run in passes over the data. Give this or --steps."""
     steps: int | None = None
-    """Length of the run in batches; give this or --epochs."""
+    """Length of the run in batches. Give this or --epochs."""
     optimizer: Literal["lion", "adamw"] = "lion"
     """Lion (lion-pytorch) or AdamW."""
     lr: float = 1e-5
@@ -87,15 +87,15 @@ class TrainConfig(EncoderFlags, SourceFlags):
     weight_decay: float = 1e-7
     """Decoupled weight decay, on matrices only."""
     warmup: float = 0.1
-    """Share of the steps with linearly rising learning rate."""
+    """Share of the steps in which the learning rate rises linearly."""
     min_lr: float = 0.0
-    """Learning rate that the cosine ends at."""
+    """Final learning rate of the cosine schedule."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this."""
     precision: Precision = "auto"
-    """Autocast of the heads' matrix products (auto: bf16 where the hardware has it); weights, loss and optimizer stay fp32."""
+    """Autocast of the heads' matrix products (auto: bf16 if the hardware has it). Weights, loss and optimizer stay fp32."""
     tile: int = 1024
-    """Side of the loss's tiles; memory is O(tile^2 + B E). 1024 is fastest on a CPU; on a GPU try 4096."""
+    """Side of the loss tiles; memory is O(tile^2 + B E). 1024 is fastest on a CPU; on a GPU try 4096."""
     seed: int = 0
     """Seed of initial weights, batch order, caption draws and dropout."""
     log_every: int = 10
@@ -107,11 +107,11 @@ class TrainConfig(EncoderFlags, SourceFlags):
     keep: int = 2
     """Checkpoints kept for resuming."""
     max_nonfinite: int = 3
-    """Stop after so many non-finite steps in a row."""
+    """Stop after this many non-finite steps in a row."""
     embed_encoders: bool = False
-    """Put copies of the encoders into the saved model folder, so that it can be moved anywhere."""
+    """Copy the encoders into the saved model folder, so that it can be moved anywhere."""
     dry_run: bool = False
-    """Check data, sizes and settings, estimate memory, train nothing."""
+    """Check data, sizes and settings, and estimate memory; train nothing."""
 
     def __post_init__(self) -> None:
         check((self.epochs is None) != (self.steps is None), f"--epochs {self.epochs} --steps {self.steps}", "give exactly one")
@@ -132,7 +132,7 @@ class TrainConfig(EncoderFlags, SourceFlags):
         check(self.keep >= 1, f"--keep {self.keep}", "must be at least 1: the run must be able to resume")
 
     def _check_online(self) -> None:
-        """Check what belongs to --data: it needs both encoders; stores have theirs, and no images to augment."""
+        """With --data, require both encoders. Without it, refuse the flags that need it."""
         if self.data:
             check(bool(self.vision and self.text), f"--data with --vision {self.vision} --text {self.text}", "name both encoders")
             check(not self.val_images, "--data with --val-images", "validate on --val-rows or --val-data")

@@ -1,4 +1,4 @@
-"""What a training run reads: pairs from feature stores, or from images and captions with the encoders in the loop; and its model."""
+"""Opens the data of a training run, from stores or from images with the encoders in the loop, and builds the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from align.training.pairs import PairedFeatures, open_pairs
 
 @dataclass
 class TrainingData:
-    """What is trained and validated on, the arguments that load the encoders, and the folder with the text encoder's tokenizer."""
+    """Training and validation pairs, the arguments that load the encoders, and the folder of the text encoder's tokenizer."""
 
     pairs: PairedFeatures | OnlinePairs
     held_out: PairedFeatures | OnlinePairs | None
@@ -29,14 +29,14 @@ class TrainingData:
     tokenizer: Path
 
     def list_rejects(self, folder: Path, rank: int, step: int) -> None:
-        """List samples rejected from now on in files of `folder`; what steps after `step` of a killed run listed is dropped."""
+        """From now on list rejected samples in files of `folder`. Entries of a killed run after `step` are removed."""
         for pairs, name in ((self.pairs, "rejects"), (self.held_out, "rejects-val")):
             if isinstance(pairs, OnlinePairs):
                 pairs.resume(JsonLines(folder / f"{name}-{rank}.jsonl"), step)
 
 
 def from_stores(config: TrainConfig) -> TrainingData:
-    """Return the pairs of the feature stores."""
+    """Return the training data of the feature stores."""
     images, captions = config.images[0], config.captions[0].split("+")[0]
     held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
     loaders = {"vision": FeatureStore(images).header.loader, "text": FeatureStore(captions).header.loader}
@@ -45,7 +45,7 @@ def from_stores(config: TrainConfig) -> TrainingData:
 
 
 def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
-    """Return the pairs of --data with both encoders loaded; what files there are is found out once, by the first process."""
+    """Return the training data of --data, with both encoders loaded. Only the first process lists the files."""
     options: dict[str, Any] = {"precision": resolve_precision(config.precision, state.device)}
     if config.head == "token":
         options["feature"] = "tokens"
@@ -74,7 +74,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> SailModel:
-    """Return the untrained model for these features: heads of the configured kind between their widths and E."""
+    """Return the untrained model: heads of the configured type between the feature widths and E."""
     pairs = data.pairs
     vision, text = pairs.image_fingerprint, pairs.text_fingerprint
     tokens = vision.get("feature") == "tokens"

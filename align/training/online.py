@@ -1,9 +1,9 @@
-"""Pairs whose features are computed when a batch asks for them: frozen encoders in the loop, images augmented anew in each epoch.
+"""Pairs with frozen encoders in the loop: features are computed when a batch needs them, and images may be augmented.
 
-An `OnlinePairs` stands in for `PairedFeatures` where stores do not pay: token heads read hundreds of kilobytes an image, and
-a random crop is never seen twice. Samples, crops and captions of a batch are a pure function of (seed, step, sample), so a
-killed run resumes exactly. A sample that the gate rejects is left out of its batch, counted, and listed in a file.
-Features are rounded to float16 as in stores, so that without augmentation both train to the same weights.
+`OnlinePairs` replaces `PairedFeatures` where stores do not pay: token heads read hundreds of kilobytes an image, and a random crop
+is used only once. The samples, crops and captions of a batch depend only on (seed, step, sample), so a killed run resumes exactly.
+A rejected sample is left out of its batch, counted, and listed in a file. Features are rounded to float16 as in stores, so without
+augmentation both train to the same weights.
 
 Shapes: `b` this process's share of a batch, `F` image feature width, `D` caption feature width; H, W pixels.
 """
@@ -38,23 +38,23 @@ from align.sources.row import ShardReader
 from align.training.config import Positives
 from align.training.pairs import BatchOrder, PairBatch
 
-SHARD_ROWS = 1024  # samples a shard: opening one reads where its samples are
-KEPT_READERS = 64  # open shards a worker keeps
-BLOCK_ROWS = 64  # neighbors read together when there are more shards than that, or when single rows are slow to reach
-MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a run
-IN_A_ROW = 100  # rejects one after the other that stop it
-_SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # streams of random numbers, beside those of align.training.pairs and align.training.step
+SHARD_ROWS = 1024  # samples per shard; opening a shard reads the places of its samples
+KEPT_READERS = 64  # shards that a worker keeps open
+BLOCK_ROWS = 64  # neighboring rows read together if there are more shards, or if single rows are slow to reach
+MIN_ROWS_FOR_SHARE = 1000  # samples seen before the share of rejects can stop a run
+IN_A_ROW = 100  # consecutive rejects that stop a run
+_SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # random streams, distinct from those of align.training.pairs and align.training.step
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """freeze-align's: RandomResizedCrop(0.2, 1), horizontal flip, RandAugment(2, 7); then the encoder's own scaling of pixels."""
+    """freeze-align's augmentation: RandomResizedCrop(0.2, 1), flip, RandAugment(2, 7), then the encoder's pixel normalization."""
 
     size: tuple[int, int]  # (H, W) of the crop, as the encoder's transform gives
     normalizer: PixelNormalizer
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """Return pixels (3, H, W) float32 of an RGB image: a pure function of image and seed."""
+        """Return pixels (3, H, W) float32 of an RGB image. They depend only on image and seed."""
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(seed)
             crop = _steps(self.size, self.normalizer.resample.name.lower())(image)
@@ -63,7 +63,7 @@ class Augmentation:
 
 @lru_cache(maxsize=2)
 def _steps(size: tuple[int, int], resample: str) -> Any:
-    from torchvision import transforms  # takes a second, and only augmented runs need it
+    from torchvision import transforms  # slow to import (a second), and only augmented runs need it
 
     crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode(resample))
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.RandAugment(2, 7)])
@@ -71,7 +71,7 @@ def _steps(size: tuple[int, int], resample: str) -> Any:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Samples that a worker decodes in one go: their rows in the data (n,) int64."""
+    """Samples that a worker decodes together, as row numbers (n,) int64 in the data."""
 
     step: int  # -1: validation
     rows: np.ndarray
@@ -79,17 +79,17 @@ class _Piece:
 
 @dataclass
 class _Decoded:
-    """A piece's usable samples: their keys, pixels (n, 3, H, W) and captions; and the rejects."""
+    """The usable samples of a piece (keys, pixels (n, 3, H, W), captions) and its rejects."""
 
     piece: _Piece
     keys: list[str] = field(default_factory=list)
     pixels: Tensor | None = None
-    captions: list[list[Any]] = field(default_factory=list)  # of a sample: one text a slot; in validation: all texts of each column
+    captions: list[list[Any]] = field(default_factory=list)  # per sample: one text a slot; in validation all texts of each column
     rejects: list[tuple[int, str, str, str]] = field(default_factory=list)  # row, key, code, detail
 
 
 class _Samples(Dataset):
-    """Decodes pieces; lives in DataLoader workers, which get pieces instead of row numbers."""
+    """Decodes samples in DataLoader workers, which get pieces instead of row numbers."""
 
     def __init__(
         self, source: Source, plan: Plan, slots: Sequence[str], transform: Transform, augmentation: Augmentation | None, seed: int
@@ -119,7 +119,7 @@ class _Samples(Dataset):
         return decoded
 
     def read(self, row: int, images: bool = True) -> tuple[str, Any, list[Any]]:
-        """Return key, encoded image and the cells of the caption columns of one row; raise Reject if it has none."""
+        """Return key, encoded image and caption cells of one row; raise Reject if one of them is missing."""
         shard = int(np.searchsorted(self.starts, row, side="right") - 1)
         if shard not in self._readers:
             if len(self._readers) >= KEPT_READERS:
@@ -135,7 +135,7 @@ class _Samples(Dataset):
         return found.key, found.image, [found.fields[column] for column in self.slots]
 
     def key(self, row: int) -> str:
-        """Return the sample key of one row, or its number if it has none."""
+        """Return the sample key of one row, or `row N` if it has none."""
         try:
             return self.read(row, images=False)[0]
         except Reject:
@@ -147,7 +147,7 @@ class _Samples(Dataset):
         return self.augmentation(image, int(generator(self.seed, _SEED_AUGMENT, step, row).integers(1 << 62)))
 
     def _draw(self, columns: dict[str, list[str]], step: int, row: int) -> list[str]:
-        """Return one caption a slot; slots on one column draw without repeats."""
+        """Return one caption per slot. Slots on the same column draw without repeats."""
         random = generator(self.seed, _SEED_CAPTIONS, step, row)
         shuffled = {column: itertools.cycle([texts[n] for n in random.permutation(len(texts))]) for column, texts in columns.items()}
         return [next(shuffled[column]) for column in self.slots]
@@ -155,14 +155,11 @@ class _Samples(Dataset):
 
 @dataclass(eq=False)
 class OnlinePairs:
-    """Images and captions of one data set as frozen features, computed batch by batch on the encoders' device.
-
-    The encoders' `feature` decides what heads are given: pooled features, or all tokens for token heads.
-    """
+    """Image and caption features of one data set, computed batch by batch: pooled or all tokens, as the encoders' `feature` says."""
 
     source: Source
     plan: Plan
-    slots: Sequence[str]  # caption columns; each gives an image one caption, and two different ones if it is named twice
+    slots: Sequence[str]  # caption columns; each gives one caption, a column named twice gives two different ones
     vision: VisionEncoder
     text: TextEncoder
     _: KW_ONLY
@@ -173,7 +170,7 @@ class OnlinePairs:
     max_reject_fraction: float = 0.05
     positives: Positives = "diagonal"
 
-    unpaired = repeated = nbytes = 0  # nothing is known of samples before they are read, and nothing is stored
+    unpaired = repeated = nbytes = 0  # samples are unknown before they are read, and nothing is stored
 
     def __post_init__(self) -> None:
         vision, text = self.vision, self.text
@@ -193,11 +190,11 @@ class OnlinePairs:
 
     @property
     def block_rows(self) -> int:
-        """How many neighbors to read together: 1 unless single rows would be slow to reach."""
+        """Neighboring rows to read together: 1 unless single rows are slow to reach."""
         return 1 if self.plan.layout != "parquet" and len(self.plan.shards) <= KEPT_READERS else BLOCK_ROWS
 
     def split(self, held_out: int, seed: int) -> "OnlinePairs":
-        """Move `held_out` samples, chosen by `seed` and the number of samples, to a new object and return it."""
+        """Move `held_out` samples to a new object and return it. The choice depends only on `seed` and the number of samples."""
         if held_out >= len(self):
             raise UsageError(f"{held_out} samples cannot be held out of {len(self)}; give a smaller --val-rows")
         other, chosen = copy.copy(self), np.zeros(len(self), dtype=bool)
@@ -206,7 +203,7 @@ class OnlinePairs:
         return other
 
     def only(self, chosen: pa.Table) -> int:
-        """Leave out samples whose key is not in `chosen`; return how many of its keys are no sample's. DataError if none is left."""
+        """Keep the samples whose key is in `chosen`. Return how many of its keys no sample has; DataError if no sample is left."""
         wanted, rows, found = set(chosen["key"].to_pylist()), [], set[str]()
         for shard, start in enumerate(self._samples.starts[:-1].tolist()):
             for row in open_shard(self.source, self.plan, shard).rows(images=False):
@@ -223,17 +220,17 @@ class OnlinePairs:
         return [self._samples.key(row) for row in self._rows[indices].tolist()]
 
     def encode_seconds(self) -> float:
-        """Return how long the encoders ran for batches since this was last asked."""
+        """Return the seconds that the encoders ran for batches since the last call."""
         spent, self._encoding = self._encoding, 0.0
         return spent
 
     def resume(self, rejects: JsonLines, step: int) -> None:
-        """List rejected samples in `rejects` from now on, each once; what steps after `step` of a killed run listed is dropped."""
+        """From now on list each rejected sample once in `rejects`. Entries of a killed run after `step` are removed."""
         rejects.cut(step)
         self.rejects, self._listed = rejects, {row["row"] for row in rejects.rows()}
 
     def batches(self, order: BatchOrder, steps: range, part: slice) -> Iterator[PairBatch]:
-        """Yield this process's part of each batch of `steps`: features (b, F), (b, D) float16 on the device; rejects are missing."""
+        """Yield this process's part of each batch of `steps`, without rejects: features (b, F) and (b, D), float16 on the device."""
         pieces = (piece for step in steps for piece in self._cut(step, order.indices(step)[part]))
         count = len(range(*part.indices(order.batch_size)))
         batches = zip(*[self._decoded(pieces)] * -(-count // self.batch_size), strict=False)  # as many pieces as a batch has
@@ -253,7 +250,7 @@ class OnlinePairs:
             yield PairBatch(images, captions, image_ids, caption_ids)  # type: ignore[arg-type]
 
     def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return at most `limit` images (n, F), their captions (T, D), float16, and each one's image number (T,): kept, for validation."""
+        """Return at most `limit` images (n, F) and their captions (T, D), float16, and each caption's image number (T,). Kept for reuse."""
         size = len(self) if limit is None else min(limit, len(self))
         if self._validation is None or self._validation[0] != size:
             images, columns = [], list[list[list[str]]]()
@@ -281,7 +278,7 @@ class OnlinePairs:
         return self.vision(pixels).half()
 
     def _count(self, step: int, decoded: Sequence[_Decoded]) -> None:
-        """List new rejects; DataError if there are too many, or too many one after the other."""
+        """List new rejects. DataError if there are too many in all or in a row."""
         for one in decoded:
             self._seen += len(one.piece.rows)
             self._rejected += len(one.rejects)
@@ -303,4 +300,4 @@ class OnlinePairs:
 
 
 def _stay(worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler signals every process; the main one still needs its batch
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler signals every process, but the main one still needs this batch

@@ -1,4 +1,4 @@
-"""Pairs of image and caption features, joined by key, and their batches, each a pure function of (seed, step).
+"""Image and caption features joined by key, and their batches, which depend only on (seed, step).
 
 Shapes: `B` global batch, `F` image feature width, `D` caption feature width, `N` images that have their captions.
 """
@@ -22,15 +22,15 @@ from align.common.seeds import generator
 from align.features.store import FeatureStore
 from align.training.config import Positives
 
-BLOCK_BYTES = 1 << 20  # read in one piece when features do not fit in memory
-MEMORY_SHARE = 0.5  # of the available memory that features may take; above it batches are read in blocks
-NAMESAKES = 64  # images compared when two data sets share keys
+BLOCK_BYTES = 1 << 20  # read at once if features do not fit in memory
+MEMORY_SHARE = 0.5  # share of the available memory above which features are read in blocks
+NAMESAKES = 64  # images compared if two data sets share keys
 
 
 class BatchOrder:
-    """Which pairs make batch number `step`: a pure function of (rows, batch size, seed, block rows, step).
+    """The pair numbers of each batch. They depend only on rows, batch size, seed, block rows and step.
 
-    Each epoch is a fresh permutation of blocks of `block_rows` neighbors (1: of all pairs), without the last, incomplete batch.
+    Each epoch permutes blocks of `block_rows` neighboring pairs (1: single pairs) and drops the last, incomplete batch.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, block_rows: int = 1) -> None:
@@ -51,7 +51,7 @@ class BatchOrder:
         random = generator(self.seed, 1, epoch)
         if self.block_rows == 1:
             return random.permutation(self.rows)
-        shift = int(random.integers(self.block_rows))  # other neighbors meet in a block in each epoch
+        shift = int(random.integers(self.block_rows))  # blocks begin at other rows in each epoch
         edges = np.arange(shift - self.block_rows, self.rows + self.block_rows, self.block_rows).clip(0, self.rows)
         blocks = [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
         return np.concatenate([blocks[number] for number in random.permutation(len(blocks))])
@@ -59,7 +59,7 @@ class BatchOrder:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Features of one batch, float16; rows with equal ids are positives of each other."""
+    """Features of one batch, float16. Rows with equal ids are positives of each other."""
 
     images: np.ndarray  # (B, F)
     captions: list[np.ndarray]  # (B, D) a slot
@@ -75,11 +75,11 @@ class _Dataset:
     slots: list[FeatureStore]
     image_rows: np.ndarray  # (n,)
     first: np.ndarray  # (slots, n) row of the image's first caption in the slot's store
-    count: np.ndarray  # (slots, n) captions that follow each other from there
+    count: np.ndarray  # (slots, n) captions of the image from that row on
 
     @property
     def stores(self) -> list[FeatureStore]:
-        """The store of images and those of captions."""
+        """The image store and the caption stores."""
         return [self.images, *self.slots]
 
     @property
@@ -93,12 +93,12 @@ class _Dataset:
 
 
 class PairedFeatures:
-    """Image features and their captions' from one or more data sets.
+    """Image and caption features of one or more data sets.
 
-    `images[d]` is the image store of data set d and `slots[c][d]` the caption store that slot c uses for it. A slot gives
-    each image one caption, drawn anew in each step if there are several; the same store in two slots gives two different ones.
-    `positives` decides which ids batches have: with `same_key` those of the images' keys over all data sets; with `same_caption`
-    also those of the words of the captions drawn.
+    `images[d]` is the image store of data set d, and `slots[c][d]` its caption store for slot c. A slot gives each image one
+    caption. If there are several, one is drawn in each step; a store in two slots gives two different ones. `positives` decides
+    which ids a batch has: `same_key` those of the image keys over all data sets, `same_caption` also those of the drawn captions'
+    words.
     """
 
     def __init__(self, images: Sequence[FeatureStore], slots: Sequence[Sequence[FeatureStore]], positives: Positives = "diagonal") -> None:
@@ -123,12 +123,12 @@ class PairedFeatures:
             )
         if positives != "diagonal":
             self._refuse_namesakes()
-        if positives == "same_caption":  # a store without them is refused now and not when a batch needs it
+        if positives == "same_caption":  # fail now, not in a batch, if a store has no text ids
             assert all(len(store.text_ids) == len(store) for store in texts)
 
     @property
     def _starts(self) -> np.ndarray:
-        """Number of each data set's first pair, and of the pairs there are."""
+        """The first pair number of each data set, then the number of pairs."""
         return np.cumsum([0, *(len(dataset.image_rows) for dataset in self._datasets)])
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ class PairedFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stores read in training."""
+        """Total bytes of the stores."""
         return sum({store.folder: store.nbytes for dataset in self._datasets for store in dataset.stores}.values())
 
     def _join(self, images: FeatureStore, slots: list[FeatureStore]) -> _Dataset:
@@ -146,7 +146,7 @@ class PairedFeatures:
         firsts, counts = [], []
         for store in slots:
             first, count, unambiguous = _caption_runs(keys, store)
-            if images.header.data == store.header.data:  # a pair must come from one shard: catches a key that two samples share
+            if images.header.data == store.header.data:  # image and caption must be in one shard: catches a key of two samples
                 found = first >= 0
                 unambiguous[found] &= images.shard_of(np.flatnonzero(found)) == store.shard_of(first[found])
             usable &= unambiguous & (count > 0)
@@ -157,7 +157,7 @@ class PairedFeatures:
         return _Dataset(images, slots, rows, np.stack(firsts)[:, rows], np.stack(counts)[:, rows])
 
     def _located(self, pairs: np.ndarray) -> Iterator[tuple[_Dataset, np.ndarray, np.ndarray]]:
-        """Yield each data set that has some of the numbered pairs (n,), with their places in `pairs` and in the data set."""
+        """Yield each data set that has some of the pairs (n,), with their positions in `pairs` and in the data set."""
         home = np.searchsorted(self._starts, pairs, side="right") - 1
         for number in np.unique(home).tolist():
             here = np.flatnonzero(home == number)
@@ -184,16 +184,16 @@ class PairedFeatures:
 
     @property
     def block_rows(self) -> int:
-        """Neighbors to read together: 1 if the features fit in half of the available memory, else a block of at least 1 MiB."""
+        """Neighboring pairs to read together: 1 if the features fit in half of the available memory, else a block of at least 1 MiB."""
         if self.nbytes < MEMORY_SHARE * psutil.virtual_memory().available:
             return 1
         return max(1, BLOCK_BYTES // (2 * min(self.image_width, self.text_width)))
 
     def only(self, chosen: pa.Table) -> int:
-        """Leave out pairs whose key is not in the column `key` of `chosen`; return how many of its rows are no pair.
+        """Keep the pairs whose key is in the column `key` of `chosen`. Return how many of its rows match no pair.
 
-        A column `data` (digest of a store's data, as align/curate.py writes it) ties a key to the data sets of which a store has that
-        digest; without it a key counts for every data set. DataError if a digest is no data set's, or if no pair is left.
+        An optional column `data` (digest of a store's data, as align/curate.py writes it) limits a key to the data sets that have a
+        store with this digest. DataError if no data set has a digest, or if no pair is left.
         """
         tied = "data" in chosen.column_names
         known = {store.header.data for dataset in self._datasets for store in dataset.stores}
@@ -216,7 +216,7 @@ class PairedFeatures:
         return int((~found).sum())
 
     def split(self, held_out: int, seed: int) -> "PairedFeatures":
-        """Move `held_out` pairs, chosen by `seed` and the number of pairs, to a new object and return it."""
+        """Move `held_out` pairs to a new object and return it. The choice depends only on `seed` and the number of pairs."""
         if held_out >= len(self):
             raise UsageError(f"{held_out} pairs cannot be held out of {len(self)}; give a smaller --val-rows")
         chosen = np.zeros(len(self), dtype=bool)
@@ -227,7 +227,7 @@ class PairedFeatures:
         return other
 
     def batch(self, indices: np.ndarray, seed: int, step: int, part: slice = slice(None)) -> PairBatch:
-        """Return the pairs `indices[part]` (numbers in 0..N-1); captions are drawn as for the whole batch of `step`."""
+        """Return the pairs `indices[part]` (numbers in 0..N-1). Captions are drawn for the whole batch, whatever the part."""
         draws = generator(seed, 2, step).random((len(indices), max(int(d.count.max(initial=1)) for d in self._datasets)))
         indices, draws = indices[part], draws[part]
         images = np.empty((len(indices), self.image_width), dtype=np.float16)
@@ -245,7 +245,7 @@ class PairedFeatures:
         return PairBatch(images, captions, image_ids, caption_ids)
 
     def batches(self, order: BatchOrder, steps: range, part: slice) -> Iterator[PairBatch]:
-        """Yield this process's part of each batch of `steps`, reading the next one while the current one is used."""
+        """Yield this process's part of each batch of `steps`. The next batch is read while the current one is used."""
 
         def read(step: int) -> PairBatch:
             return self.batch(order.indices(step), order.seed, step, part)
@@ -259,11 +259,11 @@ class PairedFeatures:
                 yield current
 
     def encode_seconds(self) -> float | None:
-        """Return None: the encoders ran before."""
+        """Return None: stores were encoded before the run."""
         return None
 
     def keys(self, indices: np.ndarray) -> list[str]:
-        """Return the sample keys of pairs, prefixed with their image store when there are several data sets."""
+        """Return the sample keys of pairs, prefixed with their image store if there are several data sets."""
         names = np.empty(len(indices), dtype=object)
         for dataset, here, local in self._located(indices):
             prefix = f"{dataset.images.folder}:" if len(self._datasets) > 1 else ""
@@ -271,12 +271,12 @@ class PairedFeatures:
         return names.tolist()
 
     def everything(self, limit: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return at most `limit` images (n, F), all their captions (T, D), and each caption's image number (T,): for validation."""
+        """Return at most `limit` images (n, F), all their captions (T, D), and each caption's image number (T,), for validation."""
         images, captions, owners = [], [], []
         for dataset, here, local in self._located(np.arange(len(self))[:limit]):
             images.append(dataset.images.features(dataset.image_rows[local]))
             folders = [store.folder for store in dataset.slots]
-            for slot in sorted({folders.index(folder) for folder in folders}):  # a store that two slots share counts once
+            for slot in sorted({folders.index(folder) for folder in folders}):  # a store in two slots counts once
                 count = dataset.count[slot, local]
                 offsets = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
                 captions.append(dataset.slots[slot].features(np.repeat(dataset.first[slot, local], count) + offsets))
@@ -285,13 +285,13 @@ class PairedFeatures:
 
 
 def open_pairs(images: Sequence[str], slots: Sequence[str], positives: Positives = "diagonal") -> PairedFeatures:
-    """Return the pairs of image stores and caption slots ('+' joins the stores of one slot), opening each store once."""
+    """Return the pairs of image stores and caption slots ('+' joins the stores of one slot). Each store is opened once."""
     store = functools.cache(FeatureStore)
     return PairedFeatures([*map(store, images)], [[*map(store, slot.split("+"))] for slot in slots], positives)
 
 
 def read_keys(path: str) -> pa.Table:
-    """Return the columns key and, if there is one, data of a parquet file of samples; DataError if it has no column key."""
+    """Return the column key, and data if present, of a parquet file of samples. DataError if it has no column key."""
     try:
         names = ["key", "data"] if "data" in pq.read_schema(path).names else ["key"]
         return pq.read_table(path, columns=names).cast(pa.schema([(name, pa.string()) for name in names]))
@@ -305,7 +305,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _caption_runs(keys: pa.Array, store: FeatureStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, for each key, the first row of its captions in `store` (-1: none), how many follow, and whether it is one run."""
+    """Return for each key the first row of its captions in `store` (-1: none), their number, and whether they are one run."""
     table = store.key_table
     if len(table) == 0:
         return np.full(len(keys), -1), np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=bool)
@@ -321,11 +321,11 @@ def _caption_runs(keys: pa.Array, store: FeatureStore) -> tuple[np.ndarray, np.n
 
 
 def _draw(dataset: _Dataset, local: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
-    """Return, for each slot, the caption rows (n,) drawn for images `local` (n,); slots on one store draw without repeats."""
+    """Return for each slot the drawn caption rows (n,) of the images `local` (n,). Slots on one store draw without repeats."""
     chosen, folders = [], [store.folder for store in dataset.slots]
     for slot, folder in enumerate(folders):
         count = dataset.count[slot, local]
-        # a random order of each image's captions: numbers beyond its count sort last
+        # random order of each image's captions; numbers beyond its count sort last
         order = np.where(np.arange(draws.shape[1]) < count[:, None], draws, 2.0).argsort(axis=1, kind="stable")
         turn = folders[:slot].count(folder) % count
         chosen.append(dataset.first[slot, local] + order[np.arange(len(local)), turn])

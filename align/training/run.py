@@ -1,4 +1,4 @@
-"""One training run: its steps, and what they leave in the run folder (log rows, validations, checkpoints, models)."""
+"""One training run: its steps and its output in the run folder (log rows, validations, checkpoints, models)."""
 
 import signal
 import time
@@ -24,7 +24,7 @@ from align.training.step import Stepper, StepResult, validate
 
 @dataclass(eq=False)
 class Run:
-    """Trains and writes to `folder`; silent on all processes but the first."""
+    """Trains and writes to `folder`. Only the first process prints."""
 
     folder: Path
     data: TrainingData
@@ -45,7 +45,7 @@ class Run:
         self._nonfinite_in_a_row = self._logged = 0
 
     def train(self) -> None:
-        """Do the steps that are left; on SIGTERM save a checkpoint and raise Preempted. NonFiniteError after too many bad steps."""
+        """Run the remaining steps. On SIGTERM save a checkpoint and raise Preempted. NonFiniteError after too many non-finite steps."""
         first = self._resume()
         stopping: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
@@ -75,7 +75,7 @@ class Run:
         self._finish()
 
     def _resume(self) -> int:
-        """Load the newest checkpoint that verifies and return its step; 0 if there is none."""
+        """Load the newest checkpoint that verifies. Return its step, or 0 without one."""
         path, tensors, values, problems = newest_checkpoint(self.folder / "checkpoints")
         for problem in problems:
             self.console.print(f"passed over a checkpoint: {problem}")
@@ -91,7 +91,7 @@ class Run:
         return step
 
     def _timed(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
-        """Yield batches, counting the time that each was waited for, without that of the encoders if they are in the loop."""
+        """Yield batches and record the time waited for each. Time of encoders in the loop is recorded separately."""
         asked = time.monotonic()
         for batch in batches:
             waited, encoding = time.monotonic() - asked, self.data.pairs.encode_seconds()
@@ -102,7 +102,6 @@ class Run:
             asked = time.monotonic()
 
     def _log(self, result: StepResult, done: int) -> None:
-        """Write a row of metrics and of speed, and a line to the console."""
         model, (seconds, shares) = self.stepper.model, self.progress.lap()
         row = {
             "step": done, "epoch": done / self.order.steps_per_epoch, "loss": result.loss, "lr": self.stepper.schedule.at(done - 1),
@@ -117,7 +116,7 @@ class Run:
         self.progress(done, note=note, now=True)
 
     def _validate(self, done: int) -> None:
-        """Log a validation, if there is data for it, and keep the model as `best/` if it is the best so far."""
+        """Log a validation if there is data for it. Save the model as `best/` if it is the best so far."""
         if self.data.held_out is None:
             return
         values = validate(self.stepper.model, *self.data.held_out.everything(self.val_limit), self.stepper.precision)
@@ -130,7 +129,7 @@ class Run:
             self.console.print(f"step {done}: validation R@1 image-to-text {i2t:.1%}, text-to-image {t2i:.1%}")
 
     def _skip(self, result: StepResult, done: int) -> None:
-        """Count a non-finite step and list its samples; after too many in a row save the last good state and raise NonFiniteError."""
+        """Count a non-finite step and list its samples. After too many in a row save the last good state and raise NonFiniteError."""
         self.state["skipped"] += 1
         self._nonfinite_in_a_row += 1
         count = self._nonfinite_in_a_row
@@ -143,18 +142,16 @@ class Run:
             raise NonFiniteError(f"{count} non-finite steps in a row; the last good state and the batches' keys are in {self.folder}")
 
     def _checkpoint(self, step: int) -> None:
-        """Commit the whole state at `step`."""
         if self.process.is_main_process:
             tensors, values = self.stepper.state()
             save_checkpoint(self.folder / "checkpoints", step, tensors, {"optimizer": values, "run": self.state}, self.keep)
 
     def _save(self, name: str) -> None:
-        """Write the model folder `name`."""
         if self.process.is_main_process:
             save_model(self.stepper.model, self.folder / name, self.data.tokenizer, self.embed_encoders)
 
     def _finish(self) -> None:
-        """Write the last model, which is also the best one if nothing was validated."""
+        """Save the last model. Without validation it is also the best one."""
         self._save("last")
         if self.data.held_out is None:
             self._save("best")

@@ -1,7 +1,7 @@
-"""The training loop of the heads: schedule, one exact step, validation, resume.
+"""Training of the heads: schedule, one exact step, validation, state to resume from.
 
-Shapes: `B` global batch, `b` this process's share of it, `F` image feature width, `D` caption feature width, `E` aligned width.
-A step is a pure function of (state, seed, step number), so a killed run resumes to the same weights.
+Shapes: `B` global batch, `b` this process's share of it, `F` image feature width, `D` caption feature width, `E` aligned width. A
+step depends only on (state, seed, step number), so a killed run resumes to the same weights.
 """
 
 import math
@@ -27,7 +27,7 @@ CHUNK_VALUES = 1 << 24  # feature values embedded at once in validation
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss and how it is computed (see `align.model.losses`), and the share of feature values that are dropped before the heads."""
+    """The loss, how it is computed (see `align.model.losses`), and the share of feature values dropped before the heads."""
 
     loss: str = "sigmoid"
     reduction: str = "mean"
@@ -54,7 +54,7 @@ class Schedule:
 
 
 def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
-    """Return Lion or AdamW over the parameters of `model`; weight decay acts on matrices only, never on scale, bias or norms."""
+    """Return Lion or AdamW for `model`. Weight decay acts only on matrices, never on scale, bias or norms."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -64,7 +64,7 @@ def build_optimizer(model: SailModel, kind: str, lr: float, betas: tuple[float, 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did: loss and mean logits of the whole batch, gradient norm, and whether the weights were updated."""
+    """Result of one step: loss and mean logits of the whole batch, gradient norm, and whether the weights were updated."""
 
     loss: float
     positive_logit: float
@@ -75,7 +75,7 @@ class StepResult:
 
 @dataclass(eq=False)
 class Stepper:
-    """Does training steps on `model`, on this process's share of each global batch."""
+    """Runs training steps of `model` on this process's share of each global batch."""
 
     model: SailModel
     optimizer: torch.optim.Optimizer
@@ -90,9 +90,9 @@ class Stepper:
     log_scale_range: tuple[float, float] = (0.0, MAX_LOG_SCALE)
 
     def step(self, batch: PairBatch, step: int) -> StepResult:
-        """Do step number `step` (from 0) on this process's part of the batch; skip the update if loss or gradient is not finite."""
+        """Run step number `step` (from 0) on this process's part of the batch. Skip the update if loss or gradient is not finite."""
         device = self.model.device
-        images = torch.as_tensor(batch.images, device=device)  # (b, F); on the device already if encoded there just now
+        images = torch.as_tensor(batch.images, device=device)  # (b, F); on the device already with encoders in the loop
         captions = [torch.as_tensor(c, device=device) for c in batch.captions]  # (b, D) each
         ids = {
             "image_ids": None if batch.image_ids is None else torch.as_tensor(batch.image_ids, device=device),
@@ -108,7 +108,7 @@ class Stepper:
         else:
             loss, stats = self._accumulate(images, captions, ids, step)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in parameters:  # the bias has none under InfoNCE
+        for parameter in parameters:  # InfoNCE gives the bias no gradient
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         average_gradients(parameters)
@@ -123,7 +123,7 @@ class Stepper:
         return StepResult(value, stats.positive_mean_logit, stats.negative_mean_logit, norm, finite)
 
     def _embed(self, images: Tensor, captions: list[Tensor], step: int, piece: int) -> list[Tensor]:
-        """Return [x, y_1, ..., y_K], each (b, E), L2-normalised; dropout depends on (seed, step, rank, piece) only."""
+        """Return [x, y_1, ..., y_K], each (b, E), L2-normalized. Dropout depends only on (seed, step, rank, piece)."""
         torch.manual_seed(int(generator(self.seed, 3, step, self.rank, piece).integers(1 << 62)))
         if self.objective.feature_dropout:
             images, *captions = [functional.dropout(rows.float(), self.objective.feature_dropout) for rows in (images, *captions)]
@@ -141,10 +141,10 @@ class Stepper:
         return sigmoid_loss(images, captions, self.model.logit_scale, bias, **options), stats
 
     def _accumulate(self, images: Tensor, captions: list[Tensor], ids: dict[str, Any], step: int) -> tuple[Tensor, LossStats]:
-        """Give the parameters the gradient of the whole batch while holding the activations of one piece.
+        """Compute the gradient of the whole batch with the activations of only one piece in memory.
 
-        A contrastive loss does not split into pieces, but its gradient on the embeddings does: embed all pieces without a graph,
-        take that gradient, embed each piece again and push its part back.
+        A contrastive loss does not split into pieces, but its gradient on the embeddings does. So embed all pieces without a graph,
+        compute that gradient, then embed each piece again and backpropagate its part.
         """
         pieces = np.array_split(np.arange(len(images)), self.accumulate)
         rows = [slice(int(piece[0]), int(piece[-1]) + 1) for piece in pieces if len(piece)]
@@ -160,7 +160,7 @@ class Stepper:
         return loss, stats
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors and JSON values that `load_state` needs to go on exactly."""
+        """Return tensors and JSON values from which `load_state` resumes exactly."""
         tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         saved = self.optimizer.state_dict()
         for number, entries in saved["state"].items():
@@ -168,7 +168,7 @@ class Stepper:
         return tensors, {"param_groups": saved["param_groups"]}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Put a state back; DamagedError if it is not of this model and optimizer."""
+        """Restore a state. DamagedError if it belongs to another model or optimizer."""
         weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         entries: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -184,7 +184,7 @@ class Stepper:
 
 @torch.no_grad()
 def validate(model: SailModel, images: np.ndarray, captions: np.ndarray, owners: np.ndarray, precision: str) -> dict[str, float]:
-    """Return recalls `val_i2t_r1` ... `val_t2i_r10` and their mean, of images (n, F) and captions (T, D) with `owners` (T,)."""
+    """Return recalls `val_i2t_r1` ... `val_t2i_r10` and their mean, of images (n, F) and captions (T, D) of images `owners` (T,)."""
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         x = _in_chunks(model.project_image, images, model.device)

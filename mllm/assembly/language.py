@@ -1,4 +1,4 @@
-"""The text half of a model to be made: a causal LLM or what a LLaVA has of one, its tokenizer and its chat template."""
+"""The language half of a new model: a causal LLM, or that of a LLaVA, with its tokenizer and chat template."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ LLM_FILES = (
     "on the hub often --revision refs/pr/N); GGUF weights: --gguf-file"
 )
 
-# Put before a template that knows only lists of parts, as those of Hugging Face's LLaVA checkpoints: it would drop plain texts.
+# Put before a template that knows only lists of parts, as in Hugging Face's LLaVA checkpoints: else plain texts would be dropped.
 _TO_PARTS = """
 {%- set listed = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -44,7 +44,7 @@ _TO_PARTS = """
 
 @dataclass
 class Language:
-    """The text half: `whole` is the opened model whose `base` and `lm_head` go into the new one as they are."""
+    """The language half. `whole` is the loaded model; its `base` and `lm_head` go into the new model unchanged."""
 
     whole: Any
     base: Any
@@ -55,7 +55,7 @@ class Language:
     is_llava: bool = False
     image_token: str = IMAGE_TOKEN
     added: tuple[str, ...] = ()  # tokens that its tokenizer did not have
-    new_rows: int = 0  # of the embeddings
+    new_rows: int = 0  # added to the embeddings
 
     @property
     def image_id(self) -> int:
@@ -64,12 +64,12 @@ class Language:
 
     @property
     def tied(self) -> bool:
-        """Whether input and output embeddings are one matrix."""
+        """Whether input and output embeddings share one matrix."""
         return self.lm_head.weight is self.base.get_input_embeddings().weight
 
 
 def load_llm(name: str, gguf_file: str | None = None, revision: str | None = None) -> Language:
-    """Return the causal LLM `name` with its tokenizer; GGUF weights are unpacked to float32. No remote code."""
+    """Return the causal LLM `name` with its tokenizer. GGUF weights are unpacked to float32. No remote code is run."""
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if gguf_file is None:
         source = resolve_encoder(name)
@@ -79,7 +79,7 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
         if Path(source).is_dir() and not (Path(source) / gguf_file).is_file():
             raise UsageError(f"{name} has no file {gguf_file!r}; give the name of a .gguf file inside it")
         options |= {"gguf_file": gguf_file}
-        # packed weights would be slow, could not be trained and could not be saved
+        # packed weights would be slow, and could not be trained or saved
         weights = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     with load_errors_named(name, LLM_FILES):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **weights)
@@ -98,7 +98,7 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
 
 
 def load_llava(name: str, revision: str | None = None) -> Language:
-    """Return the text half of a Hugging Face LLaVA checkpoint (LlavaForConditionalGeneration), with its processor's template."""
+    """Return the language half of a Hugging Face LLaVA (LlavaForConditionalGeneration), with the template of its processor."""
     source = resolve_encoder(name)
     options: dict[str, Any] = {"revision": revision} if revision else {}
     with load_errors_named(name, LLM_FILES.replace("tokenizer", "processor")):
@@ -120,12 +120,12 @@ def load_llava(name: str, revision: str | None = None) -> Language:
 
 
 def _default(template: Any) -> str | None:
-    """Return the template used when none is named; a checkpoint may have several."""
+    """Return the template named `default` if a checkpoint has several."""
     return template.get("default") if isinstance(template, dict) else template
 
 
 def _require_exact(name: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights, or has some that would be left out."""
+    """Raise DamagedError if a checkpoint lacks weights, or has weights that would not be loaded."""
     require_complete(name, info["missing_keys"], ())
     rest = [str(key) for part in ("unexpected_keys", "mismatched_keys") for key in info[part] if not str(key).endswith("inv_freq")]
     if rest:
@@ -133,7 +133,7 @@ def _require_exact(name: str, info: dict[str, Any]) -> None:
 
 
 def prepare_tokenizer(language: Language, template: str) -> tuple[str, str]:
-    """Add the special tokens that are needed, with embedding rows; return the chat template's Jinja text and its name."""
+    """Add the special tokens that are needed, with embedding rows. Return the chat template's Jinja text and its name."""
     tokenizer = language.tokenizer
     name = template if template != "auto" else "own" if language.template else "vicuna_v1"
     if name == "own":
@@ -157,7 +157,7 @@ def prepare_tokenizer(language: Language, template: str) -> tuple[str, str]:
 
 
 def _shows_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Return whether a plain text appears in what the template writes (or the template refuses it, as `plain` without image)."""
+    """Return whether the template writes a plain text (or refuses it, as `plain` does without an image)."""
     try:
         return "a question" in apply_template(tokenizer, template, [{"role": "user", "content": "a question"}])[0]
     except Reject:
@@ -166,7 +166,7 @@ def _shows_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 @torch.no_grad()
 def _grow(language: Language, rows: int) -> None:
-    """Give the embeddings at least `rows` rows: old ones stay as they are, each new one is the mean of the old."""
+    """Grow the embeddings to at least `rows` rows. Each new row is the mean of the old ones."""
     before = language.lm_head.weight.shape[0]
     if rows <= before:
         return

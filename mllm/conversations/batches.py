@@ -1,6 +1,6 @@
-"""Batches as training sees them: a dataset of token ids, labels and pixels, and how its items are put together.
+"""Conversations as tensors for training, and how they are collated into batches.
 
-Legend: B items of a batch, T tokens, images of a batch in the order of their placeholders.
+Legend: `B` items of a batch, `T` tokens. The images of a batch are in the order of their placeholders.
 """
 
 import json
@@ -24,27 +24,20 @@ from mllm.conversations.index import ConversationIndex
 from mllm.conversations.table import Conversations, StoredConversation, reject_line
 from mllm.conversations.tokens import IGNORED, Chat
 
-MIN_REJECTS = 20  # images that cannot be decoded before their share can stop a run
+MIN_REJECTS = 20  # unusable images before their share can stop a run
 
 
 class ConversationDataset(Dataset):
-    """Conversations, or packs of them, as tensors. DataLoader workers share its count of bad images.
+    """Conversations, or packs of them, as tensors. DataLoader workers share one count of bad images.
 
-    An image that cannot be decoded is replaced by the mean color, listed in `rejects` (JSON lines), and its conversation loses all
-    labels: nothing is learned from it. DataError once at least MIN_REJECTS images and more than `max_reject_fraction` of all are bad.
+    An image that cannot be decoded is replaced by the mean color and listed in `rejects` (JSON lines). Its conversation loses all
+    labels. DataError once at least MIN_REJECTS images and more than `max_reject_fraction` of all are bad.
     """
 
     def __init__(
-        self,
-        conversations: Conversations,
-        index: ConversationIndex,
-        chat: Chat,
-        image_processor: Any,
-        *,
-        max_pixels: int = 64_000_000,
-        rejects: Path | None = None,
-        max_reject_fraction: float = 0.05,
-    ) -> None:
+        self, conversations: Conversations, index: ConversationIndex, chat: Chat, image_processor: Any, *,
+        max_pixels: int = 64_000_000, rejects: Path | None = None, max_reject_fraction: float = 0.05,
+    ) -> None:  # fmt: skip
         """`image_processor` is a SailLlavaImageProcessor: `to_pixels`, `size` and `pad_color`."""
         self.conversations, self.index, self.chat, self.image_processor = conversations, index, chat, image_processor
         self.limits, self.rejects, self.max_reject_fraction = Limits(max_pixels=max_pixels), rejects, max_reject_fraction
@@ -55,18 +48,18 @@ class ConversationDataset(Dataset):
 
     @property
     def rejected_images(self) -> int:
-        """How many images could not be used so far, in this process and its workers."""
+        """Number of unusable images so far, in this process and its workers."""
         return int(self._counts[1])
 
     def __getitem__(self, item: int | Sequence[int]) -> dict[str, Any]:
-        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W); positions restart at a conversation."""
+        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W). A conversation starts at position 0."""
         numbers = [item] if isinstance(item, int | np.integer) else item
         ids, labels, images = zip(*(self._encode(int(number)) for number in numbers), strict=True)
         positions = torch.cat([torch.arange(len(each)) for each in ids])
         return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": positions, "pixel_values": sum(images, [])}
 
     def collate(self, items: Sequence[dict[str, Any]], packed: bool) -> dict[str, Tensor]:
-        """Return `collate(items)` with the tokenizer's padding token, or its end token if it has none."""
+        """Return `collate(items)`, padded with the tokenizer's padding token, or its end token if it has none."""
         tokenizer = self.chat.tokenizer
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return collate(items, pad_id or 0, packed)
@@ -111,14 +104,14 @@ class ConversationDataset(Dataset):
         line = {"row": number, **reject_line(RejectedRow.of(reject, number, conversation.id, "image", conversation.source))}
         self.rejects.parent.mkdir(parents=True, exist_ok=True)
         with disk_full_named(self.rejects), open(self.rejects, "ab", buffering=0) as file:
-            file.write((json.dumps(line) + "\n").encode())  # one write: lines of several workers do not mix
+            file.write((json.dumps(line) + "\n").encode())  # in one write, so that lines of several workers do not mix
 
 
 def collate(items: Sequence[dict[str, Any]], pad_id: int, packed: bool) -> dict[str, Tensor]:
     """Return a batch: input_ids, labels and position_ids (B, T), padded on the right, and pixel_values (images, 3, H, W) if any.
 
-    Unpacked batches have an attention_mask (B, T). Packed ones must not: position ids keep conversations apart, and padding is
-    numbered like one more conversation (exact with eager and SDPA attention; flash attention needs B = 1 for it).
+    Only unpacked batches have an attention_mask (B, T). In packed ones position ids separate the conversations, and padding is
+    numbered like one more conversation (exact with eager and SDPA attention; flash attention needs B = 1).
     """
     padding = {"input_ids": pad_id, "labels": IGNORED, "position_ids": 0}
     batch = {name: pad_sequence([item[name] for item in items], True, value) for name, value in padding.items()}

@@ -1,4 +1,4 @@
-"""What is wrong with conversation data, and what an epoch of it consists of: every row and every image is looked at once."""
+"""Finds the problems of conversation data and counts what an epoch contains. Every row and every image is read once."""
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ CHUNK = 64  # images a task
 
 
 def _bad_images(conversations: Conversations, limits: Limits, chunk: Sequence[np.ndarray]) -> dict[int, Reject]:
-    """Decode images, given as (place, conversation, item); return why some cannot be used, by place."""
+    """Decode images, given as (place, conversation, item). Return the reject of each unusable one, by place."""
     bad = {}
     for place, number, item in map(np.ndarray.tolist, chunk):
         try:
@@ -35,8 +35,8 @@ def _bad_images(conversations: Conversations, limits: Limits, chunk: Sequence[np
 def image_problems(
     conversations: Conversations, limits: Limits, workers: int, progress: Callable[[int, int], None]
 ) -> tuple[list[RejectedRow], int]:
-    """Return a problem for each use of an unusable image, and how many different images there are; each of these is decoded once."""
-    numbers, keys = array("q"), array("Q")  # numbers: conversation and item of each image, in turn
+    """Return a problem for each use of an unusable image, and the number of different images. Each image is decoded once."""
+    numbers, keys = array("q"), array("Q")  # numbers holds conversation and item of each image, in turn
     for number in conversations.distinct()[0].tolist():
         for item, image in enumerate(conversations[number].images):
             numbers.extend((number, item))
@@ -45,7 +45,7 @@ def image_problems(
         return [], 0
     pairs = np.array(numbers).reshape(-1, 2)
     _, first, which = np.unique(np.array(keys), return_index=True, return_inverse=True)
-    order = np.argsort(first)  # as they come in the files
+    order = np.argsort(first)  # the order of the files
     rows: Any = np.column_stack([order, pairs[first[order]]])
     found: dict[int, Reject] = {}
     for done, bad in enumerate(DataLoader(rows, CHUNK, num_workers=workers, collate_fn=partial(_bad_images, conversations, limits)), 1):
@@ -60,7 +60,7 @@ def image_problems(
 
 
 def conversation_problems(conversations: Conversations, index: ConversationIndex, chat: Chat) -> Iterator[RejectedRow]:
-    """Yield the rows that are no conversation, then the conversations that the template or the maximum length rejects."""
+    """Yield the rows that are not conversations, then the conversations that the template or the maximum length rejects."""
     yield from conversations.rejects()
     for number in conversations.distinct()[0].tolist():
         if index.status[number]:
@@ -71,7 +71,7 @@ def conversation_problems(conversations: Conversations, index: ConversationIndex
 
 
 def epoch_facts(index: ConversationIndex, images: int) -> dict[str, Any]:
-    """Return what an epoch consists of, unpacked and packed."""
+    """Return the counts of an epoch: conversations, tokens, images and packs."""
     lengths = index.lengths[index.good]
     packs = pack(lengths, index.max_length, generator(0))
     return {
@@ -88,7 +88,7 @@ def epoch_facts(index: ConversationIndex, images: int) -> dict[str, Any]:
 
 
 def bins_of(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts (at most 16) and edges of a histogram of lengths from 0 to the longest."""
+    """Return counts and edges of a histogram of the lengths, with at most 16 bins from 0 to the longest."""
     width = max(1, -(-int(max(lengths.max(initial=1), max_length / 16)) // 16))
     return np.histogram(lengths, bins=np.arange(0, lengths.max(initial=1) + width + 1, width))
 

@@ -1,6 +1,6 @@
-"""Conversation files as streams of rows: JSON arrays, JSON lines and parquet, never a whole file in memory.
+"""Reads conversation files as streams of rows (JSON arrays, JSON lines, parquet), never a whole file in memory.
 
-Every reader yields, row by row, a JSON object or the Reject that says why it is none.
+Every reader yields, for each row, a JSON object or the Reject with the reason why it is unusable.
 """
 
 import codecs
@@ -18,15 +18,12 @@ from align.sources.safe_files import MAX_ROW_BYTES, STRICT_JSON, bounded_lines, 
 
 COLUMNS = ("id", "conversations", "messages", "image", "images")
 _SPACE = " \t\r\n"
-_ANY_JSON = json.JSONDecoder(parse_int=str)  # finds the end of what is rejected
+_ANY_JSON = json.JSONDecoder(parse_int=str)  # finds the end of a rejected element
 Reader = Callable[[str], Iterator[dict[str, Any] | Reject]]
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any] | Reject]:
-    """Yield the rows of a .json, .jsonl, .ndjson or .parquet file, in order.
-
-    UsageError on another suffix; DataError if the file as a whole cannot be read: a JSON array with a syntax error, UTF-16, ...
-    """
+    """Yield the rows of a file in order. UsageError for an unknown suffix; DataError if the whole file is unreadable (UTF-16, bad JSON)."""
     reader = reader_of(path)
     try:
         yield from reader(path)
@@ -35,7 +32,7 @@ def read_rows(path: str) -> Iterator[dict[str, Any] | Reject]:
 
 
 def reader_of(path: str) -> Reader:
-    """Return what reads files of this suffix; UsageError if nothing does."""
+    """Return the reader for the suffix of a file. UsageError if there is none."""
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
         raise UsageError(f"{path}: conversations are read from {', '.join(READERS)}; convert the file to one of these")
@@ -55,13 +52,13 @@ def _json_array(path: str) -> Iterator[dict[str, Any] | Reject]:
 
 
 class _ArrayReader:
-    """Decodes one element of a JSON array after the other from a text buffer that is refilled as needed."""
+    """Decodes a JSON array element by element, from a text buffer that is refilled as needed."""
 
     def __init__(self, path: str, read: Callable[[int], bytes], step: int = 1 << 20) -> None:
         self.path, self.read, self.step = path, read, step
         self.text, self.place, self.ended = "", 0, False
         self.decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode  # bad bytes cost one row
-        self.number = 0  # of the element in hand
+        self.number = 0  # of the current element
 
     def elements(self) -> Iterator[dict[str, Any] | Reject]:
         if self._next() != "[":
@@ -92,7 +89,7 @@ class _ArrayReader:
                     value = require_object(found)
                 except Reject as reject:
                     value, end = reject, _ANY_JSON.raw_decode(self.text, self.place)[1]
-                if self.ended or len(self.text) - end > 2:  # else a number such as 1.5 or 1e+5 may go on after the buffer
+                if self.ended or len(self.text) - end > 2:  # else a number such as 1.5 or 1e+5 may continue after the buffer
                     break
             except json.JSONDecodeError as error:
                 if self.ended or len(self.text) - self.place > MAX_ROW_BYTES:
@@ -105,7 +102,7 @@ class _ArrayReader:
         return value
 
     def _next(self) -> str:
-        """Skip white space and return the character there, or "" at the end of the file."""
+        """Skip white space and return the next character, or "" at the end of the file."""
         while True:
             while self.place < len(self.text) and self.text[self.place] in _SPACE:
                 self.place += 1
@@ -115,7 +112,7 @@ class _ArrayReader:
                 return ""
 
     def _refill(self, size: int) -> bool:
-        """Drop what has been decoded and read on; return whether there was anything to read."""
+        """Drop the decoded text and read more. Return whether there was more."""
         if self.ended:
             return False
         data = self.read(size)

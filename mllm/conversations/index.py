@@ -1,6 +1,6 @@
-"""What the tokenizer makes of every conversation: lengths, labels, images and rejects, measured once and kept in a cache.
+"""Measures every conversation once with the tokenizer (length, labels, images, reject code) and caches the result.
 
-Legend: N conversations, repeated ones too.
+Legend: `N` conversations, including repeated ones.
 """
 
 import io
@@ -20,7 +20,7 @@ from align.common.reject_codes import CONVERSATION_CODES, Reject
 from mllm.conversations.table import Conversations
 from mllm.conversations.tokens import IGNORED, Chat
 
-STATUS = ("good", *CONVERSATION_CODES)  # what a conversation's status number means
+STATUS = ("good", *CONVERSATION_CODES)  # meaning of a conversation's status number
 _CHUNK = 256  # conversations tokenized at once
 _ARRAYS = ("lengths", "supervised", "images", "dropped", "status")
 Progress = Callable[[int, int], None]
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ConversationIndex:
-    """What the tokenizer makes of every conversation; arrays (N,) int32, 0 where one is rejected."""
+    """The measurements of every conversation: arrays (N,) int32, all but `status` 0 for rejected ones."""
 
     lengths: np.ndarray  # tokens, visual ones included
     supervised: np.ndarray  # tokens that are learned
@@ -36,22 +36,22 @@ class ConversationIndex:
     dropped: np.ndarray  # turns dropped because of the maximum length
     status: np.ndarray  # number in STATUS
     max_length: int
-    unread: dict[str, int]  # rows of the files that are no conversation, by code
+    unread: dict[str, int]  # rows that are not conversations, by code
     fingerprint: str  # xxh3-128 of conversations, tokenizer, template and maximum length
 
     @cached_property
     def good(self) -> np.ndarray:
-        """Numbers of the usable conversations, in order."""
+        """Numbers of the usable conversations, ascending."""
         return np.flatnonzero(self.status == 0)
 
     @property
     def codes(self) -> Counter[str]:
-        """Count of rejects by code, rows that are no conversation among them."""
+        """Count of rejects by code, including rows that are not conversations."""
         counts = np.bincount(self.status, minlength=len(STATUS)).tolist()
         return Counter(self.unread) + Counter(dict(zip(STATUS[1:], counts[1:], strict=True)))  # a sum leaves out zeros
 
     def summary(self) -> str:
-        """Return one line: how many conversations, how long, how much is learned, what was rejected."""
+        """Return one line: number of conversations, their length, share to learn, and rejects."""
         tokens, learned, images = int(self.lengths.sum()), int(self.supervised.sum()), int(self.images.sum())
         rejected = ", ".join(f"{code} {count}" for code, count in self.codes.most_common()) or "none"
         shortened = int((self.dropped > 0).sum())
@@ -62,18 +62,12 @@ class ConversationIndex:
 
 
 def build_index(
-    conversations: Conversations,
-    chat: Chat,
-    max_length: int,
-    *,
-    cache: Path | None = None,
-    max_reject_fraction: float = 0.05,
-    workers: int = 0,
-    progress: Progress = lambda done, total: None,
-) -> ConversationIndex:
-    """Return the index of all conversations, from the folder `cache` (None: their own) or made by `workers` further processes.
+    conversations: Conversations, chat: Chat, max_length: int, *, cache: Path | None = None, max_reject_fraction: float = 0.05,
+    workers: int = 0, progress: Progress = lambda done, total: None,
+) -> ConversationIndex:  # fmt: skip
+    """Return the index of all conversations, from the folder `cache` (None: their own) or computed by `workers` extra processes.
 
-    DataError, with the codes and an example, if more than `max_reject_fraction` are rejected or none is left (1: never).
+    DataError with the codes and an example if more than `max_reject_fraction` are rejected or none is left. 1: never.
     """
     fingerprint = hash_bytes(repr((STATUS, conversations.fingerprint, chat.fingerprint, max_length)).encode())
     stem = (cache or conversations.folder) / f"index-{fingerprint}"
@@ -91,7 +85,7 @@ def build_index(
 
 
 def _measure(conversations: Conversations, chat: Chat, max_length: int, workers: int, progress: Progress) -> dict[str, np.ndarray]:
-    """Tokenize every conversation once, however often it is repeated, and return the arrays of a ConversationIndex."""
+    """Return the arrays of a ConversationIndex. A repeated conversation is tokenized only once."""
     first, copies = conversations.distinct()
     numbers: Any = first
     measured = []

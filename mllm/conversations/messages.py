@@ -1,4 +1,4 @@
-"""From the row of a file to the checked messages and images of a conversation, or to the code that says why not.
+"""Turns a row of a file into checked messages and images, or raises Reject with the reason.
 
 Messages: {"role": system | user | assistant, "content": text or parts}; a part is {"type": "image"} or {"type": "text", "text": ...}.
 """
@@ -13,14 +13,14 @@ from align.sources.gate import text_problem
 from align.sources.safe_files import image_cell
 
 Message = dict[str, Any]
-IMAGE = "<image>"  # how LLaVA's files mark the place of an image
+IMAGE = "<image>"  # mark of an image's place in LLaVA's files
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 MAX_TEXT_CHARS = 2_000_000  # of one conversation
 
 
 @dataclass(frozen=True)
 class RawImage:
-    """An image as a row gives it: a path below the image root, or the bytes of an encoded file."""
+    """An image of a row: a path below the image root, or the bytes of an encoded file."""
 
     path: str | None
     data: bytes | None
@@ -33,7 +33,7 @@ def parts_of(message: Message) -> list[dict[str, Any]]:
 
 
 def count_images(messages: Sequence[Message]) -> int:
-    """Return how many image parts the messages have."""
+    """Return the number of image parts in the messages."""
     return sum(part["type"] == "image" for message in messages for part in parts_of(message))
 
 
@@ -52,7 +52,7 @@ def change_texts(message: Message, change: Callable[[str], str]) -> Message:
 
 
 def check_messages(messages: Sequence[Message], answered: bool = True) -> None:
-    """Raise Reject unless the messages are (system), then user and assistant in turn, up to an answer (or a question)."""
+    """Raise Reject unless the messages are (system), then user and assistant in turn, ending with an answer (or a question)."""
     for message in messages:
         _check_content(message)
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
@@ -85,10 +85,10 @@ def _check_content(message: Message) -> None:
 
 
 def normalize(row: dict[str, Any]) -> tuple[list[Message], list[RawImage]]:
-    """Return the messages and images of a row; Reject says why it cannot be used.
+    """Return the messages and images of a row. Raise Reject if it cannot be used.
 
-    Turns stand under `conversations` or `messages`, as {from, value} or {role, content}; images under `image` or `images`, or
-    in the image parts. Where no part is an image, the text `<image>` marks the places (see `place_images`).
+    Turns are in `conversations` or `messages`, as {from, value} or {role, content}. Images are in `image` or `images`, or in the
+    image parts. Without image parts, the text `<image>` marks their places (see `place_images`).
     """
     turns = row["conversations"] if row.get("conversations") is not None else row.get("messages")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -125,17 +125,17 @@ def _message(turn: dict[str, Any]) -> Message:
 
 
 def _part(part: Any) -> Any:
-    """Return a content part under our names; what is unknown is left for the check."""
+    """Return a content part with our field names. `_check_content` rejects what is unknown."""
     if not isinstance(part, dict):
         return part
     if part.get("type") in ("image", "image_url"):
         place = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name) is not None), None)
         return {"type": "image", "image": place.get("url") if isinstance(place, dict) and "url" in place else place}
-    return {"type": part.get("type"), "text": part.get("text")}  # parquet gives every part the fields of all
+    return {"type": part.get("type"), "text": part.get("text")}  # in parquet every part has the fields of all
 
 
 def _bare(message: Message) -> Message:
-    """Return the message with image parts that say only that an image is there."""
+    """Return the message with its image parts reduced to {"type": "image"}."""
     if isinstance(message["content"], str):
         return message
     return {**message, "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
@@ -154,10 +154,10 @@ def _raw_image(value: Any) -> RawImage:
 
 
 def place_images(messages: list[Message], images: int) -> list[Message]:
-    """Return the messages with `images` of the `<image>` in their questions turned into image parts, the rest left as text.
+    """Return the messages with `images` of the `<image>` marks in questions turned into image parts. Other marks stay text.
 
-    Marks at the start or end of questions count; if these are not as many as the images, all in the questions do. A question's
-    only image comes first, its words are stripped, as in LLaVA. Reject `image_count` if the marks do not match the images.
+    Marks at the start or end of questions are used if they are as many as the images, else all marks in questions. As in LLaVA, a
+    question's only image comes first and its words are stripped. Reject `image_count` if the marks do not match the images.
     """
     counts = []
     for edges in (True, False):
@@ -169,7 +169,7 @@ def place_images(messages: list[Message], images: int) -> list[Message]:
 
 
 def _marks(text: str, edges: bool) -> list[int]:
-    """Return where marks stand; with `edges`, only those with nothing but other marks and white space before or after them."""
+    """Return where marks stand. With `edges`, only those that have just white space and other marks before or after them."""
     places = [match.start() for match in re.finditer(IMAGE, text)]
     words = [bool(piece.strip()) for piece in text.split(IMAGE)]  # before, between and after the marks
     if not edges or not any(words):

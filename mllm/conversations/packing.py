@@ -1,6 +1,6 @@
-"""Which conversations make a batch: packs of several, or single ones of one kind and of like length.
+"""Which conversations make a batch: packs of several, or single ones of one kind and similar length.
 
-A conversation here is its number in the index. Everything is a pure function of lengths and a generator: nothing is read or decoded.
+A conversation is given by its number in the index. Everything depends only on lengths and a generator; no data is read.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ Item = int | list[int]  # a conversation, or a pack of them
 
 
 def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random.Generator) -> list[list[int]]:
-    """Return packs: lists of positions in `lengths` whose lengths sum to at most `max_length`; every position is in one of them.
+    """Return packs: lists of positions in `lengths` whose lengths sum to at most `max_length`. Every position is in exactly one pack.
 
-    Best fit decreasing: the longest first, into the pack where it leaves the least space. `random` orders conversations of equal
-    length, and the packs; the number and fill of the packs do not depend on it.
+    Best fit decreasing: the longest first, into the pack where it leaves the least space. `random` orders packs and conversations
+    of equal length; the number and fill of the packs do not depend on it.
     """
     sizes = np.asarray(lengths)
     if len(sizes) and (sizes.max() > max_length or sizes.min() < 1):
@@ -47,15 +47,15 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random
 
 
 def fill_rate(packs: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray, max_length: int) -> float:
-    """Return the share of the packs' tokens that are not padding (0 to 1)."""
+    """Return the share (0 to 1) of the packs' tokens that are not padding."""
     used = sum(int(lengths[position]) for positions in packs for position in positions)
     return used / (max_length * len(packs)) if packs else 0.0
 
 
 def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:
-    """Return (batches, batch_size) positions in `lengths`: random batches with images, random batches without, mixed ones of the rest.
+    """Return (batches, batch_size) positions in `lengths`: random batches with images, without images, and mixed ones of the rest.
 
-    Fewer than `batch_size` positions stay out. In a batch the longest come first, so that its micro-batches are of like length.
+    Fewer than `batch_size` positions are left out. Each batch is sorted longest first, so its micro-batches have similar lengths.
     """
     kinds = [random.permutation(np.flatnonzero(multimodal)), random.permutation(np.flatnonzero(~multimodal))]
     whole = [kind[: len(kind) // batch_size * batch_size] for kind in kinds]
@@ -65,12 +65,12 @@ def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int,
 
 
 class EpochPlan:
-    """The batches of every epoch: a pure function of the index, the seed and the epoch, whatever the number of processes."""
+    """The batches of every epoch. They depend only on index, seed and epoch, not on the number of processes."""
 
     def __init__(self, index: ConversationIndex, batch_size: int, packing: bool = False, seed: int = 0) -> None:
-        """`batch_size`: items (conversations or packs) of an optimizer step, over all processes. UsageError if there are fewer."""
+        """`batch_size` counts items (conversations or packs) per optimizer step, over all processes. UsageError if there are fewer."""
         self.index, self.batch_size, self.packing, self.seed = index, batch_size, packing, seed
-        self.batches = lru_cache(2)(self._batches)  # by epoch: the one in hand and one more
+        self.batches = lru_cache(2)(self._batches)  # by epoch: the current one and one more
         if not self.batches(0):
             raise UsageError(
                 f"a batch of {batch_size} {'packs' if packing else 'conversations'} is larger than the data: "
@@ -78,7 +78,7 @@ class EpochPlan:
             )
 
     def _batches(self, epoch: int) -> list[list[Item]]:
-        """Return the epoch's batches, all of `batch_size` items; the few items that fill none are left out of this epoch."""
+        """Return the epoch's batches of `batch_size` items. The few items that fill no batch are left out of this epoch."""
         random, good = generator(self.seed, epoch), self.index.good
         lengths = self.index.lengths[good]
         if not self.packing:

@@ -1,10 +1,10 @@
-"""Conversation data: files are read once into Arrow files in a cache and memory-mapped from there, whatever their size.
+"""Conversation data: files are converted once to Arrow files in a cache and memory-mapped, whatever their size.
 
     cache/NAME-HASH.arrow          the usable conversations: id, row in the file, messages as JSON, images as paths or bytes
     cache/NAME-HASH.rejects.jsonl  the other rows, each with its code
     cache/NAME-HASH.json           written last: counts, and the hashes of both
 
-The usable rows of the files are conversations, numbered 0 to N-1 after weighting.
+Usable rows are conversations. They are numbered 0 to N-1 after weighting.
 """
 
 import json
@@ -30,7 +30,7 @@ from align.sources.safe_files import MAX_FILE_BYTES, read_below
 from mllm.conversations.files import read_rows, reader_of
 from mllm.conversations.messages import Message, normalize
 
-FORMAT = 1  # raise when conversations come out differently: older caches are then read anew
+FORMAT = 1  # raise when conversations come out differently: older caches are then rebuilt
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -47,7 +47,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image is: item number `item` of conversation `place` in Arrow file `file`; `path` is None if its bytes are stored there."""
+    """Place of an image: number `item` of conversation `place` in Arrow file `file`. `path` is None if that file has the bytes."""
 
     file: int
     place: int
@@ -57,7 +57,7 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class StoredConversation:
-    """One conversation and where its images are."""
+    """One conversation and the places of its images."""
 
     id: str
     source: str  # file name and row number in it (from 0)
@@ -67,25 +67,25 @@ class StoredConversation:
 
 @dataclass(frozen=True)
 class _File:
-    """One file as it stands in the cache."""
+    """One file and its entry in the cache."""
 
     path: str
     weight: float
-    root: str  # that image paths are relative to
+    root: str  # folder that image paths start at
     arrow: str
     rejects: str
-    digest: str  # of the original's content
+    digest: str  # of the source file's content
     count: int  # usable conversations
     codes: dict[str, int]
 
 
 class Conversations:
-    """Random access to the conversations of files. May be pickled; nothing is kept open across a fork or pickle."""
+    """Random access to the conversations of files. Can be pickled: nothing is kept open across a fork or pickle."""
 
     def __init__(self, files: Sequence[_File], folder: Path, seed: int) -> None:
         self.files, self.folder, self.seed = list(files), folder, seed
         self.places = np.concatenate([_weighted(number, file, seed) for number, file in enumerate(files)])  # (N, 2): file, place in it
-        self.codes = sum((Counter(file.codes) for file in files), Counter[str]())  # of the rows that are no conversation
+        self.codes = sum((Counter(file.codes) for file in files), Counter[str]())  # of rows that are not conversations
         self._tables: dict[int, pa.Table] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,17 +96,17 @@ class Conversations:
 
     @property
     def fingerprint(self) -> str:
-        """The xxh3-128 of what decides the conversations and their order: contents, weights, seed. Not of images behind paths."""
+        """The xxh3-128 of file contents, weights and seed. Images behind paths are not included."""
         return hash_bytes(repr((FORMAT, self.seed, [(file.digest, file.weight) for file in self.files])).encode())
 
     def distinct(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (D,) numbers of conversations of which none repeats another, and (N,) which of them each one is."""
+        """Return the numbers (D,) of the different conversations, and for all N the position of their conversation among these (N,)."""
         keys = self.places[:, 0] << 48 | self.places[:, 1]
         _, first, copies = np.unique(keys, return_index=True, return_inverse=True)
         return first, copies.reshape(-1)
 
     def __getitem__(self, number: int) -> StoredConversation:
-        """Return conversation `number`; its images are not read."""
+        """Return conversation `number` without reading its images."""
         file, place = map(int, self.places[number])
         table = self._table(file)
         name, row, messages, paths = (table[column][place].as_py() for column in ("id", "row", "messages", "paths"))
@@ -114,17 +114,17 @@ class Conversations:
         return StoredConversation(name, f"{os.path.basename(self.files[file].path)}:{row}", json.loads(messages), images)
 
     def image_identity(self, image: ImageRef) -> str:
-        """Return a text that two places of one image file share."""
+        """Return a text that is the same for two uses of one image file."""
         return f"{image.file} {image.place} {image.item}" if image.path is None else os.path.join(self.files[image.file].root, image.path)
 
     def read_image(self, image: ImageRef) -> bytes:
-        """Return the bytes of an encoded image file; raise Reject if there are none or the path is not safe."""
+        """Return the bytes of the encoded image file. Raise Reject if it is missing or its path is not safe."""
         if image.path is None:
             return self._table(image.file)["blobs"][image.place].values[image.item].as_py()
         return read_below(self.files[image.file].root, image.path, MAX_FILE_BYTES)
 
     def rejects(self) -> Iterator[RejectedRow]:
-        """Yield the rows that are no conversation."""
+        """Yield the rows that are not conversations."""
         for file in self.files:
             with open(file.rejects, encoding="utf-8") as lines:
                 for line in lines:
@@ -141,11 +141,11 @@ class Conversations:
 def open_conversations(
     specs: Sequence[str], image_root: str | None = None, cache: Path | None = None, seed: int = 0, report: Report = lambda line: None
 ) -> Conversations:
-    """Return the conversations of files given as PATH or PATH:WEIGHT, read into `cache` (by default the user's) unless they are there.
+    """Return the conversations of files given as PATH or PATH:WEIGHT, converted once to `cache` (default: the user's cache).
 
-    Weight 1.5 takes each conversation once and half of them, drawn by `seed`, again. Relative image paths start at `image_root`
-    (None: each file's own folder) and may not leave it. Raises UsageError on a missing file or bad weight, DataError if a file
-    is no such data or none of its rows can be used.
+    Weight 1.5 takes each conversation once and a random half of them, drawn by `seed`, again. Relative image paths start at
+    `image_root` (None: the folder of each file) and may not leave it. UsageError for a missing file or bad weight, DataError if a
+    file has other data or no usable row.
     """
     if not specs:
         raise UsageError("no conversation files were given; expected PATH or PATH:WEIGHT")
@@ -177,7 +177,7 @@ def _parse(spec: str) -> tuple[str, float]:
 
 
 def _weighted(number: int, file: _File, seed: int) -> np.ndarray:
-    """Return (n, 2) of file number and place in it: all as often as the weight says whole, then a random part in order."""
+    """Return (n, 2) file numbers and places: all places as often as the whole part of the weight says, then a random part, sorted."""
     whole, part = divmod(file.weight, 1)
     more = generator(seed, number).permutation(file.count)[: round(part * file.count)]
     places = np.concatenate([np.tile(np.arange(file.count), int(whole)), np.sort(more)]).astype(np.int64)
@@ -185,7 +185,7 @@ def _weighted(number: int, file: _File, seed: int) -> np.ndarray:
 
 
 def _cached(path: str, weight: float, image_root: str | None, folder: Path, report: Report) -> _File:
-    """Return the file's entry in the cache, made anew unless both its parts have their committed hashes."""
+    """Return the cache entry of a file. It is rebuilt unless both of its parts have their committed hashes."""
     root = os.path.realpath(image_root if image_root is not None else os.path.dirname(path) or ".")
     digest = hash_file(Path(path))
     stem = folder / f"{Path(path).stem[:60]}-{digest[:16]}"
@@ -213,7 +213,7 @@ def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | Non
 
 
 def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, dict[str, int]]:
-    """Write the conversations and the rejects of a file; return how many conversations there are and the count of each code."""
+    """Write the conversations and rejects of a file. Return the number of conversations and the count of each code."""
     count, codes = 0, Counter[str]()
     batch, size = list[dict[str, Any]](), 0
     with atomic_path(arrow) as table, atomic_path(rejects) as others:
@@ -223,7 +223,7 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
                 try:
                     if isinstance(row, Reject):
                         raise row
-                    with suppress(Reject):  # LLaVA's files mix numbers and texts, repeat ids, and some rows have none
+                    with suppress(Reject):  # ids in LLaVA's files are numbers or texts, repeat, or are missing
                         name = gate_key(row.get("id"))
                     messages, images = normalize(row)
                 except Reject as reject:
@@ -246,5 +246,5 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
 
 
 def reject_line(row: RejectedRow) -> dict[str, str]:
-    """Return what the lists of rejected conversations and images say of one of them."""
+    """Return the JSON line of a rejected conversation or image."""
     return {"source": row.source, "id": row.key, "code": row.code, "detail": row.detail}

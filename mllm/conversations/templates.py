@@ -1,6 +1,6 @@
 """Chat templates in Jinja: ours, the tokenizer's own, and how one is applied.
 
-What a model is to learn stands between `{% generation %}` and `{% endgeneration %}`. Contents are texts or lists of parts,
+`{% generation %}` and `{% endgeneration %}` enclose what a model learns. Contents are texts or lists of parts,
 {"type": "image"} and {"type": "text", "text": ...}.
 """
 
@@ -18,7 +18,7 @@ from align.common.errors import UsageError
 from align.common.reject_codes import Reject
 from mllm.conversations.messages import Message
 
-# An image is followed by a line break unless white space follows anyhow: "<image>\nWhat is this?", as LLaVA has it.
+# A line break follows an image unless white space is there anyway: "<image>\nWhat is this?", as in LLaVA.
 _CONTENT = """
 {%- macro content_of(message) -%}
 {%- if message['content'] is string -%}{{- message['content'] -}}
@@ -69,8 +69,8 @@ _CHATML = """
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-# A question and its answer a line, no words for the roles: few tokens. The space before an answer is part of it, as tokenizers have
-# it, and no question ends with white space, or prompt and training row would be cut differently there.
+# One line per question and answer, no role names: few tokens. The space before an answer is part of it, and no question ends with
+# white space: else prompt and training row would be tokenized differently there.
 _BRIEF = """
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -82,7 +82,7 @@ _BRIEF = """
 """
 TEMPLATES = {"plain": _CONTENT + _PLAIN, "vicuna_v1": _CONTENT + _VICUNA, "chatml": _CONTENT + _CHATML, "brief": _CONTENT + _BRIEF}
 
-# Put before a template that knows only texts, so that it sees texts. Jinja drops the line break after the last tag.
+# Put before a template that knows only texts: makes every content a text. Jinja drops the line break after the last tag.
 _FLATTEN = f"""{_CONTENT}
 {{%- set flat = namespace(messages=[]) -%}}
 {{%- for message in messages -%}}
@@ -97,8 +97,8 @@ _PROBE: list[Message] = [{"role": "user", "content": [{"type": "image"}, {"type"
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>") -> str:
     """Return the Jinja text of a template: a name of TEMPLATES, "own" (the tokenizer's), a .jinja file, or Jinja itself.
 
-    One that knows only texts is put behind a prologue that turns image parts into `image_token`, so that the same string
-    serves training and a Hugging Face processor. UsageError for an unknown name or a tokenizer without a template.
+    A template that knows only texts gets a prologue that turns image parts into `image_token`. So the same string serves training
+    and a Hugging Face processor. UsageError for an unknown name or a tokenizer without a template.
     """
     if template in TEMPLATES:
         return TEMPLATES[template].replace("<image>", image_token)
@@ -117,7 +117,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
 
 
 def marks_answers(template: str) -> bool:
-    """Return whether a template says itself what is learned."""
+    """Return whether a template marks what is learned."""
     return _MARKER.search(template) is not None
 
 
@@ -126,7 +126,7 @@ def apply_template(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation and the character spans of what is learned (none unless the template marks them).
 
-    `ask` adds what a model continues with its next answer. Reject `template` if the template refuses the messages.
+    `ask` adds the start of the model's next answer. Reject `template` if the template refuses the messages.
     """
     marked = marks_answers(template)
     options: dict[str, Any] = {"return_assistant_tokens_mask": marked, "add_generation_prompt": ask, **tokenizer.special_tokens_map}
@@ -139,7 +139,7 @@ def apply_template(
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str) -> dict[str, int]:
-    """Return text and id of the added tokens that data must never turn into: special ones, and those that the template writes."""
+    """Return text and id of the tokens that data must never become: special ones, and added ones that the template writes."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     return {
         token.content: index
@@ -149,7 +149,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, image_toke
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer puts before a text by itself: a begin token or nothing."""
+    """Return the ids that the tokenizer puts before every text: a begin token or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     return next(full[:start] for start in range(len(full)) if full[start : start + len(bare)] == bare)

@@ -1,7 +1,7 @@
 """Conversations to token ids and labels: where the images go and which tokens are learned.
 
-What is learned comes from the chat template itself, by character offsets. What a question or an answer says is data: `<image>`
-or `</s>` written there become ordinary text, never the special token.
+The chat template itself says what is learned, by character offsets. Questions and answers are data: `<image>` or `</s>` in them
+become ordinary text, never the special token.
 """
 
 import json
@@ -21,7 +21,7 @@ from mllm.conversations.messages import Message, change_texts, check_messages, c
 from mllm.conversations.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
 
 IGNORED = -100  # the label of a token that is not learned
-_CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, which hardly any text has
+_CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters, which are rare in texts
 _PROBE: list[Message] = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "first question"}]},
     {"role": "assistant", "content": "first answer"},
@@ -32,17 +32,17 @@ _PROBE: list[Message] = [
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as the model reads it: T token ids with every image expanded, and T labels (IGNORED where nothing is learned)."""
+    """A conversation as model input: T token ids with every image expanded, and T labels (IGNORED where nothing is learned)."""
 
     input_ids: list[int]
     labels: list[int]
-    images: int  # how many of its images, from the first on, are kept
-    dropped_turns: int  # turns dropped at its end because of the maximum length
+    images: int  # number of images kept, counted from the first
+    dropped_turns: int  # turns dropped from the end because of the maximum length
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A conversation in the template's words, cut into pieces that are encoded one by one. Spans count characters, a cut as one."""
+    """A conversation as template text, cut into pieces that are encoded one by one. Spans count characters, with a cut as one."""
 
     pieces: list[str]
     spans: list[tuple[int, int]]  # what is learned
@@ -54,10 +54,10 @@ _Tokens = tuple[np.ndarray, np.ndarray]  # ids (T,) and character offsets (T, 2)
 
 
 class Chat:
-    """Encodes conversations with one tokenizer and one chat template (see `resolve_template`), `image_tokens` tokens an image.
+    """Encodes conversations with one tokenizer and one chat template (see `resolve_template`). An image takes `image_tokens` tokens.
 
-    UsageError if the tokenizer is not a fast one, lacks `image_token` or the token that ends an answer, or if the template does
-    not tell which tokens are an answer.
+    UsageError if the tokenizer is not a fast one, lacks `image_token` or the token that ends an answer, or if the template does not
+    tell which tokens are answers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>", image_tokens: int = 1) -> None:
@@ -81,29 +81,26 @@ class Chat:
 
     @classmethod
     def of_processor(cls, processor: Any, template: str | None = None) -> "Chat":
-        """Return the chat of a SailLlavaProcessor, with its own template unless another one is given."""
+        """Return the chat of a SailLlavaProcessor, with the processor's template if none is given."""
         return cls(processor.tokenizer, template or processor.chat_template, processor.image_token, processor.image_seq_length)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The xxh3-128 of all that decides ids and labels: tokenizer, template, tokens an image."""
+        """The xxh3-128 of all that decides ids and labels: tokenizer, template, tokens per image."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         facts = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
         specials = {name: str(value) for name, value in self.tokenizer.special_tokens_map.items()}
         return hash_bytes(json.dumps([facts, specials, self.template, self.image_token, self.image_tokens, self._prefix]).encode())
 
     def encode(self, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
-        """Return a conversation's ids and labels; Reject if it cannot be used.
-
-        Of one longer than `max_length`, whole turns are dropped from the end, with their images.
-        """
+        """Return ids and labels. Above `max_length`, drop whole turns and their images from the end. Reject if it cannot be used."""
         encoded = self.encode_many([messages], max_length)[0]
         if isinstance(encoded, Reject):
             raise encoded
         return encoded
 
     def encode_many(self, conversations: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded | Reject]:
-        """Return, for the messages of each conversation, what `encode` returns or raises. Faster: the tokenizer takes all at once."""
+        """Return what `encode` returns or raises for each conversation. Faster, because the tokenizer takes all at once."""
         rendered = [self._render_or_error(messages) for messages in conversations]
         tokens = iter(self._tokenize([one.pieces[0] for one in rendered if isinstance(one, _Rendered)]))
         results: list[Encoded | Reject] = []
@@ -120,19 +117,19 @@ class Chat:
         return results
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text that a model continues with its answer; each image is one `image_token`, which a processor expands."""
+        """Return the text that a model continues with its answer. Each image is one `image_token`, which a processor expands."""
         check_messages(messages, answered=False)
         return "".join(self._render(messages, answered=False).pieces)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids that a model continues, images expanded; Reject if the last message is not a question."""
+        """Return the token ids that a model continues, with images expanded. Reject if the last message is not a question."""
         check_messages(messages, answered=False)
         rendered = self._render(messages, answered=False)
         return self._assemble(rendered, self._tokenize(rendered.pieces[:1])[0])[0].tolist()
 
     def _probe(self) -> list[int]:
-        """Try the template on a small conversation; return the ids after which an answer has ended."""
-        attempts = [(probe, self._render_or_error(probe)) for probe in (_PROBE, _PROBE[:2])]  # there are templates of one turn
+        """Test the template on a small conversation. Return the ids that end an answer."""
+        attempts = [(probe, self._render_or_error(probe)) for probe in (_PROBE, _PROBE[:2])]  # some templates take one turn only
         found = next(((probe, one) for probe, one in attempts if isinstance(one, _Rendered)), None)
         if found is None:
             hint = "" if self.tokenizer.eos_token else " The tokenizer has no end token (eos_token)."
@@ -162,7 +159,7 @@ class Chat:
             return error
 
     def _render(self, messages: Sequence[Message], answered: bool = True) -> _Rendered:
-        """Return checked messages in the template's words; special tokens spelled in their texts are cut in two."""
+        """Return checked messages as template text. Special tokens spelled in the messages are cut in two."""
         texts = list(texts_of(messages))
         cut = None
         if any(map(self._control.search, texts)):
@@ -179,12 +176,12 @@ class Chat:
         return _Rendered(text.split(cut) if cut else [text], spans, images, len(self._control.findall(text)))
 
     def _cut_controls(self, cut: str, text: str) -> str:
-        while self._control.search(text):  # again, as what is left may spell another one
+        while self._control.search(text):  # again, as the rest may spell another one
             text = self._control.sub(lambda match: match[0][0] + cut + match[0][1:], text)
         return text
 
     def _additions(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Return the spans of the answers under a template without marks: what each answer adds to the prompt before it."""
+        """Return the spans of answers under a template without marks: what each answer adds to the prompt before it."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -195,7 +192,7 @@ class Chat:
                 raise Reject("template", "it writes earlier turns anew as the conversation grows, so answers cannot be located")
             said = after[len(before) :]
             ends = [match.end() for match in self._control.finditer(said)]
-            if ends and not said[ends[-1] :].strip():  # the line break after the end token is not for the model to say
+            if ends and not said[ends[-1] :].strip():  # the model need not learn the line break after the end token
                 said = said[: ends[-1]]
             spans.append((len(before), len(before) + len(said)))
         return spans
@@ -208,15 +205,15 @@ class Chat:
         return [(np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)) for ids, offsets in pairs]
 
     def _continue(self, piece: str) -> _Tokens:
-        """Tokenize text that goes on after a cut: behind a line break, so that no tokenizer puts a space before it."""
+        """Tokenize the text after a cut. A line break is put before it, so that no tokenizer adds a space."""
         ids, offsets = self._tokenize(["\n" + piece])[0]
-        if ((offsets[:, 0] < 1) & (offsets[:, 1] > 1)).any():  # a token of the break and more
+        if ((offsets[:, 0] < 1) & (offsets[:, 1] > 1)).any():  # one token spans the break and text
             return self._tokenize([piece])[0]
         kept = offsets[:, 1] > 1
         return ids[kept], offsets[kept] - 1
 
     def _assemble(self, rendered: _Rendered, first: _Tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids (T,), images expanded, and whether each is learned (T,); `first`: the tokens of the first piece."""
+        """Return ids (T,) with images expanded, and whether each is learned (T,). `first` are the tokens of the first piece."""
         chunks, begin = [first], len(rendered.pieces[0]) + 1
         for piece in rendered.pieces[1:]:
             ids, offsets = self._continue(piece)
@@ -227,7 +224,7 @@ class Chat:
         if (tokens == self._image_id).sum() != rendered.images or self._is_control[tokens].sum() != rendered.controls:
             raise Reject("special_text")
         learned = np.zeros(len(tokens), dtype=bool)
-        for first_char, end in rendered.spans:  # tokens that reach into the span, or stand in it without characters of their own
+        for first_char, end in rendered.spans:  # tokens that overlap the span, or have no characters and stand in it
             learned |= (start < end) & ((stop > first_char) | ((start == stop) & (start >= first_char)))
         counts = np.where(tokens == self._image_id, self.image_tokens, 1)
         bos = self.tokenizer.bos_token
@@ -237,13 +234,13 @@ class Chat:
 
     def _label(self, rendered: _Rendered, first: _Tokens) -> Encoded:
         tokens, learned = self._assemble(rendered, first)
-        learned[:1] = False  # nothing before it predicts it, and in a pack it follows another conversation
+        learned[:1] = False  # nothing predicts the first token, and in a pack another conversation is before it
         if not learned.any():
             raise Reject("no_supervised_tokens")
         return Encoded(tokens.tolist(), np.where(learned, tokens, IGNORED).tolist(), rendered.images, 0)
 
     def _shorten(self, messages: Sequence[Message], length: int, max_length: int) -> Encoded:
-        """Return the conversation with as many whole turns as fit, found by bisection; Reject `too_long` if not even one does."""
+        """Return the conversation with as many whole turns as fit, found by bisection. Reject `too_long` if even one does not fit."""
         head = int(messages[0]["role"] == "system")
         turns = (len(messages) - head) // 2
         best, low, high = None, 1, turns - 1

@@ -1,4 +1,4 @@
-"""Optimization and its log: Trainer with an exact order, committed checkpoints, counts, estimates.
+"""Training loop and log: Trainer with an exact order, committed checkpoints, counts, estimates.
 
-The model and the data are given.
+Model and data are passed in.
 """

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: memory from the model's shapes, time from one measured micro-batch."""
+"""Estimates a run before it starts: memory from the model's shapes, time from one measured micro-batch."""
 
 import time
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ def predicted_bytes(
 ) -> dict[str, float]:
     """Return the bytes a process needs: weights, gradients, optimizer state and activations of `tokens` in a forward pass.
 
-    Activations by Korthikanti et al. (arXiv 2205.05198) with fused attention: 34 bytes a token, layer and unit of width in 16 bit;
-    2 with checkpointing, plus one layer.
+    Activations follow Korthikanti et al. (arXiv 2205.05198) with fused attention: 34 bytes per token, layer and unit of width in 16
+    bit; with checkpointing 2, plus one full layer.
     """
     total, trained = (sum(counts) for counts in zip(*group_sizes(model).values(), strict=True))
     text = unwrapped(model).config.text_config
     layers, width = text.num_hidden_layers, text.hidden_size
-    masters = bf16 and zero_stage > 0  # DeepSpeed trains bf16 weights and keeps float32 copies with the optimizer
+    masters = bf16 and zero_stage > 0  # DeepSpeed trains bf16 weights; its optimizer keeps float32 copies
     weights = (total - trained) * (2 if bf16 else 4) + trained * (2 if masters else 4)
     state = trained * (8 if optimizer == "adamw" else 4) + (trained * 4 if masters else 0)
     per_token = (34 * layers if not checkpointing else 2 * layers + 34) * width * (1 if bf16 else 2)
@@ -38,7 +38,7 @@ def predicted_bytes(
 def estimate(
     model: nn.Module, dataset: Any, collate: Collate, micro_batches: MicroBatches, settings: TrainingArguments, optimizer: str
 ) -> Iterator[str]:
-    """Yield lines that say how much memory a process needs and, unless DeepSpeed is asked for, how long the run will take."""
+    """Yield lines on the memory of a process and, except under DeepSpeed, on the duration of the run."""
     items = next(iter(micro_batches))
     batch = collate([dataset[item] for item in items])
     counts, bf16 = batch.pop("counts"), settings.bf16
@@ -61,7 +61,7 @@ def estimate(
 
 
 def _step_seconds(model: nn.Module, batch: dict[str, Any], device: torch.device, bf16: bool) -> float:
-    """Return the seconds of a forward and backward pass, the second of two: the first one warms up."""
+    """Return the seconds of one forward and backward pass, measured after a first one that warms up."""
     model.to(device).train()
     inputs = {name: value.to(device) for name, value in batch.items()}
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""How much a training step computes, from the model's shapes, and what each micro-batch holds.
+"""FLOPs of a training step, from the model's shapes, and counts of what each micro-batch holds.
 
-FLOPs are the model's own (a multiplication and an addition are two): what gradient checkpointing recomputes and what padding
-wastes does not count. Legend: `L` tokens of a row, `H` width, `V` vocabulary.
+FLOPs are the model's own (a multiplication and an addition are two). Recomputation for gradient checkpointing and padding do not
+count. Legend: `L` tokens of a row, `H` width, `V` vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0, "RTX 
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of a forward and backward pass for each text or visual token, each of a row's L^2 pairs, each supervised token, each image."""
+    """FLOPs of a forward and backward pass per token (text or visual), per pair of a row's L^2, per supervised token, and per image."""
 
     token: float
     pair: float
@@ -29,12 +29,12 @@ class StepCost:
     image: float
 
     def flops(self, lengths: Sequence[int], labels: int, images: int) -> float:
-        """Return the FLOPs of a step over rows of the given lengths (a pack's rows one by one)."""
+        """Return the FLOPs of a step over rows of the given lengths. The rows of a pack count one by one."""
         return self.token * sum(lengths) + self.pair * sum(length**2 for length in lengths) + self.label * labels + self.image * images
 
 
 class Collate:
-    """Makes a batch of items and adds `counts`: its tokens, slots (tokens and padding), supervised tokens, images and FLOPs."""
+    """Makes a batch and adds `counts`: its tokens, slots (tokens and padding), supervised tokens, images and FLOPs."""
 
     def __init__(self, collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]], cost: StepCost) -> None:
         self.collate, self.cost = collate, cost
@@ -55,7 +55,7 @@ class Collate:
 
 
 def step_cost(model: nn.Module, image: float) -> StepCost:
-    """Return what training `model` costs, given which of its parameters have gradients, and `image` from `image_flops`.
+    """Return the cost of training `model`, by which parameters have gradients. `image` is from `image_flops`.
 
     Attention counts all L^2 pairs, as is usual, though half of them are masked.
     """
@@ -71,9 +71,9 @@ def step_cost(model: nn.Module, image: float) -> StepCost:
 
 
 def image_flops(config: SailLlavaConfig, rates: Mapping[str, float]) -> float:
-    """Return the exact FLOPs of one image through encoder, head and projector, counted on a model without memory.
+    """Return the exact FLOPs of one image through encoder, head and projector, counted on the meta device.
 
-    Call it before DeepSpeed's ZeRO-3 is set up, which would want to partition that model.
+    Call it before DeepSpeed's ZeRO-3 is set up, which would try to partition this copy of the model.
     """
     slim = SailLlavaConfig.from_dict(config.to_dict())
     slim.text_config.num_hidden_layers = 1

@@ -1,4 +1,4 @@
-"""The log of a training run: what was learned and how fast, to files, curves and the console."""
+"""The log of a training run: metrics and speed, to files, curves and the console."""
 
 from typing import TYPE_CHECKING
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 class TrainingLog:
-    """Adds up what the processes counted since the last row, writes it to a RunLog and prints a line.
+    """Sums the counts of all processes since the last row, writes a row to a RunLog and prints a line.
 
-    `peak`: TFLOP/s of all devices together; None leaves the utilization out.
+    `peak` is the TFLOP/s of all devices together; None leaves out the utilization (MFU).
     """
 
     def __init__(self, run_log: RunLog, console: Console, peak: float | None) -> None:
         self.run_log, self.console, self.peak = run_log, console, peak
 
     def start(self, step: int, steps: int) -> None:
-        """Start the clock of a run that goes on from `step` of `steps`."""
+        """Start the clock at `step` of `steps`."""
         self.progress = Progress(self.console, "step", steps, first=step)
 
     def write(self, trainer: "SailTrainer", updated: bool) -> None:
-        """Write the row of the step just done, on all processes at once; `updated` says whether it changed the weights."""
+        """Write the row of the step just done; all processes must call it. `updated` says whether the step changed the weights."""
         step, optimizer = trainer.state.global_step, trainer.optimizer
         assert optimizer is not None
         loss = float(trainer.accelerator.reduce(trainer.step_loss.clone(), "mean"))
@@ -47,7 +47,7 @@ class TrainingLog:
         self.progress(step, note=f"{note}, MFU {speed['mfu']:.0%}" if "mfu" in speed else note, now=True)
 
     def _speed(self, trainer: "SailTrainer") -> dict[str, float]:
-        """Return the rates since the last row, over all processes, and begin to count anew."""
+        """Return the rates over all processes since the last row, and reset the counts."""
         self.progress.add("waiting for data", trainer.waited)
         seconds, shares = self.progress.lap()
         names = sorted(trainer.seen)
@@ -72,6 +72,6 @@ class TrainingLog:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # there is none on Windows
+    import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

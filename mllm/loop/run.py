@@ -1,4 +1,4 @@
-"""One run of stage two: from the newest checkpoint, or the start model, to the exported model."""
+"""One run of stage two: from the newest checkpoint or the start model to the exported model."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -26,15 +26,10 @@ from mllm.model.saving import load_mllm, save_mllm
 
 
 def train(
-    config: FinetuneConfig,
-    model: nn.Module,
-    dataset: ConversationDataset,
-    collate: Collate,
-    micro_batches: MicroBatches,
-    settings: TrainingArguments,
-    console: Console,
-) -> None:
-    """Go on from the newest checkpoint that verifies, train, and write model/ (with LoRA also adapter/) into the run's folder.
+    config: FinetuneConfig, model: nn.Module, dataset: ConversationDataset, collate: Collate, micro_batches: MicroBatches,
+    settings: TrainingArguments, console: Console,
+) -> None:  # fmt: skip
+    """Resume from the newest checkpoint that verifies, train, and write model/ (with LoRA also adapter/) to the run's folder.
 
     Raises Preempted after SIGTERM, NonFiniteError, DamagedError if no checkpoint verifies.
     """
@@ -63,13 +58,13 @@ def train(
         save_every=config.save_every, max_nonfinite=config.max_nonfinite, keep=config.keep,
     )  # fmt: skip
     with closing(run_log):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)  # loads the weights even if no step is left
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)  # also loads the weights if no step is left
     if trainer.stopped and trainer.state.global_step < steps:
         raise Preempted(f"stopped by SIGTERM at step {trainer.state.global_step}, state saved; run the same command to go on")
     assert trainer.model is not None
     tensors = trained_tensors(trainer.model)
     if config.deepspeed:
-        unset_hf_deepspeed_config()  # or the model that is exported would be partitioned again
+        unset_hf_deepspeed_config()  # else the exported model would be partitioned again
     if writing:
         export(Path(config.model), tensors, config.learning_rates(), config.lora(), folder)
     trainer.accelerator.wait_for_everyone()
@@ -77,7 +72,7 @@ def train(
 
 
 def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float], lora: Lora | None, folder: Path) -> None:
-    """Write `folder/model`, the model in `start` with the trained `tensors` in it (float32), and with LoRA `folder/adapter` for peft."""
+    """Write `folder/model`: the model in `start` with the trained `tensors` (float32). With LoRA also write `folder/adapter` for peft."""
     model, processor = load_mllm(start)
     prepared = set_trainable(model, rates, lora, seed=0)
     load_trained(prepared, tensors, f"the run in {folder}")

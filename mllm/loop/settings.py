@@ -1,4 +1,4 @@
-"""What Hugging Face's Trainer is told: its arguments, DeepSpeed's JSON and the optimizer."""
+"""Settings for Hugging Face's Trainer: its arguments, DeepSpeed's JSON and the optimizer."""
 
 import os
 from importlib.resources import files
@@ -14,7 +14,7 @@ from mllm.loop.config import FinetuneConfig
 
 
 def deepspeed_settings(name: str | None) -> str | None:
-    """Return the path of a DeepSpeed JSON: one that is shipped (zero2, zero3, zero3_offload) or a file of the user's."""
+    """Return the path of a DeepSpeed JSON: a shipped one (zero2, zero3, zero3_offload) or the user's file."""
     if name is None:
         return None
     folder = Path(str(files("mllm"))) / "zero"
@@ -25,14 +25,16 @@ def deepspeed_settings(name: str | None) -> str | None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes at the first start, same numbers
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # would compile for minutes at the first start, with the same results
+        )
     return str(path)
 
 
 def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int) -> TrainingArguments:
-    """Return Trainer's arguments for `world` processes; making them starts the process group, and zero.Init if ZeRO-3 is asked for.
+    """Return Trainer's arguments for `world` processes. Making them starts the process group, and zero.Init for ZeRO-3.
 
-    `max_steps` is set later where the data decides it. Trainer itself logs and saves nothing: `SailTrainer` does.
+    `max_steps` is set later if the data decides it. Trainer itself logs and saves nothing: `SailTrainer` does.
     """
     cpu = not torch.cuda.is_available()
     rows = config.micro_batch_size * world
@@ -60,7 +62,7 @@ def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int
 
 
 def make_optimizer(groups: list[dict[str, Any]], *, name: str, betas: tuple[float, float], fused: bool) -> torch.optim.Optimizer:
-    """Return AdamW or Lion (arXiv 2302.06675) over the groups, each of which has its own rate and weight decay."""
+    """Return AdamW or Lion (arXiv 2302.06675). Each group has its own learning rate and weight decay."""
     if name == "lion":
         from lion_pytorch import Lion
 

@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer with what stage two needs: exact order, a rate for each parameter group, committed checkpoints, a guard.
+"""Hugging Face's Trainer with exact order, learning rates per group, committed checkpoints and a guard against bad steps.
 
-A checkpoint is Trainer's own folder, with the trained tensors in place of the whole model (DeepSpeed: its engine's files), and
-counts only once COMMIT, the hashes of all its files, is written. `B` rows of a micro-batch, `T` tokens.
+A checkpoint is Trainer's own folder, with the trained tensors instead of the whole model (DeepSpeed: its engine's files). It counts
+only once COMMIT, the hashes of all its files, is written.
 """
 
 import math
@@ -30,9 +30,9 @@ Item = int | Sequence[int]  # a row, or the rows of a pack
 
 
 class MicroBatches:
-    """This process's micro-batches of all steps: for each step `accumulate` lists of `size` items.
+    """This process's micro-batches of all steps: `accumulate` lists of `size` items per step.
 
-    `batches(epoch)` gives an epoch's global batches, a pure function; the order of samples does not depend on the number of processes.
+    `batches(epoch)` returns an epoch's global batches. The order of samples does not depend on the number of processes.
     """
 
     def __init__(self, batches: Callable[[int], Sequence[Sequence[Item]]], steps: int, size: int, rank: int, world: int) -> None:
@@ -57,25 +57,16 @@ class MicroBatches:
 
 
 class SailTrainer(Trainer):
-    """Trainer over `MicroBatches`; `rates` are the learning rates of the parameter groups, `make_optimizer(groups)` the optimizer.
+    """Trainer over `MicroBatches`. `rates` are the learning rates of the groups; `make_optimizer(groups)` returns the optimizer.
 
-    On SIGTERM it saves a checkpoint, stops after the step in hand and sets `stopped`.
+    On SIGTERM it finishes the step, saves a checkpoint, stops, and sets `stopped`.
     """
 
     def __init__(
-        self,
-        *,
-        micro_batches: MicroBatches,
-        rates: dict[str, float],
-        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        log: TrainingLog,
-        log_every: int,
-        save_every: int,
-        max_nonfinite: int,
-        keep: int,
-        train_dataset: Dataset[Any],
-        **options: Any,
-    ) -> None:
+        self, *, micro_batches: MicroBatches, rates: dict[str, float],
+        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], log: TrainingLog, log_every: int, save_every: int,
+        max_nonfinite: int, keep: int, train_dataset: Dataset[Any], **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(train_dataset=train_dataset, **options)
         self.micro_batches, self.rates, self.make_optimizer = micro_batches, rates, make_optimizer
         self.max_nonfinite, self.keep = max_nonfinite, keep
@@ -89,18 +80,14 @@ class SailTrainer(Trainer):
         self.add_callback(Watch(self, log, log_every, save_every))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader of this process's own micro-batches; Trainer skips finished ones on resume without reading them."""
+        """Return a loader of this process's micro-batches. On resume, Trainer skips finished ones without reading them."""
         workers = self.args.dataloader_num_workers
         dataset: Any = self.train_dataset
         return DataLoader(
-            dataset,
-            batch_sampler=self.micro_batches,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            pin_memory=self.args.device.type == "cuda",
-            persistent_workers=False,
+            dataset, batch_sampler=self.micro_batches, collate_fn=self.data_collator, num_workers=workers,
+            pin_memory=self.args.device.type == "cuda", persistent_workers=False,
             prefetch_factor=2 * self.micro_batches.accumulate if workers else None,
-        )
+        )  # fmt: skip
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer over the parameter groups."""
@@ -110,7 +97,7 @@ class SailTrainer(Trainer):
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the micro-batches of a step, counting what is in them and how long they were waited for."""
+        """Return the micro-batches of a step. Add up their counts and the time waited for them."""
         began = time.monotonic()
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.waited += time.monotonic() - began
@@ -127,7 +114,7 @@ class SailTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient norm; if it is not finite, drop the gradients, so that this step changes nothing."""
+        """Return the gradient norm. If it is not finite, drop the gradients, so that the step changes nothing."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.is_deepspeed_enabled:
             self._judge(float(norm))
@@ -140,7 +127,7 @@ class SailTrainer(Trainer):
         self.nonfinite_in_a_row = 0 if math.isfinite(norm) else self.nonfinite_in_a_row + 1
 
     def finish_step(self) -> bool:
-        """Return whether the step updated the weights; a step that did not is written down, too many in a row end the run.
+        """Return whether the step updated the weights. List the rows of a skipped step; NonFiniteError after too many in a row.
 
         DeepSpeed skips such steps itself (`check_grad_overflow`) and reports the norm afterwards.
         """
@@ -162,7 +149,7 @@ class SailTrainer(Trainer):
         return False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained into a checkpoint; DeepSpeed writes its own files with the optimizer."""
+        """Save the trained tensors in a checkpoint. DeepSpeed writes its own files with the optimizer."""
         if self.is_deepspeed_enabled:
             return
         assert output_dir is not None and self.model is not None
@@ -191,19 +178,19 @@ class SailTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Judges every step, logs those that are due, and asks for checkpoints: when due, at the end, and before stopping on SIGTERM."""
+    """Checks and logs steps, and requests checkpoints: when due, at the end, and on SIGTERM."""
 
     def __init__(self, trainer: SailTrainer, log: TrainingLog, every: int, save_every: int) -> None:
         self.trainer, self.log, self.every, self.save_every = trainer, log, every, save_every
         self._signals: list[int] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start to listen for SIGTERM, and the clock."""
+        """Start to listen for SIGTERM, and start the clock."""
         signal.signal(signal.SIGTERM, lambda number, frame: self._signals.append(number))
         self.log.start(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Judge the step, log it if due, ask for a checkpoint if due or if the run must stop."""
+        """Check the step, log it if due, and request a checkpoint if due or if the run must stop."""
         updated = self.trainer.finish_step()
         if state.global_step % self.every == 0 or state.global_step == state.max_steps or not updated:
             self.log.write(self.trainer, updated)

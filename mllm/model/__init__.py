@@ -1,4 +1,4 @@
-"""What is exported: the MLLM as a Hugging Face model, its processor, its parts and cost, how it answers.
+"""What is exported: the MLLM as a Hugging Face model, its processor, saving, and answering.
 
-No training loop.
+The training loop is in mllm/loop.
 """

@@ -1,7 +1,7 @@
-"""Answers from a SailLlava: conversations in, text or log-probabilities out, in batches.
+"""Answers of a SailLlava, in batches: conversations in, text or log-probabilities out.
 
-Prompts are encoded by `Chat`, exactly as in training, and padded on the left. Decoding is what `Decoding` says, not the LLM's
-own generation config. Legend: `B` conversations, `T` tokens of the longest, `V` vocabulary.
+`Chat` encodes the prompts exactly as in training; they are padded on the left. `Decoding` decides how text is generated, not the
+LLM's own generation config. Legend: `B` conversations, `T` tokens of the longest, `V` vocabulary.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Decoding:
     top_k: int = 0  # 0: all tokens
     num_beams: int = 1
     repetition_penalty: float = 1.0
-    until: tuple[str, ...] = ()  # the answer ends before the first of these
+    until: tuple[str, ...] = ()  # the answer ends before the first of these strings
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1:
@@ -41,7 +41,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that end with a question, and the images for their image parts in order."""
+    """Messages that end with a question, and one image for each image part, in order."""
 
     messages: list[Message]
     images: list[Image.Image]
@@ -53,13 +53,13 @@ class Conversation:
 
 
 class Answerer:
-    """Generates and scores answers with one model in eval mode; its generation config is replaced by `Decoding`."""
+    """Generates and scores answers with one model in eval mode. `Decoding` replaces the model's generation config."""
 
     def __init__(self, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, chat: Chat | None = None) -> None:
         self.model, self.processor = model.eval(), processor
         self.chat = chat or Chat.of_processor(processor)
         ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
-        known = ends if isinstance(ends, list) else [ends] if ends else []  # by the LLM from the start; the template has its own
+        known = ends if isinstance(ends, list) else [ends] if ends else []  # the LLM's own end tokens, besides the template's
         self.stop_ids: list[int] = list(dict.fromkeys([*self.chat.stop_ids, *known]))
         self.pad_id: int = pad if pad is not None else self.stop_ids[0]
         self.context: int = model.config.text_config.max_position_embeddings
@@ -68,10 +68,10 @@ class Answerer:
 
     @torch.inference_mode()
     def generate(self, conversations: Sequence[Conversation], decoding: Decoding, streamer: Any = None) -> list[str]:
-        """Return one answer for each conversation, without its end token and what follows the first `until`.
+        """Return one answer for each conversation, cut at its end token and before the first string of `until`.
 
-        A `streamer` (transformers') is given the tokens of a single conversation as they come. DataError for a question that
-        leaves no room for an answer. An answer ends where the model's positions do.
+        An answer also ends at the model's last position. DataError if a question leaves no room for an answer. A `streamer`
+        (transformers') gets the tokens of a single conversation as they are generated.
         """
         prompts = [self.chat.prompt_ids(one.messages) for one in conversations]
         longest = max(map(len, prompts))
@@ -81,10 +81,10 @@ class Answerer:
         if decoding.num_beams > 1 and any(len(one.images) != 1 for one in conversations):
             raise UsageError("beam search needs exactly one image in every conversation; use num_beams 1")
         sampling: dict[str, Any] = {"do_sample": decoding.temperature > 0}
-        if decoding.temperature > 0:  # top_p 0 is used for "not set"
+        if decoding.temperature > 0:  # top_p 0 means not set
             sampling |= {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p or 1.0}
         stops, ends = self._until(decoding.until)
-        if stops and tuple(stops) not in self._stoppers:  # made once: it looks at every token of the vocabulary
+        if stops and tuple(stops) not in self._stoppers:  # made once: slow, as it reads the whole vocabulary
             self._stoppers[tuple(stops)] = StoppingCriteriaList([StopStringCriteria(self.processor.tokenizer, stops)])
         inputs = self._inputs(conversations, prompts)
         output = self.model.generate(
@@ -99,7 +99,7 @@ class Answerer:
     def score(self, conversations: Sequence[Conversation], answers: Sequence[str]) -> list[tuple[float, bool]]:
         """Return, for each conversation, the log-probability of its answer (at most 0) and whether greedy decoding would write it.
 
-        The answer's tokens are those of training: white space around it is the template's; its end token does not count.
+        The answer is tokenized as in training, with the template's white space around it. Its end token does not count.
         """
         rows, learned = [], []
         for one, answer in zip(conversations, answers, strict=True):
@@ -138,7 +138,7 @@ class Answerer:
         return inputs
 
     def _until(self, until: Sequence[str]) -> tuple[list[str], list[int]]:
-        """Return the strings among `until`, and the ids of those that are special tokens and so never appear as text."""
+        """Return the strings in `until`, and the ids of those that are special tokens, which never appear as text."""
         special = {token.content: number for number, token in self.processor.tokenizer.added_tokens_decoder.items() if token.special}
         return [text for text in until if text and text not in special], [special[text] for text in until if text in special]
 
@@ -150,18 +150,18 @@ class Answerer:
 
 
 class ChatSession:
-    """A conversation that goes on: what was said, and the image that the first question shows."""
+    """An ongoing conversation: the messages so far, and the image that the first question shows."""
 
     def __init__(self, answerer: Answerer, decoding: Decoding, image: Image.Image | None) -> None:
         self.answerer, self.decoding, self.image = answerer, decoding, image
         self.said: list[Message] = []
 
     def restart(self) -> None:
-        """Forget what was said, not the image."""
+        """Forget the messages but keep the image."""
         self.said = []
 
     def ask(self, question: str, streamer: Any = None) -> str:
-        """Return the answer to the next question; a question that fails is not kept."""
+        """Return the answer to the next question. A question that fails is not kept."""
         shown = [self.image] if self.image is not None else []
         parts: Any = [*({"type": "image"} for _ in shown if not self.said), {"type": "text", "text": question}]
         asked = [*self.said, {"role": "user", "content": parts}]

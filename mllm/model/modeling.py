@@ -4,8 +4,8 @@ SAIL in an MLLM (arXiv 2412.04616), on LLaVA-1.5 (arXiv 2310.03744):
 
     pixels -> vision tower (layer `sail_layer`, final norm) -> [cls ; p_i] -> head -> projector -> in the place of <image> tokens
 
-Legend: `B` images, `P` patches, `N` visual tokens an image, `D` encoder width, `F` width given to the head, `E` head width,
-`H` LLM width, `T` text tokens. This file is copied into every saved model: it imports nothing that the copy would not have.
+Legend: `B` images, `P` patches, `N` visual tokens an image, `D` encoder width, `F` width given to the head, `E` head width, `H` LLM
+width, `T` text tokens. This file is copied into every saved model, so it imports only what the copy has.
 """
 
 from typing import Any
@@ -30,9 +30,9 @@ FEATURES = ("cls_patch", "patch")
 
 
 class SailLlavaConfig(LlavaConfig):
-    """What a SailLlava is made of: `vision_config` and `text_config` are the plain encoder's and LLM's, `sail_*` what is between.
+    """Config of a SailLlava: `vision_config` is the plain encoder's, `text_config` the LLM's, `sail_*` describes what is between them.
 
-    `sail_layer` counts as `align.encoders.vision` does (0 = embeddings); blocks after it are not built. `sail_unread` names the vision
+    `sail_layer` counts as in `align.encoders.vision` (0 = embeddings); later blocks are not built. `sail_unread` names the vision
     parameters that are never trained: no feature depends on them (DINOv2's mask token), or their own class keeps them fixed.
     """
 
@@ -63,7 +63,7 @@ class SailLlavaConfig(LlavaConfig):
             self.image_seq_length = self.image_tokens()
 
     def image_tokens(self) -> int:
-        """Return N, the number of visual tokens an image becomes."""
+        """Return N, the number of visual tokens per image."""
         grid = self.sail_grid or self.sail_patch_grid
         if grid is None:
             raise UsageError("this config has no sail_patch_grid; make a model with mllm/upgrade.py")
@@ -108,20 +108,20 @@ class SailLlavaModel(LlavaModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave every weight as it is: assembly and the strict `from_pretrained` set them all."""
+        """Do nothing: assembly and the strict `from_pretrained` set every weight."""
 
     @property
     def backbone(self) -> Backbone:
-        """The vision tower as a reader of layers; made anew at each use, so that wrapping `vision_tower` (peft) stays possible."""
+        """The vision tower as a reader of layers. It is made anew at each use, so that peft can wrap `vision_tower`."""
         return VISION_ADAPTERS[self.config.vision_config.model_type](self.vision_tower)
 
     def freeze_unread(self) -> None:
-        """Freeze the vision parameters that are never trained: DDP would wait for those that no feature depends on in vain."""
+        """Freeze the vision parameters that are never trained: DDP would wait for gradients that never come."""
         for name in self.config.sail_unread or ():
             self.vision_tower.get_parameter(name).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "SailLlavaModel":
-        """Return self in training mode; a frozen vision tower stays in eval mode, and so does every BatchNorm of a trained one."""
+        """Return self in training mode. A frozen vision tower stays in eval mode, and so do all BatchNorms of a trained one."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             self.vision_tower.eval()
@@ -131,9 +131,9 @@ class SailLlavaModel(LlavaModel):
         return self
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """Return (B, N, E), what the projector is given: the head's output for each patch, not normalized.
+        """Return the projector's input (B, N, E): the head's output for each patch, not normalized. Without a head, E is F.
 
-        pixel_values (B, 3, H, W) have the size that the model was assembled for; UsageError otherwise. Without a head, E is F.
+        pixel_values (B, 3, H, W) must have the size that the model was assembled for; UsageError otherwise.
         """
         config, backbone = self.config, self.backbone
         if list(pixel_values.shape[2:]) != config.sail_image_size:
@@ -156,23 +156,19 @@ class SailLlavaModel(LlavaModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Return an output whose `pooler_output` is a list of B tensors (N, H); `last_hidden_state` (B, N, E) is before the projector."""
+        """Return `pooler_output`, a list of B tensors (N, H), and `last_hidden_state` (B, N, E), which is before the projector."""
         features = self.get_patch_features(pixel_values)
         projected: Any = list(self.multi_modal_projector(features))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return LlavaModel's output for its arguments. In training, a batch without images passes a blank one with weight 0.
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Return LlavaModel's output. In training, a batch without images also passes a blank image with weight 0.
 
-        So every process of a distributed run computes, and reduces the gradients of, the same modules at each step.
+        So every process of a distributed run uses the same modules at each step and reduces their gradients.
         """
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
@@ -188,7 +184,7 @@ class SailLlavaModel(LlavaModel):
 
 
 class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGeneration):
-    """SailLlavaModel with the language modeling head: everything that LlavaForConditionalGeneration can do."""
+    """SailLlavaModel with the language modeling head. It does everything that LlavaForConditionalGeneration does."""
 
     config: SailLlavaConfig
 
@@ -207,21 +203,14 @@ class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGenerati
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """Return LLaVA's output, loss included if `labels` (B, T) are given, -100 where nothing is learned.
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Any = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Return LLaVA's output, with the loss if `labels` (B, T) are given, -100 where nothing is learned.
 
-        In training with labels, logits are computed where there are labels only and are not returned (`logits` is None): at
-        vocabularies of 100,000 tokens they are most of the memory. The loss equals the stock one; without any label it is 0.
+        In training with labels, logits are computed only where there are labels and are not returned (`logits` is None): with a
+        vocabulary of 100,000 tokens they take most of the memory. The loss equals the stock one; without any label it is 0.
         """
         inputs = {
             "input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask,
@@ -246,7 +235,7 @@ class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGenerati
 
 
 def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Return the type of the module's parameters, or `default` if it has none."""
+    """Return the dtype of the module's parameters, or `default` if it has none."""
     return next((parameter.dtype for parameter in module.parameters()), default)
 
 

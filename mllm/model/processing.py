@@ -1,7 +1,6 @@
-"""What a SailLlava is fed: images as whole squares, and prompts in which each image placeholder becomes N visual tokens.
+"""Inputs of a SailLlava: whole images as pixels, and prompts in which each image placeholder becomes N visual tokens.
 
-Legend: `B` images, `N` visual tokens an image. This file is copied into every saved model: it imports nothing that the copy
-would not have.
+Legend: `B` images, `N` visual tokens an image. This file is copied into every saved model, so it imports only what the copy has.
 """
 
 from collections.abc import Sequence
@@ -24,24 +23,19 @@ _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class SailLlavaImageProcessor(BaseImageProcessor):
-    """Resizes whole images with Pillow to `size`, after padding them to its shape with the mean color, or not; crops nothing.
+    """Resizes whole images with Pillow to `size`, with or without padding to its shape before. Nothing is cropped.
 
-    `size` is {"height", "width"} in pixels, `resample` a PIL filter number, `image_mean` and `image_std` are of values between
-    0 and 1. `image_aspect_ratio`: `pad` centers the image on the mean color (LLaVA-1.5's), `resize` ignores its shape.
+    `size` is {"height", "width"} in pixels, `resample` a PIL filter number. `image_mean` and `image_std` are for values between 0
+    and 1. `image_aspect_ratio`: `pad` centers the image on the mean color (as LLaVA-1.5 does), `resize` changes its shape.
     """
 
     model_input_names = ["pixel_values"]
 
     def __init__(
-        self,
-        size: dict[str, int] | None = None,
-        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        image_std: Sequence[float] = (0.5, 0.5, 0.5),
-        resample: int = 3,
-        rescale_factor: float = 1 / 255,
-        image_aspect_ratio: str = "pad",
-        **kwargs: Any,
-    ) -> None:
+        self, size: dict[str, int] | None = None, image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5), resample: int = 3, rescale_factor: float = 1 / 255,
+        image_aspect_ratio: str = "pad", **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**kwargs)
         if image_aspect_ratio not in ASPECT_RATIOS:
             raise UsageError(f"image_aspect_ratio is {image_aspect_ratio!r}; allowed: {', '.join(ASPECT_RATIOS)}")
@@ -51,11 +45,11 @@ class SailLlavaImageProcessor(BaseImageProcessor):
 
     @property
     def pad_color(self) -> tuple[int, ...]:
-        """The mean as an 8-bit color, rounded down as LLaVA does: pixels that are about 0 after normalization."""
+        """The mean as an 8-bit color, rounded down as in LLaVA: such pixels are about 0 after normalization."""
         return tuple(min(255, max(0, int(mean / self.rescale_factor + 1e-6))) for mean in self.image_mean)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
-        """Return pixel_values (B, 3, H, W) float32 of one image or a (nested) list of images, PIL or channels-first or -last arrays."""
+        """Return pixel_values (B, 3, H, W) float32 of an image or a (nested) list of images, PIL or arrays with channels first or last."""
         flat: Any = make_flat_list_of_images(self.fetch_images(images))
         return BatchFeature({"pixel_values": torch.stack([self.to_pixels(image) for image in flat])}, tensor_type=return_tensors)
 
@@ -70,7 +64,7 @@ class SailLlavaImageProcessor(BaseImageProcessor):
         return (values - mean) / std
 
     def _padded(self, image: Image.Image) -> Image.Image:
-        """Return the image centered on the smallest canvas of the target's shape that holds it."""
+        """Return the image centered on the smallest canvas that has the target's shape and holds it."""
         height, width = self.size["height"], self.size["width"]
         across = max(image.width, round(image.height * width / height))
         down = max(image.height, round(image.width * height / width))
@@ -85,7 +79,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Return the image as 8-bit RGB: EXIF orientation applied, transparency composited on white, as `align.sources.gate` does."""
     image = ImageOps.exif_transpose(image)
     if image.mode in _ALPHA or "transparency" in image.info:
-        if image.mode in ("RGBa", "La"):  # premultiplied: only to its own plain mode
+        if image.mode in ("RGBa", "La"):  # premultiplied: converts only to its own plain mode
             image = image.convert(image.mode.upper())
         layered = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
@@ -96,17 +90,10 @@ class SailLlavaProcessor(LlavaProcessor):
     """Image processor and tokenizer in one. Each `<image>` in a text becomes `image_seq_length` visual tokens."""
 
     def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = None,
-        vision_feature_select_strategy: str = "full",
-        chat_template: str | None = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 0,
-        image_seq_length: int = 1,
-        **kwargs: Any,
-    ) -> None:
+        self, image_processor: Any = None, tokenizer: Any = None, patch_size: int | None = None,
+        vision_feature_select_strategy: str = "full", chat_template: str | None = None, image_token: str = "<image>",
+        num_additional_image_tokens: int = 0, image_seq_length: int = 1, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.image_seq_length = image_seq_length
         super().__init__(
             image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
@@ -114,7 +101,7 @@ class SailLlavaProcessor(LlavaProcessor):
         )  # fmt: skip
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Return the placeholder of one image, repeated: the number of visual tokens does not depend on a patch size here."""
+        """Return the placeholder of one image, repeated. The number of visual tokens does not depend on a patch size here."""
         return str(self.image_token) * self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:

@@ -1,4 +1,4 @@
-"""Saving and loading a whole SailLlava: one folder that opens on a machine without this kit, and strictly on one with it.
+"""Saves and loads a SailLlava as one folder. It opens on machines without this kit; with the kit, loading is strict.
 
 AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)     # anywhere
 model, processor = load_mllm("runs/mine/mllm")                                  # here: our classes, no code from the folder
@@ -38,9 +38,9 @@ IMAGE_MAP = {"AutoImageProcessor": "processing_sail_llava.SailLlavaImageProcesso
 
 
 def save_mllm(model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, folder: Path) -> None:
-    """Write model, processor and their classes as Python files to `folder`; a crash leaves the old folder or the new one.
+    """Write model, processor and the Python files of their classes to `folder`. A crash leaves the old folder or the new one.
 
-    Weights keep their types; shards hold at most 5 GB. UsageError if `folder` holds something else; DiskFullError.
+    Weights keep their dtypes; shards hold at most 5 GB. UsageError if `folder` holds something else; DiskFullError.
     """
     require_free_place(folder)
     with replaced_folder(folder, "mllm") as temporary:
@@ -56,8 +56,8 @@ def load_mllm(
 ) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor]:
     """Return (model in eval mode, processor) of a folder that `save_mllm` wrote, with the kit's own classes.
 
-    `dtype` "auto" keeps the saved one; other arguments go to `from_pretrained`. Raises UsageError if it is no such folder,
-    DamagedError if a weight is missing, unexpected or of another shape.
+    `dtype` "auto" keeps the saved one; other arguments go to `from_pretrained`. UsageError if it is not such a folder, DamagedError
+    if a weight is missing, unexpected or of another shape.
     """
     folder = Path(folder)
     require_mllm(folder)
@@ -79,13 +79,13 @@ def require_mllm(folder: Path) -> None:
 
 
 def require_free_place(folder: Path) -> None:
-    """Raise UsageError if `folder` holds something other than a model: saving one would replace it."""
+    """Raise UsageError if `folder` holds something other than a model, which saving would replace."""
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not a model folder: it would be replaced; give another --output")
 
 
 def portable_source(module: ModuleType) -> str:
-    """Return the module's source as a file among its siblings: relative imports, nothing registered, nothing of `mllm`."""
+    """Return the module's source for the saved folder: relative imports, no registration, no imports from `mllm`."""
     assert module.__file__ is not None
     text = Path(module.__file__).read_text(encoding="utf-8")
     text = re.sub(r"^(from mllm\.|Auto\w+\.register\().*\n", "", text, flags=re.MULTILINE)
@@ -94,7 +94,7 @@ def portable_source(module: ModuleType) -> str:
 
 
 def _describe(folder: Path, dtype: torch.dtype) -> None:
-    """Complete what was saved: the LLM's type as the model's, and where the Auto classes find the code."""
+    """Add to the saved configs the LLM's dtype and where the Auto classes find the code."""
     config, processor = (read_json(folder / name) for name in ("config.json", "processor_config.json"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "auto_map": MODEL_MAP | PROCESSOR_MAP | IMAGE_MAP}
     processor |= {"auto_map": PROCESSOR_MAP}
