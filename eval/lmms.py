@@ -5,8 +5,8 @@
     python eval/lmms.py --mllm runs/mine --tasks sail_parity_gqa sail_parity_pope mme --processes 8 --output runs/mine/eval
     python eval/lmms.py --list-tasks
 
-results.json in --output is extended: other models and tasks stay, the same ones are replaced. lmms-eval's own files and logs are
-kept in OUTPUT/lmms. It ends with exit code 0 even if it failed; here that is an error.
+results.json in --output is extended: the same models and tasks are replaced, all others stay. lmms-eval's files and logs are
+in OUTPUT/lmms. lmms-eval exits with code 0 even if it failed; this command reports that as an error.
 """
 
 import shlex

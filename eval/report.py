@@ -3,7 +3,7 @@
     python eval/report.py --results runs/quickstart/eval
     python eval/report.py --results runs/flickr8k/eval --train-runs runs/flickr8k --title 'Flickr8k' --output site
 
-Needs no model, no data and no network.
+It needs no model, no data and no network.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from eval.page.config import ReportConfig
 
 
 def main(config: ReportConfig) -> None:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     from eval.page.page import write_report
 
     output = Path(config.output or config.results)

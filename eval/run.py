@@ -7,9 +7,9 @@
     python eval/run.py --compare runs/a/eval runs/b/eval:trained --output runs/comparison
     python eval/run.py --list-tasks
 
-Each aligned model is also measured with untrained heads, and classification beside the majority rate (--no-baseline: neither).
-Models trained as one (openclip:ARCH/TAG, openclip:ARCH/FILE.safetensors, hf:FOLDER) are measured beside them on the same samples.
-Frozen features are cached by content and encoder: a second run runs no encoder.
+Each aligned model is also measured with untrained heads, and chance and majority rates are added (--no-baseline turns this off).
+CLIP and SigLIP models (openclip:ARCH/TAG, openclip:ARCH/FILE.safetensors, hf:FOLDER) are measured on the same samples.
+Frozen features are cached by content and encoder, so a second run needs no encoder.
 """
 
 import shlex
@@ -42,7 +42,7 @@ def list_tasks() -> None:
 
 
 def compare_results(config: EvalConfig) -> None:
-    """Say which differences between two results are real; write the comparison and its page."""
+    """Test the differences between two results; write the comparison and its page."""
     from align.common.seeds import generator
     from eval.page.page import write_comparison
     from eval.results.compare import compare, comparison_table, save_comparison
@@ -71,7 +71,7 @@ def measure(config: EvalConfig) -> None:
     console, output = set_up(), Path(config.output)
     cache = Path(config.cache) if config.cache else output / "cache"
     tasks = [find_task(name) for name in config.tasks]
-    # all of them, so that wrong data is told before hours of encoding
+    # read all tasks first, so that wrong data fails before hours of encoding
     data = [read_task(task, Path(config.data_root), cache, config.max_reject_fraction) for task in tasks]
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     output.mkdir(parents=True, exist_ok=True)

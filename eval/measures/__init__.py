@@ -1,4 +1,4 @@
-"""How it is scored: zero-shot, retrieval, compositional, segmentation, generated answers, and the run over all of them.
+"""Scoring: zero-shot classification, retrieval, compositional matching, segmentation, generated answers, and the loop over tasks.
 
-Numbers on disk and pages are not made here.
+Files of results and pages are made in `eval.results` and `eval.page`.
 """

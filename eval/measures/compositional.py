@@ -1,15 +1,14 @@
-"""Compositional matching: two images and two captions that differ in little, and which belongs to which.
+"""Compositional matching: two similar images and two similar captions, which the model must match.
 
-Protocols, with s(i, c) the cosine of image i and caption c; caption 0 belongs to image 0, caption 1 to image 1:
+s(i, c) is the cosine of image i and caption c. Caption 0 belongs to image 0, caption 1 to image 1.
 
-    winoground  text score:  s(0,0) > s(0,1) and s(1,1) > s(1,0), for both images the right caption
-                image score: s(0,0) > s(1,0) and s(1,1) > s(0,1), for both captions the right image
+    winoground  text score:  s(0,0) > s(0,1) and s(1,1) > s(1,0): each image prefers its own caption
+                image score: s(0,0) > s(1,0) and s(1,1) > s(0,1): each caption prefers its own image
                 group score: both        (Thrush et al., "Winoground", CVPR 2022, equations 1 to 3)
-    mmvp        pair accuracy: for both statements the right image, which is Winoground's image score (Tong et al., "Eyes Wide
-                Shut?", CVPR 2024)
+    mmvp        pair accuracy: Winoground's image score        (Tong et al., "Eyes Wide Shut?", CVPR 2024)
 
-Every inequality is strict: ties count against the model. Shapes: `G` groups, `N` = 2 G images and as many captions, in the order of
-the groups, `E` aligned width. Embeddings are L2-normalized float32.
+A tie is wrong. Shapes: `G` groups, `N` = 2 G images and N captions in group order, `E` aligned width. Embeddings are L2-normalized
+float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +28,13 @@ from eval.results.records import Entry
 METRICS = {
     "winoground": {"text_score": "text", "image_score": "image", "group_score": "group"},
     "mmvp": {"pair_accuracy": "image"},
-}  # of each protocol: the metric, and which of the three answers it is the share of
-CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}  # see compositional_chance
+}  # protocol -> metric -> the property of CompositionalAnswers that it averages
+CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}  # two comparisons: (1/2)^2; group: 2! 2! of the 4! orders
 
 
 @dataclass(frozen=True)
 class CompositionalAnswers:
-    """What a model said: `scores` (G, 2, 2) float32 cosines [group, image, caption]; right are those on the diagonal."""
+    """A model's `scores`: (G, 2, 2) float32 cosines [group, image, caption]. The diagonal holds the right pairs."""
 
     scores: np.ndarray
 
@@ -60,40 +59,31 @@ class CompositionalAnswers:
 
 @torch.no_grad()
 def compositional(images: Tensor, captions: Tensor) -> CompositionalAnswers:
-    """Return the answers for `images` (N, E) and `captions` (N, E), two rows a group; UsageError unless N is even and the same.
-
-    Summed in float64, so that captions with the same embedding get the same cosine and tie.
-    """
+    """Return the answers for `images` (N, E) and `captions` (N, E), two rows per group; UsageError if the shapes differ or N is odd."""
     if images.shape != captions.shape or len(images) % 2:
         shapes = f"{tuple(images.shape)} images and {tuple(captions.shape)} captions"
         raise UsageError(f"{shapes}: a compositional task needs two images and two captions a group")
     groups = (len(images) // 2, 2, images.shape[1])
+    # float64, so that captions with the same embedding tie
     scores = torch.einsum("gie,gce->gic", images.double().reshape(groups), captions.double().reshape(groups))
     return CompositionalAnswers(scores.float().numpy())
 
 
 def compositional_entries(answers: CompositionalAnswers, protocol: str, task: str, model: str, confidence: float) -> list[Entry]:
-    """Return the shares of right groups with their Wilson intervals: text_score, image_score and group_score, or pair_accuracy."""
+    """Return the share of right groups for each metric of `protocol`, with Wilson intervals."""
     n = len(answers.scores)
     rights = {metric: int(getattr(answers, answer).sum()) for metric, answer in _metrics(protocol).items()}
     return [Entry(task, metric, right / n, *wilson_interval(right, n, confidence), n, model) for metric, right in rights.items()]
 
 
 def compositional_chance(groups: int, protocol: str, task: str, model: str) -> list[Entry]:
-    """Return what four cosines in random order score on average; it is exact, so its interval is a point.
-
-    Text and image score are two independent comparisons each, (1/2)^2. The group score asks that both right cosines are above both
-    wrong ones: 2! 2! of the 4! orders.
-    """
+    """Return the expected scores of four cosines in random order. They are exact, so each interval is a point."""
     chances = {metric: CHANCE[answer] for metric, answer in _metrics(protocol).items()}
     return [Entry(task, metric, value, value, value, groups, model) for metric, value in chances.items()]
 
 
 def compositional_table(answers: CompositionalAnswers, groups: Sequence[str], categories: Sequence[str]) -> pa.Table:
-    """Return one row a group: key, category, the cosines s00, s01, s10, s11 (image, caption), and whether text, image, group are right.
-
-    `groups` and `categories` (N,) are given by image.
-    """
+    """Return one row per group: key, category, cosines s00 to s11 (image, caption), and what is right. Inputs (N,) are per image."""
     keys, kinds = _of_groups(groups), _of_groups(categories)
     cosines = {f"s{i}{c}": pa.array(answers.scores[:, i, c], pa.float32()) for i in (0, 1) for c in (0, 1)}
     right = {name: pa.array(getattr(answers, name)) for name in CHANCE}
@@ -108,10 +98,7 @@ def compositional_examples(
     count: int,
     generator: np.random.Generator,
 ) -> dict[str, Any]:
-    """Return `count` random groups with every model's cosines and what it got right; `answers` maps model names to answers.
-
-    `groups`, `categories` and `captions` (N,) are given by image; `images` of an item are the numbers of its two.
-    """
+    """Return `count` random groups with each model's answers, by model name. `groups`, `categories`, `captions` (N,) are per image."""
     keys, kinds = _of_groups(groups), _of_groups(categories)
     items = []
     for group in drawn_numbers(len(keys), count, generator):
@@ -132,7 +119,7 @@ def _metrics(protocol: str) -> dict[str, str]:
 
 
 def _of_groups(by_image: Sequence[str]) -> list[str]:
-    """Return what the two images of each group have in common."""
+    """Return one value per group; UsageError unless both images of each group have the same value."""
     if list(by_image[::2]) != list(by_image[1::2]):
         raise UsageError("the two images of a group should follow one another, with the same group and category")
     return list(by_image[::2])

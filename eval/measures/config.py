@@ -1,4 +1,4 @@
-"""What eval/run.py can be told. Every field is a flag; checked when it is made."""
+"""Flags of eval/run.py. Each field is a flag. Values are checked when the config is created."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ from align.common.checks import check, check_least, check_share
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuringFlags:
-    """How what is measured is summed up and shown; a base of configs."""
+    """Flags that eval/run.py and eval/lmms.py share."""
 
     output: str = "runs/eval"
-    """Folder for results.json (what the other command wrote there is kept), answers/, examples/ and the report."""
+    """Folder for results.json, answers/, examples/ and the report. Results of the other command in it are kept."""
     device: str = "auto"
     """Where the models run: auto (a GPU if there is one), cpu, cuda, cuda:1."""
     baseline: bool = True
-    """Also measure each aligned model with untrained heads, and give what chance and the most frequent answer would score."""
+    """Also measure each aligned model with untrained heads, and report chance and the most frequent answer."""
     seed: int = 0
-    """Seed of untrained heads, the bootstrap and the choice of examples."""
+    """Seed for untrained heads, the bootstrap and the choice of examples."""
     confidence: float = 0.95
-    """Confidence of the intervals."""
+    """Confidence level of the intervals."""
     examples: int = 8
-    """Examples shown in the report, per task and direction."""
+    """Examples in the report, per task and direction."""
     train_runs: tuple[str, ...] = ()
-    """Training runs whose curves the report shows (folders with metrics.jsonl). Empty: those the models lie in."""
+    """Training runs whose curves the report shows (folders with metrics.jsonl). Empty: the runs that contain the models."""
     report: bool = True
     """Write report.html, its figures and entries.csv beside the results."""
     list_tasks: bool = False
@@ -38,31 +38,29 @@ class EvalConfig(MeasuringFlags):
     """Measure aligned models on tasks: results.json with intervals, per-sample answers and a report."""
 
     model: tuple[str, ...] = ()
-    """Models, each as MODEL or NAME=MODEL: a training run's output or model folder; to compare with, openclip:ARCH/TAG (or a local
-    .safetensors file in place of the tag) and hf:FOLDER or hf:HUB_ID (CLIP, SigLIP)."""
+    """Models, each MODEL or NAME=MODEL: a run or model folder, openclip:ARCH/TAG, openclip:ARCH/FILE.safetensors, hf:FOLDER, hf:HUB_ID."""
     tasks: tuple[str, ...] = ()
-    """Task ids (see --list-tasks) or YAML files that describe a task of your own."""
+    """Task ids (see --list-tasks), or YAML files that describe your own tasks."""
     data_root: str = "data"
-    """Folder below which every task's data lies."""
+    """Folder that contains the data of all tasks."""
     cache: str | None = None
-    """Folder for frozen features, kept by task and encoder fingerprint. None: OUTPUT/cache."""
+    """Folder for frozen features, stored by content and encoder. None: OUTPUT/cache."""
     templates: str | None = None
-    """Prompts for every classification task instead of its own: a set's id, or a .txt or .json file in the task's folder."""
+    """Prompts for classification and segmentation: a set's id, or a .txt or .json file in the task's folder. None: each task's own."""
     batch_size: int = 64
-    """Images a forward pass."""
+    """Images per forward pass."""
     text_batch_size: int = 256
-    """Sentences a forward pass."""
+    """Sentences per forward pass."""
     workers: int = 2
-    """Processes that read and decode images beside the forward pass."""
+    """Processes that read and decode images while the encoder runs."""
     windows: tuple[int, int, int] = (448, 448, 224)
-    """Segmentation: the image's shorter side after resizing, a window's side and the stride, in pixels."""
+    """Segmentation: the image's shorter side after resizing, the window's side and the stride, in pixels."""
     max_reject_fraction: float = 0.05
-    """Stop when a larger share of a task's samples is rejected."""
+    """Stop if a larger share of a task's samples is rejected."""
     trust_remote_code: bool = False
-    """Run code that ships with the aligned models' encoders: of those on the hub whose revision was pinned, and of local folders."""
+    """Run code that ships with the aligned models' encoders: local folders, and hub encoders with a pinned revision."""
     compare: tuple[str, ...] = ()
-    """Instead of measuring, say which differences between two results, A and B, are real: each FOLDER (its trained model) or FOLDER:MODEL.
-    Writes comparison.html, .json and .csv to OUTPUT."""
+    """Compare two results instead of measuring, each FOLDER (its trained model) or FOLDER:MODEL. Writes comparison.* to OUTPUT."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,6 @@
-"""Metrics of generated answers: text in, fractions out, with intervals. Pure; nothing here knows lmms-eval.
+"""Metrics of generated answers: text in, fractions with intervals out. Pure; independent of lmms-eval.
 
-`N` answers. A yes-no answer is reduced to "yes", "no" or "" (neither); everything else is compared after normalization. The
-values of a metric are what `eval.harness.docs` logs for each answer: a number, [said, true] or [said, true, group].
+`N` answers. The values of a metric are what `eval.harness.docs` logs per answer: a number, [said, true] or [said, true, group].
 """
 
 import re
@@ -26,24 +25,24 @@ YES_NO = ("precision", "recall", "f1", "yes_ratio")  # metrics whose values are 
 
 
 def words(text: str) -> list[str]:
-    """Return the words of `text` in lower case: punctuation apart from apostrophes separates, accents and digits stay."""
+    """Return the lower-case words of `text`. Punctuation separates words, apostrophes are dropped, accents and digits stay."""
     plain = unicodedata.normalize("NFKC", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").replace("'", "")
     return re.findall(r"\w+(?:[.,]\d+)*", plain.replace("_", " "))
 
 
 def normalized(text: str) -> str:
-    """Return `text` in lower case without punctuation and articles, small number words as digits, for exact matching."""
+    """Return `text` for exact matching: lower case, no punctuation, no articles, zero to ten as digits."""
     return " ".join(NUMBERS.get(word, word) for word in words(text) if word not in ARTICLES)
 
 
 def place(text: str) -> str:
-    """Return the place that `text` names, for example "left top" for "In the upper left corner", or "" if it names none."""
+    """Return the place that `text` names, for example "left top" for "In the upper left corner", or "" if there is none."""
     found = {_PLACE_WORDS.get(word, word) for word in words(text)} & _PLACES
     return " ".join(sorted(found - {"center"} or found))
 
 
 def matches(answer: str, truths: str | Sequence[str], kind: str = "") -> bool:
-    """Return whether `answer` equals one of `truths` after normalization; answers of the kind "where" are compared as places."""
+    """Return whether `answer` equals one of `truths` after normalization. Answers of the kind "where" are compared as places."""
     compared = place if kind == "where" else normalized
     said = compared(answer)
     return said != "" and said in {compared(truth) for truth in ([truths] if isinstance(truths, str) else truths)}
@@ -56,31 +55,30 @@ def yes_or_no(answer: str) -> str:
 
 
 def pope_yes_or_no(answer: str) -> str:
-    """Return what POPE's protocol takes `answer` for: "no" if its first sentence holds the word no or not, else "yes"."""
+    """Return POPE's reading of `answer`: "no" if its first sentence contains the word no or not, else "yes"."""
     return "no" if {"no", "not"} & set(words(answer.split(".")[0])) else "yes"
 
 
 def yes_no_scores(values: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return precision, recall, f1 and yes_ratio (share of answers that are yes) of [said, true] pairs (N); see POPE.
+    """Return precision, recall, f1 and yes_ratio (share of yes) of N [said, true] or [said, true, group] values (see POPE).
 
-    An answer that is neither is wrong: it lowers recall if yes was right. What has no denominator is 0. With a third item, the
-    group, each metric is the mean over groups.
+    An answer that is neither yes nor no counts as not yes. A zero denominator gives 0. Groups are averaged with equal weight.
     """
     counts = _cells(values)
     return {name: float(_yes_no(name, counts)) for name in YES_NO}
 
 
 def rouge_l(answer: str, truths: Sequence[str]) -> float:
-    """Return ROUGE-L (F with beta 1.2, the best of the references) of a caption, computed by pycocoevalcap on `words`."""
+    """Return ROUGE-L of a caption (F with beta 1.2, best reference), computed by pycocoevalcap on `words`."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     return float(Rouge().calc_score([" ".join(words(answer))], [" ".join(words(truth)) for truth in truths]))
 
 
 def cider(values: Sequence[Sequence[Any]]) -> np.ndarray:
-    """Return (N,) CIDEr-D of captions, 0 to 10, from [answer, [reference, ...]] values; pycocoevalcap on `words`.
+    """Return (N,) CIDEr-D scores, 0 to 10, of [answer, [reference, ...]] values, computed by pycocoevalcap on `words`.
 
-    Rare words weigh more: the weights come from all N references, so scores of different sets cannot be compared.
+    Word weights come from all N references, so scores of different sets cannot be compared.
     """
     from pycocoevalcap.cider.cider import Cider
 
@@ -90,10 +88,7 @@ def cider(values: Sequence[Sequence[Any]]) -> np.ndarray:
 
 
 def estimate(metric: str, values: Sequence[Any], generator: np.random.Generator, confidence: float) -> tuple[float, float, float] | None:
-    """Return (value, low, high) of a metric from what was logged for each answer (N), or None if the metric is not ours.
-
-    Rates get Wilson intervals, the others the percentile bootstrap over answers. Numbers are averaged, whatever their metric.
-    """
+    """Return (value, low, high) of a metric from its N logged values, or None if the metric is not the kit's. Numbers are averaged."""
     if not values:
         raise UsageError(f"{metric} of no answers does not exist; check that the task's data is not empty")
     if metric in YES_NO and all(isinstance(value, list | tuple) and len(value) in (2, 3) for value in values):
@@ -106,14 +101,14 @@ def estimate(metric: str, values: Sequence[Any], generator: np.random.Generator,
         return None
     if not np.isfinite(scores).all():
         raise DataError(f"{metric}: {int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite; the run is unusable")
-    if metric not in GRADED and np.isin(scores, (0, 1)).all():
+    if metric not in GRADED and np.isin(scores, (0, 1)).all():  # a rate
         return (float(scores.mean()), *wilson_interval(int(scores.sum()), len(scores), confidence))
     drawn = bootstrap(mean_of(scores), np.arange(len(scores)), generator)
     return (float(scores.mean()), *percentiles(drawn, confidence))
 
 
 def _cells(values: Sequence[Sequence[str]]) -> np.ndarray:
-    """Return (groups, 4) counts of answers: yes, true yes; yes, true no; not yes, true yes; not yes, true no."""
+    """Return (groups, 4) counts of (said, true): (yes, yes), (yes, no), (not yes, yes), (not yes, no)."""
     names = sorted({value[2] if len(value) > 2 else "" for value in values})
     codes = []
     for said, true, *group in values:
@@ -124,7 +119,7 @@ def _cells(values: Sequence[Sequence[str]]) -> np.ndarray:
 
 
 def _yes_no(name: str, counts: np.ndarray) -> np.ndarray:
-    """Return (...) a metric, averaged over groups, of counts (..., groups, 4) in the order of `_cells`."""
+    """Return a metric (...) of counts (..., groups, 4) in the order of `_cells`, averaged over groups."""
     over, under = _part_and_whole(name, counts)
     return np.divide(over, under, out=np.zeros(over.shape), where=under > 0).mean(axis=-1)
 

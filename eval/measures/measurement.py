@@ -1,7 +1,4 @@
-"""A measurement: every model on every task, all of them on exactly the same samples, gathered into results.
-
-Beside each number go what every model said to each sample (answers/) and a few examples for the report (examples/).
-"""
+"""A measurement: all models on all tasks, on exactly the same samples. It also writes answers/ and examples/."""
 
 import json
 import time
@@ -60,7 +57,7 @@ DESCRIPTIONS = {"majority": "always names the most frequent class", "chance": "a
 
 
 def read_task(task: Task, root: Path, cache: Path, max_reject_fraction: float) -> TaskData | SegmentationData:
-    """Return the samples of a task, read as its kind is; DataError, saying what to put where, if its data is missing or unusable."""
+    """Return a task's samples; DataError, which says what to put where, if its data is missing or unusable."""
     if task.kind == "segmentation":
         return load_segmentation(task, root, max_reject_fraction=max_reject_fraction)
     return load_task(task, root, cache=cache)
@@ -68,10 +65,7 @@ def read_task(task: Task, root: Path, cache: Path, max_reject_fraction: float) -
 
 @dataclass
 class Measurement:
-    """Measures models task by task; `results` are all of it so far. Answers and examples are written to `output`.
-
-    `templates` replace those of the tasks. `baseline` adds majority and chance rates. `examples` are how many each task shows.
-    """
+    """Measures all models task by task, and writes answers and examples to `output`. The options are those of `EvalConfig`."""
 
     models: Sequence[MeasuredModel]
     cache: FeatureCache
@@ -93,14 +87,14 @@ class Measurement:
         if isinstance(data, SegmentationData):
             self._segmentation(data, began)
             return
-        for one in self.models:  # each in turn drops what its own encoder could not read
+        for one in self.models:  # each encoder drops the images it cannot read, so that all models keep the same ones
             data, _ = self.cache.images(data, one.model, Progress(self.console, f"{data.task.id}: encoded images", data.plan.rows))
         features = {one.record.name: self.cache.images(data, one.model)[1] for one in self.models}
         of_kind = {"classification": self._classification, "retrieval": self._retrieval, "compositional": self._compositional}
         of_kind[data.task.kind](data, features, began)
 
     def results(self, command: str) -> Results:
-        """Return everything measured so far; `command` is the one that asked for it."""
+        """Return everything measured so far. `command` is the command line that was run."""
         used = {entry.model for entry in self.entries}
         constant = [ModelRecord(name, name, text, "", {}) for name, text in DESCRIPTIONS.items() if name in used]
         return Results(
@@ -180,13 +174,13 @@ class Measurement:
         self._finish(replace(data, task=noted), len(data.class_names), prompts.id, chosen, began)
 
     def _prompted(self, sentences: Sequence[Sequence[str]]) -> list[Prompted]:
-        """Return every model with its embedding of each name, the mean of the name's `sentences`."""
+        """Return every model with one embedding per class name: the mean over the name's `sentences`."""
         texts, counts = list(chain.from_iterable(sentences)), [len(of_name) for of_name in sentences]
         weights = [class_weights(self._embedded(one.model, texts), counts) for one in self.models]
         return [Prompted(one.model, one.record.fingerprint, w, sentences) for one, w in zip(self.models, weights, strict=True)]
 
     def _of_captions(self, data: TaskData, features: dict[str, np.ndarray]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return every model's embeddings of the images (N, E) and captions (M, E) of a task."""
+        """Return each model's embeddings of a task's images (N, E) and captions (M, E), by model name."""
         found = {}
         for name, model in ((one.record.name, one.model) for one in self.models):
             found[name] = (projected(model.project_image, features[name], model.device), self._embedded(model, data.captions))
@@ -197,7 +191,7 @@ class Measurement:
         return projected(model.project_text, self.cache.texts(texts, model), model.device)
 
     def _finish(self, data: TaskData | SegmentationData, targets: int, prompts: str, chosen: dict[str, Any], began: float) -> None:
-        """Write the examples of a task, note what it was measured on, and how long scoring took."""
+        """Write a task's examples, record what was measured, and add the time for scoring."""
         task, numbers = data.task, shown_images(chosen)
         images = ((n, data.image(n)) for n in numbers) if isinstance(data, SegmentationData) else pictures(data, numbers)
         save_examples(self.output, task.id, chosen, images)

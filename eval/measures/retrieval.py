@@ -1,7 +1,7 @@
-"""Image-text retrieval in both directions: exact ranks in chunks, recalls, and the answer to every query.
+"""Image-text retrieval in both directions: exact ranks in chunks, recall, and the answer to every query.
 
-Shapes: `N` images, `M` captions, `E` aligned width, `K` answers kept. An image may have any number of captions, but at least
-one. A query is a hit at k if any of its right answers is among the first k. Embeddings are L2-normalized float32.
+Shapes: `N` images, `M` captions, `E` aligned width, `K` answers kept. Every image has at least one caption. A query is a hit at k if
+any right answer is among its first k. Embeddings are L2-normalized float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,32 +21,25 @@ from eval.results.records import Entry
 
 KS = (1, 5, 10)
 TOP = 10  # answers kept for each query
-MATRIX_SIDE = 8  # images and captions of the similarity matrix of the examples
-SHOWN_ANSWERS = 5  # of an example
+MATRIX_SIDE = 8  # images and captions in the similarity matrix of the examples
+SHOWN_ANSWERS = 5  # per example
 
 
 @dataclass(frozen=True)
 class RetrievalAnswers:
-    """Ranks from 1 of the best right answer, and the first K answers with their cosines, in both directions.
+    """A model's answers in both directions. Ranks count from 1."""
 
-    `i2t_ranks` (N,), `i2t_top` (N, K) caption numbers; `t2i_ranks` (M,), `t2i_top` (M, K) image numbers; `caption_image` (M,) the
-    image that each caption belongs to.
-    """
-
-    i2t_ranks: np.ndarray
-    i2t_top: np.ndarray
-    i2t_scores: np.ndarray
-    t2i_ranks: np.ndarray
-    t2i_top: np.ndarray
-    t2i_scores: np.ndarray
-    caption_image: np.ndarray
+    i2t_ranks: np.ndarray  # (N,) of the best right caption
+    i2t_top: np.ndarray  # (N, K) caption numbers
+    i2t_scores: np.ndarray  # (N, K) cosines
+    t2i_ranks: np.ndarray  # (M,) of the right image
+    t2i_top: np.ndarray  # (M, K) image numbers
+    t2i_scores: np.ndarray  # (M, K) cosines
+    caption_image: np.ndarray  # (M,) the image of each caption
 
 
 def retrieve(images: Tensor, captions: Tensor, caption_image: Tensor, chunk: int = 1024) -> RetrievalAnswers:
-    """Return the answers for `images` (N, E) and `captions` (M, E); caption j belongs to image `caption_image[j]` (M,) int64.
-
-    Memory is O(chunk max(N, M)): the (N, M) matrix is never kept.
-    """
+    """Return the answers for `images` (N, E) and `captions` (M, E) of images `caption_image` (M,) int64; memory O(chunk max(N, M))."""
     image_ids = torch.arange(len(images))
     i2t, i2t_top, i2t_scores = (part.numpy() for part in ranks_and_top(images, captions, image_ids, caption_image, TOP, chunk))
     t2i, t2i_top, t2i_scores = (part.numpy() for part in ranks_and_top(captions, images, caption_image, image_ids, TOP, chunk))
@@ -54,11 +47,7 @@ def retrieve(images: Tensor, captions: Tensor, caption_image: Tensor, chunk: int
 
 
 def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generator: np.random.Generator, confidence: float) -> list[Entry]:
-    """Return R@1/5/10 and the median rank of both directions, with intervals.
-
-    The captions of one image are not independent queries: text-to-image intervals resample images with all their captions
-    (`align.common.intervals.bootstrap`). An image-to-text query is an image, so its recalls have Wilson intervals.
-    """
+    """Return R@1/5/10 and the median rank in both directions. Intervals resample images: captions of one image are not independent."""
     entries = []
     images = np.arange(len(answers.i2t_ranks))
     for direction, ranks, clusters in (("i2t", answers.i2t_ranks, images), ("t2i", answers.t2i_ranks, answers.caption_image)):
@@ -72,7 +61,7 @@ def retrieval_entries(answers: RetrievalAnswers, task: str, model: str, generato
 
 
 def retrieval_chance(captions_per_image: np.ndarray, task: str, model: str) -> list[Entry]:
-    """Return the expected recalls of a random order, for images with `captions_per_image` (N,) captions; intervals are points."""
+    """Return the expected recalls of a random order, for images with `captions_per_image` (N,) captions. Intervals are points."""
     images, captions = len(captions_per_image), int(captions_per_image.sum())
     directions = (("i2t", captions, captions_per_image, images), ("t2i", images, np.ones(1, dtype=np.int64), captions))
     values = [(f"{way}_r@{k}", chance_recall(targets, positives, k), n) for way, targets, positives, n in directions for k in KS]
@@ -80,10 +69,7 @@ def retrieval_chance(captions_per_image: np.ndarray, task: str, model: str) -> l
 
 
 def retrieval_table(answers: RetrievalAnswers, keys: Sequence[str], caption_image: np.ndarray) -> pa.Table:
-    """Return one row a query: direction (i2t, t2i), image key, caption number (-1 for i2t), rank, `top` numbers and scores.
-
-    Captions are numbered in the order of the task's images, images from 0 in the order of the i2t rows.
-    """
+    """Return one row per query: direction, image key, caption number (-1 for i2t), rank, `top` numbers and cosines, in task order."""
     parts = (
         ("i2t", np.arange(len(keys)), np.full(len(keys), -1), answers.i2t_ranks, answers.i2t_top, answers.i2t_scores),
         ("t2i", caption_image, np.arange(len(caption_image)), answers.t2i_ranks, answers.t2i_top, answers.t2i_scores),
@@ -113,10 +99,10 @@ def retrieval_examples(
     count: int,
     generator: np.random.Generator,
 ) -> dict[str, Any]:
-    """Return `count` random queries each way with every model's answers, and a matrix of cosines.
+    """Return `count` random queries per direction with each model's answers, and a matrix of cosines.
 
-    For an image, `best` is the one of its own captions that the model ranks first. `embeddings` maps model names to
-    L2-normalized images (N, E) and captions (M, E); caption j belongs to image `caption_image[j]` (M,), in ascending order.
+    `embeddings` maps model names to images (N, E) and captions (M, E). `caption_image` (M,) ascends. `best` is an image's own caption
+    with the highest cosine.
     """
     images = int(caption_image.max()) + 1
     chosen = drawn_numbers(images, MATRIX_SIDE, generator) if count else []

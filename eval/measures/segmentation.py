@@ -1,10 +1,10 @@
-"""Open-vocabulary segmentation of a task: label maps of all images, kept on disk, and mIoU with its relatives from them.
+"""Open-vocabulary segmentation of a task: label maps of all images, cached on disk, and metrics such as mIoU.
 
-    <cache>/segmentation/<digest>/<first image>-<hash>.parquet    the label maps of 32 images as PNGs, whose numbers are classes
+    <cache>/segmentation/<digest>/<first image>-<hash>.parquet    label maps of 32 images, as PNGs of class numbers
 
-The digest is of images, model, prompts and protocol. A second run does not run the encoder; a killed one resumes at its shard; a
-shard whose content does not have the hash in its name is made again. `windows` makes a label map, `eval.tasks.masks` reads the true
-ones. Shapes: `N` images, `C` classes, `S` names, `E` aligned width, `H` and `W` pixels of an image.
+The digest covers images, model, prompts and protocol. A second run skips the encoder, an interrupted run resumes at the next shard.
+A shard whose content does not match the hash in its name is made again.
+Shapes: `N` images, `C` classes, `S` names, `E` aligned width, `H` and `W` pixels of an image.
 """
 
 import io
@@ -32,8 +32,8 @@ from eval.results.overlays import overlay, palette
 from eval.results.records import Entry, file_name
 from eval.tasks.masks import IGNORED, SegmentationData
 
-SHARD_IMAGES = 32  # label maps between two commits
-_NAMED = 0.01  # share of the pixels from which a class that is only predicted is named in the legend of an example
+SHARD_IMAGES = 32  # label maps per file
+_NAMED = 0.01  # a class that is only predicted is in an example's legend if it covers this share of the pixels
 METRICS = ("miou", "pixel_accuracy", "mean_class_accuracy")
 
 
@@ -63,10 +63,7 @@ class LabelMaps:
 
 @dataclass(frozen=True)
 class Prompted:
-    """A model with the names of a task: `weights` (S, E), L2-normalized, are made from each name's `sentences`.
-
-    `fingerprint` is of encoders and heads.
-    """
+    """A model and its embeddings of a task's names: `weights` (S, E), L2-normalized, made from the `sentences` of each name."""
 
     model: DualEncoder
     fingerprint: Mapping[str, Any]
@@ -82,10 +79,9 @@ def label_maps(
     windows: Windows,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LabelMaps]:
-    """Return each model's label maps of all images, computing those that are not in `cache` yet.
+    """Return each model's label maps of all images. Maps that `cache` lacks are computed.
 
-    An image is read once, and goes once through an encoder that several models share (a trained model and its untrained twin).
-    `report(done, total)` is called after each image.
+    Images are read once. Models that share an encoder share its forward pass. `report(done, total)` is called after each image.
     """
     folders = [cache / "segmentation" / maps_digest(data, one.fingerprint, one.sentences, windows) for one in prompted]
     total = len(data.keys)
@@ -113,7 +109,7 @@ def label_maps(
 
 
 def _sharing(prompted: Sequence[tuple[Path, Prompted]]) -> list[list[tuple[Path, Prompted]]]:
-    """Return the models, each once, in groups that share a frozen encoder on one device."""
+    """Return the models, each folder once, in groups that share a frozen encoder and a device."""
     groups: dict[str, dict[Path, Prompted]] = {}
     for folder, one in prompted:
         encoder = json.dumps([one.model.patch_fingerprint, str(one.model.device)], sort_keys=True, default=str)
@@ -122,7 +118,7 @@ def _sharing(prompted: Sequence[tuple[Path, Prompted]]) -> list[list[tuple[Path,
 
 
 def maps_digest(data: SegmentationData, fingerprint: Mapping[str, Any], sentences: Sequence[Sequence[str]], windows: Windows) -> str:
-    """Return 32 hex digits for all that decides label maps: images, model (not its folders' names), prompts and protocol."""
+    """Return 32 hex digits that identify label maps: images, model (without folder names), prompts and protocol."""
     model = {name: value for name, value in fingerprint.items() if name.split()[-1] != "encoder"}
     decides = [data.images_digest, model, [list(of_name) for of_name in sentences], data.owner.tolist(), asdict(windows)]
     return hash_bytes(json.dumps(decides, sort_keys=True).encode())
@@ -130,7 +126,7 @@ def maps_digest(data: SegmentationData, fingerprint: Mapping[str, Any], sentence
 
 @dataclass(frozen=True)
 class SegmentationAnswers:
-    """Pixels counted: `confusion` (C, C) int64, rows true and columns predicted classes; `tp`, `fp`, `fn` (N, C) int64 of each image."""
+    """Pixel counts, int64: `confusion` (C, C), rows true and columns predicted; `tp`, `fp`, `fn` (N, C) per image."""
 
     confusion: np.ndarray
     tp: np.ndarray
@@ -139,14 +135,14 @@ class SegmentationAnswers:
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Return (C, C) int64 counts of pixels by true (row) and predicted (column) class; IGNORED pixels of `truth` do not count."""
+    """Return (C, C) int64 pixel counts by true (row) and predicted (column) class, without pixels that are IGNORED in `truth`."""
     counted = truth != IGNORED
     cells = truth[counted].astype(np.int64) * classes + predicted[counted]
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
 
 def segmentation_answers(data: SegmentationData, maps: LabelMaps) -> SegmentationAnswers:
-    """Return the counts of a model's label maps against the true ones, image by image: one (C, C) matrix is held, and (N, C) counts."""
+    """Return the pixel counts of a model's label maps; DataError if a map has the wrong size or if no pixel counts."""
     classes = len(data.class_names)
     total = np.zeros((classes, classes), dtype=np.int64)
     tp, fp, fn = (np.zeros((len(data.keys), classes), dtype=np.int64) for _ in range(3))
@@ -165,24 +161,23 @@ def segmentation_answers(data: SegmentationData, maps: LabelMaps) -> Segmentatio
 
 
 def majority_answers(answers: SegmentationAnswers) -> SegmentationAnswers:
-    """Return the counts of giving every pixel the most frequent class of these very images: what counting alone can reach."""
+    """Return the counts if every pixel got the most frequent class of these images: what counting alone can reach."""
     pixels = answers.tp + answers.fn  # (N, C) of each true class
     total = pixels.sum(axis=0)
-    named = np.arange(len(total)) == total.argmax()  # (C,): the class that every pixel is given
+    named = np.arange(len(total)) == total.argmax()  # (C,), true for the class that every pixel gets
     wrong = (pixels.sum(axis=1, keepdims=True) - pixels) * named
     return SegmentationAnswers(np.outer(total, named), pixels * named, wrong, pixels * ~named)
 
 
 def class_iou(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    """Return (..., C) float64, tp / (tp + fp + fn) of each class; NaN where it is neither there nor predicted. Counts are (..., C)."""
+    """Return (..., C) float64 IoU, tp / (tp + fp + fn), from counts (..., C); NaN for a class that is neither true nor predicted."""
     return _ratio(tp, tp + fp + fn)
 
 
 def segmentation_metrics(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict[str, np.ndarray]:
     """Return each of METRICS as (...) float64, from counts (..., C) summed over the images.
 
-    `miou` is the mean of `class_iou` over the classes that are there or predicted: naming a class that is nowhere costs. It is the
-    usual one, of counts over the whole set, not a mean over images. `mean_class_accuracy` is over the classes that are there.
+    `miou` averages the classes that are true or predicted. `mean_class_accuracy` averages only the classes that are true.
     """
     return {
         "miou": _mean(class_iou(tp, fp, fn)),
@@ -194,7 +189,7 @@ def segmentation_metrics(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict
 def segmentation_entries(
     answers: SegmentationAnswers, task: str, model: str, generator: np.random.Generator, confidence: float, resamples: int = 1000
 ) -> list[Entry]:
-    """Return METRICS with percentile bootstrap intervals over images: pixels of an image are not independent, images are."""
+    """Return METRICS with percentile bootstrap intervals over images, because the pixels of one image are not independent."""
     counts = (answers.tp, answers.fp, answers.fn)
     values = segmentation_metrics(*(count.sum(axis=0) for count in counts))
     n = len(answers.tp)
@@ -208,7 +203,7 @@ def segmentation_entries(
 
 
 def segmentation_table(answers: SegmentationAnswers, keys: Sequence[str]) -> pa.Table:
-    """Return one row an image: key, pixels that count, those that are right, and tp, fp, fn (lists of C counts)."""
+    """Return one row per image: key, pixels that count, right pixels, and tp, fp, fn (lists of C counts)."""
     lists = {name: pa.array(list(getattr(answers, name)), pa.list_(pa.int64())) for name in ("tp", "fp", "fn")}
     pixels, right = (answers.tp + answers.fn).sum(axis=1), answers.tp.sum(axis=1)
     return pa.table({"key": pa.array(keys, pa.string()), "pixels": pixels, "right": right, **lists})
@@ -217,10 +212,10 @@ def segmentation_table(answers: SegmentationAnswers, keys: Sequence[str]) -> pa.
 def segmentation_examples(
     folder: Path, data: SegmentationData, maps: Mapping[str, LabelMaps], count: int, generator: np.random.Generator
 ) -> dict[str, Any]:
-    """Return `count` random images with each model's pixel accuracy and legend, and write their overlays below `folder`/examples.
+    """Return `count` random images with each model's pixel accuracy, and write their overlays below `folder`/examples.
 
-    `maps` maps model names to label maps. Paths in the result are relative to `folder`/examples. `pixel_accuracy` is None for an
-    image without a pixel that counts. `classes` are those that are there, then those that a model names for 1% of the image or more.
+    Paths are relative to that folder. `pixel_accuracy` is None if no pixel counts. `classes` lists true classes first, then classes that
+    a model predicts for at least 1% of the image.
     """
     colors, place = palette(len(data.class_names)), file_name(data.task.id)
     items = []
@@ -252,7 +247,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the last axis of what is not NaN, NaN if nothing is."""
+    """Return the mean over the last axis without NaN values; NaN if no other value is left."""
     there = np.isfinite(values)
     return _ratio(np.where(there, values, 0).sum(axis=-1), there.sum(axis=-1))
 
@@ -274,6 +269,6 @@ def _write_shard(folder: Path, start: int, maps: list[bytes]) -> None:
 
 
 def _read_shard(folder: Path, start: int) -> list[bytes] | None:
-    """Return the encoded maps of a shard if it is there and its content has the hash in its name."""
+    """Return a shard's encoded maps, or None if it is missing or does not match the hash in its name."""
     data = load_hashed(folder / f"{start:06d}", ".parquet")
     return None if data is None else pq.read_table(pa.BufferReader(data))["map"].to_pylist()

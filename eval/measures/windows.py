@@ -1,8 +1,7 @@
-"""Open-vocabulary segmentation of one image: a window slides over it, every patch is compared with the names of all classes.
+"""Open-vocabulary segmentation of one image: a window slides over it, and each patch is compared with all class names.
 
-The image is resized so that its shorter side is 448 pixels and the longer one a multiple of the patch, so the patches of all
-windows lie on one grid. Cosines are averaged where windows overlap, interpolated bilinearly to the image's own size, and a pixel
-gets the class of its best name. (Softmax would not change which is best; several names of a class: the best one counts.)
+The image is resized to whole patches, its shorter side to 448 pixels, so the patches of all windows form one grid. Cosines are
+averaged where windows overlap and interpolated bilinearly to the image's own size. A pixel gets the class of its best name.
 
 Shapes: `B` windows, `P` patches, `E` aligned width, `S` names, `h` and `w` patches of the whole image, `H` and `W` its pixels.
 """
@@ -20,14 +19,14 @@ from align.common.errors import NonFiniteError, UsageError
 from align.encoders.transforms import pixel_normalizer
 from eval.models.dual_encoder import DualEncoder
 
-_BYTES = 64 << 20  # of interpolated cosines held at a time, whatever the numbers of names and pixels
+_BYTES = 64 << 20  # of interpolated cosines held at a time; a whole COCO-Stuff image (640 x 480) would need 210 MB
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The protocol: the image's shorter `side`, the side of a square window and its stride, all in pixels.
+    """The protocol in pixels: the image's shorter `side`, the side of a square `window`, and the `stride`.
 
-    Each is rounded to whole patches. Where the image is smaller than a window, the window is as small as the image.
+    Each is rounded to whole patches. A window is never larger than the image.
     """
 
     side: int = 448
@@ -39,18 +38,18 @@ class Windows:
             raise UsageError(f"{self}: expected a side of at least 1 and 0 < stride <= window, in pixels")
 
     def __str__(self) -> str:
-        """Return what a report says."""
+        """Return the text for reports."""
         return f"shorter side {self.side}, windows of {self.window}, stride {self.stride} pixels"
 
     def grid(self, size: tuple[int, int], patch: int) -> tuple[int, int]:
-        """Return the patches (h, w) of an image of `size` (H, W) in pixels after it was resized."""
+        """Return the patches (h, w) of the resized image, from its original `size` (H, W) in pixels."""
         scale = self.side / min(size) / patch
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def places(self, grid: tuple[int, int], patch: int) -> Iterator[tuple[slice, slice]]:
-        """Yield the rows and columns of patches that each window covers; the last one ends where the image ends."""
+        """Yield the rows and columns of patches that each window covers. The last window ends at the image's edge."""
         whole, step = max(1, round(self.window / patch)), max(1, round(self.stride / patch))
-        step = min(step, whole)  # no gaps, whatever rounding did
+        step = min(step, whole)  # rounding must not leave gaps
         starts = [[*range(0, max(1, cells - whole), step), max(0, cells - whole)] for cells in grid]
         for row in dict.fromkeys(starts[0]):
             for column in dict.fromkeys(starts[1]):
@@ -61,10 +60,10 @@ class Windows:
 def patch_cosines(
     models: Sequence[DualEncoder], image: Image.Image, weights: Sequence[Tensor], windows: Windows, batch_size: int = 8
 ) -> list[Tensor]:
-    """Return each model's mean cosines (S, h, w) over all windows of an RGB image, on its device, for its `weights` (S, E).
+    """Return each model's cosines (S, h, w) with its `weights` (S, E): means over all windows of an RGB image, on the model's device.
 
-    The models share one frozen encoder (`patch_fingerprint`), which runs once, on `batch_size` windows at a time. UsageError if its
-    patches are not where they should be, NonFiniteError if a model's embeddings are not finite.
+    The models share one frozen encoder, which runs once. UsageError if its patches form no regular grid, NonFiniteError if embeddings
+    are not finite.
     """
     first = models[0]
     patch, device = first.patch_size, first.device
@@ -96,13 +95,10 @@ def patch_cosines(
 
 @torch.inference_mode()
 def best_classes(cosines: Tensor, owner: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the class (H, W) of each pixel: the `owner` (S,) of the name whose `cosines` (S, h, w), interpolated to `size`, is highest.
-
-    uint8, or uint16 beyond 256 classes. A strip of rows at a time holds about 64 MiB; all would hold 210 MB (COCO-Stuff, 640 x 480).
-    """
+    """Return each pixel's class (H, W) as uint8 or uint16: the `owner` (S,) of the name with the highest interpolated cosine."""
     height, width = size
     names, rows, columns = cosines.shape
-    # bilinear interpolation is linear in each axis: the response to unit vectors is its matrix
+    # bilinear interpolation is linear along each axis, so the interpolated unit vectors are its matrix
     down, across = (
         interpolate(torch.eye(cells, device=cosines.device)[None], size=pixels, mode="linear", align_corners=False)[0]
         for cells, pixels in ((rows, height), (columns, width))
@@ -116,6 +112,6 @@ def best_classes(cosines: Tensor, owner: np.ndarray, size: tuple[int, int]) -> n
 def segment(
     models: Sequence[DualEncoder], image: Image.Image, weights: Sequence[Tensor], owner: np.ndarray, windows: Windows
 ) -> list[np.ndarray]:
-    """Return each model's class (H, W) of each pixel of an RGB image; `owner` (S,) are the names' classes, the rest as `patch_cosines`."""
+    """Return each model's class (H, W) of every pixel of an RGB image. `owner` (S,) holds the class of each name. See `patch_cosines`."""
     found = patch_cosines(models, image, weights, windows)
     return [best_classes(cosines, owner, (image.height, image.width)) for cosines in found]

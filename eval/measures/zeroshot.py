@@ -1,4 +1,4 @@
-"""Zero-shot classification: class weights from sentences, scores, and the answer to every image.
+"""Zero-shot classification: class weights from sentences, scores, and the answer for every image.
 
 Shapes: `N` images, `C` classes, `S` sentences, `E` aligned width. Embeddings are L2-normalized float32.
 """
@@ -23,22 +23,16 @@ TOP = 5  # classes kept for each image
 
 @dataclass(frozen=True)
 class ClassificationAnswers:
-    """What a model said: `ranks` (N,) of the right class, `top` (N, min(5, C)) class numbers and their cosines, best first.
+    """A model's answers for N images. Ranks count from 1."""
 
-    `confidence` (N,) float32 is the probability of the first class, NaN where no scale was given.
-    """
-
-    ranks: np.ndarray
-    top: np.ndarray
-    top_scores: np.ndarray
-    confidence: np.ndarray
+    ranks: np.ndarray  # (N,) of the right class
+    top: np.ndarray  # (N, min(5, C)) class numbers, best first
+    top_scores: np.ndarray  # their cosines
+    confidence: np.ndarray  # (N,) float32 probability of the best class; NaN without a scale
 
 
 def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int]) -> Tensor:
-    """Return (C, E) L2-normalized class weights: the mean of each class's embeddings, normalized again.
-
-    `sentence_embeddings` (S, E) are L2-normalized and ordered class by class; `sentences_per_class` (C,) adds up to S.
-    """
+    """Return (C, E) class weights: the L2-normalized mean of each class's sentences (S, E). `sentences_per_class` (C,) adds up to S."""
     counts = torch.as_tensor(sentences_per_class)
     if len(sentence_embeddings) != int(counts.sum()) or bool((counts < 1).any()):
         raise UsageError(f"{len(sentence_embeddings)} sentences for classes of {counts.tolist()}; every class needs at least one")
@@ -51,10 +45,9 @@ def class_weights(sentence_embeddings: Tensor, sentences_per_class: Sequence[int
 def zero_shot_classification(
     images: Tensor, weights: Tensor, labels: Tensor, chunk: int = 4096, scale: float = float("nan")
 ) -> ClassificationAnswers:
-    """Return the answers for `images` (N, E) given class `weights` (C, E), both L2-normalized, and `labels` (N,) int64.
+    """Return the answers for `images` (N, E), class `weights` (C, E), both L2-normalized, and `labels` (N,) int64.
 
-    Ties count against the model: a class that scores as high as the right one is ranked before it. Probabilities are the softmax
-    over the classes of the cosines times `scale`, the model's own t; a bias would cancel.
+    Ties count against the model. Confidence is the softmax over classes of `scale` (the model's t) times the cosine. A bias would cancel.
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weights):
         raise UsageError(f"labels run from {int(labels.min())} to {int(labels.max())}, but classes from 0 to {len(weights) - 1}")
@@ -78,7 +71,7 @@ def classification_entries(
     generator: np.random.Generator,
     confidence: float,
 ) -> list[Entry]:
-    """Return acc@1, acc@5 (left out with fewer than 5 classes) and mean_per_class, with Wilson and bootstrap intervals."""
+    """Return acc@1, acc@5 (with at least 5 classes) and mean_per_class, with Wilson and bootstrap intervals."""
     n = len(labels)
     rates = {k: accuracy_at(answers.ranks, k, classes) for k in _ks(classes)}
     entries = [Entry(task, f"acc@{k}", rate, *wilson_interval(round(rate * n), n, confidence), n, model) for k, rate in rates.items()]
@@ -92,25 +85,22 @@ def _ks(classes: int) -> tuple[int, ...]:
 
 
 def majority_entries(labels: np.ndarray, classes: int, task: str, model: str, confidence: float) -> list[Entry]:
-    """Return the scores of always naming the most frequent classes of these very labels: what counting alone can reach."""
+    """Return the scores of always naming the most frequent classes of these labels: what counting alone can reach."""
     n = len(labels)
     rates = majority_rates(labels, classes, _ks(classes))
     entries = [Entry(task, f"acc@{k}", rate, *wilson_interval(round(rate * n), n, confidence), n, model) for k, rate in rates.items()]
-    share = 1 / len(np.unique(labels))  # right on one of the classes that occur, wrong on the others
+    share = 1 / len(np.unique(labels))  # right on one of the classes that occur, wrong on all others
     return [*entries, Entry(task, "mean_per_class", share, share, share, n, model)]
 
 
 def classification_chance(n: int, classes: int, task: str, model: str) -> list[Entry]:
-    """Return what a random order of the classes scores on average; it is exact, so its interval is a point."""
+    """Return the expected scores of a random order of classes. They are exact, so each interval is a point."""
     values = {f"acc@{k}": k / classes for k in _ks(classes)} | {"mean_per_class": 1 / classes}
     return [Entry(task, metric, value, value, value, n, model) for metric, value in values.items()]
 
 
 def classification_table(answers: ClassificationAnswers, keys: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> pa.Table:
-    """Return one row an image: key, label and predicted class (number and name), rank of the label, score of the prediction.
-
-    `top` and `top_scores` hold the best classes and their cosines, `confidence` the prediction's probability (NaN if not known).
-    """
+    """Return one row per image: key, label, prediction, rank of the label, cosine, confidence (NaN if unknown), best classes."""
     names = pa.array(class_names, pa.string())
 
     def named(numbers: np.ndarray) -> pa.DictionaryArray:
@@ -136,7 +126,7 @@ def classification_table(answers: ClassificationAnswers, keys: Sequence[str], la
 def classification_examples(
     answers: Mapping[str, ClassificationAnswers], labels: np.ndarray, class_names: Sequence[str], count: int, generator: np.random.Generator
 ) -> dict[str, Any]:
-    """Return `count` random images with the classes each model named first; `answers` maps model names to answers."""
+    """Return `count` random images with every model's best classes. `answers` maps model names to answers."""
     items = []
     for image in drawn_numbers(len(labels), count, generator):
         label, said = int(labels[image]), {}
