@@ -1,4 +1,4 @@
-"""lmms-eval only: the adapter, its tasks, what they call, and lmms-eval's output as results.
+"""All that needs lmms-eval: the adapter, the YAML tasks and their functions, and lmms-eval's output as results.
 
-Nothing else may import it.
+No other library folder may import it.
 """

@@ -2,7 +2,7 @@
 
     lmms-eval --model sail_llava --model_args pretrained=runs/mine/mllm --tasks gqa,pope --batch_size 16 --output_path out --log_samples
 
-An error ends the run: no answer is ever left empty because something failed. Every process of a launcher answers its share.
+An error ends the run, so a failure never leaves an empty answer. With a launcher, each process answers its share.
 """
 
 import json
@@ -25,24 +25,24 @@ from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.saving import load_mllm
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Settings of other models and of lmms-eval itself.
+# settings of other models and of lmms-eval itself, which are ignored
 NOT_OURS = ("image_aspect_ratio", "visual_cot", "max_agentic_steps", "skip_special_tokens", "seed")
 PLACEHOLDER = "<image>"
 MOST_ROUNDS = 64
 
 
 class LogLikelihood(tuple, GenerationResult):
-    """(log-probability, is_greedy) that reaches a task as numbers, and with the sign the task expects.
+    """(log-probability, is_greedy) that reaches a task as numbers, with the sign that the task expects.
 
-    lmms-eval 0.7.3 turns a plain tuple into text before a task sees it; only a GenerationResult's `text` passes. Its
-    multiple_choice tasks then take the smallest number for the best choice, so what they get is the negative log-probability.
+    lmms-eval 0.7.3 turns a plain tuple into text; only the `text` of a GenerationResult passes unchanged. Its multiple_choice tasks take
+    the smallest number as the best choice, so they get the negative log-probability.
     """
 
     text: Any
     token_counts = None
 
     def __new__(cls, log_prob: float, greedy: bool, negated: bool) -> "LogLikelihood":
-        """Return the pair; `negated` is what the task is told to turn around."""
+        """Return the pair. `negated` flips the sign that the task sees."""
         self = super().__new__(cls, (log_prob, greedy))
         self.text = (-log_prob if negated else log_prob, greedy)
         return self
@@ -52,11 +52,10 @@ class LogLikelihood(tuple, GenerationResult):
 
 
 class SailLlava(lmms):
-    """A folder written by mllm/upgrade.py or mllm/finetune.py as an lmms-eval model.
+    """A model folder of mllm/upgrade.py or mllm/finetune.py as an lmms-eval model; UsageError for unknown model_args.
 
-    model_args: `pretrained` (the folder), `dtype` (auto, fp32, bf16, float16), `batch_size`, `device` (auto, cpu, cuda, ...),
-    `max_new_tokens` (of tasks that set none), `template` (another chat template), `attn_implementation`; `thumbnails` (a folder that
-    gets a small picture of each task's drawn `examples`, chosen by `seed`). UsageError for others.
+    `dtype`: auto, fp32, bf16 or float16. `device`: auto, cpu, cuda, ... `max_new_tokens`: for tasks that set none. `template`: another
+    chat template. `thumbnails`: a folder for small pictures of each task's `examples`, which `seed` draws.
     """
 
     is_simple = True
@@ -98,12 +97,12 @@ class SailLlava(lmms):
         self.drawn: set[tuple[str, int]] = set()
 
     def clean(self) -> None:
-        """Let go of the model once all answers are there; lmms-eval calls this before it scores."""
+        """Free the model once all answers exist. lmms-eval calls this before it scores."""
         del self.answerer
         super().clean()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the answer to each request, in order. Requests share a batch only if all their generation settings are equal."""
+        """Return the answer to each request, in order. Requests share a batch only if their generation settings are equal."""
         self._draw(requests)
         answers: list[str] = [""] * len(requests)
         decodings = [decoding(request.args[1], self.max_new_tokens) for request in requests]
@@ -127,7 +126,7 @@ class SailLlava(lmms):
         return scores
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Return the answers of all rounds for each request; what a round asks, and with which images, the task says."""
+        """Return each request's answers of all rounds. The task decides what a round asks and with which images."""
         self._draw(requests)
         conversations = [_Rounds(request, self._visuals(request), self._doc(request)) for request in requests]
         decodings = [decoding(request.args[1], self.max_new_tokens) for request in requests]
@@ -144,7 +143,7 @@ class SailLlava(lmms):
         raise UsageError(f"a task asked for more than {MOST_ROUNDS} rounds; it never says that it is done")
 
     def _batches(self, texts: Sequence[str], settings: Sequence[Any]) -> Any:
-        """Yield lists of request numbers: equal settings, similar lengths, the longest first so that memory runs out at once or never."""
+        """Yield lists of request numbers with equal settings, the longest first, so that memory runs out at once or never."""
         groups: dict[Any, list[int]] = {}
         for number, setting in enumerate(settings):
             groups.setdefault(setting, []).append(number)
@@ -160,7 +159,7 @@ class SailLlava(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _visuals(self, request: Instance) -> list[Any]:
-        """Return the images of a request; text-only tasks and requests have none."""
+        """Return a request's images; text-only requests have none."""
         if len(request.args) < 3 or request.args[2] is None:
             return []
         visuals = request.args[2](self._doc(request)) or []
@@ -171,7 +170,7 @@ class SailLlava(lmms):
         return visuals
 
     def _draw(self, requests: Sequence[Instance]) -> None:
-        """Choose the questions whose pictures are kept for the report."""
+        """Choose the questions whose pictures the report shows."""
         if self.thumbnails is None:
             return
         numbers: dict[str, set[int]] = {}
@@ -187,7 +186,7 @@ class SailLlava(lmms):
 
 
 class _Rounds:
-    """A conversation of several rounds that a request asks for: the next question, and the answers so far."""
+    """A request of several rounds: the next question, and the answers so far."""
 
     def __init__(self, request: Instance, visuals: list[Any], doc: Any) -> None:
         self.text: str = request.args[0]
@@ -198,7 +197,7 @@ class _Rounds:
         self.round, self.ended = 0, False
 
     def go_on(self, answer: str) -> None:
-        """Take the answer to the current round and let the task say what comes next."""
+        """Record the answer to this round and ask the task for the next question."""
         self.round += 1
         given = [*self.answers, answer]
         visuals, text, self.ended, answers, self.info = self.ask(
@@ -209,7 +208,7 @@ class _Rounds:
 
 
 def conversation(text: str, visuals: Sequence[Any]) -> Conversation:
-    """Return one question about images. They come first, unless `text` has exactly one `<image>` for each: then they go there."""
+    """Return one question about images. Images come first, unless `text` has exactly one `<image>` placeholder for each."""
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             raise UsageError(f"the task gives a {type(visual).__name__} to look at; sail_llava reads images only, no video and no audio")
@@ -225,7 +224,7 @@ def conversation(text: str, visuals: Sequence[Any]) -> Conversation:
 
 
 def decoding(settings: dict[str, Any], max_new_tokens: int) -> Decoding:
-    """Return what a task's generation_kwargs ask for; UsageError for a setting that is unknown, as ignoring it would change results."""
+    """Return a task's generation_kwargs as a Decoding; UsageError for an unknown setting, because ignoring it would change results."""
     rest = {name: value for name, value in settings.items() if name not in NOT_OURS}
     until = rest.pop("until", None) or []
     also = rest.pop("stop_sequences", None) or []
@@ -239,7 +238,7 @@ def decoding(settings: dict[str, Any], max_new_tokens: int) -> Decoding:
     if rest:
         known = "max_new_tokens, until, do_sample, temperature, top_p, top_k, num_beams, repetition_penalty"
         raise UsageError(f"generation_kwargs {json.dumps(rest, default=str)} are unknown to sail_llava; known: {known}")
-    if temperature == 0:  # then these have no effect, and must not keep requests apart
+    if temperature == 0:  # then these have no effect and must not split batches
         numbers |= {"top_p": None, "top_k": None}
     given = {name: value for name, value in numbers.items() if value is not None}
     return Decoding(limit, temperature, until=tuple(ends), **given)

@@ -1,4 +1,4 @@
-"""What eval/lmms.py can be told. Every field is a flag; checked when it is made."""
+"""Flags of eval/lmms.py. Each field is a flag. Values are checked when the config is created."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,28 +9,28 @@ from eval.measures.config import MeasuringFlags
 
 @dataclass(frozen=True, kw_only=True)
 class LmmsConfig(MeasuringFlags):
-    """Ask MLLMs questions through lmms-eval and put the scores beside those of eval/run.py in one results.json and report."""
+    """Ask MLLMs questions through lmms-eval; the scores join those of eval/run.py in one results.json and report."""
 
     mllm: tuple[str, ...] = ()
-    """Model folders (mllm/finetune.py's or mllm/upgrade.py's output), each as PATH or NAME=PATH."""
+    """Model folders (output of mllm/finetune.py or mllm/upgrade.py), each PATH or NAME=PATH."""
     tasks: tuple[str, ...] = ()
-    """Tasks: those of --list-tasks, of --include, or any that lmms-eval has."""
+    """Tasks of --list-tasks, of --include, or of lmms-eval itself."""
     data: str | None = None
-    """Folder with the data files of the tasks of --list-tasks. None: where each task's YAML says."""
+    """Folder with the data files of the --list-tasks tasks. None: the path in each task's YAML."""
     include: str | None = None
-    """Folder with YAML tasks of your own."""
+    """Folder with your own YAML tasks."""
     batch_size: int = 16
-    """Questions a forward pass."""
+    """Questions per forward pass."""
     max_new_tokens: int = 1024
-    """Longest answer, in tokens, of tasks that set no limit of their own."""
+    """Longest answer in tokens, for tasks that set no limit."""
     template: str | None = None
     """Chat template instead of the model's own: plain, vicuna_v1, chatml, brief or own."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic; auto asks the hardware."""
+    """Arithmetic; auto chooses by hardware."""
     processes: int = 1
     """Processes (GPUs) that share the questions."""
     limit: int | None = None
-    """Ask only the first so many questions of each task: for trying things out."""
+    """Ask only the first N questions of each task, for quick trials."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
-"""What the YAML tasks in `tasks/` call: rows in, images, questions and scores out.
+"""Functions that the YAML tasks in `tasks/` call: rows in; images, questions and scores out.
 
-A row ("doc") is a dict. What `score_*` returns is logged by lmms-eval for each answer, and read again by `eval.harness.output`.
+A row ("doc") is a dict. lmms-eval logs what `score_*` returns for each answer, and `eval.harness.output` reads it again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ Doc = Mapping[str, Any]
 
 
 def encoded_images(rows: Dataset) -> Dataset:
-    """Return rows whose column `image` stays encoded (bytes or path), so that the gate decodes it and lmms-eval does not log it."""
+    """Return the rows with the column `image` left encoded (bytes or path): the gate decodes it, and lmms-eval does not log it."""
     if "image" not in rows.column_names:
         raise DataError(f"the rows have no column 'image', only {', '.join(rows.column_names)}")
     return rows.cast_column("image", ImageFeature(decode=False))
@@ -41,11 +41,7 @@ only_what, only_where, only_count = (_only(kind) for kind in ("what", "where", "
 
 
 def images(doc: Doc, settings: Mapping[str, Any] | None = None) -> list[Image.Image]:
-    """Return the images of a row as RGB: the column `image` or `images`, each a picture, encoded bytes or a path.
-
-    Paths start at `image_root` of the task's `lmms_eval_specific_kwargs` and may not leave it. DataError for an image that the
-    gate rejects.
-    """
+    """Return a row's images as RGB: pictures, bytes, or paths below the task's `image_root`. DataError if the gate rejects one."""
     found = doc["images"] if "images" in doc else doc.get("image")
     listed = found if isinstance(found, Sequence) and not isinstance(found, str | bytes) else [found]
     root = Path(str((settings or {}).get("image_root", ".")))
@@ -78,13 +74,13 @@ def question(doc: Doc, settings: Mapping[str, Any] | None = None) -> str:
 
 
 def question_with_ocr(doc: Doc, settings: Mapping[str, Any] | None = None) -> str:
-    """Return TextVQA's question as LLaVA-1.5 asked it: with the reference OCR tokens below it."""
+    """Return TextVQA's question as LLaVA-1.5 asked it: followed by the reference OCR tokens."""
     settings = settings or {}
     return f"{doc['question'].strip()}\nReference OCR token: {', '.join(doc['ocr_tokens'])}{settings.get('post_prompt', '')}"
 
 
 def options(doc: Doc, settings: Mapping[str, Any] | None = None) -> str:
-    """Return a multiple-choice question as LLaVA-1.5 asked it: hint, question and lettered options, one a line (MMBench, SEED)."""
+    """Return a multiple-choice question (MMBench, SEED) as LLaVA-1.5 asked it: hint, question and lettered options, one per line."""
     hint = doc.get("hint")
     lines = [hint] if isinstance(hint, str) and hint not in ("", "nan") else []
     lines.append(doc["question"].strip())
@@ -96,12 +92,12 @@ def options(doc: Doc, settings: Mapping[str, Any] | None = None) -> str:
 
 
 def score_yes_no(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
-    """Return accuracy, also of the row's kind, and [said, true] for precision, recall, f1 and yes_ratio; true is yes or no."""
+    """Return accuracy (also for the row's kind), and [said, true] for precision, recall, f1 and yes_ratio."""
     return _yes_no(yes_or_no(results[0]), doc, [], f"accuracy_{doc['kind']}")
 
 
 def score_pope(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
-    """Return POPE's metrics by its own reading of answers; f1 and the others are means over its three categories."""
+    """Return POPE's metrics with POPE's own reading of answers. All but accuracy are means over its three categories."""
     return _yes_no(pope_yes_or_no(results[0]), doc, [doc["category"]], None)
 
 
@@ -112,7 +108,7 @@ def _yes_no(said: str, doc: Doc, group: list[str], also: str | None) -> dict[str
 
 
 def score_exact(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
-    """Return exact_match with the row's `answer` (one or a list) after normalization; places are compared as places."""
+    """Return exact_match with the row's `answer` (one or a list) after normalization. Places are compared as places."""
     return {"exact_match": float(matches(results[0], doc["answer"], str(doc.get("kind", ""))))}
 
 
@@ -149,14 +145,14 @@ def seed_images(rows: Dataset) -> Dataset:
 
 
 def mmbench_accuracy(values: Sequence[Any], args: Any = None) -> float:
-    """Return MMBench's accuracy as a fraction, by lmms-eval's offline judge: all circular variants of a question must be right."""
+    """Return MMBench's accuracy as a fraction, from lmms-eval's offline judge: all circular variants of a question must be right."""
     from lmms_eval.tasks.mmbench.en_utils import mmbench_aggregate_dev_results_static
 
     return float(mmbench_aggregate_dev_results_static(values, args)) / 100
 
 
 def mmbench_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
-    """Return the answer with all that MMBench's judge wants to know about its question."""
+    """Return the answer with the data that MMBench's judge needs about its question."""
     from lmms_eval.tasks.mmbench.en_utils import mmbench_process_results
 
     return {"accuracy": mmbench_process_results(doc, results)["gpt_eval_score"]}

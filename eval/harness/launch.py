@@ -1,4 +1,4 @@
-"""lmms-eval as a child process: its jobs file, its console output as a log, and what each model was measured at."""
+"""lmms-eval as a child process: its jobs file, its log, and what each model scored."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from eval.harness.local import LocalTask
 from eval.harness.output import TaskRun, model_record, read_run
 from eval.results.records import RESULTS, ModelRecord, file_name, load_results
 
-NAME = "MLLM"  # before the name of every column, so that both halves may have a model called trained
+NAME = "MLLM"  # prefix of column names, because eval/run.py may also have a model called trained
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class AskedModel:
     folder: Path
 
     def place(self, output: Path) -> Path:
-        """Return where lmms-eval's files of this model lie below a results folder."""
+        """Return the folder for lmms-eval's files of this model, below a results folder."""
         return output / "lmms" / file_name(self.record.name)
 
 
 def asked_models(given: Sequence[str]) -> list[AskedModel]:
-    """Return the models of `--mllm`; UsageError for a folder that is none and for names that are not different."""
+    """Return the models of `--mllm`; UsageError for a folder without a model and for equal names."""
     pairs = [one.rpartition("=")[::2] for one in given]
     names = [name or ("trained" if len(pairs) == 1 else path) for name, path in pairs]
     if len({file_name(name) for name in names}) < len(names):
@@ -53,7 +53,7 @@ def asked_models(given: Sequence[str]) -> list[AskedModel]:
 
 
 def check_ready(config: LmmsConfig, known: dict[str, LocalTask]) -> None:
-    """Raise before any model is loaded: lmms-eval missing, data missing, results that cannot be extended."""
+    """Raise before any model is loaded: lmms-eval or data is missing, or existing results cannot be extended."""
     if not any(point.name == "sail_llava" for point in entry_points(group="lmms_eval.models")):
         raise UsageError("lmms-eval does not know sail_llava; install this project again: pip install -e '.[mllm,lmms]'")
     for task in config.tasks:
@@ -71,10 +71,7 @@ def check_ready(config: LmmsConfig, known: dict[str, LocalTask]) -> None:
 def ask(
     config: LmmsConfig, models: Sequence[AskedModel], tasks: Path, console: Console
 ) -> tuple[list[tuple[ModelRecord, list[TaskRun]]], list[str]]:
-    """Run lmms-eval on all models, in one process, and return what it measured and, a sentence each, which models are incomplete.
-
-    `tasks` is the folder of local YAML tasks. lmms-eval goes on with the next model if one fails, so what is complete can be kept.
-    """
+    """Run lmms-eval on all models; return what it measured, and a sentence for each incomplete model. `tasks`: folder of YAML tasks."""
     output = Path(config.output)
     jobs_file, log = output / "lmms" / "jobs.yaml", output / "lmms" / "log.txt"
     jobs = [_job(config, model, tasks) for model in models]
@@ -95,7 +92,7 @@ def ask(
 
 
 def _job(config: LmmsConfig, model: AskedModel, tasks: Path) -> dict[str, Any]:
-    """Return what lmms-eval is told of one model, whose folder of results is emptied."""
+    """Return lmms-eval's job for one model, and empty that model's results folder."""
     place = model.place(Path(config.output))
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -125,7 +122,7 @@ def _job(config: LmmsConfig, model: AskedModel, tasks: Path) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str], log: Path, console: Console) -> int:
-    """Run a command, write what it says to `log`, show the newest progress line, and return its exit code."""
+    """Run a command, write its output to `log`, show the newest progress line, and return its exit code."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"

@@ -1,4 +1,4 @@
-"""The YAML tasks that lie here and not in lmms-eval: the kit's own in `tasks/`, and a folder of the user's."""
+"""Local YAML tasks: the kit's own in `tasks/`, and those in a user's folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent / "tasks"
 
 
 class _TaskLoader(yaml.SafeLoader):
-    """Reads a task without importing what its !function tags name."""
+    """Reads a task without importing the functions that its !function tags name."""
 
 
 _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
@@ -22,12 +22,12 @@ _TaskLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task by its name, the YAML that describes it, and the local data files it reads, by split (none: it is downloaded)."""
+    """A local task: its name, its YAML, and its local data files by split (none if lmms-eval downloads the data)."""
 
     name: str
     path: Path
     splits: tuple[tuple[str, Path], ...]
-    moved: bool  # whether `splits` are elsewhere than the YAML says
+    moved: bool  # `splits` differ from the paths in the YAML
 
     @property
     def data(self) -> tuple[Path, ...]:
@@ -36,10 +36,7 @@ class LocalTask:
 
 
 def local_tasks(include: str | None = None, data: str | None = None) -> dict[str, LocalTask]:
-    """Return the kit's tasks and those of the folder `include` by name; with `data`, the kit's read their files from that folder.
-
-    UsageError for a folder that is none, a YAML that does not read, or two tasks of one name.
-    """
+    """Return the local tasks by name; `data`: folder of the kit's data files. UsageError for no folder, bad YAML or equal names."""
     found: dict[str, LocalTask] = {}
     for folder in [FOLDER, *([Path(include).resolve()] if include else [])]:
         if not folder.is_dir():
@@ -60,7 +57,7 @@ def local_tasks(include: str | None = None, data: str | None = None) -> dict[str
 
 
 def write_wrappers(folder: Path, tasks: Sequence[LocalTask]) -> Path:
-    """Write one small YAML a task that includes its own, with absolute data files, and return the folder (for --include_path)."""
+    """Write one small YAML per task that includes the original with absolute data files; return the folder (for --include_path)."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder)
@@ -82,7 +79,7 @@ def _read(path: Path) -> Any:
 
 
 def data_files(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (split, file) of the local data files that a task's config names, as it names them."""
+    """Return (split, file) of the local data files in a task's config, as written there."""
     given = (content.get("dataset_kwargs") or {}).get("data_files") or {}
     if isinstance(given, str | list):
         given = {str(content.get("test_split") or "train"): given}

@@ -1,6 +1,6 @@
-"""What lmms-eval left in its output folder, checked and turned into rows of results.json, answers and examples.
+"""lmms-eval's output folder, checked and turned into rows of results.json, answers and examples.
 
-lmms-eval ends with exit code 0 whatever happens, so a run counts only if every task has a number and an answer to every question.
+lmms-eval always exits with code 0, so a run counts only if every task has a number and an answer to every question.
 """
 
 import json
@@ -28,32 +28,28 @@ from eval.results.examples import drawn_questions, generation_examples, save_exa
 from eval.results.records import Entry, ModelRecord, Results, TaskRecord, file_name, load_answers, save_answers
 
 KINDS = {"trained": "mllm", "random": "mllm_random", "none": "mllm_none"}  # sail_head -> kind of the column
-POINTS = " (points)"  # ends the name of a metric that is no fraction
-OURS = (*YES_NO, "cider")  # metrics that are computed again from the answers, and must come out the same
+POINTS = " (points)"  # suffix of metrics that are not fractions
+OURS = (*YES_NO, "cider")  # recomputed from the answers; must equal lmms-eval's numbers
 
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task of one run: lmms-eval's config of it, its numbers by (metric, filter), and for each filter the logged answers."""
+    """One task of one run: lmms-eval's config, its numbers by (metric, filter), and the logged answers of each filter."""
 
     task: str
     config: dict[str, Any]
     numbers: dict[tuple[str, str], float]
     samples: dict[str, list[dict[str, Any]]]
-    questions: int  # that the task has; more than were asked if there was a limit
+    questions: int  # in the whole task; a limit asks fewer
 
     @property
     def answered(self) -> list[dict[str, Any]]:
-        """The logged answers, one a question."""
+        """The logged answers, one per question."""
         return next(iter(self.samples.values()))
 
 
 def read_run(folder: Path, tasks: Sequence[str], limit: int | None = None) -> list[TaskRun]:
-    """Return what lmms-eval measured in `folder`, one TaskRun a task (of a group: its tasks).
-
-    DataError unless there is exactly one results file, with every one of `tasks` in it, a number for each, and the answers to all
-    questions (the first `limit`) in the samples.
-    """
+    """Return one TaskRun per task in `folder`, groups expanded; DataError unless all `tasks` have numbers and all (`limit`) answers."""
     found = sorted(folder.rglob("*_results.json"))
     if len(found) != 1:
         raise DataError(f"{len(found)} results files of lmms-eval in {folder}, expected 1: the evaluation did not finish")
@@ -91,9 +87,9 @@ def _task_run(content: dict[str, Any], path: Path, task: str, questions: int, li
 
 
 def run_entries(run: TaskRun, model: str, generator: np.random.Generator, confidence: float) -> list[Entry]:
-    """Return the entries of a task. Rates have Wilson intervals, means bootstrap ones, and what lmms-eval alone computes has none.
+    """Return a task's entries: Wilson intervals for rates, bootstrap for means, none for metrics that only lmms-eval computes.
 
-    DataError if a metric of the kit comes out otherwise than lmms-eval says: the logged answers are not those that were scored.
+    DataError if the kit's value of a metric differs from lmms-eval's: the logged answers are then not those that were scored.
     """
     entries = []
     for (metric, chosen), value in run.numbers.items():
@@ -111,7 +107,7 @@ def run_entries(run: TaskRun, model: str, generator: np.random.Generator, confid
 
 
 def majority_entry(run: TaskRun, confidence: float) -> list[Entry]:
-    """Return what always giving the task's most frequent right answer would score, if answers are simply right or wrong."""
+    """Return the score of always giving the most frequent right answer, or [] if answers are not simply right or wrong."""
     for metric in ("accuracy", "exact_match"):
         scores = [row.get(metric) for row in run.answered]
         targets = [str(row["target"]) for row in run.answered]
@@ -122,7 +118,7 @@ def majority_entry(run: TaskRun, confidence: float) -> list[Entry]:
 
 
 def task_record(run: TaskRun) -> TaskRecord:
-    """Return what results say about a task; its digest covers questions, right answers and local data files."""
+    """Return a task's record. Its digest covers questions, right answers and local data files."""
     asked = [[row["doc_id"], row.get("input"), row["target"]] for row in sorted(run.answered, key=lambda row: row["doc_id"])]
     files = [hash_file(Path(path)) for _, path in data_files(run.config) if Path(path).is_file()]
     digest = hash_bytes(json.dumps([asked, files]).encode())[:16]
@@ -136,7 +132,7 @@ def task_record(run: TaskRun) -> TaskRecord:
 
 
 def answers_table(run: TaskRun) -> pa.Table:
-    """Return one row a question, in order: key (its number), question, expected and given answer, score (null if it has none)."""
+    """Return one row per question, in order: key (its number), question, expected and given answer, score (null if it has none)."""
     before, after = _prompts(run.config)
     main = next((metric for metric, _ in run.numbers if all(_is_number(row.get(metric)) for row in run.answered)), None)
     rows = sorted(run.answered, key=lambda row: row["doc_id"])
@@ -152,7 +148,7 @@ def answers_table(run: TaskRun) -> pa.Table:
 
 
 def model_record(name: str, folder: Path) -> ModelRecord:
-    """Return what results say about an MLLM folder: what it is made of, and the hash of its weights."""
+    """Return the record of an MLLM folder: its parts and the hash of its weights; DataError if the folder is incomplete."""
     config = read_json(folder / "config.json")
     head, kind = str(config.get("sail_head", "none")), str(config.get("sail_head_kind", ""))
     vision, text = (config.get(f"{part}_config") or {} for part in ("vision", "text"))
@@ -177,10 +173,7 @@ def collect(
     confidence: float,
     baseline: bool,
 ) -> Results:
-    """Return what was measured by `command` in `seconds` as results and write the answers of all models to `output`.
-
-    `baseline` adds the majority rates.
-    """
+    """Return what `command` measured as results, and write all answers to `output`. `baseline` adds the majority rates."""
     entries: list[Entry] = []
     for record, runs in answered:
         for run in runs:
@@ -205,7 +198,7 @@ def collect(
 
 
 def write_examples(output: Path, results: Results, measured: Results, count: int, seed: int) -> None:
-    """Write `count` examples of each task just measured, with the answers of every model of `results` that was asked."""
+    """Write `count` examples of each task just measured, with the answers of every model in `results`."""
     for task in measured.tasks:
         asked = {entry.model for entry in results.entries if entry.task == task.id} - {"majority"}
         tables = {model.name: load_answers(output, task.id, model.name) for model in results.models if model.name in asked}
@@ -217,7 +210,7 @@ def write_examples(output: Path, results: Results, measured: Results, count: int
 
 
 def _prompts(config: dict[str, Any]) -> tuple[str, str]:
-    """Return what the task puts before and after every question."""
+    """Return the texts before and after every question of a task."""
     settings = config.get("lmms_eval_specific_kwargs") or {}
     chosen = settings.get("sail_llava") or settings.get("default") or {}
     return str(chosen.get("pre_prompt", "")), str(chosen.get("post_prompt", ""))

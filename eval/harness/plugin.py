@@ -1,6 +1,6 @@
-"""What lmms-eval finds through the entry point `lmms_eval.models`: the name `sail_llava` and where its class lives.
+"""The entry point `lmms_eval.models`: the name `sail_llava` and the path of its class.
 
-Nothing else may be imported here: lmms-eval swallows an error of this module and then says that the model does not exist.
+Import nothing else here: lmms-eval swallows errors of this module and then reports that the model does not exist.
 """
 
 from lmms_eval.models.registry_v2 import ModelManifest

@@ -1,4 +1,4 @@
-"""What a model must be to be measured, and SailModel seen so: two frozen encoders and what maps their features into one space.
+"""The interface of a measured model, and SailModel behind it: two frozen encoders and projections into one space.
 
 Shapes: `B` images, `P` patches, `F` image feature width, `D` text feature width, `E` aligned width.
 """
@@ -17,12 +17,9 @@ from align.model.token_heads import TextWithHead, VisionWithHead
 
 
 class DualEncoder(Protocol):
-    """Two frozen encoders and what maps their features into one space. Features are cached; projecting them is cheap.
+    """Two frozen encoders and the projections of their features into one space. Embeddings (..., E) are L2-normalized float32.
 
-    The encoders are asked for only when features are not cached yet. Embeddings (..., E) are L2-normalized float32.
-
-    `vision_encoder` is what `align.features.extract.Extraction` takes: pixels (B, 3, H, W) of its `transform` give features (B, F)
-    float32, not normalized. `text_encoder.encode(texts, batch_size)` gives features (T, D) float32, not normalized, in their order.
+    The encoders are requested only if features are not cached.
     """
 
     @property
@@ -30,17 +27,17 @@ class DualEncoder(Protocol):
     @property
     def text_fingerprint(self) -> dict[str, Any]: ...  # what decides a text feature
     @property
-    def patch_fingerprint(self) -> dict[str, Any]: ...  # what decides `encode_patches`: models that agree in it share one forward pass
+    def patch_fingerprint(self) -> dict[str, Any]: ...  # what decides `encode_patches`; equal ones share a forward pass
     @property
-    def vision_encoder(self) -> Any: ...  # on `device`, as `text_encoder`
+    def vision_encoder(self) -> Any: ...  # for `Extraction`, on `device`: pixels of its `transform` -> (B, F) float32, not normalized
     @property
-    def text_encoder(self) -> Any: ...
+    def text_encoder(self) -> Any: ...  # on `device`; `encode(texts, batch_size)` -> (T, D) float32, not normalized, in order
     @property
     def device(self) -> torch.device: ...  # where features are projected
     @property
     def scale(self) -> float: ...  # t of the model's logits t <x, y>
     @property
-    def patch_size(self) -> int: ...  # pixels a side of a patch of `encode_patches`
+    def patch_size(self) -> int: ...  # side of a patch of `encode_patches`, in pixels
 
     def project_image(self, features: Tensor) -> Tensor: ...  # (..., F) -> (..., E)
     def project_text(self, features: Tensor) -> Tensor: ...  # (..., D) -> (..., E)
@@ -50,10 +47,7 @@ class DualEncoder(Protocol):
 
 @dataclass(frozen=True)
 class SailDualEncoder(DualEncoder):
-    """A SailModel as a DualEncoder. Its encoders are loaded when first asked for: FingerprintError if they are not those of training.
-
-    A token head belongs to the encoder: its output is the feature, and its weights are part of the fingerprint.
-    """
+    """A SailModel as a DualEncoder. Token heads count as part of the encoder. FingerprintError if an encoder differs from training."""
 
     sail: SailModel
 
@@ -103,7 +97,7 @@ class SailDualEncoder(DualEncoder):
 
     @torch.no_grad()
     def encode_patches(self, pixels: Tensor) -> Tensor:
-        """Return each patch as [cls ; patch], or as the patch alone (of token heads: token rows), as the frozen encoder gives it."""
+        """Return the frozen encoder's patches: [cls ; patch], the patch alone, or (for token heads) token rows."""
         return self.sail.vision_encoder.dense(pixels)
 
     @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Frozen features of a task, computed once: images in a feature store by content and encoder, texts by content and encoder.
+"""Frozen features of a task, computed once for each content and encoder.
 
     <cache>/images/<images digest>/<encoder digest>/images/    a feature store
     <cache>/texts/<encoder digest>/<texts digest>-<hash>.safetensors  "features" (T, D) float16
 
-Models that share an encoder share its features: a trained and an untrained model cost one forward pass, and a second run costs
-none (it does not even load a SailModel's encoders; reference models are loaded, to hash their weights).
+Models that share an encoder share its features. A second run encodes nothing and does not load SailModel encoders. It does load
+reference models, to hash their weights.
 
 Shapes: `N` samples, `T` texts, `F` image feature width, `D` text feature width, `E` aligned width.
 """
@@ -34,7 +34,7 @@ from eval.tasks.data import TaskData
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Where features are kept and how they are computed if they are not there yet."""
+    """A cache of frozen features. Missing features are computed."""
 
     folder: Path
     batch_size: int = 64
@@ -43,9 +43,9 @@ class FeatureCache:
     max_reject_fraction: float = 0.05
 
     def images(self, data: TaskData, model: DualEncoder, progress: Progress | None = None) -> tuple[TaskData, np.ndarray]:
-        """Return the samples whose image could be encoded and their features (N, F) float16, in the same order."""
+        """Return the samples whose image could be encoded, and their features (N, F) float16 in the same order."""
         folder = self.folder / "images" / data.images_digest / fingerprint_digest(model.vision_fingerprint)
-        if not all((folder / "images" / name).exists() for name in ("store.json", "rejects.parquet")):  # not all committed
+        if not all((folder / "images" / name).exists() for name in ("store.json", "rejects.parquet")):  # missing or incomplete
             vision, stopping = model.vision_encoder, Stopping(self.max_reject_fraction)
             job = Extraction(
                 data.source, data.plan, folder, vision=vision, batch_size=self.batch_size, workers=self.workers, stopping=stopping
@@ -56,7 +56,7 @@ class FeatureCache:
         return self._with_feature(data, store)
 
     def _with_feature(self, data: TaskData, store: FeatureStore) -> tuple[TaskData, np.ndarray]:
-        """Return the samples that have a feature, and the features by key; DataError if too many are left out."""
+        """Return the samples that have a feature, and their features; DataError if too many samples are rejected."""
         keys = store.keys.to_pylist()
         row_of = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))  # a key's first row
         rows = np.array([row_of.get(key, -1) for key in data.keys], dtype=np.int64)
@@ -93,6 +93,6 @@ class FeatureCache:
 
 @torch.inference_mode()
 def projected(head: Callable[[Tensor], Tensor], features: np.ndarray | Tensor, device: torch.device, chunk: int = 8192) -> Tensor:
-    """Return (N, E) float32 embeddings on the CPU: `head` (a model's project_image or project_text) over rows of features."""
+    """Return (N, E) float32 embeddings on the CPU: `head` (project_image or project_text) of rows of features, in chunks."""
     rows = torch.as_tensor(features)
     return torch.cat([head(part.to(device).float()).cpu() for part in rows.split(chunk)])

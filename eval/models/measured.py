@@ -1,4 +1,4 @@
-"""The models of a measurement: those that were named, each SailModel's untrained twin, and what results say about them."""
+"""The models of a measurement: the named ones, each SailModel's untrained twin, and their records for results.json."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,17 +23,14 @@ REFERENCES: dict[str, Callable[[str], ReferenceModel]] = {"openclip": load_openc
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model to measure and what results say about it."""
+    """A model to measure and its record for results.json."""
 
     record: ModelRecord
     model: DualEncoder
 
 
 def split_name(given: str) -> tuple[str, str]:
-    """Return (name, model) of PATH, NAME=PATH, openclip:ARCH/TAG, hf:FOLDER or NAME= before one of these; no name is "".
-
-    What exists as a path is one, whatever `=` it holds, and a NAME has no `/` or `:`.
-    """
+    """Return (name, model) of MODEL or NAME=MODEL; no name is "". An existing path is never split. A NAME has no `/` or `:`."""
     name, equals, rest = given.partition("=")
     if not (name and equals and rest) or "/" in name or ":" in name or Path(given).exists():
         return "", given
@@ -43,10 +40,7 @@ def split_name(given: str) -> tuple[str, str]:
 def load_models(
     models: Sequence[str], device: str, *, untrained: bool = True, seed: int = 0, trust_remote_code: bool = False
 ) -> list[MeasuredModel]:
-    """Return the models in the order given, then, if `untrained` ones are wanted, each SailModel with heads initialized from `seed`.
-
-    All folders are checked before any model is loaded. `trust_remote_code` is of the SailModels' encoders.
-    """
+    """Return the models as given; if `untrained`, add each SailModel with fresh heads from `seed`. All folders are checked first."""
     pairs = [split_name(given) for given in models]
     reference = [model.startswith(tuple(f"{library}:" for library in REFERENCES)) for _, model in pairs]
     alone = reference.count(False) == 1
@@ -95,6 +89,6 @@ def _reference(name: str, model: str, device: str) -> MeasuredModel:
 
 
 def _both_sides(model: Any) -> dict[str, Any]:
-    """Return the fingerprints of both encoders as one."""
+    """Return both encoders' fingerprints as one dict."""
     sides = {"vision": model.vision_fingerprint, "text": model.text_fingerprint}
     return {f"{side} {name}": value for side, fingerprint in sides.items() for name, value in fingerprint.items()}

@@ -1,7 +1,7 @@
-"""Any CLIP of open_clip, to compare with.
+"""CLIP models of open_clip, to compare with.
 
-    openclip:ViT-L-14/openai                                 a pretrained tag of open_clip; fetched once, needs a network
-    openclip:ViT-B-32/models/open_clip_model.safetensors     a local file; an open_clip_config.json beside it is followed
+    openclip:ViT-L-14/openai                                 a pretrained tag of open_clip; downloaded once, needs a network
+    openclip:ViT-B-32/models/open_clip_model.safetensors     a local file, with the open_clip_config.json beside it, if any
 
 Legend: `B` images, `P` patches, `W` width of the tower, `T` texts, `E` embedding width.
 """
@@ -43,7 +43,7 @@ class OpenClip(ReferenceModel):
         return self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=False)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Return the projected patch tokens of open_clip's own ViT; UsageError for another tower."""
+        """Return the projected patch tokens of open_clip's own ViT; UsageError for other towers."""
         visual = self._vit()
         grid = tuple(side // self.patch_size for side in pixels.shape[2:])
         seen: list[Tensor] = []
@@ -71,7 +71,7 @@ class OpenClip(ReferenceModel):
 
 
 def _interpolated(position: Tensor, own: tuple[int, int], grid: tuple[int, ...]) -> Tensor:
-    """Return position embeddings (1 + h w, W) for another grid, bicubic as open_clip's loader does it; CLS keeps its own."""
+    """Return position embeddings (1 + h w, W) for another grid, bicubic as in open_clip's loader. CLS keeps its own."""
     if tuple(own) == grid:
         return position
     patches = position[1:].T.reshape(1, -1, *own)  # (1, W, h, w)
@@ -82,8 +82,8 @@ def _interpolated(position: Tensor, own: tuple[int, int], grid: tuple[int, ...])
 def load_openclip(source: str) -> OpenClip:
     """Return the open_clip model `source`: ARCH/TAG, or ARCH/FILE.safetensors.
 
-    A tag knows whether it was trained with QuickGELU. For a file, ARCH decides (`ViT-B-32-quickgelu`), or the open_clip_config.json
-    beside it, which also says how images are prepared and, with the tokenizer's files, texts.
+    A tag records whether it was trained with QuickGELU. A file follows ARCH (`ViT-B-32-quickgelu`) or an open_clip_config.json beside
+    it, which also sets the image preprocessing and the tokenizer.
     """
     try:
         import open_clip
@@ -111,10 +111,10 @@ def load_openclip(source: str) -> OpenClip:
 
 
 def _of_tag(open_clip: Any, architecture: str, tag: str) -> tuple[Any, str, str]:
-    """Return the pretrained model, what describes its parts to open_clip, and the name of its weights."""
+    """Return the pretrained model, the name under which open_clip describes it, and the name of its weights."""
     quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))  # open_clip only warns if the architecture differs
     try:
-        with _unlogged():  # the hub's retries
+        with _unlogged():  # hides the hub's retries
             return open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick, **OPTIONS), architecture, tag
     except RuntimeError as error:
         if not str(error).startswith("Failed to download"):
@@ -127,13 +127,13 @@ def _of_tag(open_clip: Any, architecture: str, tag: str) -> tuple[Any, str, str]
 
 
 def _of_file(open_clip: Any, architecture: str, weights: str) -> tuple[Any, str, str]:
-    """Return the model with the weights of a local file, as `_of_tag` does."""
+    """Return the model with the weights of a local file; the values are those of `_of_tag`."""
     source = f"{architecture}/{weights}"
     file = _weights_file(source, architecture, weights, open_clip.list_pretrained_tags_by_model(architecture))
     own = (file.parent / "open_clip_config.json").is_file()
     described = f"local-dir:{file.parent}" if own else architecture
     preprocessing = {} if own else {"force_preprocess_cfg": _preprocessing(open_clip, architecture)}
-    with _unlogged():  # "initialized randomly"
+    with _unlogged():  # hides the warning "initialized randomly"
         model = open_clip.create_model(described, load_weights=False, **preprocessing, **OPTIONS)
     _refuse_other_positions(source, file, model)
     open_clip.load_checkpoint(model, str(file), strict=True)
@@ -151,7 +151,7 @@ def _unlogged() -> Iterator[None]:
 
 
 def _weights_file(source: str, architecture: str, weights: str, tags: list[str]) -> Path:
-    """Return the safetensors file that the part after ARCH/ names: relative, or from the root."""
+    """Return the safetensors file named after ARCH/, relative or absolute; UsageError if it is none."""
     file = next((place for place in (Path(weights).expanduser(), Path("/", weights)) if place.is_file()), None)
     if file is None:
         known = f"tags: {', '.join(tags) or 'none'}"
@@ -163,7 +163,7 @@ def _weights_file(source: str, architecture: str, weights: str, tags: list[str])
 
 
 def _preprocessing(open_clip: Any, architecture: str) -> dict[str, Any]:
-    """Return how the architecture's pretrained models prepare images; UsageError if they differ among themselves."""
+    """Return how the architecture's pretrained models prepare images; UsageError if they differ."""
     tags = [open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)]
     known = {json.dumps({key: tag[key] for key in PREPROCESSING if key in tag}) for tag in tags}
     if len(known) > 1:
@@ -173,7 +173,7 @@ def _preprocessing(open_clip: Any, architecture: str) -> dict[str, Any]:
 
 
 def _refuse_other_positions(source: str, file: Path, model: nn.Module) -> None:
-    """Refuse weights for another image size or context length, which open_clip would interpolate without a word."""
+    """Raise UsageError for weights of another image size or context length; open_clip would interpolate them silently."""
     own = model.state_dict()
     with safe_open(file, framework="pt") as stored:
         for key in sorted(key for key in stored.keys() if key.endswith("positional_embedding") and key in own):  # noqa: SIM118

@@ -1,9 +1,8 @@
-"""Dual encoders trained as one on images and texts, to compare with: what those of open_clip and of transformers share.
+"""CLIP-like dual encoders, to compare with: what the models of open_clip and transformers share.
 
-A feature is the projected embedding before it is normalized; projecting it divides by the L2 norm. Each model has its own image
-processing, tokenizer and context length. The bias of SigLIP's logits changes no rank and is not read. Dense embeddings are the patch
-tokens of the last layer after the final norm, through the visual projection: the plain MaskCLIP baseline (Zhou et al., "Extract Free
-Dense Labels from CLIP", ECCV 2022) without its changes to the last block.
+A feature is the projected embedding before L2 normalization. Each model has its own image processing, tokenizer and context length.
+The bias of SigLIP's logits changes no rank and is not read. Dense embeddings are the last layer's patch tokens after the final norm
+and the visual projection: plain MaskCLIP (Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022), its last block unchanged.
 
 Legend: `B` images, `P` patches, `T` texts, `E` embedding width.
 """
@@ -21,10 +20,7 @@ from align.common.files import hash_bytes
 
 
 class ReferenceModel(nn.Module, ABC):
-    """An image-text model as `eval.models.dual_encoder.DualEncoder`: always in eval mode, parameters without gradient, float32.
-
-    `transform` makes pixels (3, H, W) of an RGB image; `width` is E.
-    """
+    """An image-text model as a DualEncoder: always in eval mode, frozen, float32. `transform` gives pixels (3, H, W); `width` is E."""
 
     def __init__(self, model: nn.Module, transform: Callable[..., Tensor], description: str) -> None:
         super().__init__()
@@ -83,14 +79,14 @@ class ReferenceModel(nn.Module, ABC):
 
     @torch.inference_mode()
     def encode_patches(self, pixels: Tensor) -> Tensor:
-        """Return the projected patches (B, P, E), not normalized; H and W may be any multiples of the patch size."""
+        """Return projected patches (B, P, E), not normalized. H and W may be any multiples of the patch size."""
         return self.patches(pixels.to(self.device))
 
 
 class Images:
-    """The image side of a reference model, as `align.features.extract.Extraction` takes it."""
+    """The image side of a reference model, for `align.features.extract.Extraction`."""
 
-    spec = None  # no loader of this kit's encoders opens it again
+    spec = None  # the kit's encoder loader cannot open it again
 
     def __init__(self, model: ReferenceModel) -> None:
         self.model, self.transform, self.feature_width, self.fingerprint = model, model.transform, model.width, model.vision_fingerprint
@@ -115,7 +111,7 @@ class Sentences:
 
 
 def fingerprint_of(name: str, architecture: dict[str, Any], weights: str, preprocessing: str) -> dict[str, Any]:
-    """Return the fingerprint of one side; the same weights with another architecture, such as another activation, are another model."""
+    """Return the fingerprint of one side. It covers the architecture: the same weights with another activation are another model."""
     kept = {key: value for key, value in architecture.items() if key not in ("_name_or_path", "transformers_version", "dtype")}
     digest = hash_bytes(json.dumps(kept, sort_keys=True, default=str).encode())
     side = {"encoder": name, "feature": "projected", "architecture": digest, "precision": "fp32"}

@@ -1,6 +1,6 @@
-"""CLIP, MetaCLIP 2 and SigLIP of transformers, to compare with: a hub id or a local folder, as in `hf:openai/clip-vit-large-patch14`.
+"""CLIP, MetaCLIP 2 and SigLIP of transformers, to compare with: a hub id or local folder, such as `hf:openai/clip-vit-large-patch14`.
 
-SigLIP projects by attention pooling. There each patch is pooled alone, which leaves the pooling's value and output projections and MLP.
+SigLIP pools by attention. For dense embeddings each patch is pooled alone: value and output projections, then the MLP.
 
 Legend: `B` images, `P` patches, `W` width of the tower, `T` texts, `E` embedding width.
 """
@@ -23,7 +23,7 @@ NEEDED = "needed are config.json, preprocessor_config.json, the tokenizer's file
 
 
 class TransformersClip(ReferenceModel):
-    """CLIP or SigLIP of transformers; `max_length` is the context length in tokens. SigLIP was trained on texts padded to it."""
+    """CLIP or SigLIP of transformers. `max_length` is the context length in tokens; SigLIP pads all texts to it, as in its training."""
 
     def __init__(self, model: Any, tokenizer: Any, transform: Transform, description: str) -> None:
         self.tokenizer, self.family = tokenizer, FAMILIES[model.config.model_type]
@@ -34,7 +34,7 @@ class TransformersClip(ReferenceModel):
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Return what the family makes of the last layer's patch tokens; position embeddings are interpolated."""
+        """Return the family's projection of the last layer's patch tokens. Position embeddings are interpolated."""
         return self.family.project(self.model, self.model.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state)
 
     def sentences(self, texts: list[str]) -> Tensor:
@@ -49,7 +49,7 @@ class TransformersClip(ReferenceModel):
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one model_type take texts, and how their patch tokens (B, prefix + P, W) become (B, P, E)."""
+    """How one model_type reads texts, and how its patch tokens (B, prefix + P, W) become (B, P, E)."""
 
     padding: bool | str
     inputs: tuple[str, ...]
@@ -57,7 +57,7 @@ class Family:
 
 
 def _project_clip(model: Any, tokens: Tensor) -> Tensor:
-    return model.visual_projection(model.vision_model.post_layernorm(tokens[:, 1:]))  # CLIP normalizes only what it pools
+    return model.visual_projection(model.vision_model.post_layernorm(tokens[:, 1:]))  # CLIP itself normalizes only pooled tokens
 
 
 def _project_siglip(model: Any, tokens: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ def _project_siglip(model: Any, tokens: Tensor) -> Tensor:
 
 
 _CLIP = Family(True, ("input_ids", "attention_mask"), _project_clip)
-# fixed-size SigLIP 2 is `siglip`; `siglip2` means the NaFlex models, whose pixels come as packed patches of any number
+# fixed-size SigLIP 2 has the model_type `siglip`; `siglip2` is NaFlex, which takes packed patches of any number
 FAMILIES = {"clip": _CLIP, "metaclip_2": _CLIP, "siglip": Family("max_length", ("input_ids",), _project_siglip)}
 
 
 def load_transformers_clip(source: str) -> TransformersClip:
-    """Return the model of a local folder or hub id; UsageError unless its model_type is one of FAMILIES."""
+    """Return the model of a local folder or hub id; UsageError unless its model_type is in FAMILIES."""
     place = resolve_encoder(source)
     with load_errors_named(source, NEEDED):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -81,7 +81,7 @@ def load_transformers_clip(source: str) -> TransformersClip:
             raise UsageError(f"{source}: model_type {config.model_type!r} is not a dual encoder known here; {known}")
         transform = Transform(AutoImageProcessor.from_pretrained(place, trust_remote_code=False))
         tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        tokens = hash_tokenizer(tokenizer)  # before a call sets how it pads
+        tokens = hash_tokenizer(tokenizer)  # before any call, which would change its padding state
         model, report = AutoModel.from_pretrained(
             place, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
