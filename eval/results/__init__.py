@@ -1,4 +1,4 @@
-"""Results on disk: records, examples and their pictures, pure metrics, comparisons, calibration, published anchors.
+"""Results on disk: records, examples with pictures, metrics, comparisons, calibration, and published numbers.
 
 No torch, no model, no HTML.
 """

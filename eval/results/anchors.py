@@ -1,6 +1,6 @@
-"""Numbers that others published, for columns of their own in the report. They are not ours: never entries of results.json, never tested.
+"""Published numbers of other models, for their own columns in the report. They never enter results.json and are never tested.
 
-`eval/results/published_numbers.yaml` holds them by exact task id and metric; a task of another name, such as one of your own, gets none.
+`eval/results/published_numbers.yaml` holds them by exact task id and metric, so your own tasks have none.
 """
 
 from collections.abc import Sequence
@@ -19,22 +19,19 @@ PUBLISHED = Path(__file__).with_name("published_numbers.yaml")
 
 @dataclass(frozen=True)
 class Anchor:
-    """What one published model scored: `values` maps task id -> metric -> percent as printed.
-
-    `prompts` says how its classes were worded; anchors with `more` are shown in a fold-out table.
-    """
+    """Scores of one published model: `values` maps task id -> metric -> percent as printed; `more` moves it to a fold-out table."""
 
     name: str
     source: str
     protocol: str
-    prompts: Prompts
+    prompts: Prompts  # how its classes were worded
     values: dict[str, dict[str, float]]
     more: bool = False
 
 
 @cache
 def published_numbers(path: Path = PUBLISHED) -> tuple[Anchor, ...]:
-    """Return the published numbers of a YAML file; DamagedError for an unknown or wrong field, or a number that is no percentage."""
+    """Return the published numbers of a YAML file; DamagedError for an unknown or wrong field, or a number outside 0 to 100."""
     content = load_yaml(path)
     if not isinstance(content, list):
         raise DamagedError(f"{path}: expected a list of published models")
@@ -45,7 +42,7 @@ def published_numbers(path: Path = PUBLISHED) -> tuple[Anchor, ...]:
 
 
 def anchors_of(task: TaskRecord, metrics: Sequence[str]) -> list[Anchor]:
-    """Return the published models that have any of `metrics` on a task of exactly this id, those of the fold-out table last."""
+    """Return the published models that have any of `metrics` on exactly this task id. Those of the fold-out table come last."""
     found = [anchor for anchor in published_numbers() if set(anchor.values.get(task.id, ())) & set(metrics)]
     return sorted(found, key=lambda anchor: anchor.more)
 

@@ -1,7 +1,7 @@
-"""Calibration of zero-shot scores: does a class that is named with 80% confidence come out right 80% of the time?
+"""Calibration of zero-shot scores: are predictions with 80% confidence right 80% of the time?
 
-`N` images. Confidence is the softmax over the classes of the model's own scale times the cosine; the models were trained on pairs, not
-on this, so being badly calibrated is no mistake, but then the scores are no probabilities either.
+`N` images. Confidence is the softmax over classes of the model's scale times the cosine. The models were trained on pairs, so poor
+calibration is no bug; it means that the scores are not probabilities.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Calibration:
-    """Bins of equal width: `count`, mean `confidence` and `accuracy` of each that is not empty; `error` is the expected one."""
+    """Bins of equal width, without empty ones: `count`, mean `confidence`, `accuracy`. `error` is the expected calibration error."""
 
     count: np.ndarray
     confidence: np.ndarray
@@ -29,15 +29,15 @@ class Calibration:
 
     @property
     def mean_accuracy(self) -> float:
-        """Share of images that were named right."""
+        """Share of images that were classified correctly."""
         return float((self.count * self.accuracy).sum() / self.count.sum())
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Calibration:
-    """Return the reliability of `confidence` (N,) in [0, 1] given `correct` (N,) bool, and the expected calibration error.
+    """Return the calibration of `confidence` (N,) in [0, 1] with `correct` (N,) bool; UsageError for no images or other confidences.
 
-    The error is the mean over images of |accuracy - confidence| of their bin; bin k holds (k/bins, (k+1)/bins], the first one 0 too
-    (C. Guo et al., On Calibration of Modern Neural Networks, 2017). UsageError without images or for confidences outside [0, 1].
+    The error is the mean over images of |accuracy - confidence| of their bin. Bin k is (k/bins, (k+1)/bins]; the first bin also holds 0
+    (C. Guo et al., On Calibration of Modern Neural Networks, 2017).
     """
     if len(confidence) == 0 or not ((confidence >= 0) & (confidence <= 1)).all():
         raise UsageError(f"{len(confidence)} confidences, which should be one or more numbers from 0 to 1")

@@ -1,8 +1,7 @@
 """Which differences between two runs are real: both models' stored answers to the same samples, paired by key.
 
-A and B are results folders, or FOLDER:MODEL. A task is compared only if both were measured on the same data with the same prompts;
-why one is left out is said. Right-or-wrong metrics get an exact test, the others the paired bootstrap, and all p-values are corrected
-for their number (Holm).
+A and B are results folders, or FOLDER:MODEL. A task is compared only if data and prompts are the same; otherwise the reason is given.
+Right-or-wrong metrics get an exact test, the others a paired bootstrap. All p-values are Holm-corrected.
 """
 
 import csv
@@ -40,14 +39,11 @@ COLUMNS = {"text_score": "text", "image_score": "image", "group_score": "group",
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of one task: both values, B - A with its interval, and the p-value before and after correction.
-
-    `n` samples in `clusters` independent groups. Values are fractions, or ranks (lower is better) where `unit` is ranks.
-    """
+    """One metric of one task: A, B, and B - A with its interval and p-value."""
 
     task: str
     metric: str
-    unit: str
+    unit: str  # points (values are fractions) or ranks (lower is better)
     model_a: str
     model_b: str
     a: float
@@ -56,29 +52,26 @@ class Difference:
     low: float
     high: float
     n: int
-    clusters: int
+    clusters: int  # independent groups among the n samples
     test: str
     p: float
-    p_holm: float
+    p_holm: float  # p corrected for the number of tests
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All differences between A and B, and (task, reason) of what could not be compared.
-
-    `created` are the times of both results: of others, this says nothing.
-    """
+    """All differences between A and B, and the skipped tasks."""
 
     a: str
     b: str
-    created: tuple[str, str]
+    created: tuple[str, str]  # times of the two results; the comparison holds for no others
     seed: int
     confidence: float
     differences: tuple[Difference, ...]
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]  # (task, reason)
 
     def shown(self, one: Difference) -> bool:
-        """Return whether a difference is shown: its corrected p lies below 1 - confidence."""
+        """Return whether a difference is significant: its corrected p is below 1 - confidence."""
         return one.p_holm < 1 - self.confidence
 
 
@@ -90,14 +83,14 @@ class _Side:
     model: str
 
     def model_of(self, task: str) -> str:
-        """Return the model to compare on a task: the one named, or the first that the results are about; "" if not measured."""
+        """Return the model to compare on a task: the named one, or else the first trained one; "" if it was not measured."""
         named = [self.model] if self.model else [model.name for model in self.results.models if model.kind in SUBJECTS]
         measured = {entry.model for entry in self.results.entries if entry.task == task}
         return next((name for name in named if name in measured), "")
 
 
 def compare(a: str, b: str, generator: np.random.Generator, seed: int, confidence: float) -> Comparison:
-    """Return what can be said about B against A; UsageError if nothing can be compared. `seed` is the one `generator` was made from."""
+    """Return the comparison of B against A; UsageError if nothing can be compared. `generator` was made from `seed`."""
     first, second = _side(a), _side(b)
     found: list[Difference] = []
     skipped = []
@@ -156,7 +149,7 @@ def _obstacle(task: TaskRecord, other: TaskRecord | None, a: _Side, b: _Side) ->
 
 
 def _task_differences(task: TaskRecord, a: _Side, b: _Side, generator: np.random.Generator, confidence: float) -> list[Difference]:
-    """Return the differences of all metrics that both results hold; what concerns the same samples shares one bootstrap."""
+    """Return the differences of all metrics in both results. Metrics of the same samples share one bootstrap."""
     models = a.model_of(task.id), b.model_of(task.id)
     tables = [load_answers(side.folder, task.id, model) for side, model in zip((a, b), models, strict=True)]
     known = [_values(side.results, task.id, model) for side, model in zip((a, b), models, strict=True)]
@@ -194,13 +187,13 @@ def _keys(part: str) -> list[str]:
 
 
 def _rows(table: pa.Table, part: str) -> pa.Table:
-    """Return the rows of a direction of retrieval (of other tasks: all), in the order of their keys."""
+    """Return the rows of one retrieval direction (of other tasks: all rows), sorted by key."""
     chosen = table.filter(pa.array(np.array(table["direction"]) == part)) if part else table
     return chosen.sort_by([(name, "ascending") for name in _keys(part)])
 
 
 def _measures(task: TaskRecord, part: str, table: pa.Table, known: dict[str, float]) -> dict[str, np.ndarray | Statistic]:
-    """Return what each metric is made of: (N,) bool where a sample is right or wrong, else a statistic of the samples."""
+    """Return each metric's per-sample data: (N,) bool for right or wrong, else a statistic of the samples."""
     if task.kind in ("classification", "retrieval"):
         ranks, prefix = table["rank"].to_numpy(), f"{part}_r" if part else "acc"
         found: dict[str, np.ndarray | Statistic] = {f"{prefix}@{k}": ranks <= k for k in (1, 5, 10)}
@@ -225,7 +218,7 @@ def _measures(task: TaskRecord, part: str, table: pa.Table, known: dict[str, flo
 
 
 def class_counts(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tp, fp and fn (N, C) int64 of the pixels, from the answers to a segmentation task."""
+    """Return tp, fp and fn (N, C) int64, in pixels, from the answers to a segmentation task."""
     columns = (table[name].combine_chunks() for name in ("tp", "fp", "fn"))
     tp, fp, fn = (column.flatten().to_numpy().reshape(len(table), -1) for column in columns)
     return tp, fp, fn
@@ -236,7 +229,7 @@ def _statistic(measure: np.ndarray | Statistic) -> Statistic:
 
 
 def _check(side: _Side, task: str, computed: dict[str, float], known: dict[str, float]) -> None:
-    """Raise DamagedError if the answers of a side give other numbers than its results."""
+    """Raise DamagedError if the answers of a side and its results disagree."""
     for metric, value in computed.items():
         if not math.isclose(value, known[metric], rel_tol=1e-6, abs_tol=1e-6):
             told = f"the answers to {task} give {metric} {value:.6g}, its results say {known[metric]:.6g}"
@@ -244,7 +237,7 @@ def _check(side: _Side, task: str, computed: dict[str, float], known: dict[str, 
 
 
 def _test(a: np.ndarray | Statistic, b: np.ndarray | Statistic, clusters: np.ndarray, drawn: np.ndarray) -> tuple[str, float]:
-    """Return the name and the two-sided p of the test that fits what the metric is made of."""
+    """Return the name and the two-sided p of the test that fits the metric."""
     if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
         return BOOTSTRAP, bootstrap_p(drawn)
     sums = np.bincount(clusters, weights=b.astype(np.float64) - a).astype(np.int64)  # (G,)
@@ -265,7 +258,7 @@ def verdict(one: Difference, shown: bool) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Return a comparison as a table for the terminal, one row a metric, and below it what was left out."""
+    """Return a comparison as a table for the terminal, one row per metric. Skipped tasks are listed below it."""
     note = f"p corrected for {len(comparison.differences)} tests (Holm); intervals {100 * comparison.confidence:g}%, each for itself"
     lines = [note, *(f"left out: {task}: {reason}" for task, reason in comparison.skipped)]
     table = Table(title=f"A: {comparison.a}\nB: {comparison.b}", title_justify="left", caption="\n".join(lines), caption_justify="left")
@@ -292,7 +285,7 @@ def save_comparison(folder: Path, comparison: Comparison) -> Path:
 
 
 def load_comparison(folder: Path) -> Comparison | None:
-    """Return the comparison saved in `folder`, or None if there is none; DamagedError if it does not read."""
+    """Return the comparison saved in `folder`, or None if there is none; DamagedError if it is invalid."""
     path = folder / FILE
     if not path.is_file():
         return None

@@ -1,7 +1,6 @@
-"""Examples beside the numbers: drawn by a seed, not picked. No model and no score here.
+"""Examples for the report: drawn by a seed, not picked. No model and no score here.
 
-`examples/<task>.json` holds what was asked and what each model answered, `examples/<task>/N.jpg` is a thumbnail of the task's
-image number N.
+`examples/<task>.json` holds the questions and each model's answers. `examples/<task>/N.jpg` is a thumbnail of the task's image N.
 """
 
 import io
@@ -24,25 +23,19 @@ def drawn_numbers(total: int, count: int, generator: np.random.Generator) -> lis
 
 
 def ranked(what: str, shown: Iterable[Any], scores: Iterable[float], right: Iterable[bool]) -> list[dict[str, Any]]:
-    """Return a model's best answers as the report shows them: `what` is the key of what each one is."""
+    """Return a model's best answers for the report. `what` is the key under which each answer is stored."""
     return [{what: one, "score": round(float(s), 4), "right": bool(good)} for one, s, good in zip(shown, scores, right, strict=True)]
 
 
 def drawn_questions(task: str, numbers: Iterable[int], count: int, seed: int) -> list[int]:
-    """Return `count` of a task's question numbers: those that come first by hash of seed, task and number.
-
-    Processes that know only their own share of the numbers agree: the choice is among the choices of all.
-    """
+    """Return the `count` numbers with the smallest hash of seed, task and number, so that processes with a share each agree."""
     return sorted(numbers, key=lambda number: hash_bytes(f"{seed}:{task}:{number}".encode()))[:count]
 
 
 def generation_examples(
     numbers: Sequence[int], answers: Mapping[str, Mapping[int, Mapping[str, Any]]], pictured: Iterable[int]
 ) -> dict[str, Any]:
-    """Return the questions `numbers` with what each model answered and the score of the answer (None if it has no score of its own).
-
-    `answers` maps model names to number -> row of `eval.harness.output.answers_table`; `pictured` are the numbers with a picture.
-    """
+    """Return the questions `numbers` with each model's answer and score; `answers`: model -> number -> row; `pictured`: numbers."""
     known = set(pictured)
     items = []
     for number in numbers:
@@ -55,7 +48,7 @@ def generation_examples(
 
 
 def shown_images(examples: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of all images that examples show, in ascending order."""
+    """Return the numbers of all images in the examples, in ascending order."""
     items = [item for part in ("items", "t2i", "i2t") for item in examples.get(part, [])]
     found = {image for item in items for image in item.get("images", [item.get("image")])}
     found |= set(examples.get("matrix", {}).get("images", []))
@@ -87,7 +80,7 @@ def save_thumbnail(folder: Path, task: str, number: int, image: Image.Image) -> 
 
 
 def save_jpeg(path: Path, picture: Image.Image) -> None:
-    """Write a picture for the report."""
+    """Write a picture as JPEG for the report."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=85, optimize=True)

@@ -1,7 +1,7 @@
 """Pure metrics: arrays in, floats out. Fractions, never percents.
 
-Shapes: `N` samples, `C` classes. Ranks count from 1. Ties are settled against the model, as in `align.model.ranking`:
-a model whose scores are all equal gets the last rank, not the first.
+Shapes: `N` samples, `C` classes. Ranks count from 1. Ties count against the model, as in `align.model.ranking`: if all scores are
+equal, the right answer gets the last rank.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from align.common.intervals import bootstrap, kind_bootstrap, mean_of, percentil
 
 
 def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return (N,) int64 ranks, from 1, of each sample's own class among `scores` (N, C); `labels` (N,) are column numbers."""
+    """Return (N,) int64 ranks, from 1, of each sample's own class in `scores` (N, C). `labels` (N,) are column numbers."""
     own = np.take_along_axis(scores, labels[:, None], axis=1)  # (N, 1)
     return (scores >= own).sum(axis=1)  # its own column counts too, so the best rank is 1
 
@@ -23,27 +23,27 @@ def recall_at(ranks: np.ndarray, k: int) -> float:
 
 
 def accuracy_at(ranks: np.ndarray, k: int, classes: int) -> float:
-    """Return accuracy@k of label `ranks` (N,); UsageError if there are fewer than `k` classes, where it is 1 by definition."""
+    """Return accuracy@k of label `ranks` (N,); UsageError with fewer than `k` classes, where it is always 1."""
     if k > classes:
         raise UsageError(f"accuracy@{k} means nothing with {classes} classes; leave it out or use a k of at most {classes}")
     return recall_at(ranks, k)
 
 
 def median_rank(ranks: np.ndarray) -> float:
-    """Return the median of `ranks` (N,); with an even N the mean of the two in the middle."""
+    """Return the median of `ranks` (N,); for an even N the mean of the middle two."""
     _refuse_empty(ranks)
     return float(np.median(ranks))
 
 
 def class_accuracy(correct: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Return (C,) float64 accuracy of each class from `correct` (N,) bool and `labels` (N,); NaN for a class without samples."""
+    """Return (C,) float64 accuracy per class of `correct` (N,) bool with `labels` (N,); NaN for a class without samples."""
     count = np.bincount(labels, minlength=classes)
     hits = np.bincount(labels, weights=np.asarray(correct, dtype=np.float64), minlength=classes)
     return np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
 
 
 def mean_per_class(correct: np.ndarray, labels: np.ndarray, classes: int) -> float:
-    """Return the mean over the classes that have samples of each one's accuracy (arguments as in `class_accuracy`)."""
+    """Return the mean accuracy over the classes that have samples (arguments as in `class_accuracy`)."""
     _refuse_empty(labels)
     return float(np.nanmean(class_accuracy(correct, labels, classes)))
 
@@ -56,11 +56,9 @@ def majority_rates(labels: np.ndarray, classes: int, ks: tuple[int, ...]) -> dic
 
 
 def chance_recall(targets: int, positives: np.ndarray, k: int) -> float:
-    """Return the expected recall@k of a random order of `targets`, averaged over queries with `positives` (N,) right ones each.
-
-    A query misses if none of its positives is among the first k: prod_{i<k} (targets - positives - i) / (targets - i).
-    """
+    """Return the expected recall@k of a random order of `targets`, averaged over queries with `positives` (N,) right answers each."""
     _refuse_empty(positives)
+    # a query misses with probability prod_{i<k} (targets - positives - i) / (targets - i)
     taken = np.arange(min(k, targets))[None, :]
     miss = np.clip((targets - np.asarray(positives)[:, None] - taken) / (targets - taken), 0, None)  # (N, k)
     return float(1 - np.mean(miss.prod(axis=1)))
@@ -69,10 +67,9 @@ def chance_recall(targets: int, positives: np.ndarray, k: int) -> float:
 def clustered_recall_interval(
     hits: np.ndarray, clusters: np.ndarray, generator: np.random.Generator, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return (low, high) of the share of `hits` (N,) bool whose queries come in clusters, such as the captions of one image.
+    """Return (low, high) of the share of `hits` (N,) bool, for queries in `clusters`, such as the captions of one image.
 
-    Percentile bootstrap over clusters. Where that has no width, as all or none hit, and where every cluster is one query, it is the
-    Wilson interval of as many trials as there are clusters.
+    It is a percentile bootstrap over clusters. If all or none hit, or each cluster is one query: Wilson with one trial per cluster.
     """
     _refuse_empty(hits)
     count, share = int(clusters.max()) + 1, float(np.mean(hits))
@@ -84,16 +81,14 @@ def clustered_recall_interval(
 def mean_per_class_interval(
     correct: np.ndarray, labels: np.ndarray, classes: int, generator: np.random.Generator, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return (low, high), the percentile bootstrap interval of `mean_per_class`, resampling samples.
-
-    A resample is known by how often each kind (class, right or wrong) was drawn. Classes absent from it are left out of its mean.
-    """
+    """Return (low, high), the bootstrap interval of `mean_per_class` over samples. A resample's mean is over the classes in it."""
     _refuse_empty(labels)
 
     def statistic(counts: np.ndarray) -> np.ndarray:  # (R, 2 C)
         wrong, right = counts[:, 0::2], counts[:, 1::2]
         return np.nanmean(np.divide(right, wrong + right, out=np.full(right.shape, np.nan), where=wrong + right > 0), axis=1)
 
+    # a resample is known by how often each kind (class, right or wrong) was drawn
     kinds = np.bincount(labels * 2 + np.asarray(correct, dtype=np.int64), minlength=2 * classes)
     return percentiles(kind_bootstrap(statistic, kinds, generator), confidence)
 

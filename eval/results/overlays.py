@@ -1,4 +1,4 @@
-"""Label maps as pictures: every class a color of its own, laid over the image; pixels that do not count are hatched."""
+"""Label maps as pictures: one color per class, laid over the image. Ignored pixels are hatched."""
 
 import numpy as np
 from PIL import Image
@@ -10,9 +10,9 @@ _TO_OKLAB = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0
 
 
 def palette(classes: int) -> np.ndarray:
-    """Return (C, 3) uint8 RGB colors, the same for a class number whatever C is: each as far as possible from all before it.
+    """Return (C, 3) uint8 RGB colors, each as far as possible from all earlier ones. A class keeps its color whatever C is.
 
-    Distances are in OKLab (B. Ottosson, 2020), where equal steps look equal; grays are left out, as they mark what does not count.
+    Distances are in OKLab (B. Ottosson, 2020), where equal steps look equal. Grays are left out, because they mark ignored pixels.
     """
     shades = np.arange(0, 256, 17)
     colors = np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -28,10 +28,7 @@ def palette(classes: int) -> np.ndarray:
 
 
 def overlay(image: Image.Image, classes: np.ndarray, colors: np.ndarray, ignored: np.ndarray) -> Image.Image:
-    """Return a small picture (longer side at most SIDE) with the colors (C, 3) of `classes` (H, W) over it, class borders dark.
-
-    Pixels where `ignored` (H, W) bool is set are gray and hatched.
-    """
+    """Return a picture (longer side at most SIDE) with `classes` (H, W) in `colors` (C, 3); `ignored` (H, W) pixels are hatched gray."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
     rows = np.arange(small.height) * classes.shape[0] // small.height

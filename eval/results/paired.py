@@ -1,7 +1,7 @@
-"""Statistics of two models measured on the same samples: exact tests, paired bootstrap, correction for many tests. Pure.
+"""Statistics of two models on the same samples: exact tests, paired bootstrap, correction for many tests. Pure.
 
-Shapes: `N` samples, `G` clusters of samples that belong together (the captions of an image), `R` resamples, `C` classes. A statistic is a
-function of weights (R, N), how often each sample was drawn, and returns (R,); weights of one give the plain value.
+Shapes: `N` samples, `G` clusters of samples that belong together (the captions of an image), `R` resamples, `C` classes. A statistic
+maps weights (R, N), how often each sample was drawn, to (R,). Weights of one give the plain value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ import numpy as np
 from align.common.intervals import Statistic, bootstrap
 
 RESAMPLES = 10_000
-ROUNDING = 1e-12  # what sums of fractions may be off by: a smaller difference is none
+ROUNDING = 1e-12  # rounding error of summed fractions; smaller differences count as 0
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Return the exact two-sided p that `differences` (G,) int between two models add up so far from 0 if each sign were a coin toss.
+    """Return the exact two-sided p of the sum of `differences` (G,) int, if each sign were a coin toss.
 
-    With differences of -1, 0 and 1, one for each sample, this is McNemar's exact test: binomial on the samples where the two disagree
-    (Q. McNemar, 1947). With sums over clusters it stays right where the samples of a cluster are alike, which McNemar's test is not.
+    With one difference of -1, 0 or 1 per sample, this is McNemar's exact test (Q. McNemar, 1947). With sums over clusters it stays right
+    if the samples of a cluster are alike; McNemar's test does not.
     """
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
-    chance = np.ones(1)  # of every sum from -total to total
+    chance = np.ones(1)  # probability of every sum from -total to total
     for size, count in zip(sizes, counts, strict=True):
         logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])  # log k!
         step = np.zeros(2 * size * count + 1)
@@ -41,10 +41,7 @@ def bootstrap_p(drawn: np.ndarray) -> float:
 def paired_bootstrap(
     pairs: Mapping[str, tuple[Statistic, Statistic]], clusters: np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES
 ) -> dict[str, np.ndarray]:
-    """Return bootstrapped differences, second minus first, (R,) of every pair of statistics; both see the same resample.
-
-    `clusters` (N,) int64 are numbers 0..G-1; whole clusters are drawn.
-    """
+    """Return bootstrapped differences (R,), second minus first, of each pair on the same resamples of whole `clusters` (N,), 0..G-1."""
 
     def differences(weights: np.ndarray) -> np.ndarray:
         return np.stack([second(weights) - first(weights) for first, second in pairs.values()], axis=1)
@@ -53,7 +50,7 @@ def paired_bootstrap(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number, in the given order (S. Holm, 1979): the chance of any false finding stays bounded."""
+    """Return Holm-adjusted p-values in the given order (S. Holm, 1979). They bound the chance of any false finding."""
     adjusted, highest = [0.0] * len(p), 0.0
     for place, at in enumerate(sorted(range(len(p)), key=lambda at: p[at])):
         highest = max(highest, min(1.0, (len(p) - place) * p[at]))
@@ -62,13 +59,13 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def ratio_of(part: np.ndarray, whole: np.ndarray) -> Statistic:
-    """Return the statistic sum of `part` (N,) over sum of `whole` (N,)."""
+    """Return the statistic sum of `part` / sum of `whole`, both (N,)."""
     over, under = part.astype(np.float64), whole.astype(np.float64)
     return lambda weights: (weights @ over) / (weights @ under)
 
 
 def mean_per_class_of(correct: np.ndarray, labels: np.ndarray) -> Statistic:
-    """Return the statistic that is the mean over the drawn classes of `correct` (N,) bool, by `labels` (N,)."""
+    """Return the statistic mean over the drawn classes of the accuracy, from `correct` (N,) bool and `labels` (N,)."""
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     hits = np.asarray(correct, dtype=np.float64)[order]
@@ -82,7 +79,7 @@ def mean_per_class_of(correct: np.ndarray, labels: np.ndarray) -> Statistic:
 
 
 def mean_ratio_of(part: np.ndarray, whole: np.ndarray) -> Statistic:
-    """Return the statistic that is the mean over classes of sum of `part` (N, C) over sum of `whole` (N, C), for classes with any."""
+    """Return the statistic mean over classes of sum of `part` / sum of `whole`, both (N, C), without classes whose sum is 0."""
     over, under = part.astype(np.float64), whole.astype(np.float64)
     return lambda weights: _mean_ratio(weights @ over, weights @ under)
 

@@ -1,7 +1,7 @@
-"""The results of a measurement on disk: one schema for encoder pairs and MLLMs, written atomically, loaded strictly.
+"""Results on disk: one schema for encoder pairs and MLLMs, written atomically, loaded strictly.
 
-`<output>/results.json` holds what was run and every number; beside it lie `answers/<task>--<model>.parquet` (one row per
-sample, so that runs can be compared pairwise) and `examples/<task>.json` with its thumbnails. Numbers are fractions.
+`<output>/results.json` holds what was run and all numbers, as fractions. Beside it are `answers/<task>--<model>.parquet` (one row per
+sample, for paired comparisons) and `examples/<task>.json` with its thumbnails.
 """
 
 import math
@@ -20,9 +20,9 @@ from align.common.files import atomic_json, atomic_path, read_json
 FORMAT_VERSION = 1
 RESULTS = "results.json"
 MODEL_KINDS = ("trained", "untrained", "clip", "majority", "chance", "mllm", "mllm_random", "mllm_none")
-SUBJECTS = ("trained", "mllm")  # the kinds that a report is about; the others are what they are compared with
+SUBJECTS = ("trained", "mllm")  # the kinds that a report is about; all others are for comparison
 TASK_KINDS = ("classification", "retrieval", "compositional", "segmentation", "generation")
-GRADED = ("cider", "rouge_l")  # metrics that are means of degrees, even if all happen to be 0 or 1
+GRADED = ("cider", "rouge_l")  # means of graded scores, even if all scores happen to be 0 or 1
 Record = TypeVar("Record")
 
 
@@ -46,10 +46,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What a column of the table is: `kind` is one of MODEL_KINDS; `fingerprint` is empty for majority and chance.
+    """One column of the results table. `kind` is one of MODEL_KINDS; `fingerprint` is empty for majority and chance.
 
-    trained and untrained are encoder pairs (aligned, or with fresh heads); clip is a dual encoder trained as one, to compare with;
-    mllm, mllm_random and mllm_none are LLaVA-style models whose image head is trained, random or absent.
+    trained, untrained: encoder pairs with trained or fresh heads. clip: a dual encoder trained on pairs from scratch, to compare with.
+    mllm, mllm_random, mllm_none: LLaVA-style models with a trained, random or no image head.
     """
 
     name: str
@@ -65,20 +65,17 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What a task was measured on; `rejected` counts the samples left out, by reject code.
-
-    `kind` is one of TASK_KINDS. `targets` counts classes, captions or questions; for generation, `images` counts questions too.
-    """
+    """What a task was measured on."""
 
     id: str
     kind: str
-    images: int
-    targets: int
+    images: int  # generation: questions
+    targets: int  # classes, captions or questions
     prompts: str
     digest: str
     note: str
     credit: str
-    rejected: dict[str, int]
+    rejected: dict[str, int]  # samples left out, by reject code
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -87,7 +84,7 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Results:
-    """All that `eval/run.py` and `eval/lmms.py` found out: what was run (a command a line), by which code, and the numbers."""
+    """All that `eval/run.py` and `eval/lmms.py` measured: what was run (one command per line), by which code, and the numbers."""
 
     created: str
     command: str
@@ -114,10 +111,10 @@ class Results:
 
 
 def merge_results(old: Results, new: Results) -> Results:
-    """Return both together: what `new` measured replaces the same task and model of `old`, the rest of `old` stays.
+    """Return both results together: `new` replaces the same task and model of `old`, and the rest of `old` stays.
 
-    Entries of `old` are dropped where they would no longer be comparable: those of a model that is another one under the same name,
-    and those of a task whose data or prompts differ. UsageError if seed or confidence differ: one page shows one of each.
+    Entries of `old` are dropped if their model's fingerprint, or their task's data or prompts, changed. UsageError if seed or confidence
+    differ, because a page shows one of each.
     """
     if (old.seed, old.confidence) != (new.seed, new.confidence):
         kept_apart = f"seed {old.seed} and confidence {old.confidence:g}, not seed {new.seed} and confidence {new.confidence:g}"
@@ -146,7 +143,7 @@ def merge_results(old: Results, new: Results) -> Results:
 
 
 def generated_half(folder: Path, seed: int, confidence: float) -> Results | None:
-    """Return the part of the results in `folder` that eval/lmms.py wrote, or None; UsageError if it cannot share a page with new ones."""
+    """Return the part of the results in `folder` from eval/lmms.py, or None; UsageError if its seed or confidence differs."""
     if not (folder / RESULTS).is_file():
         return None
     old = load_results(folder)
@@ -162,7 +159,7 @@ def generated_half(folder: Path, seed: int, confidence: float) -> Results | None
 
 
 def _together(old: Sequence[Record], new: Sequence[Record], key: str, used: set[str]) -> tuple[Record, ...]:
-    """Return the used records, those of `old` first and in their order, each in its newest version."""
+    """Return the used records in their newest version, those of `old` first."""
     newest = {getattr(record, key): record for record in (*old, *new)}
     return tuple(record for name, record in newest.items() if name in used)
 
@@ -175,7 +172,7 @@ def save_results(folder: Path, results: Results) -> Path:
 
 
 def load_results(folder: Path) -> Results:
-    """Return the results in `folder`; DamagedError for a missing, unknown or wrongly typed field or another format version."""
+    """Return the results in `folder`; DamagedError for a missing, unknown or wrongly typed field, or another format version."""
     path = folder / RESULTS
     if not path.is_file():
         raise UsageError(f"no {RESULTS} in {folder}; run `python eval/run.py --output {folder} ...` first")
@@ -186,7 +183,7 @@ def load_results(folder: Path) -> Results:
 
 
 def versioned(path: Path, version: int, advice: str) -> dict[str, Any]:
-    """Return the object in a JSON file without its format version; DamagedError, with the advice, unless that is `version`."""
+    """Return the object in a JSON file without its format version; DamagedError, with `advice`, unless that is `version`."""
     content = read_json(path)
     found = content.pop("format_version", None) if isinstance(content, dict) else type(content).__name__
     if found != version:
@@ -195,7 +192,7 @@ def versioned(path: Path, version: int, advice: str) -> dict[str, Any]:
 
 
 def records_of(kind: type[Record], content: dict[str, Any], name: str, where: str) -> tuple[Record, ...]:
-    """Return the list `name` of a file's content as records; DamagedError as `record_of`."""
+    """Return the list `name` in a file's content as records; DamagedError as in `record_of`."""
     if not isinstance(content.get(name), list):
         raise DamagedError(f"{where}: {name!r} should be a list")
     return tuple(record_of(kind, row, f"{where}: {name}[{at}]") for at, row in enumerate(content[name]))
@@ -205,7 +202,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float
 
 
 def record_of(kind: type[Record], values: Any, where: str) -> Record:
-    """Return a dataclass made of the fields in `values`; DamagedError for a missing, unknown or wrongly typed one."""
+    """Return a dataclass made of the fields in `values`; DamagedError for a missing, unknown or wrongly typed field."""
     known = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict) or set(values) != set(known):
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
@@ -218,17 +215,17 @@ def record_of(kind: type[Record], values: Any, where: str) -> Record:
 
 
 def file_name(name: str) -> str:
-    """Return `name` with everything but letters, digits, `.`, `_` and `-` replaced, safe as a part of a file name."""
+    """Return `name` as a safe part of a file name: only letters, digits, `.`, `_` and `-` stay."""
     return re.sub(r"[^\w.-]+", "_", name).strip(".") or "_"
 
 
 def answers_path(folder: Path, task: str, model: str) -> Path:
-    """Return where the per-sample answers of a model on a task lie below a results folder."""
+    """Return the path of a model's per-sample answers to a task, below a results folder."""
     return folder / "answers" / f"{file_name(task)}--{file_name(model)}.parquet"
 
 
 def save_answers(folder: Path, task: str, model: str, answers: pa.Table) -> Path:
-    """Write per-sample answers (columns as the kind of task says) and return their path."""
+    """Write per-sample answers (their columns depend on the kind of task) and return their path."""
     path = answers_path(folder, task, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -237,7 +234,7 @@ def save_answers(folder: Path, task: str, model: str, answers: pa.Table) -> Path
 
 
 def load_answers(folder: Path, task: str, model: str) -> pa.Table:
-    """Return the per-sample answers of a model on a task; DamagedError if the file is missing or does not read."""
+    """Return the per-sample answers of a model to a task; DamagedError if the file is missing or unreadable."""
     path = answers_path(folder, task, model)
     try:
         return pq.read_table(path)

@@ -1,4 +1,4 @@
-"""How numbers are shown: the names of metrics, percents with their intervals, and the table of the terminal."""
+"""How numbers are shown: names of metrics, percents with intervals, and the table for the terminal."""
 
 from rich.table import Table
 
@@ -18,7 +18,7 @@ SHOWN_METRICS = {
         "pair_accuracy": "right pairs",
     },
     "segmentation": {"miou": "mean IoU", "pixel_accuracy": "right pixels", "mean_class_accuracy": "mean per class"},
-    "generation": {  # the main one of a task is the first that it has; metrics of other benchmarks come after these
+    "generation": {  # a task's main metric is the first of these that it has; other metrics come last
         "accuracy": "accuracy",
         "exact_match": "exact match",
         "cider": "CIDEr-D",
@@ -31,25 +31,25 @@ SHOWN_METRICS = {
         "accuracy_relation": "accuracy, is the relation true",
     },
 }
-POINTS = "(points)"  # ends the name of a metric that is no fraction and has its own scale
+POINTS = "(points)"  # suffix of metrics with a scale of their own
 
 
 def shown_value(entry: Entry) -> tuple[str, str]:
-    """Return value and interval as shown in tables: percents, or plain ranks and points; a constant has no interval."""
+    """Return value and interval for tables: percents, or plain ranks and points. A constant has no interval."""
     factor = 1 if "rank" in entry.metric or entry.metric.endswith(POINTS) else 100
     low, high = f"{factor * entry.low:.1f}", f"{factor * entry.high:.1f}"
     return f"{factor * entry.value:.1f}", "" if entry.low == entry.high == entry.value else f"{low} – {high}"
 
 
 def shown_metrics(results: Results, task: TaskRecord) -> dict[str, str]:
-    """Return the metrics that were measured on a task, in the order of the table, with the names shown: the main one first."""
+    """Return the metrics measured on a task with the names shown, in table order. The main one is first."""
     found = dict.fromkeys(entry.metric for entry in results.entries if entry.task == task.id)
     known = {metric: label for metric, label in SHOWN_METRICS[task.kind].items() if metric in found}
     return known | {metric: metric for metric in found if task.kind == "generation" and metric not in known}
 
 
 def results_table(results: Results, counted: str) -> Table:
-    """Return the results as a table for the terminal: percents with their intervals; `counted` says what n are."""
+    """Return the results as a table for the terminal: percents with intervals. `counted` says what n counts."""
     table = Table(title=f"percent, with intervals; n = {counted}", title_justify="left")
     for heading in ("task", "metric", *(model.name for model in results.models), "n"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right", overflow="fold")
