@@ -1,4 +1,4 @@
-"""What is asked: tasks by id, their data, masks and prompts.
+"""Tasks: their ids, data, masks and prompts.
 
 No model and no score.
 """

@@ -1,8 +1,8 @@
-"""How the data of a task is read: keys, labels or captions, and a digest of exactly what was measured.
+"""The data of a task: keys, labels or captions, and a digest of exactly what is measured.
 
-A task's data lies below the data root, in a data set's official layout (`official/`) or in one that `align.sources.plan` reads.
-Segmentation is read by eval/tasks/masks.py. CLIP_benchmark's webdataset layout also works for the built-in tasks, in `wds_<id>`:
-`test/*.tar` with .jpg and .cls or .txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
+Data lies below the data root, in a data set's official layout (`official/`) or in one that `align.sources.plan` reads. Segmentation is
+read by `eval.tasks.masks`. Built-in tasks also accept CLIP_benchmark's webdatasets, in `wds_<id>`: `test/*.tar` with .jpg and .cls or
+.txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
 """
 
 from collections import Counter
@@ -27,9 +27,9 @@ from eval.tasks.prompts import TEMPLATES, read_lines, read_templates
 from eval.tasks.registry import DEMONSTRATION, OWN_TEMPLATES, TASKS
 from eval.tasks.task import PlainLayout, Task
 
-SHARD_ROWS = 4096  # samples encoded between two commits
-_GROUP_LOST = "group_incomplete"  # reject code of a good sample whose partner is not
-_WDS_NAMES = {"coco_karpathy": "mscoco_captions", "flickr30k_karpathy": "flickr30k"}  # what CLIP_benchmark calls them, if not our id
+SHARD_ROWS = 4096  # samples per committed shard of features
+_GROUP_LOST = "group_incomplete"  # reject code of a good sample whose partner was rejected
+_WDS_NAMES = {"coco_karpathy": "mscoco_captions", "flickr30k_karpathy": "flickr30k"}  # CLIP_benchmark's names, if not our ids
 _EXPECTED = {
     "webdataset": "tars whose samples hold an image and a .cls (class number) or .txt (captions, one a line)",
     "folder": "one folder of images a class, named like the class",
@@ -40,7 +40,7 @@ _EXPECTED = {
 
 
 def protocol_note(task: Task, images: int, captions: Sequence[int] = ()) -> Task:
-    """Return the task, its note saying so if not the published number of images, or of `captions` of each, is measured."""
+    """Return the task with a note if the numbers of images, or of `captions` per image, differ from the published protocol."""
     differs = [f"{images:,} of {task.published:,} images"] if task.published and images != task.published else []
     if short := sum(count < task.captions_each for count in captions):
         differs.append(f"{short:,} images with fewer than {task.captions_each} captions")
@@ -50,10 +50,10 @@ def protocol_note(task: Task, images: int, captions: Sequence[int] = ()) -> Task
 
 @dataclass(frozen=True)
 class TaskData:
-    """The samples of a task. Labels are class numbers; caption j belongs to sample `caption_image[j]`, in ascending order.
+    """The samples of a task. Labels are class numbers. Caption j belongs to sample `caption_image[j]`, in ascending order.
 
-    Compositional: sample j has caption j, and two samples after each other make a group. `task` is what was read: its templates
-    are files of the data's folder if that has some, its note says how the data differs from the published protocol.
+    In compositional tasks sample j has caption j, and two consecutive samples form a group. `task` is the task as read: its templates may
+    be files in the data's folder, and its note says how the data differs from the published protocol.
     """
 
     task: Task
@@ -73,7 +73,7 @@ class TaskData:
     categories: tuple[str, ...] = ()  # (N,) of compositional tasks
 
     def keep(self, usable: np.ndarray, rejected: dict[str, int]) -> "TaskData":
-        """Return the samples where `usable` (N,) bool is set, adding what was `rejected` to the counts; a group stays whole or goes."""
+        """Return the samples where `usable` (N,) bool is set, with the counts `rejected` added. Incomplete groups are dropped."""
         if self.groups:
             broken = set(compress(self.groups, ~usable))
             whole = np.array([group not in broken for group in self.groups], dtype=bool)
@@ -96,11 +96,11 @@ class TaskData:
 
 
 def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskData:
-    """Return the samples of `task`; DataError, saying what to put where, if its data is missing or unusable.
+    """Return the samples of `task`; DataError, which says what to put where, if its data is missing or unusable.
 
-    Every image's bytes are read once, for the digest, and none is decoded. Samples that cannot be used are left out and
-    counted by reject code. A label that is no known class is an error: it would falsify the result. Data in an official layout
-    becomes a manifest in `cache`/manifests, by default in a hidden folder of the data root.
+    Images are read once, for the digest, and not decoded. Unusable samples are left out and counted by reject code. A label that is no
+    known class is an error, because it would falsify the result. An official layout becomes a manifest in `cache`/manifests (without
+    `cache`: in a hidden folder of the data root).
     """
     assert task.kind != "segmentation", "eval.tasks.masks reads those"
     task = _found(task, data_root)
@@ -113,7 +113,7 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         source = Source(str(place), cast(PlainLayout, task.layout), task.image, task.key)
         names = read_lines(folder / task.classes) if task.classes else ()
     made = plan(source, SHARD_ROWS, (task.column,))
-    layout_digest = b"" if task.layout in READERS else made.digest.encode()  # a manifest's size depends on labels and on pyarrow
+    layout_digest = b"" if task.layout in READERS else made.digest.encode()  # the size of a manifest depends on labels and pyarrow
     rows = list(_read(task, source, made))
     rejected, usable = _usable(rows)
     pixels, content = xxhash.xxh3_128(layout_digest), xxhash.xxh3_128()
@@ -161,7 +161,7 @@ def read_images(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, b
 
 
 def pictures(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (number, RGB picture) of samples that were good when they were encoded; DataError if one no longer is."""
+    """Yield (number, RGB picture) of samples that were encoded; DataError if a file has changed since."""
     for number, encoded in read_images(data, numbers):
         try:
             yield number, gate_image(encoded, Limits())
@@ -172,7 +172,7 @@ def pictures(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, Imag
 
 @dataclass(frozen=True)
 class _Sample:
-    """A row as it was read: `value` is its label or list of captions, None if the row is rejected with `code`."""
+    """A row as read: `value` is its label or list of captions, or None if it is rejected with `code`."""
 
     key: str
     place: tuple[int, int]
@@ -206,7 +206,7 @@ def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
 
 
 def _usable(rows: Sequence[_Sample]) -> tuple[Counter[str], list[_Sample]]:
-    """Return the counts of rejects by code and the samples that are left; a group is left only with both its samples."""
+    """Return reject counts by code, and the remaining samples. Incomplete groups are rejected."""
     counts = Counter(row.key for row in rows if row.value is not None)
     rejected = Counter(row.code if row.value is None else "duplicate_key" for row in rows if row.value is None or counts[row.key] > 1)
     usable = [row for row in rows if row.value is not None and counts[row.key] == 1]
@@ -218,7 +218,7 @@ def _usable(rows: Sequence[_Sample]) -> tuple[Counter[str], list[_Sample]]:
 
 
 def _labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return class numbers (N,) and class names. Labels that are numbers need `lines`, the file of names; names may do without."""
+    """Return class numbers (N,) and class names. Numeric labels need `lines`, the file of class names; text labels do not."""
     if any(numeric := [isinstance(value, int) for value in values]):
         if not all(numeric):
             raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
@@ -242,7 +242,7 @@ def _labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tupl
 
 
 def _found(task: Task, data_root: Path) -> Task:
-    """Return the task as its data lies on disk: in its own layout, or as CLIP_benchmark's tars; DataError if in neither."""
+    """Return the task as found on disk, in its own layout or as CLIP_benchmark's tars; DataError if it is in neither."""
     folder = data_root / task.path
     place = folder / task.data
     if task.layout not in READERS:
@@ -274,7 +274,7 @@ def _found(task: Task, data_root: Path) -> Task:
 
 
 def _templates(task: Task, folder: Path) -> str:
-    """Return the templates of a built-in task: those in its folder if it has some, unless they are just the ones the task names."""
+    """Return a task's templates. For a built-in task, a file in its folder replaces them if it differs from the named set."""
     path = folder / OWN_TEMPLATES
     if task.id not in TASKS or not path.is_file() or set(read_templates(path)) == set(TEMPLATES.get(task.templates, ())):
         return task.templates

@@ -1,7 +1,7 @@
-"""Images with a class for every pixel: official layouts and a user's own, class names with synonyms, label maps read safely.
+"""Images with a class for every pixel: official layouts and your own, class names with synonyms, and safe reading of label maps.
 
-`eval.tasks.task.MASKS` says which files each layout needs. Several names of a class are separated by commas: `person, man, woman`.
-With the protocol `background`, VOC's class 0 is a class with a list of names (VOC21); without, its pixels do not count (VOC20).
+`eval.tasks.task.MASKS` lists the files of each layout. Commas separate several names of a class: `person, man, woman`. With the
+protocol `background`, VOC's class 0 is a class with many names (VOC21). Without, its pixels are ignored (VOC20).
 Shapes: `N` images, `C` classes, `S` names of all classes, `H` and `W` pixels of an image.
 """
 
@@ -33,7 +33,7 @@ _VOC = (
     "aeroplane, airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table, table", "dog",
     "horse", "motorbike, motorcycle", "person", "potted plant", "sheep", "sofa, couch", "train", "tv monitor, television",
 )  # fmt: skip
-# what VOC leaves unlabeled is mostly this; our choice, as are the names above: papers differ, and `classes` names a file of one's own
+# typical content of VOC's unlabeled pixels; papers differ, so this list and the names above are our choice (`classes` replaces them)
 _VOC_BACKGROUND = (
     "background, sky, cloud, wall, ceiling, floor, window, door, curtain, building, fence, road, pavement, grass, tree, bush, "
     "mountain, sand, water, sea, river, snow, rock, shelf, cabinet, lamp, bed"
@@ -42,11 +42,7 @@ _VOC_BACKGROUND = (
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """The images of a task that have a good label map.
-
-    `names` (S,) are the names of all classes, `owner` (S,) int64 the class of each; `class_names` (C,) the first name of each class.
-    `images_digest` is of keys and encoded images, `digest` of everything measured: also of label maps and names.
-    """
+    """The images of a task that have a good label map."""
 
     task: Task
     folder: Path
@@ -54,23 +50,23 @@ class SegmentationData:
     files: tuple[tuple[str, str], ...]  # image below image_root, label map below label_root
     image_root: str
     label_root: str
-    class_names: tuple[str, ...]
-    names: tuple[str, ...]
-    owner: np.ndarray
+    class_names: tuple[str, ...]  # (C,) the first name of each class
+    names: tuple[str, ...]  # (S,) the names of all classes
+    owner: np.ndarray  # (S,) int64 class of each name
     classes_of: np.ndarray = field(repr=False)  # (65536,) int16: the class of each label value, IGNORED or _UNKNOWN
     rejected: dict[str, int]
-    images_digest: str
-    digest: str
+    images_digest: str  # of keys and encoded images
+    digest: str  # of everything measured: also of label maps and names
 
     def image(self, number: int) -> Image.Image:
-        """Return image `number` as RGB; DataError if it is no longer as it was."""
+        """Return image `number` as RGB; DataError if its file has changed."""
         try:
             return gate_image(read_below(self.image_root, self.files[number][0], MAX_FILE_BYTES), Limits())
         except Reject as reject:
             raise self._changed(number, reject) from reject
 
     def truth(self, number: int) -> np.ndarray:
-        """Return the classes (H, W) int16 of image `number`, IGNORED where pixels do not count; DataError as `image`."""
+        """Return the classes (H, W) int16 of image `number`, IGNORED where pixels do not count; DataError as in `image`."""
         path = self.files[number][1]
         try:
             return _classes(gate_labels(read_below(self.label_root, path, MAX_FILE_BYTES), Limits()), self.classes_of, path)
@@ -83,7 +79,7 @@ class SegmentationData:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a layout's files lie: (image, label map) paths below their folders, class names, and the class of each label value."""
+    """The files of a layout: (image, label map) paths below their folders, class names, and the class of each label value."""
 
     images: Path
     labels: Path
@@ -93,10 +89,10 @@ class _Layout:
 
 
 def load_segmentation(task: Task, data_root: Path, *, max_reject_fraction: float = 0.05) -> SegmentationData:
-    """Return the images of a segmentation task; DataError, saying what to put where, if its data is missing or unusable.
+    """Return the images of a segmentation task; DataError, which says what to put where, if its data is missing or unusable.
 
-    Every image and label map is decoded once. Images whose own file or label map is damaged, missing or of another size are left out
-    and counted by reject code, up to `max_reject_fraction`. A label value that is no class is an error: it would falsify the result.
+    Every file is decoded once. Pairs that are damaged, incomplete or of different sizes are left out and counted by reject code, up to
+    `max_reject_fraction`. A label value that is no class is an error, because it would falsify the result.
     """
     assert task.kind == "segmentation", "eval.tasks.data reads the others"
     folder = data_root / task.path
@@ -147,11 +143,8 @@ def _layout(task: Task, folder: Path) -> _Layout:
 
 
 def gate_labels(data: bytes, limits: Limits) -> np.ndarray:
-    """Return the numbers (H, W) of a label map, an encoded PNG, palette indices included.
-
-    Reject if `gate_image` refuses it, DataError for a picture with colors instead of one number a pixel.
-    """
-    gate_image(data, limits)  # decodes all of it under guard
+    """Return the numbers (H, W) of an encoded label PNG, or its palette indices; Reject as in `gate_image`, DataError for colors."""
+    gate_image(data, limits)  # decodes all of it, within limits
     image = Image.open(io.BytesIO(data))
     if image.format != "PNG" or image.mode not in _LABEL_MODES:
         raise DataError(f"a label map is a PNG with one number a pixel (8 or 16 bits, or a palette); found {image.format} {image.mode}")
@@ -159,12 +152,12 @@ def gate_labels(data: bytes, limits: Limits) -> np.ndarray:
 
 
 def split_names(line: str) -> tuple[str, ...]:
-    """Return the names of a class in one line of a class file, separated by commas (or semicolons, as in ADE20K's CSV)."""
+    """Return the names of a class from one line, split at commas (or semicolons, as in ADE20K's CSV)."""
     return tuple(name.strip() for name in re.split("[,;]", line) if name.strip())
 
 
 def _check(image_root: str, image: str, label_root: str, label: str, classes_of: np.ndarray) -> tuple[str, tuple[str, str]]:
-    """Return (reject code or "", hashes of image and label map) of one pair."""
+    """Return the reject code of one pair (or "") and the hashes of image and label map."""
     try:
         encoded = read_below(image_root, image, MAX_FILE_BYTES)
         size = gate_image(encoded, Limits()).size
@@ -199,7 +192,7 @@ def _stem(path: str) -> str:
 
 
 def _pairs(folder: Path, pattern: str = "**/*") -> list[tuple[str, str]]:
-    """Return (image, label map) paths of the images below `folder` that match, relative to it, sorted: a/b.jpg has a/b.png."""
+    """Return the (image, label map) paths of matching images, relative to `folder` and sorted: a/b.jpg has a/b.png."""
     found = (path for path in folder.glob(pattern) if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
     return [(name, f"{_stem(name)}.png") for name in sorted(path.relative_to(folder).as_posix() for path in found)]
 
@@ -228,7 +221,7 @@ def _ade20k(task: Task, folder: Path) -> _Layout:
     images, labels = (_required(task, folder / kind / "validation") for kind in ("images", "annotations"))
     table = [line.split("\t") for line in read_lines(_required(task, folder / (task.classes or "objectInfo150.txt")))]
     column = next((at for at, cell in enumerate(table[0]) if cell.strip() == "Name"), None)
-    rows = table[1:] if column is not None else table  # a file of one's own is names only
+    rows = table[1:] if column is not None else table  # your own file holds only names
     values = {0: IGNORED} | {number: number - 1 for number in range(1, 151)}
     return _Layout(images, labels, _pairs(images), _named(task, [row[column or 0] for row in rows], 150), values)
 
@@ -238,7 +231,7 @@ def _coco_stuff(task: Task, folder: Path) -> _Layout:
     lines = read_lines(_required(task, folder / (task.classes or "labels.txt")))
     rows = [line.partition(":")[::2] for line in lines]
     used = [value for value in range(182) if value not in _COCO_GAPS]
-    if all(number.strip().isdigit() for number, _ in rows):  # the published file, not just names: 0 is unlabeled, k is label value k - 1
+    if all(number.strip().isdigit() for number, _ in rows):  # the published file: 0 is unlabeled, k is label value k - 1
         named = {int(number) - 1: name for number, name in rows}
         lines = tuple(re.sub("-(other|stuff)$", "", named[value].strip()).replace("-", " ") for value in used if value in named)
     values = {value: number for number, value in enumerate(used)} | {255: IGNORED}
@@ -257,7 +250,7 @@ def _voc(task: Task, folder: Path) -> _Layout:
 
 
 def _named(task: Task, lines: Iterable[str], classes: int) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each class, a line each; DataError unless `classes` have one."""
+    """Return the names of each class, one line each; DataError unless all `classes` have names."""
     names = tuple(map(split_names, lines))
     named = sum(map(bool, names))
     if not named == len(names) == classes:

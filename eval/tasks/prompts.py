@@ -1,7 +1,7 @@
-"""Prompts of zero-shot classification: template sets by exact id, template files, and sentences written for each class.
+"""Prompts of zero-shot classification: template sets by exact id, template files, and sentences for each class.
 
-A template holds `{c}` where the class name goes. Numbers of different sets (`PromptSet.id`) never share a table column.
-`clip:<data set>` are the templates that the package clip_benchmark (MIT) ships for a data set.
+`{c}` in a template stands for the class name. Numbers of different sets (`PromptSet.id`) never share a table column.
+`clip:<data set>` names the templates that the package clip_benchmark (MIT) ships for a data set.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def _imagenet80() -> tuple[str, ...]:
 
 
 def _ucf101() -> tuple[str, ...]:
-    """Return the 48 templates of CLIP's published UCF101 protocol (arXiv 2103.00020), its English as it is."""
+    """Return the 48 templates of CLIP's published UCF101 protocol (arXiv 2103.00020), worded as published."""
     doings = ("", "using ", "doing ", "during ", "performing ", "practicing ")
     media = ("photo", "video", "example", "demonstration")
     return tuple(f"a {medium} of {who} person {doing}{{c}}." for doing in doings for who in ("a", "the") for medium in media)
@@ -50,24 +50,24 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "ucf101": _ucf101(),
     "cub": ("a photo of a {c}, a type of bird.",),
 }
-PACKAGED = "clip:"  # before a data set's name: the templates that clip_benchmark ships for it
+PACKAGED = "clip:"  # prefix of a data set's name: the templates that clip_benchmark ships for it
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The sentences of every class: `sentences[i]` are those of class i; `id` is what results record."""
+    """The sentences of every class: `sentences[i]` for class i. Results record `id`, which has a content hash unless built in."""
 
     id: str
     sentences: tuple[tuple[str, ...], ...]
 
 
 def fill(templates: tuple[str, ...], class_name: str) -> tuple[str, ...]:
-    """Return the templates with `{c}` replaced by the class name; other braces, in either, are plain text."""
+    """Return the templates with `{c}` replaced by the class name. Other braces are plain text."""
     return tuple(template.replace("{c}", class_name) for template in templates)
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """Return the lines of a UTF-8 file without their line ends; blank lines at its end are dropped, others refused."""
+    """Return the lines of a UTF-8 file without surrounding spaces; DataError for blank lines, except at the end."""
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
@@ -78,7 +78,7 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Return the templates of a file, one a line, each with `{c}` (CLIP_benchmark's zeroshot_classification_templates.txt)."""
+    """Return the templates of a file, one per line, each with `{c}` (CLIP_benchmark's zeroshot_classification_templates.txt)."""
     templates = read_lines(path)
     for number, template in enumerate(templates, start=1):
         if "{c}" not in template:
@@ -102,20 +102,17 @@ def read_sentences(path: Path, class_names: tuple[str, ...]) -> tuple[tuple[str,
 
 
 def package_classes(data_set: str) -> tuple[str, ...]:
-    """Return the class names that clip_benchmark ships for a data set, in the order of its labels; UsageError without the package."""
+    """Return clip_benchmark's class names of a data set, in label order; UsageError without the package."""
     return _packaged("en_classnames.json", data_set)
 
 
 def package_templates(data_set: str) -> tuple[str, ...]:
-    """Return the templates that clip_benchmark ships for a data set; UsageError for an unknown one or without the package."""
+    """Return clip_benchmark's templates of a data set; UsageError for an unknown one or without the package."""
     return _packaged("en_zeroshot_classification_templates.json", data_set)
 
 
 def prompt_set(templates: str, class_names: tuple[str, ...], folder: Path) -> PromptSet:
-    """Return the sentences of every class for a template set's id, or a .txt (templates) or .json (sentences by class) file in `folder`.
-
-    The id of a file or of packaged templates carries the hash of what was read: two versions are never taken for the same prompts.
-    """
+    """Return every class's sentences from a template set's id, or a .txt (templates) or .json (sentences by class) file in `folder`."""
 
     def filled(name: str, texts: tuple[str, ...]) -> PromptSet:
         return PromptSet(name, tuple(fill(texts, class_name) for class_name in class_names))
@@ -139,7 +136,7 @@ def prompt_set(templates: str, class_names: tuple[str, ...], folder: Path) -> Pr
 
 
 def _packaged(file: str, data_set: str) -> tuple[str, ...]:
-    """Return a data set's list in one of clip_benchmark's JSON files, without importing the package: that takes seconds."""
+    """Return a data set's list from clip_benchmark's JSON files without importing the package, which takes seconds."""
     found = importlib.util.find_spec("clip_benchmark")
     if found is None or not found.submodule_search_locations:
         own = "classnames.txt and zeroshot_classification_templates.txt in the data set's folder"

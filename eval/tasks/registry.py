@@ -1,4 +1,4 @@
-"""Tasks by exact id, the usual one of each data set: where its data belongs, in which layout, and by which protocol it is measured."""
+"""Built-in tasks by exact id: where their data belongs, its layout, and the protocol of the measurement."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS
 from eval.tasks.task import MASKS, Kind, Task, read_task_file
 
-OWN_TEMPLATES = "zeroshot_classification_templates.txt"  # in a data set's folder: templates that win over its published ones
+OWN_TEMPLATES = "zeroshot_classification_templates.txt"  # in a data set's folder: replaces the published templates
 DEMONSTRATION = (
     "Sprite scenes are a small embedded demonstration: drawn pictures with exact answers. Their numbers show that the kit works "
     "and what was learned; they cannot be compared with published ones."
@@ -25,7 +25,7 @@ def _sprites(part: str, kind: Kind, layout: str, data: str, templates: str = "si
 
 
 def _photos(name: str, path: str, published: int = 0, note: str = "", templates: str = "") -> Task:
-    """Return a classification task whose official layout has its name, with the templates that clip_benchmark ships for it."""
+    """Return a classification task whose layout has its name, with clip_benchmark's templates unless others are given."""
     return Task(name, "classification", name, path, templates=templates or f"clip:{name}", published=published, note=note)
 
 
@@ -67,7 +67,7 @@ TASKS: dict[str, Task] = {task.id: task for task in _TASKS}
 
 
 def find_task(name: str) -> Task:
-    """Return the task of that exact id, or the one a YAML file describes; UsageError for an unknown id, key or value."""
+    """Return the task with exactly that id, or the one in a YAML file; UsageError for an unknown id, key or value."""
     if not name.endswith((".yaml", ".yml")):
         if name not in TASKS:
             raise UsageError(f"unknown task {name!r}; {nearest(name, sorted(TASKS))} (a task of your own is a YAML file)")
@@ -79,7 +79,7 @@ def find_task(name: str) -> Task:
 
 
 def describe(task: Task) -> str:
-    """Return one line on a task: id, kind, where its data belongs and in which form, and the images of the published protocol."""
+    """Return one line about a task: id, kind, place and form of its data, and the published number of images."""
     place = Path("DATA_ROOT", task.path, task.data)
     readers = {layout: reader.what for layout, reader in READERS.items()}
     what = (MASKS if task.kind == "segmentation" else readers).get(task.layout, task.layout)

@@ -1,4 +1,4 @@
-"""One thing to measure: a built-in task, or a user's YAML file with the fields of Task."""
+"""One task to measure: a built-in one, or a user's YAML file with the fields of Task."""
 
 import re
 from dataclasses import dataclass, fields
@@ -11,19 +11,19 @@ from eval.tasks.official.manifest import READERS
 
 PlainLayout = Literal["webdataset", "folder", "jsonl", "csv", "parquet"]
 Kind = Literal["classification", "retrieval", "compositional", "segmentation"]
-MASKS = {  # the layouts of eval.tasks.masks, and what each holds; the other layouts say it where they are read
+MASKS = {  # the layouts of eval.tasks.masks and their files
     "folder": "a folder of images, one of label PNGs named like them, and a file of class names, one class a line",
     "ade20k": "ADEChallengeData2016: images/validation, annotations/validation and objectInfo150.txt",
     "coco_stuff": "images/val2017, annotations/val2017 (the PNGs of stuffthingmaps) and labels.txt",
     "voc": "VOC2012: JPEGImages, SegmentationClass and ImageSets/Segmentation/val.txt",
 }
-_LABEL = {"webdataset": "cls"}  # where the label or the captions are unless the task says so
+_LABEL = {"webdataset": "cls"}  # default columns of the label and the captions
 _CAPTIONS = {"webdataset": "txt", "folder": "txt"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to measure: what kind, where its data lies and how it is laid out. All paths are relative."""
+    """One task to measure: its kind, and where and how its data lies. All paths are relative."""
 
     id: str
     """Name in results; letters, digits, `.`, `_` and `-`."""
@@ -32,37 +32,37 @@ class Task:
     layout: str
     """How the data lies on disk: a PlainLayout, an official one (eval.tasks.official.manifest.READERS), or one of MASKS."""
     path: str
-    """The task's folder, below the data root."""
+    """The task's folder, relative to the data root."""
     data: str = "."
     """The data in that folder: a file, a folder or a glob."""
     templates: str = "simple"
-    """Prompts: the id of a set, or a .txt (templates) or .json (sentences of each class) file in the task's folder."""
+    """Prompts: the id of a set, or a .txt (templates) or .json (sentences per class) file in the task's folder."""
     classes: str = ""
-    """File of class names in the task's folder, one a line: the name of class 0, 1, ... or `label<TAB>name`."""
+    """File of class names in the task's folder, one per line: the name of class 0, 1, ..., or `label<TAB>name`."""
     label: str = ""
-    """Column of the label; by default `cls` in tars, the folder's name in folders, else `label`."""
+    """Column of the label. Default: `cls` in tars, the folder's name in folders, else `label`."""
     captions: str = ""
-    """Column of the captions; by default `txt` in tars and folders, else `captions`."""
+    """Column of the captions. Default: `txt` in tars and folders, else `captions`."""
     image: str = "image"
     """Column of the image."""
     key: str = "key"
     """Column of the sample key."""
     protocol: str = ""
-    """How a compositional task is scored: winoground or mmvp. Segmentation: whether there is a background class (see eval.tasks.masks)."""
+    """Compositional: winoground or mmvp. Segmentation: `background` if there is a background class (see eval.tasks.masks)."""
     prefix: str = ""
-    """Put before every caption, for example MMVP's `a photo of `."""
+    """Text before every caption, for example MMVP's `a photo of `."""
     labels: str = "labels"
-    """Segmentation: folder of the label PNGs, named like the images."""
+    """Segmentation: folder of the label PNGs, which are named like the images."""
     ignore: int = 255
     """Segmentation: label value of pixels that do not count."""
     captions_each: int = 0
-    """Take the first so many captions of each image (five in the Karpathy protocol); 0: all."""
+    """Use the first N captions of each image (five in the Karpathy protocol); 0: all."""
     published: int = 0
-    """Images of the published protocol, if there is one: another number of them is noted with the results."""
+    """Number of images in the published protocol, if there is one. A different number is noted with the results."""
     note: str = ""
-    """Shown with the numbers, for example what they may not be compared with."""
+    """Shown with the numbers, for example what they cannot be compared with."""
     credit: str = ""
-    """Whom the data is by."""
+    """Authors of the data."""
 
     def __post_init__(self) -> None:
         every = tuple(dict.fromkeys((*get_args(PlainLayout), *READERS, *MASKS)))

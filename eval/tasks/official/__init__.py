@@ -1,4 +1,4 @@
-"""One reader for each data set's official layout.
+"""Readers of official data-set layouts, one per data set.
 
-A reader turns files into rows and says what it needs; it measures nothing.
+A reader turns files into rows and lists the files it needs. It measures nothing.
 """

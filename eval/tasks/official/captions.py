@@ -1,6 +1,6 @@
-"""Readers of the Karpathy splits of COCO and Flickr30k (caption_datasets.zip): the images and captions of split `test`.
+"""Readers of the Karpathy test splits of COCO and Flickr30k (caption_datasets.zip).
 
-COCO's val2017 also has 5,000 images, but others: numbers on it are not numbers on the Karpathy split, so it is refused.
+COCO's val2017 is refused: it also has 5,000 images, but different ones, so its numbers are not comparable.
 """
 
 import json
@@ -27,7 +27,7 @@ def flickr30k_karpathy(folder: Path) -> Official:
 
 
 def _karpathy(path: Path, below: str) -> Official:
-    """Return the test split named in a Karpathy file; images without `filepath` lie `below`."""
+    """Return the test split in a Karpathy file. Images without `filepath` lie in `below`."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=_only_test)
@@ -47,7 +47,7 @@ def _karpathy(path: Path, below: str) -> Official:
 
 
 def _only_test(value: dict[str, Any]) -> Any:
-    """Return what is needed of one JSON object, while it is parsed: the file's word lists would take gigabytes as objects."""
+    """Return what is needed of a JSON object while it is parsed: all of the file as objects would take gigabytes."""
     if "raw" in value:
         return value["raw"]
     if "sentences" in value and "filename" in value:

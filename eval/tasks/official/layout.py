@@ -1,7 +1,7 @@
-"""What readers of official data-set layouts share: what they return, and how list files, class folders and .mat files are read.
+"""Shared by all readers of official layouts: their return types, and functions for list files, class folders and .mat files.
 
-A reader turns a published folder, exactly as its archives unpack, into the rows of the test split. It reads lists and names of
-files, never an image: a missing image is counted later, like any bad sample.
+A reader turns a published folder, as its archives unpack, into rows of the test split. It reads lists and file names, never an
+image. A missing image is counted later, like any bad sample.
 """
 
 import importlib.util
@@ -29,16 +29,15 @@ found = np.atleast_1d(loadmat(sys.argv[1], squeeze_me=True, variable_names=sys.a
 rows = [{name: one[name] for name in found.dtype.names} for one in found] if found.dtype.names else found.tolist()
 print(json.dumps(rows, default=lambda value: value.tolist()))
 """
-OWN_NAMES = "classnames.txt"  # in a data set's folder: class names that win over the official or packaged ones
+OWN_NAMES = "classnames.txt"  # in a data set's folder: replaces the official or packaged class names
 
 
 @dataclass(frozen=True)
 class Official:
     """The test split of a data set. `rows` may be read once.
 
-    Classification: {key, image, label}, the label an index of `class_names`. Retrieval: {key, image, captions}. Compositional: also
-    group and category, one caption a row; the two rows of a group follow each other. An image is a path relative to the folder that
-    was read, or an encoded file (bytes).
+    Classification: {key, image, label}, the label an index of `class_names`. Retrieval: {key, image, captions}. Compositional: also group
+    and category, one caption per row, a group's two rows in sequence. An image is bytes, or a path relative to the folder that was read.
     """
 
     rows: Iterable[ManifestRow]
@@ -47,25 +46,25 @@ class Official:
 
 @dataclass(frozen=True)
 class OfficialLayout:
-    """How to read one official layout, and what to tell someone who does not have the data."""
+    """How to read one official layout, and what to tell users who lack the data."""
 
     kind: Literal["classification", "retrieval", "compositional"]
-    read: Callable[[Path], Official]  # DataError for lists that make no sense
+    read: Callable[[Path], Official]  # DataError for inconsistent lists
     files: tuple[str, ...]  # must be there, relative to the task's folder
-    what: str  # what those files are, and the name of the official source
-    traps: Mapping[str, str] = field(default_factory=dict)  # what people have instead: a path that may be there, and why it will not do
+    what: str  # the files and their official source, in words
+    traps: Mapping[str, str] = field(default_factory=dict)  # wrong data that people often have: path, and why it does not work
 
     def missing(self, place: Path) -> list[str]:
-        """Return which of the files are not there."""
+        """Return the required files that are missing."""
         return [name for name in self.files if not (place / name).exists()]
 
     def trap(self, place: Path) -> str:
-        """Return why what is there instead will not do, "" if nothing known is there."""
+        """Return why known wrong data in `place` does not work, or "" if there is none."""
         return next((why for name, why in self.traps.items() if os.path.exists(os.path.normpath(place / name))), "")
 
 
 def own_names(folder: Path, count: int) -> tuple[str, ...]:
-    """Return the class names in the folder's `classnames.txt`, () if there is none; DataError unless they are `count`."""
+    """Return the class names in the folder's `classnames.txt`, or () without that file; DataError unless there are `count`."""
     path = folder / OWN_NAMES
     if not path.is_file():
         return ()
@@ -76,7 +75,7 @@ def own_names(folder: Path, count: int) -> tuple[str, ...]:
 
 
 def columns(path: Path, count: int) -> Iterator[tuple[str, ...]]:
-    """Yield the `count` fields of each line of a list file; only the last may hold spaces. DataError names a line with fewer."""
+    """Yield the `count` fields of each line of a list file. Only the last may contain spaces. DataError for a line with fewer."""
     for number, line in enumerate(read_lines(path), start=1):
         found = line.split(maxsplit=count - 1)
         if len(found) != count:
@@ -85,14 +84,14 @@ def columns(path: Path, count: int) -> Iterator[tuple[str, ...]]:
 
 
 def class_number(text: Any, count: int, path: Path) -> int:
-    """Return the 0-based class of a label that counts from 1 in the file `path`; DataError if it is none of `count` classes."""
+    """Return the 0-based class of a 1-based label in the file `path`; DataError if it is not 1 to `count`."""
     if not str(text).isdecimal() or not 1 <= int(text) <= count:
         raise DataError(f"{path}: {text!r} is no class; expected 1 to {count}. Get the file again.")
     return int(text) - 1
 
 
 def class_of(name: str, known: Mapping[str, int], path: Path) -> int:
-    """Return the class that a list file calls `name`; DataError with the nearest known name."""
+    """Return the class number of `name` in a list file; DataError with the nearest known name."""
     if name not in known:
         raise DataError(f"{path}: {name!r} is not a known class; {nearest(name, sorted(known))}")
     return known[name]
@@ -104,7 +103,7 @@ def numbered(names: Iterable[str]) -> dict[str, int]:
 
 
 def class_folders(place: Path, count: int, ignored: str = "") -> list[str]:
-    """Return the names of the folders in `place`, sorted; DataError unless they are `count`: one too few would shift every label."""
+    """Return the sorted folder names in `place`; DataError unless there are `count`, because a missing one would shift every label."""
     found = sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".") and entry.name != ignored)
     if len(found) != count:
         has = f"{len(found)} class folders ({', '.join(found[:3])}, ...)" if found else "0 class folders (only files)"
@@ -113,7 +112,7 @@ def class_folders(place: Path, count: int, ignored: str = "") -> list[str]:
 
 
 def images_of_folders(place: Path, below: str, labels: Mapping[str, int]) -> Iterator[ManifestRow]:
-    """Yield the images of each class folder of `place`, in order of class and name; paths begin with `below`."""
+    """Yield the rows of the images in each class folder of `place`, by class and name. Their paths begin with `below`."""
     for folder, label in labels.items():
         for name in sorted(os.listdir(place / folder)):
             if name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
@@ -126,12 +125,10 @@ def image_row(name: str, below: str, label: int) -> ManifestRow:
 
 
 def load_mat(path: Path, variable: str) -> list[Any]:
-    """Return a variable of a MATLAB file as a list: numbers, texts, or for a struct a dict each; DataError if it cannot be read.
-
-    A child process reads it: scipy's reader is known to crash, not to raise, on some damaged files.
-    """
+    """Return a variable of a MATLAB file as a list of numbers, texts or (for a struct) dicts; DataError if it cannot be read."""
     if importlib.util.find_spec("scipy") is None:
         raise UsageError(f"reading {path} needs scipy: pip install scipy")
+    # in a child process, because scipy's reader can crash on a damaged file instead of raising
     command = [sys.executable, "-c", _READ_MAT, str(path), variable]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=_MAT_SECONDS)

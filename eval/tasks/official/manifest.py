@@ -1,7 +1,7 @@
-"""Official data-set layouts by exact id, and the manifest that a set read in one becomes.
+"""Official data-set layouts by exact id, and the manifest that is made of their rows.
 
-The rows that a reader lists are written to a manifest: JSONL with image paths, or parquet with image bytes if the data set has no
-image files. `align.sources.plan` reads it like a user's data: same limits, same rejects, same digests.
+A manifest is JSONL with image paths, or parquet with image bytes if the data set has no image files. `align.sources.plan` reads it
+like a user's data: same limits, same rejects, same digests.
 """
 
 import errno
@@ -21,16 +21,13 @@ from eval.tasks.official.layout import ManifestRow, Official, OfficialLayout
 from eval.tasks.official.pairs import PAIRS
 from eval.tasks.official.photos import PHOTOS
 
-GROUP_ROWS = 1024  # of a parquet manifest: what is in memory at once
+GROUP_ROWS = 1024  # of a parquet manifest, held in memory at once
 
 READERS: dict[str, OfficialLayout] = {**PHOTOS, **CAPTIONS, **PAIRS}
 
 
 def read_official(layout: str, place: Path, task_id: str, cache: Path) -> tuple[Source, Official]:
-    """Return the manifest of a data set as a Source, and what was read (its rows are used up).
-
-    `place` is the data set's folder, for `pairs` its file. The manifest is `cache`/manifests/<task id>.jsonl or .parquet.
-    """
+    """Return the manifest, made in `cache`/manifests, as a Source, and what was read from `place` (its rows are used up)."""
     official = READERS[layout].read(place)
     path = write_manifest(official.rows, cache / "manifests", task_id)
     folder = place if place.is_dir() else place.parent
@@ -38,7 +35,7 @@ def read_official(layout: str, place: Path, task_id: str, cache: Path) -> tuple[
 
 
 def write_manifest(rows: Iterable[ManifestRow], folder: Path, name: str) -> Path:
-    """Write rows to `folder`/`name`.jsonl, or .parquet if images are bytes, and return the path; DataError if there are none."""
+    """Write rows to `folder`/`name`.jsonl, or .parquet if images are bytes, and return the path; DataError without rows."""
     rows = iter(rows)
     if (first := next(rows, None)) is None:
         raise DataError(f"task {name!r}: its lists name no test image; get the data set again")

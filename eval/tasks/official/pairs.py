@@ -1,7 +1,7 @@
-"""Readers of compositional sets: pairs of images and captions where caption i belongs to image i of its pair.
+"""Readers of compositional sets: pairs of images and captions. Caption i belongs to image i of its pair.
 
-A pair becomes a group of two rows that follow each other. The layout `pairs` is the kit's own, for anyone's set: a JSONL file
-with {"key", "images": [a, b], "captions": [a, b], "category"} rows, image paths relative to it.
+A pair becomes a group of two consecutive rows. The layout `pairs` is the kit's own: a JSONL file with {"key", "images": [a, b],
+"captions": [a, b], "category"} rows and image paths relative to it.
 """
 
 import csv
@@ -22,15 +22,12 @@ _WINOGROUND = ("id", "image_0", "image_1", "caption_0", "caption_1")
 
 
 def pairs(path: Path) -> Official:
-    """Return the pairs of a JSONL file, `path`."""
+    """Return the pairs in a JSONL file."""
     return Official(_pairs(path))
 
 
 def winoground(folder: Path) -> Official:
-    """Return Winoground: examples.jsonl with images/ beside it (here or in data/), or the parquet files of its Hugging Face copy.
-
-    The category is its collapsed tag: Object, Relation or Both.
-    """
+    """Return Winoground from examples.jsonl and images/ (also in data/), or from Hugging Face's parquet files; the category is its tag."""
     for place in (folder, folder / "data"):
         if (place / "examples.jsonl").is_file():
             return Official(_winoground_files(place / "examples.jsonl", place.relative_to(folder) / "images"))
@@ -41,7 +38,7 @@ def winoground(folder: Path) -> Official:
 
 
 def mmvp_vlm(folder: Path) -> Official:
-    """Return MMVP-VLM: two questions after each other in Questions.csv make a pair, their type is the category and the folder."""
+    """Return MMVP-VLM: two consecutive questions in Questions.csv are a pair. Their type is the category and the images' folder."""
     path = folder / "Questions.csv"
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = [line for line in csv.reader(file) if line][1:]  # 270 of them; the first names the columns
@@ -64,7 +61,7 @@ def _group(key: Any, images: list[Any], captions: list[Any], category: Any) -> l
 
 
 def _json_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, ManifestRow]]:
-    """Yield (line number, object) of a JSONL file; DataError for a line that is none or lacks one of `wanted`."""
+    """Yield (line number, object) of a JSONL file; DataError for a line that is no object or lacks one of `wanted`."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:

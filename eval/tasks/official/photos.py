@@ -1,7 +1,7 @@
-"""Readers of classification sets in their official layouts: the test split, with class names in the order of the labels.
+"""Readers of classification sets in their official layouts: the test split, with class names in label order.
 
-Sources of the layouts: the data sets' own archives, as torchvision.datasets also reads them. Names are the ones that zero-shot
-tables are made with: CLIP_benchmark's where it has some, else the data set's own with `_` and `/` as spaces.
+The layouts are those of the data sets' archives, as torchvision.datasets reads them. Class names are CLIP_benchmark's if it has some,
+else the data set's own with spaces for `_` and `/`.
 """
 
 import io
@@ -35,8 +35,8 @@ _EUROSAT = (
     *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"),
     *("Pasture", "PermanentCrop", "Residential", "River", "SeaLake"),
 )
-_BACKGROUND = "BACKGROUND_Google"  # of Caltech101: pictures of anything, no class
-_CALTECH = {  # folders whose packaged name is not just their own
+_BACKGROUND = "BACKGROUND_Google"  # of Caltech101: random pictures, not a class
+_CALTECH = {  # folders whose packaged name differs from their own
     "Faces": "off-center face", "Faces_easy": "centered face", "Leopards": "leopard",
     "Motorbikes": "motorbike", "airplanes": "airplane", "car_side": "side of a car",
     "cougar_body": "body of a cougar cat", "cougar_face": "face of a cougar cat", "crocodile_head": "head of a crocodile",
@@ -45,7 +45,7 @@ _CALTECH = {  # folders whose packaged name is not just their own
 
 
 def imagenet(folder: Path) -> Official:
-    """Return ImageNet-1k's validation set, val/<wnid>/*.JPEG: class i is the i-th of the 1,000 sorted WordNet ids."""
+    """Return ImageNet-1k's validation set, val/<wnid>/*.JPEG. Class i is the i-th of the 1,000 sorted WordNet ids."""
     wnids = class_folders(folder / "val", 1000)
     if wrong := [name for name in wnids if not re.fullmatch(r"n\d{8}", name)]:
         raise DataError(f"{folder / 'val'}: {wrong[0]!r} is not a WordNet id such as n01440764; remove it")
@@ -53,7 +53,7 @@ def imagenet(folder: Path) -> Official:
 
 
 def imagenet_v2(folder: Path) -> Official:
-    """Return ImageNet-V2: its folders 0 to 999 are class numbers, so they sort as numbers, not as text."""
+    """Return ImageNet-V2. Its folders 0 to 999 are class numbers, so they are sorted as numbers, not as text."""
     found = class_folders(folder, 1000)
     if set(found) != {str(number) for number in range(1000)}:
         raise DataError(f"{folder}: expected the folders 0 to 999, found {found[0]!r} to {found[-1]!r}; unpack the official archive")
@@ -61,7 +61,7 @@ def imagenet_v2(folder: Path) -> Official:
 
 
 def food101(folder: Path) -> Official:
-    """Return Food-101's test split, meta/test.txt; class names from meta/classes.txt."""
+    """Return Food-101's test split (meta/test.txt), with class names from meta/classes.txt."""
     classes, path = read_lines(folder / "meta/classes.txt"), folder / "meta/test.txt"
     known = numbered(classes)
     rows = (image_row(f"{name}.jpg", "images", class_of(name.split("/")[0], known, path)) for name in read_lines(path))
@@ -69,17 +69,17 @@ def food101(folder: Path) -> Official:
 
 
 def cifar10(folder: Path) -> Official:
-    """Return CIFAR-10's test batch from its binary version: a label byte before each image."""
+    """Return CIFAR-10's test batch from its binary version: one label byte before each image."""
     return _cifar(folder, "test_batch.bin", "batches.meta.txt", label_bytes=1)
 
 
 def cifar100(folder: Path) -> Official:
-    """Return CIFAR-100's test set from its binary version: a coarse and a fine label byte before each image; fine ones count."""
+    """Return CIFAR-100's test set from its binary version: a coarse and a fine label byte before each image. The fine one is used."""
     return _cifar(folder, "test.bin", "fine_label_names.txt", label_bytes=2)
 
 
 def sun397(folder: Path) -> Official:
-    """Return the test half of SUN397's first official partition, Testing_01.txt; classes in the order of ClassName.txt."""
+    """Return the test half of SUN397's first official partition (Testing_01.txt), classes in the order of ClassName.txt."""
     classes, path = read_lines(folder / "ClassName.txt"), folder / "Testing_01.txt"
     known = numbered(classes)
     rows = (image_row(name[1:], "", class_of(name.rpartition("/")[0], known, path)) for name in read_lines(path))
@@ -88,7 +88,7 @@ def sun397(folder: Path) -> Official:
 
 
 def stanford_cars(folder: Path) -> Official:
-    """Return Stanford Cars' test split from cars_test_annos_withlabels.mat; class names from devkit/cars_meta.mat."""
+    """Return Stanford Cars' test split from cars_test_annos_withlabels.mat, with class names from devkit/cars_meta.mat."""
     path = folder / "cars_test_annos_withlabels.mat"
     names = tuple(str(name) for name in load_mat(folder / "devkit/cars_meta.mat", "class_names"))
     found = load_mat(path, "annotations")
@@ -99,7 +99,7 @@ def stanford_cars(folder: Path) -> Official:
 
 
 def fgvc_aircraft(folder: Path) -> Official:
-    """Return FGVC-Aircraft's test split at the level of variants."""
+    """Return FGVC-Aircraft's test split with variants as classes."""
     names, path = read_lines(folder / "data/variants.txt"), folder / "data/images_variant_test.txt"
     known = numbered(names)
     rows = (image_row(f"{image}.jpg", "data/images", class_of(name, known, path)) for image, name in columns(path, 2))
@@ -107,7 +107,7 @@ def fgvc_aircraft(folder: Path) -> Official:
 
 
 def dtd(folder: Path) -> Official:
-    """Return the first official test split of the Describable Textures, labels/test1.txt; a class is a folder of images."""
+    """Return the first official test split of DTD (Describable Textures), labels/test1.txt. A class is a folder of images."""
     classes, path = class_folders(folder / "images", 47), folder / "labels/test1.txt"
     known = numbered(classes)
     rows = (image_row(name, "images", class_of(name.split("/")[0], known, path)) for name in read_lines(path))
@@ -115,7 +115,7 @@ def dtd(folder: Path) -> Official:
 
 
 def pets(folder: Path) -> Official:
-    """Return the Oxford-IIIT Pets' test split; the breeds in the images' names must be the packaged names of their labels."""
+    """Return the Oxford-IIIT Pets' test split; DataError if the breed in an image's name is not the name of its label."""
     path = folder / "annotations/test.txt"
     names = (own := own_names(folder, 37)) or package_classes("pets")
     labels = [(image, class_number(label, len(names), path)) for image, label, _ in columns(path, 3)]
@@ -140,7 +140,7 @@ def caltech101(folder: Path) -> Official:
 
 
 def flowers(folder: Path) -> Official:
-    """Return the test split of the Oxford 102 Flowers: image numbers `tstid` of setid.mat, labels 1 to 102 of imagelabels.mat."""
+    """Return the Oxford 102 Flowers' test split: image numbers `tstid` of setid.mat, labels 1 to 102 of imagelabels.mat."""
     names = own_names(folder, 102) or package_classes("flowers")
     path = folder / "imagelabels.mat"
     labels, chosen = load_mat(path, "labels"), load_mat(folder / "setid.mat", "tstid")
@@ -207,12 +207,12 @@ def _spaced(names: Iterator[str] | tuple[str, ...] | list[str]) -> tuple[str, ..
 
 
 def _words(name: str, between: str) -> str:
-    """Return the words of a CamelCase name: ApplyEyeMakeup, YoYo."""
+    """Return the words of a CamelCase name (ApplyEyeMakeup, YoYo), joined with `between`."""
     return between.join(re.findall("[A-Z][^A-Z]*", name))
 
 
 def _plain(name: str) -> str:
-    """Return a name in lower case with single spaces for whatever is no letter or digit, to compare it with another spelling."""
+    """Return a name in lower case with single spaces for all but letters and digits, to compare spellings."""
     return " ".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
