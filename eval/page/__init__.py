@@ -1,4 +1,4 @@
-"""Results to one HTML page: sections and figures.
+"""One HTML page from results: sections and figures.
 
-No torch; nothing is measured here.
+No torch. Nothing is measured here.
 """

@@ -1,6 +1,6 @@
-"""Pictures of the report: data in, PNG bytes out. One restrained style, a light and a dark theme, no global state.
+"""Figures of the report: data in, PNG bytes out. One style, a light and a dark theme, no global state.
 
-Labels that come from data are drawn as plain text: no math, no control characters.
+Labels from data are drawn as plain text: no math, no control characters.
 """
 
 import textwrap
@@ -25,10 +25,7 @@ from eval.results.records import SUBJECTS, Entry, ModelRecord
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of a figure; `series` are those of the models that the report is about, in order, `baselines` the others' by kind.
-
-    Models of one kind take that kind's colors in turn.
-    """
+    """Colors of a figure: `series` for the models that the report is about, `baselines` for the others, by kind. Both are cycled."""
 
     name: str
     background: str
@@ -58,7 +55,7 @@ THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
 
 
 def plain(text: str, width: int = 0, lines: int = 3) -> str:
-    """Return `text` without control characters and lone surrogates, wrapped to `width` characters if it is not 0."""
+    """Return `text` without control characters and lone surrogates, wrapped to `width` characters unless that is 0."""
     clean = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text.encode("utf-8", "replace").decode())
     if not width:
         return clean
@@ -74,7 +71,7 @@ def _chart(theme: Theme, title: str = "", x_label: str = "", width: float = 4.6,
 
 
 def _model_lines(values: Mapping[str, Any], models: Sequence[ModelRecord], theme: Theme) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield what is drawn of each model, with the color and label of its line."""
+    """Yield each model's value with the color and the label of its line."""
     by_name = {model.name: model for model in models}
     for name, value in values.items():
         yield value, {"color": model_color(by_name[name], models, theme), "label": plain(name)}
@@ -89,14 +86,14 @@ def _legend(axes: Axes, theme: Theme, **options: Any) -> None:
 
 
 def model_color(model: ModelRecord, models: Sequence[ModelRecord], theme: Theme) -> str:
-    """Return the color that stands for `model` in every figure of the report."""
+    """Return the color of `model` in every figure of the report."""
     colors = theme.series if model.kind in SUBJECTS else theme.baselines[model.kind]
     alike = [other.name for other in models if other.kind == model.kind]
     return colors[alike.index(model.name) % len(colors)]
 
 
 def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme, percent: bool = False) -> bytes:
-    """Return a small line chart; `lines` maps a label to (steps, values). Of six lines or more, the second half is dashed."""
+    """Return a small line chart. `lines` maps a label to (steps, values). With six lines or more, the second half is dashed."""
     figure, axes = _chart(theme, title, "step", 4.0, 3.0)
     many = len(lines) > 5
     for number, (label, (steps, values)) in enumerate(lines.items()):
@@ -117,7 +114,7 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
 
 
 def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models: Sequence[ModelRecord], theme: Theme) -> bytes:
-    """Return grouped bars with intervals: one group for each metric of `labels` (metric -> shown name), one bar a model."""
+    """Return grouped bars with intervals: one group per metric of `labels` (metric -> shown name), one bar per model."""
     shown = [model for model in models if any(entry.model == model.name for entry in entries)]
     longest = max(len(line) for label in labels.values() for line in label.splitlines())
     figure, axes = _chart(theme, title, width=max(4.6, 0.32 * len(labels) * len(shown), 0.085 * longest * len(labels)))
@@ -151,7 +148,7 @@ def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models
 
 
 def recall_curve(title: str, ranks: Mapping[str, np.ndarray], targets: int, models: Sequence[ModelRecord], theme: Theme) -> bytes:
-    """Return recall@k for every k on a log axis, one line a model, and the diagonal of a random order."""
+    """Return recall@k for every k on a log axis, one line per model, and the line of a random order."""
     figure, axes = _chart(theme, title, "k (answers looked at)")
     ks = np.unique(np.round(np.geomspace(1, targets, 120)).astype(int))
     for found, line in _model_lines(ranks, models, theme):
@@ -166,10 +163,7 @@ def recall_curve(title: str, ranks: Mapping[str, np.ndarray], targets: int, mode
 
 
 def similarity(captions: Sequence[str], thumbs: Sequence[Path], scores: Mapping[str, Sequence[Sequence[float]]], theme: Theme) -> bytes:
-    """Return one heat map a model over the same captions (rows) and images (columns, drawn on top); right pairs are framed.
-
-    `scores` maps a model's name to (captions, images) cosines; all maps share one color scale.
-    """
+    """Return a heat map of each model's `scores` (captions, images), cosines, on one color scale. Right pairs are framed."""
     count = len(captions)
     matrices = {name: np.asarray(matrix, dtype=np.float64) for name, matrix in scores.items()}
     low, high = min(m.min() for m in matrices.values()), max(m.max() for m in matrices.values())
@@ -207,7 +201,7 @@ def similarity(captions: Sequence[str], thumbs: Sequence[Path], scores: Mapping[
 
 
 def sorted_classes(title: str, accuracy: Mapping[str, Sequence[float]], models: Sequence[ModelRecord], theme: Theme) -> bytes:
-    """Return each model's accuracies by class, sorted from its best to its worst class."""
+    """Return each model's accuracies per class, sorted from its best to its worst class."""
     figure, axes = _chart(theme, title, "classes, each model's best first")
     for values, line in _model_lines(accuracy, models, theme):
         axes.step(np.arange(1, len(values) + 1), np.sort(np.asarray(values))[::-1], linewidth=1.9, **line)
@@ -226,7 +220,7 @@ def class_bars(
     theme: Theme,
     before_name: str = "untrained",
 ) -> bytes:
-    """Return a model's bars of (class, images, accuracy or IoU) `rows`, the first on top; dots mark those of `before`."""
+    """Return a model's bars for `rows` of (class, images, accuracy or IoU), the first on top. Dots mark the values in `before`."""
     figure, axes = _chart(theme, title, height=0.24 * len(rows) + 1.0)
     places = np.arange(len(rows))[::-1]
     axes.barh(places, [row[2] for row in rows], height=0.68, color=model_color(model, models, theme))
@@ -240,7 +234,7 @@ def class_bars(
 
 
 def class_gains(title: str, rows: Sequence[tuple[str, int, float] | None], theme: Theme) -> bytes:
-    """Return horizontal bars of (class, images, gain) `rows` from 0 to either side, the first on top; None leaves a gap."""
+    """Return horizontal bars, to either side of 0, for `rows` of (class, images, gain), the first on top. None leaves a gap."""
     figure, axes = _chart(theme, plain(title, 34, 2), "gain in points", height=0.24 * len(rows) + 1.2)
     gains = np.array([row[2] if row else 0.0 for row in rows])
     places = np.arange(len(rows))[::-1]
@@ -261,7 +255,7 @@ def class_gains(title: str, rows: Sequence[tuple[str, int, float] | None], theme
 
 
 def forest(rows: Sequence[tuple[str, float, float, float, bool]], theme: Theme, title: str = "B minus A, in points") -> bytes:
-    """Return (name, difference, low, high, shown) `rows` as points with intervals about 0; differences not shown are hollow and gray."""
+    """Return (name, difference, low, high, shown) `rows` as points with intervals. Differences that are not shown are hollow and gray."""
     figure, axes = _chart(theme, title, "A is better  |  B is better", 9.0, 0.24 * len(rows) + 1.1)
     for place, (_, value, low, high, shown) in zip(range(len(rows) - 1, -1, -1), rows, strict=True):
         color = theme.muted if not shown else theme.series[0] if value > 0 else theme.series[1]
@@ -274,7 +268,7 @@ def forest(rows: Sequence[tuple[str, float, float, float, bool]], theme: Theme, 
 
 
 def reliability(title: str, found: Mapping[str, Calibration], models: Sequence[ModelRecord], theme: Theme) -> bytes:
-    """Return accuracy against confidence, one line a model; the area of a dot is the share of images in its bin."""
+    """Return accuracy against confidence, one line per model. The area of a dot is its bin's share of the images."""
     figure, axes = _chart(theme, title, "confidence", height=4.2)
     axes.plot([0, 1], [0, 1], color=theme.muted, linewidth=1, linestyle=":", label="as sure as right")
     for one, line in _model_lines(found, models, theme):
@@ -290,7 +284,7 @@ def reliability(title: str, found: Mapping[str, Calibration], models: Sequence[M
 
 
 def _named_rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
-    """Label the rows of a figure of horizontal things, the first on top, and draw its grid upright."""
+    """Label the rows of a horizontal chart, the first on top, and draw only the vertical grid."""
     axes.set_yticks(np.arange(len(names))[::-1], list(names))
     for label in axes.get_yticklabels():
         label.set_parse_math(False)

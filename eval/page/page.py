@@ -1,7 +1,7 @@
 """One HTML page from results on disk: self-contained, offline, readable on a phone and on paper.
 
-Reads results.json, answers/*.parquet, examples/*.json and the training runs' metrics.jsonl. Needs neither torch nor the data.
-Everything that comes from data is escaped: a caption is text, whatever it holds.
+It is made from results.json, answers/*.parquet, examples/*.json and the training runs' metrics.jsonl, without torch and without the
+data. All text that comes from data is escaped.
 """
 
 import csv
@@ -36,7 +36,7 @@ BARS = {  # kind -> figures: (title, metric -> name below its bars)
         "caption": {"cider": "CIDEr-D", "rouge_l": "ROUGE-L"},
     },
 }
-HEADLINE = {  # the first that was measured; of generation tasks the first that is shown
+HEADLINE = {  # the first that was measured; generation tasks use the first that is shown
     "classification": ("acc@1",),
     "retrieval": ("t2i_r@1",),
     "compositional": ("group_score", "pair_accuracy"),
@@ -55,10 +55,7 @@ SECTIONS = {  # kind -> heading of a task's own section
 def write_report(
     results_folder: Path, output: Path, train_runs: Sequence[Path] = (), title: str = "What the encoder learned", dark: bool = True
 ) -> Path:
-    """Write report.html, figures/*.png and entries.csv into `output` and return the path of the page.
-
-    `train_runs` are folders with metrics.jsonl; without any, those that the models lie in are used.
-    """
+    """Write report.html, figures/*.png and entries.csv to `output`; return the page's path. `train_runs`: default `found_runs`."""
     results = load_results(results_folder)
     results = replace(
         results,
@@ -106,7 +103,7 @@ def write_report(
 def _sections(
     results: Results, examples: dict[str, dict[str, Any] | None], folder: Path, drawn: sections.Figures
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return what is shown of each task, by kind."""
+    """Return the section of each task, by kind."""
     shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TASK_KINDS}
     for task in results.tasks:
         if task.kind != "generation":
@@ -132,7 +129,7 @@ def _rendered(template: str, context: dict[str, Any]) -> bytes:
 
 
 def found_runs(results: Results) -> list[Path]:
-    """Return the folders with metrics.jsonl that the measured models lie in (the model's own folder or up to two above)."""
+    """Return the folders with metrics.jsonl at the measured models' folders, or up to two levels above."""
     runs: list[Path] = []
     for model in results.models:
         folder = Path(model.folder)
@@ -143,14 +140,14 @@ def found_runs(results: Results) -> list[Path]:
 
 
 def _named_clip(results: Results) -> str:
-    """Return which columns are dual encoders trained as such, or "" without any."""
+    """Return a sentence that names the CLIP columns, or "" without any."""
     names = [model.name for model in results.models if model.kind == "clip"]
     verb = "are" if len(names) > 1 else "is"
     return f"{', '.join(names)} {verb} trained on image-caption pairs from scratch, to compare with" if names else ""
 
 
 def _best(results: Results, task: TaskRecord, metric: str, clip: bool) -> Entry | None:
-    """Return the best value of the CLIP models, or of the other models that the report is not about."""
+    """Return the best entry of the CLIP models (`clip`) or of the other baselines, or None."""
     others = [model.name for model in results.models if model.kind not in SUBJECTS and (model.kind == "clip") == clip]
     found = [entry for name in others if (entry := results.value(task.id, metric, name))]
     return max(found, key=lambda entry: entry.value) if found else None
@@ -202,7 +199,7 @@ def _table(results: Results, task: TaskRecord, drawn: sections.Figures) -> dict[
 
 
 def _notes(results: Results) -> list[str]:
-    """Return what the tasks have to say of themselves, each note once, with their ids unless it is of all."""
+    """Return each note once, with the ids of its tasks unless all tasks have it."""
     of_note: dict[str, list[str]] = {}
     for task in results.tasks:
         if task.note:
@@ -216,7 +213,7 @@ def _column(anchor: Anchor, note: str) -> dict[str, Any]:
 
 
 def _rows(results: Results, task: TaskRecord, models: Sequence[ModelRecord], anchors: Sequence[Anchor]) -> list[dict[str, Any]]:
-    """Return a row a metric: our cells, and apart from them what others published, in the order of `anchors`."""
+    """Return a row per metric: our cells, and separately the published numbers in the order of `anchors`."""
     rows = []
     for metric, label in shown_metrics(results, task).items():
         cells = []
@@ -232,7 +229,7 @@ def _rows(results: Results, task: TaskRecord, models: Sequence[ModelRecord], anc
 
 
 def _answers_table(results: Results, tasks: Sequence[TaskRecord]) -> dict[str, Any] | None:
-    """Return one table of all generation tasks: most have one metric only."""
+    """Return one table of all generation tasks, because most have only one metric."""
     measured = {entry.model for entry in results.entries if entry.task in {task.id for task in tasks}}
     models = [model for model in results.models if model.name in measured]
     known = {anchor.name: anchor for task in tasks for anchor in anchors_of(task, list(shown_metrics(results, task)))}
@@ -242,7 +239,7 @@ def _answers_table(results: Results, tasks: Sequence[TaskRecord]) -> dict[str, A
 
 
 def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: sections.Figures) -> None:
-    """Draw the main metric of every generation task side by side; a metric on a scale of its own is left out."""
+    """Draw the main metric of all generation tasks side by side, except metrics with their own scale."""
     main = {task.id: next(iter(shown_metrics(results, task).items())) for task in tasks}
     entries = [
         replace(entry, metric=entry.task)
@@ -255,7 +252,7 @@ def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: sections.Fig
 
 
 def _compared(comparison: Comparison, drawn: sections.Figures) -> dict[str, Any]:
-    """Return the rows of a comparison and draw its differences; ranks have a scale of their own and are only in the table."""
+    """Return the rows of a comparison and draw its differences. Ranks are only in the rows, because they have another scale."""
     points = [one for one in comparison.differences if one.unit == "points"]
     if points:
         rows = [(f"{one.task} {one.metric}", one.difference, one.low, one.high, comparison.shown(one)) for one in points]

@@ -1,6 +1,6 @@
-"""The report's sections by kind of task: what each model answered, class by class and example by example; and the training runs.
+"""The report's sections by kind of task (answers, classes, examples), and the training curves.
 
-Each function returns what the template shows and adds its figures. Nothing here knows torch or the data.
+Each function returns what the template shows and adds its figures. It needs neither torch nor the data.
 """
 
 import base64
@@ -29,13 +29,13 @@ CURVES = (
     ("learning rate", {"lr": "learning rate"}),
 )
 VALIDATION = {f"val_{d}_r{k}": f"{name} R@{k}" for d, name in (("i2t", "image→text"), ("t2i", "text→image")) for k in (1, 5, 10)}
-MOST_CLASSES = 24  # up to so many classes are all shown; of more, the best and worst 12
-ANSWERING = ("trained", "clip", "untrained")  # kinds with answers to every sample
+MOST_CLASSES = 24  # with more classes, only the best and the worst 12 are shown
+ANSWERING = ("trained", "clip", "untrained")  # kinds with stored answers to every sample
 ClassRows = dict[int, tuple[str, int, float]]  # class number -> name, images, accuracy or IoU
 
 
 class Figures:
-    """The figures of a page: light ones are written to `folder`, and all are kept as data URIs for the page."""
+    """The figures of a page. Light ones are written to `folder`; all are kept as data URIs."""
 
     def __init__(self, folder: Path, dark: bool) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ def pictures(folder: Path, examples: Mapping[str, Any] | None) -> dict[int, str]
 
 
 def training(runs: Sequence[Path], drawn: Figures) -> list[dict[str, Any]]:
-    """Return the training runs that have curves, with the names of these."""
+    """Return the training runs that have curves, with the names of their figures."""
     shown = []
     for number, run in enumerate(runs):
         rows = _read_metrics(run / "metrics.jsonl")
@@ -224,12 +224,12 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break  # the run is being written, or was cut short: what came before stands
+            break  # still being written, or cut short: keep the rows before
     return rows
 
 
 def _answers(results: Results, task: TaskRecord, folder: Path) -> Iterator[tuple[ModelRecord, pa.Table]]:
-    """Yield every model that answered each sample of a task, with its answers."""
+    """Yield each model with stored answers to a task, and the answers."""
     measured = {entry.model for entry in results.entries if entry.task == task.id}
     for model in results.models:
         if model.kind in ANSWERING and model.name in measured:
@@ -237,7 +237,7 @@ def _answers(results: Results, task: TaskRecord, folder: Path) -> Iterator[tuple
 
 
 def _answer(example: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
-    """Return an example with the first trained model's `answer`, and the ranks that the first untrained and CLIP model gave."""
+    """Return an example with the first trained model's `answer` (None without one) and the ranks by the first untrained and CLIP model."""
     by_model = example["answers"]
     main = next((model.name for model in subjects(results) if model.name in by_model), None)
     if main is None:
@@ -249,7 +249,7 @@ def _answer(example: Mapping[str, Any], results: Results) -> dict[str, Any] | No
 
 
 def _by_class(results: Results, task: TaskRecord, scores: Mapping[str, ClassRows], drawn: Figures, what: str) -> list[str]:
-    """Draw the first trained model's classes, best and worst, its gains over its untrained twin and CLIP; return these' names."""
+    """Draw the first trained model's best and worst classes, and its gains over its untrained twin and CLIP; return the gains' figures."""
     slug, models = file_name(task.id), results.models
     main = next((model for model in subjects(results) if model.name in scores), None)
     if main is None:
@@ -280,7 +280,7 @@ def _by_class(results: Results, task: TaskRecord, scores: Mapping[str, ClassRows
 
 
 def _class_accuracies(answers: pa.Table, correct: np.ndarray) -> ClassRows:
-    """Return name, images and accuracy of the classes that have images, by class number."""
+    """Return class number -> (name, images, accuracy) of the classes that have images."""
     labels = answers["label"].to_numpy()
     names = answers["label_name"].combine_chunks().to_pylist()
     found = {}
