@@ -37,7 +37,7 @@ class Candidate:
     layer: int
     feature: str
     text: str
-    random: bool = False  # random weights: a lower bound
+    random: bool = False  # random weights: the baseline
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ def folder_name(encoder: str, random: bool = False) -> str:
 
 
 def random_copy(name: str, folder: Path, seed: int) -> str:
-    """Return a folder that holds the encoder `name` with random initial weights, drawn by `seed`: the lower bound of all scores."""
+    """Return a folder that holds the encoder `name` with random initial weights, drawn by `seed`: the baseline."""
     if folder.exists():
         return str(folder)
     spec = VisionSpec(*split_revision(name))

@@ -31,7 +31,7 @@ class AssessConfig(SourceFlags):
     features: tuple[Literal["auto", "cls", "mean", "cls_mean"], ...] = ("auto",)
     """Pooling, as in align/encode.py; auto is cls_mean. Encoders without a CLS token have only the mean."""
     random_weights: tuple[str, ...] | None = None
-    """Also assess these vision encoders (no names: all) with random weights, last layer, as a lower bound. None: do not."""
+    """Add a baseline: these vision encoders (no names: all of them) with random weights, last layer. None: no baseline."""
     labelled: str | None = None
     """Images with classes, for weighted k-NN and the linear probe: a folder of folders, tars, parquet ... None: skip both scores."""
     label_column: str = "label"

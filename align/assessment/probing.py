@@ -148,10 +148,7 @@ def fold_numbers(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def linear_probe_correct(features: np.ndarray, labels: np.ndarray, seed: int, folds: int = 5) -> np.ndarray:
-    """Return (N,) bool: whether logistic regression trained on the other folds predicts each item's class; features (N, F) float32.
-
-    Features are standardized with the training folds. The size of the smallest class limits the number of folds.
-    """
+    """Return (N,) bool: whether logistic regression trained on the other folds predicts each item's class; features (N, F) float32."""
     folds = min(folds, int(np.bincount(labels).min()))
     numbers, correct = fold_numbers(labels, folds, seed), np.zeros(len(labels), dtype=bool)
     for fold in range(folds):

@@ -77,7 +77,6 @@ def cached(folder: Path, facts: dict[str, Any], compute: Callable[[], dict[str, 
 
 
 def _timed(compute: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
-    """Return the result of `compute` and its duration in seconds."""
     begin = time.perf_counter()
     return compute(*arguments), time.perf_counter() - begin
 

@@ -13,10 +13,7 @@ Positives = Literal["diagonal", "same_key", "same_caption"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(EncoderFlags, SourceFlags):
-    """Train alignment heads on feature stores (--images), or with the encoders in the loop (--data).
-
-    Flags of encoders, data layout and image reading need --data.
-    """
+    """Train alignment heads on feature stores (--images), or with encoders in the loop (--data, with encoder and source flags)."""
 
     captions: tuple[str, ...]
     """Caption slots: each gives every image one positive. A slot is one caption store per data set, joined by '+', or a caption

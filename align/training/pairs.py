@@ -69,11 +69,9 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class _Dataset:
-    """One data set: its stores and its usable images."""
-
     images: FeatureStore
     slots: list[FeatureStore]
-    image_rows: np.ndarray  # (n,)
+    image_rows: np.ndarray  # (n,) of usable images
     first: np.ndarray  # (slots, n) row of the image's first caption in the slot's store
     count: np.ndarray  # (slots, n) captions of the image from that row on
 

@@ -67,8 +67,6 @@ class StoredConversation:
 
 @dataclass(frozen=True)
 class _File:
-    """One file and its entry in the cache."""
-
     path: str
     weight: float
     root: str  # folder that image paths start at

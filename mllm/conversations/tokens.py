@@ -117,7 +117,7 @@ class Chat:
         return results
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text that a model continues with its answer. Each image is one `image_token`, which a processor expands."""
+        """Return the text that a model continues. Each image is one `image_token`, which a processor expands."""
         check_messages(messages, answered=False)
         return "".join(self._render(messages, answered=False).pieces)
 
@@ -240,7 +240,7 @@ class Chat:
         return Encoded(tokens.tolist(), np.where(learned, tokens, IGNORED).tolist(), rendered.images, 0)
 
     def _shorten(self, messages: Sequence[Message], length: int, max_length: int) -> Encoded:
-        """Return the conversation with as many whole turns as fit, found by bisection. Reject `too_long` if even one does not fit."""
+        """Return the conversation with as many whole turns as fit, found by bisection. Reject `too_long` if not even one fits."""
         head = int(messages[0]["role"] == "system")
         turns = (len(messages) - head) // 2
         best, low, high = None, 1, turns - 1

@@ -55,10 +55,7 @@ class Collate:
 
 
 def step_cost(model: nn.Module, image: float) -> StepCost:
-    """Return the cost of training `model`, by which parameters have gradients. `image` is from `image_flops`.
-
-    Attention counts all L^2 pairs, as is usual, though half of them are masked.
-    """
+    """Return the cost of training `model`. `image` is from `image_flops`. Attention counts all L^2 pairs, though half are masked."""
     inner = unwrapped(model)
     text = inner.config.text_config
     linear = [module for module in inner.model.language_model.modules() if isinstance(module, nn.Linear)]

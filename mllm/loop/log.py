@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
 
 class TrainingLog:
-    """Sums the counts of all processes since the last row, writes a row to a RunLog and prints a line.
-
-    `peak` is the TFLOP/s of all devices together; None leaves out the utilization (MFU).
-    """
+    """Writes rows to a RunLog and lines to the console. `peak` is the TFLOP/s of all devices; None leaves out the utilization."""
 
     def __init__(self, run_log: RunLog, console: Console, peak: float | None) -> None:
         self.run_log, self.console, self.peak = run_log, console, peak

@@ -30,9 +30,9 @@ Item = int | Sequence[int]  # a row, or the rows of a pack
 
 
 class MicroBatches:
-    """This process's micro-batches of all steps: `accumulate` lists of `size` items per step.
+    """This process's micro-batches, in an order of samples that does not depend on the number of processes.
 
-    `batches(epoch)` returns an epoch's global batches. The order of samples does not depend on the number of processes.
+    `batches(epoch)` returns an epoch's global batches. Each step has `accumulate` micro-batches, lists of `size` items.
     """
 
     def __init__(self, batches: Callable[[int], Sequence[Sequence[Item]]], steps: int, size: int, rank: int, world: int) -> None:
@@ -127,11 +127,8 @@ class SailTrainer(Trainer):
         self.nonfinite_in_a_row = 0 if math.isfinite(norm) else self.nonfinite_in_a_row + 1
 
     def finish_step(self) -> bool:
-        """Return whether the step updated the weights. List the rows of a skipped step; NonFiniteError after too many in a row.
-
-        DeepSpeed skips such steps itself (`check_grad_overflow`) and reports the norm afterwards.
-        """
-        if self.is_deepspeed_enabled:
+        """Return whether the step updated the weights. List the rows of a skipped step; NonFiniteError after too many in a row."""
+        if self.is_deepspeed_enabled:  # it skips such steps itself (`check_grad_overflow`) and reports the norm afterwards
             engine: Any = self.model_wrapped
             norm, skipped = engine.get_global_grad_norm(), bool(getattr(engine.optimizer, "overflow", False))
             self._judge(math.inf if skipped else float(norm if norm is not None else 0.0))
