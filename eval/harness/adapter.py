@@ -159,7 +159,6 @@ class SailLlava(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _visuals(self, request: Instance) -> list[Any]:
-        """Return a request's images; text-only requests have none."""
         if len(request.args) < 3 or request.args[2] is None:
             return []
         visuals = request.args[2](self._doc(request)) or []
@@ -170,7 +169,6 @@ class SailLlava(lmms):
         return visuals
 
     def _draw(self, requests: Sequence[Instance]) -> None:
-        """Choose the questions whose pictures the report shows."""
         if self.thumbnails is None:
             return
         numbers: dict[str, set[int]] = {}

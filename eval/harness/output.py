@@ -49,7 +49,7 @@ class TaskRun:
 
 
 def read_run(folder: Path, tasks: Sequence[str], limit: int | None = None) -> list[TaskRun]:
-    """Return one TaskRun per task in `folder`, groups expanded; DataError unless all `tasks` have numbers and all (`limit`) answers."""
+    """Return one TaskRun per task in `folder`, groups expanded; DataError if a task, a number or an answer (up to `limit`) is missing."""
     found = sorted(folder.rglob("*_results.json"))
     if len(found) != 1:
         raise DataError(f"{len(found)} results files of lmms-eval in {folder}, expected 1: the evaluation did not finish")

@@ -76,12 +76,10 @@ def rouge_l(answer: str, truths: Sequence[str]) -> float:
 
 
 def cider(values: Sequence[Sequence[Any]]) -> np.ndarray:
-    """Return (N,) CIDEr-D scores, 0 to 10, of [answer, [reference, ...]] values, computed by pycocoevalcap on `words`.
-
-    Word weights come from all N references, so scores of different sets cannot be compared.
-    """
+    """Return (N,) CIDEr-D scores, 0 to 10, of [answer, [reference, ...]] values, computed by pycocoevalcap on `words`."""
     from pycocoevalcap.cider.cider import Cider
 
+    # word weights come from all references, so scores of different sets cannot be compared
     said = {number: [" ".join(words(answer))] for number, (answer, _) in enumerate(values)}
     true = {number: [" ".join(words(text)) for text in truths] for number, (_, truths) in enumerate(values)}
     return np.asarray(Cider().compute_score(true, said)[1], dtype=np.float64)

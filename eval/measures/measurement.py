@@ -187,7 +187,6 @@ class Measurement:
         return found
 
     def _embedded(self, model: DualEncoder, texts: Sequence[str]) -> Tensor:
-        """Return a model's embeddings (T, E) of texts."""
         return projected(model.project_text, self.cache.texts(texts, model), model.device)
 
     def _finish(self, data: TaskData | SegmentationData, targets: int, prompts: str, chosen: dict[str, Any], began: float) -> None:

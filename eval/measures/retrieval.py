@@ -93,17 +93,13 @@ def retrieval_table(answers: RetrievalAnswers, keys: Sequence[str], caption_imag
 
 def retrieval_examples(
     answers: Mapping[str, RetrievalAnswers],
-    embeddings: Mapping[str, tuple[Tensor, Tensor]],
+    embeddings: Mapping[str, tuple[Tensor, Tensor]],  # images (N, E) and captions (M, E) by model name
     captions: Sequence[str],
     caption_image: np.ndarray,
     count: int,
     generator: np.random.Generator,
 ) -> dict[str, Any]:
-    """Return `count` random queries per direction with each model's answers, and a matrix of cosines.
-
-    `embeddings` maps model names to images (N, E) and captions (M, E). `caption_image` (M,) ascends. `best` is an image's own caption
-    with the highest cosine.
-    """
+    """Return `count` random queries per direction with each model's answers, and a matrix of cosines. `caption_image` (M,) ascends."""
     images = int(caption_image.max()) + 1
     chosen = drawn_numbers(images, MATRIX_SIDE, generator) if count else []
     rows = np.searchsorted(caption_image, chosen)  # each image's first caption
@@ -124,6 +120,7 @@ def retrieval_examples(
         mine, said = np.flatnonzero(caption_image == image), {}
         for name, given in answers.items():
             top, scores = given.i2t_top[image, :SHOWN_ANSWERS], given.i2t_scores[image, :SHOWN_ANSWERS]
+            # its own caption with the highest cosine
             best = captions[mine[int((embeddings[name][1][mine] @ embeddings[name][0][image]).argmax())]]
             shown = ranked("caption", [captions[n] for n in top], scores, caption_image[top] == image)
             said[name] = {"rank": int(given.i2t_ranks[image]), "best": best, "top": shown}

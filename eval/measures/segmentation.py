@@ -175,14 +175,11 @@ def class_iou(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
 
 
 def segmentation_metrics(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each of METRICS as (...) float64, from counts (..., C) summed over the images.
-
-    `miou` averages the classes that are true or predicted. `mean_class_accuracy` averages only the classes that are true.
-    """
+    """Return each of METRICS as (...) float64, from counts (..., C) summed over the images."""
     return {
-        "miou": _mean(class_iou(tp, fp, fn)),
+        "miou": _mean(class_iou(tp, fp, fn)),  # over the classes that are true or predicted
         "pixel_accuracy": _ratio(tp.sum(axis=-1), (tp + fn).sum(axis=-1)),
-        "mean_class_accuracy": _mean(_ratio(tp, tp + fn)),
+        "mean_class_accuracy": _mean(_ratio(tp, tp + fn)),  # over the classes that are true
     }
 
 
@@ -212,11 +209,7 @@ def segmentation_table(answers: SegmentationAnswers, keys: Sequence[str]) -> pa.
 def segmentation_examples(
     folder: Path, data: SegmentationData, maps: Mapping[str, LabelMaps], count: int, generator: np.random.Generator
 ) -> dict[str, Any]:
-    """Return `count` random images with each model's pixel accuracy, and write their overlays below `folder`/examples.
-
-    Paths are relative to that folder. `pixel_accuracy` is None if no pixel counts. `classes` lists true classes first, then classes that
-    a model predicts for at least 1% of the image.
-    """
+    """Return `count` random images with each model's pixel accuracy, and write overlays to `folder`/examples (paths start there)."""
     colors, place = palette(len(data.class_names)), file_name(data.task.id)
     items = []
     for number in drawn_numbers(len(data.keys), count, generator):
@@ -235,6 +228,7 @@ def segmentation_examples(
             accuracy = round(float(right / counts.sum()), 4) if counts.any() else None
             said[model] = {"overlay": path, "pixel_accuracy": accuracy}
             named |= np.bincount(predicted[~ignored], minlength=len(colors)) >= max(1, _NAMED * truth.size)
+        # classes of the image, most pixels first, then those that are only predicted
         legend = [*np.flatnonzero(counts)[np.argsort(-counts[counts > 0], kind="stable")], *np.flatnonzero(named & (counts == 0))]
         classes = [{"name": data.class_names[n], "color": "#{:02x}{:02x}{:02x}".format(*colors[n])} for n in legend]
         items.append({"image": number, "key": data.keys[number], "classes": classes, "truth": true_path, "answers": said})

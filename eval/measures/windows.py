@@ -24,10 +24,7 @@ _BYTES = 64 << 20  # of interpolated cosines held at a time; a whole COCO-Stuff 
 
 @dataclass(frozen=True)
 class Windows:
-    """The protocol in pixels: the image's shorter `side`, the side of a square `window`, and the `stride`.
-
-    Each is rounded to whole patches. A window is never larger than the image.
-    """
+    """The protocol in pixels, rounded to whole patches: the image's shorter `side`, the side of a square `window`, and the `stride`."""
 
     side: int = 448
     window: int = 448
@@ -62,8 +59,7 @@ def patch_cosines(
 ) -> list[Tensor]:
     """Return each model's cosines (S, h, w) with its `weights` (S, E): means over all windows of an RGB image, on the model's device.
 
-    The models share one frozen encoder, which runs once. UsageError if its patches form no regular grid, NonFiniteError if embeddings
-    are not finite.
+    The models share one encoder. UsageError for an irregular grid of patches, NonFiniteError for embeddings that are not finite.
     """
     first = models[0]
     patch, device = first.patch_size, first.device

@@ -17,10 +17,7 @@ from align.model.token_heads import TextWithHead, VisionWithHead
 
 
 class DualEncoder(Protocol):
-    """Two frozen encoders and the projections of their features into one space. Embeddings (..., E) are L2-normalized float32.
-
-    The encoders are requested only if features are not cached.
-    """
+    """Two frozen encoders and the projections of their features into one space. Embeddings (..., E) are L2-normalized float32."""
 
     @property
     def vision_fingerprint(self) -> dict[str, Any]: ...  # what decides an image feature

@@ -89,6 +89,5 @@ def _reference(name: str, model: str, device: str) -> MeasuredModel:
 
 
 def _both_sides(model: Any) -> dict[str, Any]:
-    """Return both encoders' fingerprints as one dict."""
     sides = {"vision": model.vision_fingerprint, "text": model.text_fingerprint}
     return {f"{side} {name}": value for side, fingerprint in sides.items() for name, value in fingerprint.items()}

@@ -1,7 +1,7 @@
 """CLIP models of open_clip, to compare with.
 
     openclip:ViT-L-14/openai                                 a pretrained tag of open_clip; downloaded once, needs a network
-    openclip:ViT-B-32/models/open_clip_model.safetensors     a local file, with the open_clip_config.json beside it, if any
+    openclip:ViT-B-32/models/open_clip_model.safetensors     a local file; an open_clip_config.json beside it replaces ARCH
 
 Legend: `B` images, `P` patches, `W` width of the tower, `T` texts, `E` embedding width.
 """
@@ -80,11 +80,7 @@ def _interpolated(position: Tensor, own: tuple[int, int], grid: tuple[int, ...])
 
 
 def load_openclip(source: str) -> OpenClip:
-    """Return the open_clip model `source`: ARCH/TAG, or ARCH/FILE.safetensors.
-
-    A tag records whether it was trained with QuickGELU. A file follows ARCH (`ViT-B-32-quickgelu`) or an open_clip_config.json beside
-    it, which also sets the image preprocessing and the tokenizer.
-    """
+    """Return the open_clip model of ARCH/TAG or ARCH/FILE.safetensors. The tag decides about QuickGELU; for a file, ARCH decides."""
     try:
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2

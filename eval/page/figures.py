@@ -1,7 +1,4 @@
-"""Figures of the report: data in, PNG bytes out. One style, a light and a dark theme, no global state.
-
-Labels from data are drawn as plain text: no math, no control characters.
-"""
+"""Figures of the report: data in, PNG bytes out, in a light and a dark theme. Labels from data are drawn as plain text."""
 
 import textwrap
 import unicodedata

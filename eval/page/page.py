@@ -1,8 +1,4 @@
-"""One HTML page from results on disk: self-contained, offline, readable on a phone and on paper.
-
-It is made from results.json, answers/*.parquet, examples/*.json and the training runs' metrics.jsonl, without torch and without the
-data. All text that comes from data is escaped.
-"""
+"""One HTML page from results on disk: self-contained, offline, readable on a phone and on paper. Text from data is escaped."""
 
 import csv
 import io
@@ -103,7 +99,6 @@ def write_report(
 def _sections(
     results: Results, examples: dict[str, dict[str, Any] | None], folder: Path, drawn: sections.Figures
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the section of each task, by kind."""
     shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TASK_KINDS}
     for task in results.tasks:
         if task.kind != "generation":

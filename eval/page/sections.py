@@ -1,7 +1,4 @@
-"""The report's sections by kind of task (answers, classes, examples), and the training curves.
-
-Each function returns what the template shows and adds its figures. It needs neither torch nor the data.
-"""
+"""The report's sections by kind of task, and the training curves: each function returns what the template shows and adds figures."""
 
 import base64
 import json

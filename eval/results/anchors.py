@@ -1,7 +1,4 @@
-"""Published numbers of other models, for their own columns in the report. They never enter results.json and are never tested.
-
-`eval/results/published_numbers.yaml` holds them by exact task id and metric, so your own tasks have none.
-"""
+"""Published numbers of other models, by exact task id and metric, for their own columns in the report; never in results.json."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

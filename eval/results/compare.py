@@ -90,7 +90,7 @@ class _Side:
 
 
 def compare(a: str, b: str, generator: np.random.Generator, seed: int, confidence: float) -> Comparison:
-    """Return the comparison of B against A; UsageError if nothing can be compared. `generator` was made from `seed`."""
+    """Return the comparison of B against A; UsageError if nothing can be compared. `generator` must be made from `seed`."""
     first, second = _side(a), _side(b)
     found: list[Difference] = []
     skipped = []

@@ -28,14 +28,14 @@ def ranked(what: str, shown: Iterable[Any], scores: Iterable[float], right: Iter
 
 
 def drawn_questions(task: str, numbers: Iterable[int], count: int, seed: int) -> list[int]:
-    """Return the `count` numbers with the smallest hash of seed, task and number, so that processes with a share each agree."""
+    """Return the `count` question numbers with the smallest hash of seed, task and number, so that processes choose alike."""
     return sorted(numbers, key=lambda number: hash_bytes(f"{seed}:{task}:{number}".encode()))[:count]
 
 
 def generation_examples(
     numbers: Sequence[int], answers: Mapping[str, Mapping[int, Mapping[str, Any]]], pictured: Iterable[int]
 ) -> dict[str, Any]:
-    """Return the questions `numbers` with each model's answer and score; `answers`: model -> number -> row; `pictured`: numbers."""
+    """Return the questions `numbers` with each model's answer and score. `answers`: model -> number -> row; `pictured`: with an image."""
     known = set(pictured)
     items = []
     for number in numbers:

@@ -1,7 +1,6 @@
 """Pure metrics: arrays in, floats out. Fractions, never percents.
 
-Shapes: `N` samples, `C` classes. Ranks count from 1. Ties count against the model, as in `align.model.ranking`: if all scores are
-equal, the right answer gets the last rank.
+Shapes: `N` samples, `C` classes. Ranks count from 1. A tie counts against the model, as in `align.model.ranking`.
 """
 
 import numpy as np
@@ -67,13 +66,10 @@ def chance_recall(targets: int, positives: np.ndarray, k: int) -> float:
 def clustered_recall_interval(
     hits: np.ndarray, clusters: np.ndarray, generator: np.random.Generator, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return (low, high) of the share of `hits` (N,) bool, for queries in `clusters`, such as the captions of one image.
-
-    It is a percentile bootstrap over clusters. If all or none hit, or each cluster is one query: Wilson with one trial per cluster.
-    """
+    """Return (low, high) of the share of `hits` (N,) bool, bootstrapped over `clusters` (N,), such as the captions of one image."""
     _refuse_empty(hits)
     count, share = int(clusters.max()) + 1, float(np.mean(hits))
-    if share in (0.0, 1.0) or count == len(hits):
+    if share in (0.0, 1.0) or count == len(hits):  # no width, or each cluster is one query: one trial per cluster
         return wilson_interval(round(share * count), count, confidence)
     return percentiles(bootstrap(mean_of(hits), clusters, generator), confidence)
 

@@ -10,15 +10,12 @@ _TO_OKLAB = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0
 
 
 def palette(classes: int) -> np.ndarray:
-    """Return (C, 3) uint8 RGB colors, each as far as possible from all earlier ones. A class keeps its color whatever C is.
-
-    Distances are in OKLab (B. Ottosson, 2020), where equal steps look equal. Grays are left out, because they mark ignored pixels.
-    """
+    """Return (C, 3) uint8 RGB colors, each as far as possible from all earlier ones. A class keeps its color whatever C is."""
     shades = np.arange(0, 256, 17)
     colors = np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), axis=-1).reshape(-1, 3)
     linear = (colors / 255) ** 2.2
-    lab = np.cbrt(linear @ _TO_CONES.T) @ _TO_OKLAB.T
-    kept = (np.hypot(lab[:, 1], lab[:, 2]) > 0.09) & (lab[:, 0] > 0.35)
+    lab = np.cbrt(linear @ _TO_CONES.T) @ _TO_OKLAB.T  # (B. Ottosson, 2020): equal steps look equal
+    kept = (np.hypot(lab[:, 1], lab[:, 2]) > 0.09) & (lab[:, 0] > 0.35)  # no grays: they mark ignored pixels
     colors, lab = colors[kept], lab[kept]
     chosen, distance = [int(lab[:, 2].argmin())], np.full(len(lab), np.inf)  # blue first
     while len(chosen) < classes:

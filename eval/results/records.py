@@ -113,8 +113,7 @@ class Results:
 def merge_results(old: Results, new: Results) -> Results:
     """Return both results together: `new` replaces the same task and model of `old`, and the rest of `old` stays.
 
-    Entries of `old` are dropped if their model's fingerprint, or their task's data or prompts, changed. UsageError if seed or confidence
-    differ, because a page shows one of each.
+    Entries of `old` whose model, data or prompts have changed are dropped. UsageError unless seed and confidence are the same.
     """
     if (old.seed, old.confidence) != (new.seed, new.confidence):
         kept_apart = f"seed {old.seed} and confidence {old.confidence:g}, not seed {new.seed} and confidence {new.confidence:g}"

@@ -1,7 +1,4 @@
-"""Readers of the Karpathy test splits of COCO and Flickr30k (caption_datasets.zip).
-
-COCO's val2017 is refused: it also has 5,000 images, but different ones, so its numbers are not comparable.
-"""
+"""Readers of the Karpathy test splits of COCO and Flickr30k (caption_datasets.zip). COCO's val2017 has other images and is refused."""
 
 import json
 from pathlib import Path

@@ -54,7 +54,6 @@ def mmvp_vlm(folder: Path) -> Official:
 
 
 def _group(key: Any, images: list[Any], captions: list[Any], category: Any) -> list[ManifestRow]:
-    """Return the two rows of a group."""
     shared = {"group": str(key), "category": str(category)}
     both = zip(images, captions, strict=True)
     return [{"key": f"{key}/{n}", "image": image, "captions": [caption], **shared} for n, (image, caption) in enumerate(both)]
