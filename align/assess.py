@@ -77,18 +77,17 @@ def report(config: AssessConfig, texts: list[str], results: list["Assessed"], we
 
 def main(config: AssessConfig) -> None:
     """Sample the pairs, encode them with every encoder, score every candidate, report."""
-    import torch
 
     from align.assessment.assessment import Assessment
     from align.assessment.candidates import folder_name
     from align.assessment.encoding import draw_samples, encode_texts, encode_visions, refuse_equal_names
     from align.assessment.tables import trained_scores
     from align.common.console import Progress
-    from align.common.hardware import resolve_precision
+    from align.common.hardware import choose_device, resolve_precision
     from align.common.runs import add_launch
 
     console, folder = set_up(), Path(config.output)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     precision = resolve_precision(config.precision, device)
     refuse_equal_names([folder_name(name) for name in (*config.vision, *config.text)])
 

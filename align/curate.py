@@ -61,10 +61,10 @@ def choose(
 
 def main(config: CurateConfig) -> None:
     """Open candidates and concepts, score what is not scored yet, share out, report coverage."""
-    import torch
     from rich.panel import Panel
 
     from align.common.files import remove_temporaries
+    from align.common.hardware import choose_device
     from align.common.recipes_yaml import refuse_other_config, write_recipe
     from align.common.runs import add_launch
     from align.curation.concepts import concept_names, evaluation_note, evaluation_sets, inputs_of, kept_prototypes, make_prototypes
@@ -73,7 +73,7 @@ def main(config: CurateConfig) -> None:
     from align.model.dual_encoder import SailModel
 
     console, folder = set_up(), Path(config.output)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     candidates, names = CandidatePool.open(*config.candidates), concept_names(config)
     refuse_other_config(config, folder, "curate", FREE_ON_RESUME)
     model = SailModel.from_pretrained(config.model, trust_remote_code=config.trust_remote_code).to(device) if config.model else None

@@ -18,7 +18,7 @@ from align.common.commandline import run, set_up
 from align.common.console import Progress
 from align.common.errors import UsageError
 from align.common.files import human_bytes, remove_temporaries, require_free
-from align.common.hardware import resolve_precision
+from align.common.hardware import choose_device, resolve_precision
 from align.common.locks import Lease, new_job
 from align.features.config import EncodeConfig
 
@@ -33,10 +33,9 @@ MAX_SHARD_BYTES = 2 << 30  # of a shard of tokens while it is gathered
 
 def main(config: EncodeConfig) -> None:
     """Plan, load the encoders, encode what is missing, report what was rejected."""
-    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
     job = planned(config, state)
     size = job.predicted_bytes()

@@ -34,15 +34,14 @@ FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "t
 
 def main(config: TrainConfig) -> None:
     """Open the features, build the heads, train them from the newest checkpoint on; write config and manifest first."""
-    import torch
     from accelerate import PartialState
 
-    from align.common.hardware import resolve_precision
+    from align.common.hardware import choose_device, resolve_precision
     from align.training.data import build_model
     from align.training.run import Run
     from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
     if config.batch_size % state.num_processes:
         raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")

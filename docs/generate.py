@@ -64,6 +64,7 @@ OTHERS = {
     "align/recipes/": "one YAML file for each run of stage one; its header holds the commands and the expected result",
     "mllm/recipes/": "the same for stage two",
     "mllm/zero/": "DeepSpeed settings: `zero2`, `zero3`, `zero3_offload`",
+    "eval/results/published_numbers.yaml": "numbers from papers, with their source; the report shows them in columns marked as published",
     "eval/harness/tasks/": "task files for lmms-eval",
     "eval/page/templates/": "HTML templates of the report",
     "scripts/": "the quickstart, and one script for each experiment of the [log](LOG.md)",

@@ -57,8 +57,7 @@ def compare_results(config: EvalConfig) -> None:
 
 def measure(config: EvalConfig) -> None:
     """Read the tasks, load the models, measure, save, report."""
-    import torch
-
+    from align.common.hardware import choose_device
     from eval.measures.measurement import Measurement, read_task
     from eval.measures.windows import Windows
     from eval.models.features import FeatureCache
@@ -73,7 +72,7 @@ def measure(config: EvalConfig) -> None:
     tasks = [find_task(name) for name in config.tasks]
     # read all tasks first, so that wrong data fails before hours of encoding
     data = [read_task(task, Path(config.data_root), cache, config.max_reject_fraction) for task in tasks]
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(choose_device(config.device))
     output.mkdir(parents=True, exist_ok=True)
     answered = generated_half(output, config.seed, config.confidence)
     job = Measurement(

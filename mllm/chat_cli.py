@@ -78,7 +78,7 @@ def main(config: ChatConfig) -> None:
     import torch
     from transformers import TextStreamer
 
-    from align.common.hardware import resolve_precision
+    from align.common.hardware import choose_device, resolve_precision
     from mllm.model.answering import Answerer, ChatSession, Decoding
     from mllm.model.saving import load_mllm
 
@@ -86,7 +86,7 @@ def main(config: ChatConfig) -> None:
     torch.manual_seed(config.seed)
     image = read_image(config.image) if config.image else None
     decoding = Decoding(config.max_new_tokens, config.temperature)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
     model, processor = load_mllm(Path(config.model), dtype=dtype, device=device)
     session = ChatSession(Answerer(model, processor), decoding, image)

@@ -36,10 +36,9 @@ FREE_ON_RESUME = {
 
 def main(config: FinetuneConfig) -> None:
     """Load and freeze the model, read the data, train, export."""
-    import torch
     from transformers.utils.logging import set_verbosity_error
 
-    from align.common.hardware import resolve_precision
+    from align.common.hardware import choose_device, resolve_precision
     from mllm.conversations.packing import EpochPlan
     from mllm.loop.estimate import estimate
     from mllm.loop.flops import Collate, image_flops, step_cost
@@ -54,7 +53,7 @@ def main(config: FinetuneConfig) -> None:
     rates, start = config.learning_rates(), Path(config.model)
     require_mllm(start)
     image_cost = image_flops(SailLlavaConfig.from_pretrained(start), rates)
-    precision = resolve_precision(config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = resolve_precision(config.precision, choose_device())
     settings = training_arguments(config, precision, int(os.environ.get("WORLD_SIZE", "1")))  # starts the process group: before the model
     rank, world = settings.process_index, settings.world_size
     console = set_up(quiet=rank != 0)

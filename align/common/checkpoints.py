@@ -1,4 +1,4 @@
-"""Checkpoints: a folder a step, which counts once COMMIT, the hashes of all its files, is written; and the newest one that verifies.
+"""Checkpoints of both stages: a folder per step, valid once its COMMIT (hashes of all files) is written; and the newest valid one.
 
 The checkpoints of the heads are `step-N/` with tensors.safetensors and state.json, those of an MLLM `checkpoint-N/` as Trainer writes it.
 """

@@ -1,4 +1,4 @@
-"""What the machine is good at: which arithmetic is fast on a device."""
+"""Device and precision: where a run computes, in fp32 or bf16; and the CPU cores and memory it uses."""
 
 import ctypes
 import os
@@ -10,6 +10,13 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "fp32", "bf16"]
 Arithmetic = Literal["fp32", "bf16"]
+
+
+def choose_device(name: str = "auto") -> "torch.device":
+    """Return the device called `name`; `auto` is the current GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(precision: Precision, device: "torch.device") -> Arithmetic:

@@ -1,4 +1,4 @@
-"""How each family of vision models is read: where its blocks and final norm are, and how many tokens precede the patches.
+"""Families of vision models (add yours here): where the blocks and the final norm are, and how many tokens precede the patches.
 
 `VISION_ADAPTERS` maps the exact `model_type` of a config to a function that wraps the model which AutoModel opens in a backbone.
 A backbone returns the tokens of any of its layers after the final norm. Legend: `B` batch, `P` patches, `D` width.

@@ -1,4 +1,4 @@
-"""Contrastive losses over very large batches, and the only distributed code of the kit.
+"""Contrastive losses over very large batches, on one process or several.
 
 Shapes: `B` rows of the global batch, `N` rows of this process (N = B in a single process), `E` aligned width.
 Logits are `t <x_i, y_j> + b` with `t = exp(log_scale)`, x an image and y a caption embedding, both L2-normalized by the caller.
@@ -389,22 +389,3 @@ def _find_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> _Ranks:
 def _check_scalar(name: str, value: Tensor) -> None:
     if value.ndim != 0:
         raise UsageError(f"{name} has shape {tuple(value.shape)}: expected a scalar tensor")
-
-
-def average_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Replace each parameter's gradient by its mean over processes, in place: what DistributedDataParallel does after backward."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for parameter in parameters:
-        assert parameter.grad is not None
-        dist.all_reduce(parameter.grad, group=group)
-        parameter.grad /= dist.get_world_size(group)
-
-
-def any_rank(flag: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
-    """Return whether `flag` is true on any process; all processes of the group must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
-    return bool(value)

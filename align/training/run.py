@@ -14,8 +14,8 @@ from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_
 from align.common.console import Progress
 from align.common.errors import NonFiniteError, Preempted
 from align.common.files import atomic_json
+from align.common.processes import any_rank
 from align.common.runs import RunLog
-from align.model.losses import any_rank
 from align.model.saving import save_model
 from align.training.data import TrainingData
 from align.training.pairs import BatchOrder, PairBatch

@@ -1,4 +1,4 @@
-"""Training of the heads: schedule, one exact step, validation, state to resume from.
+"""Training of the heads: schedule, one exact step, validation, and the state that a checkpoint holds.
 
 Shapes: `B` global batch, `b` this process's share of it, `F` image feature width, `D` caption feature width, `E` aligned width. A
 step depends only on (state, seed, step number), so a killed run resumes to the same weights.
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from align.common.errors import DamagedError
+from align.common.processes import average_gradients
 from align.common.seeds import generator
 from align.model.dual_encoder import SailModel
-from align.model.losses import LossStats, average_gradients, info_nce_loss, logit_stats, sigmoid_loss
+from align.model.losses import LossStats, info_nce_loss, logit_stats, sigmoid_loss
 from align.model.ranking import best_ranks, recalls
 from align.training.pairs import PairBatch
 

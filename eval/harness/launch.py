@@ -11,12 +11,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 
 from align.common.errors import DataError, UsageError
 from align.common.files import atomic_bytes
+from align.common.hardware import choose_device
 from eval.harness.config import LmmsConfig
 from eval.harness.local import LocalTask
 from eval.harness.output import TaskRun, model_record, read_run
@@ -124,7 +124,7 @@ def _job(config: LmmsConfig, model: AskedModel, tasks: Path) -> dict[str, Any]:
 def _run(command: Sequence[str], log: Path, console: Console) -> int:
     """Run a command, write its output to `log`, show the newest progress line, and return its exit code."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not torch.cuda.is_available():
+    if choose_device().type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     assert process.stdout is not None

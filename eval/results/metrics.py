@@ -1,4 +1,4 @@
-"""Pure metrics: arrays in, floats out. Fractions, never percents.
+"""Metrics and their intervals: arrays in, floats out. Fractions, never percents.
 
 Shapes: `N` samples, `C` classes. Ranks count from 1. A tie counts against the model, as in `align.model.ranking`.
 """

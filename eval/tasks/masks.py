@@ -1,4 +1,4 @@
-"""Images with a class for every pixel: official layouts and your own, class names with synonyms, and safe reading of label maps.
+"""Readers of segmentation sets (ADE20K, COCO-Stuff, VOC, your own): images with a class for every pixel, and class names with synonyms.
 
 `eval.tasks.task.MASKS` lists the files of each layout. Commas separate several names of a class: `person, man, woman`. With the
 protocol `background`, VOC's class 0 is a class with many names (VOC21). Without, its pixels are ignored (VOC20).

@@ -1,4 +1,4 @@
-"""Measures every conversation once with the tokenizer (length, labels, images, reject code) and caches the result.
+"""Measures every conversation once with the tokenizer (length, how many labels, images, reject code) and caches the result.
 
 Legend: `N` conversations, including repeated ones.
 """

@@ -1,4 +1,4 @@
-"""Which conversations make a batch: packs of several, or single ones of one kind and similar length.
+"""The order of training batches in stage two, and which conversations make a batch: packs, or single ones of similar length.
 
 A conversation is given by its number in the index. Everything depends only on lengths and a generator; no data is read.
 """

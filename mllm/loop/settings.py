@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from align.common.checks import check
-from align.common.hardware import Arithmetic
+from align.common.hardware import Arithmetic, choose_device
 from mllm.loop.config import FinetuneConfig
 
 
@@ -21,7 +21,7 @@ def deepspeed_settings(name: str | None) -> str | None:
     path = folder / f"{name}.json" if (folder / f"{name}.json").is_file() else Path(name)
     known = ", ".join(sorted(file.stem for file in folder.glob("*.json")))
     check(path.is_file(), f"--deepspeed {name}", f"neither a file nor one of {known}")
-    if not torch.cuda.is_available():
+    if choose_device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
 
@@ -36,7 +36,7 @@ def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int
 
     `max_steps` is set later if the data decides it. Trainer itself logs and saves nothing: `SailTrainer` does.
     """
-    cpu = not torch.cuda.is_available()
+    cpu = choose_device().type == "cpu"
     rows = config.micro_batch_size * world
     check(
         config.batch_size % rows == 0,

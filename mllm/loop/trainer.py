@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with exact order, learning rates per group, committed checkpoints and a guard against bad steps.
+"""Hugging Face's Trainer on batches of a given order, with learning rates per group, committed checkpoints, and a guard against bad steps.
 
 A checkpoint is Trainer's own folder, with the trained tensors instead of the whole model (DeepSpeed: its engine's files). It counts
 only once COMMIT, the hashes of all its files, is written.
@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from align.common.checkpoints import checkpoints, commit_checkpoint, delete_all_but
 from align.common.errors import NonFiniteError
 from align.common.files import atomic_json, failpoint
-from align.model.losses import any_rank
+from align.common.processes import any_rank
 from mllm.loop.log import TrainingLog
 from mllm.loop.parameter_groups import load_trained, optimizer_groups, trained_tensors
 

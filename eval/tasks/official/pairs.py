@@ -1,4 +1,4 @@
-"""Readers of compositional sets: pairs of images and captions. Caption i belongs to image i of its pair.
+"""Readers of compositional sets (Winoground, MMVP-VLM, your own pairs): caption i belongs to image i of its pair.
 
 A pair becomes a group of two consecutive rows. The layout `pairs` is the kit's own: a JSONL file with {"key", "images": [a, b],
 "captions": [a, b], "category"} rows and image paths relative to it.

@@ -1,0 +1,26 @@
+"""What the processes of a distributed run tell each other, beside the loss: mean gradients, and whether any of them wants to stop."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def average_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each parameter's gradient by its mean over processes, in place: what DistributedDataParallel does after backward."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for parameter in parameters:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad /= dist.get_world_size(group)
+
+
+def any_rank(flag: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether `flag` is true on any process; all processes of the group must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+    return bool(value)
