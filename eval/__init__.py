@@ -1,1 +1,1 @@
-"""Measurement: zero-shot classification, retrieval and one report for before and after."""
+"""Measurement: zero-shot tasks, open-vocabulary segmentation, MLLM benchmarks, and one report for before and after."""
