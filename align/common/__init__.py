@@ -1,4 +1,4 @@
-"""What every part needs and no part owns: errors, files, locks, console, command line, runs, intervals.
+"""Shared tools: errors, files, locks, console, command line, runs, intervals.
 
-No model and no stage of the method belongs here; torch only in a file that is about it, imported where it is used.
+No model and no stage of the method belongs here. Files about tensors import torch at the top, others inside functions.
 """

@@ -1,4 +1,4 @@
-"""Figures as PNG bytes: one style, no display, no global state. matplotlib is loaded when the first figure is made."""
+"""Figures as PNG bytes in one style, without display or global state. matplotlib is loaded with the first figure."""
 
 import io
 import warnings
@@ -22,7 +22,7 @@ def new_figure(width: float, height: float, background: str = "white", dpi: int 
 def style_axes(
     axes: "Axes", title: str = "", *, ink: str = INK, muted: str = MUTED, grid: str = GRID, lines: str = "y", size: float = 8.5
 ) -> None:
-    """Draw axes with no box, gray ticks of `size` points, a light grid along `lines` (x, y or both), and a plain-text title on the left."""
+    """Style axes: no box, gray ticks of `size` points, a light grid along `lines` (x, y or both), a plain-text title on the left."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grid)
@@ -34,7 +34,7 @@ def style_axes(
 
 
 def png(figure: "Figure") -> bytes:
-    """Return the figure as a PNG that says nothing of when and with what it was made."""
+    """Return the figure as PNG bytes, without time or software in the metadata."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names from data may be in any script

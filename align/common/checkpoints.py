@@ -1,6 +1,6 @@
-"""Checkpoints of both stages: a folder per step, valid once its COMMIT (hashes of all files) is written; and the newest valid one.
+"""Checkpoints of both stages: a step's folder, valid once COMMIT (hashes of all files) is written, and the newest valid one.
 
-The checkpoints of the heads are `step-N/` with tensors.safetensors and state.json, those of an MLLM `checkpoint-N/` as Trainer writes it.
+The heads write `step-N/` with tensors.safetensors and state.json. For an MLLM, Trainer writes `checkpoint-N/`.
 """
 
 import json
@@ -25,19 +25,19 @@ Content = TypeVar("Content")
 
 
 def step_of(path: Path) -> int:
-    """Return the step that the folder of a checkpoint is named for, -1 if it is none."""
+    """Return the step in the name of a checkpoint folder, or -1 if it is not one."""
     found = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
     return int(found[1]) if found else -1
 
 
 def checkpoints(folder: Path, committed: bool = False) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first; `committed`: only those with a COMMIT."""
+    """Return the checkpoints in a folder, oldest first. `committed`: only those with a COMMIT."""
     found = [path for path in folder.glob("*-*") if step_of(path) >= 0 and ((path / COMMIT).is_file() or not committed)]
     return sorted(found, key=step_of)
 
 
 def commit_checkpoint(folder: Path) -> None:
-    """Flush every file of a checkpoint to the disk, then write their hashes into COMMIT."""
+    """Flush every file of a checkpoint to disk, then write their hashes to COMMIT."""
     sync_tree(folder)
     atomic_json(folder / COMMIT, hashes_below(folder, COMMIT))
     sync_folder(folder.parent)
@@ -54,9 +54,9 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def newest_readable(folder: Path, found: Sequence[Path], read: Callable[[Path], Content]) -> tuple[Path | None, Content | None, list[str]]:
-    """Return (path, content, problems) of the newest of `found` that `read` gives without DamagedError; None if there are none at all.
+    """Return (path, content, problems) of the newest of `found` that `read` accepts; (None, None, []) if `found` is empty.
 
-    `problems` says, one sentence each, which newer checkpoints were passed over and why. DamagedError if none can be read.
+    `problems` holds one sentence for each newer checkpoint that raised DamagedError. If all raise it, this function does too.
     """
     problems: list[str] = []
     for path in reversed(found):
@@ -70,19 +70,19 @@ def newest_readable(folder: Path, found: Sequence[Path], read: Callable[[Path], 
 
 
 def newest_committed(folder: Path) -> tuple[Path | None, int, list[str]]:
-    """Return (checkpoint, its step, problems) of the newest with a COMMIT that verifies, (None, 0, []) if none has one."""
+    """Return (path, step, problems) of the newest committed checkpoint that verifies; (None, 0, []) if none is committed."""
     path, _, problems = newest_readable(folder, checkpoints(folder, committed=True), verify_checkpoint)
     return path, step_of(path) if path else 0, problems
 
 
 def delete_all_but(keep: int, found: Sequence[Path]) -> None:
-    """Delete all but the newest `keep` of the checkpoints, which are given oldest first."""
+    """Delete all but the newest `keep` of the checkpoints `found`, given oldest first."""
     for old in found[:-keep]:
         shutil.rmtree(old)
 
 
 def clean_checkpoints(folder: Path, uncommitted: bool = False) -> None:
-    """Remove what killed processes left half-written or half-removed; `uncommitted`: also checkpoints without a COMMIT."""
+    """Delete temporary folders of killed processes. `uncommitted`: delete checkpoints without a COMMIT too."""
     leftovers = [path for suffix in (TEMPORARY, RETIRED) for path in folder.glob(f"step-*{suffix}")]
     if uncommitted:
         leftovers += set(checkpoints(folder)) - set(checkpoints(folder, committed=True))
@@ -91,7 +91,7 @@ def clean_checkpoints(folder: Path, uncommitted: bool = False) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write and commit `folder/step-N`, then delete all but the newest `keep` checkpoints; return its path."""
+    """Write and commit `folder/step-N`, delete all but the newest `keep` checkpoints, and return the new path."""
     folder.mkdir(parents=True, exist_ok=True)
     clean_checkpoints(folder)
     final = folder / f"step-{step:08d}"
@@ -108,7 +108,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and state of one checkpoint; DamagedError unless every file has its committed hash."""
+    """Return the tensors and state of a checkpoint. Raise DamagedError unless every file has its committed hash."""
     verify_checkpoint(path)
     try:
         return tensors_from_bytes((path / TENSORS).read_bytes()), json.loads((path / STATE).read_bytes())
@@ -117,6 +117,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Tensor], dict[str, Any], list[str]]:
-    """Return (path, tensors, state, problems) of the newest checkpoint that verifies, chosen as by `newest_readable`."""
+    """Return (path, tensors, state, problems) of the newest checkpoint that verifies; see `newest_readable`."""
     path, content, problems = newest_readable(folder, checkpoints(folder), load_checkpoint)
     return path, *(content or ({}, {})), problems

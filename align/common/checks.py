@@ -1,16 +1,16 @@
-"""The one form of a config check: a condition, what was given, what is allowed."""
+"""Checks of config values: each error says what was given and what is allowed."""
 
 from align.common.errors import UsageError
 
 
 def check(condition: bool, given: str, allowed: str) -> None:
-    """Raise UsageError, saying what was given and what is allowed, unless `condition` holds."""
+    """Raise UsageError with the given value and what is allowed, unless `condition` holds."""
     if not condition:
         raise UsageError(f"{given}: {allowed}")
 
 
 def check_least(config: object, **least: float) -> None:
-    """Raise UsageError, naming the flag, unless each field of `config` is at least the value given here, or None."""
+    """Raise UsageError, naming the flag, if a field of `config` is below its minimum in `least`. None passes."""
     for name, value in least.items():
         given = getattr(config, name)
         check(given is None or given >= value, f"--{name.replace('_', '-')} {given}", f"must be at least {value}")

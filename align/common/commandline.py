@@ -1,6 +1,6 @@
-"""One command line for every entry: a recipe is a saved command line, the user's own flags come after it and win.
+"""The command line of every entry. A recipe is a saved command line; the user's flags come after it and win.
 
-Entries keep their heavy imports inside `main`, so that `--help` and a typo are answered before torch is loaded.
+Entries import heavy libraries inside `main`, so `--help` and typos are answered before torch loads.
 """
 
 import inspect
@@ -26,8 +26,8 @@ Config = TypeVar("Config")
 def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -> Config:
     """Return the config of an entry from `--config recipe.yaml` and flags; later flags win.
 
-    `--print-config` prints the resolved recipe and exits 0. The `--local_rank` that launchers add is dropped.
-    Wrong flags and values end with exit code 2 and the nearest known flag.
+    `--print-config` prints the resolved recipe and exits with code 0. `--local_rank`, which launchers add, is dropped. A wrong flag or
+    value exits with code 2 and names the nearest known flag.
     """
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith(("--local_rank=", "--local-rank="))]
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -
 
 
 def _take_value(arguments: list[str], flag: str) -> str | None:
-    """Remove `flag value` or `flag=value` from `arguments` and return the value, or None if it is not there."""
+    """Remove `flag value` or `flag=value` from `arguments` and return the value, or None if the flag is absent."""
     for at, argument in enumerate(arguments):
         if argument.startswith(f"{flag}="):
             return arguments.pop(at).partition("=")[2]
@@ -55,7 +55,7 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
 
 
 def run(main: Callable[[Config], None], kind: type[Config], section: str | Callable[[list[str]], str]) -> None:
-    """Run an entry: parse, call `main(config)`, turn a KitError into one line on stderr and its exit code (130: interrupted).
+    """Run an entry: parse the flags, call `main`. A KitError becomes one line on stderr and its exit code; Ctrl-C exits with 130.
 
     `section` may be a function of the arguments, for an entry with several sections.
     """
@@ -64,7 +64,7 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
     try:
         name = section if isinstance(section, str) else section(sys.argv[1:])
         config = parse(kind, name)
-        if os.environ.get("RANK", "0") == "0":  # the first sign of life; libraries take seconds to load
+        if os.environ.get("RANK", "0") == "0":  # loading takes seconds: show that the process is alive
             sys.stderr.write(f"{name}: loading libraries\n")
         main(config)
     except KitError as error:
@@ -74,21 +74,18 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
 
 
 def set_up(quiet: bool = False) -> Console:
-    """Return the console of an entry that computes; first give torch this process's share of the cores and silence transformers' bars.
-
-    Call it after whatever sets the number of threads itself, such as `PartialState`.
-    """
+    """Set torch's threads and memory, silence transformers, return the console. Call it after `PartialState`, which sets threads too."""
     from transformers.utils.logging import disable_progress_bar
 
     reuse_freed_memory()
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    disable_progress_bar()  # of transformers, for every file it reads and writes
+    disable_progress_bar()
     return plain_console(quiet)
 
 
 def _leave(message: str, code: int) -> None:
     sys.stderr.write(f"{message}\n")  # stderr flushes each line
-    # After an error other ranks may sit in a collective and DataLoader workers in a queue: a plain exit would hang on them.
+    # Other ranks may wait in a collective, and DataLoader workers in a queue: a plain exit would hang.
     if "RANK" in os.environ:
         os._exit(code)
     raise SystemExit(code)

@@ -1,11 +1,8 @@
-"""The errors a user can meet, each with the exit code that entry scripts return for it.
-
-Every message says what was given, what is allowed and what to do next. Plain `assert` is kept for our own bugs.
-"""
+"""Errors shown to users, with exit codes. A message says what was given, what is allowed and what to do. `assert` is for our bugs."""
 
 
 class KitError(Exception):
-    """Base of all errors that are reported without a traceback; `exit_code` is what the process returns."""
+    """Base of errors that are reported without a traceback. `exit_code` is what the process returns."""
 
     exit_code = 1
 
@@ -22,11 +19,11 @@ class DataError(KitError, exit_code=3):
 
 
 class OfflineError(KitError, exit_code=4):
-    """An embedded asset is neither in the cache nor reachable."""
+    """An embedded asset is not cached and cannot be downloaded."""
 
 
 class FingerprintError(KitError, exit_code=5):
-    """Features were made by another encoder or setting than the one asked for."""
+    """Features come from another encoder or setting than requested."""
 
 
 class LeaseError(KitError, exit_code=6):
@@ -46,4 +43,4 @@ class DamagedError(KitError, exit_code=9):
 
 
 class Preempted(KitError, exit_code=75):
-    """The process was asked to stop (SIGTERM) and has saved its state; run the same command to go on."""
+    """SIGTERM stopped the process after it saved its state. Run the same command to resume."""

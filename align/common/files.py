@@ -14,12 +14,12 @@ import xxhash
 
 from align.common.errors import DamagedError, DiskFullError, UsageError
 
-TEMPORARY = ".partial"  # suffix of files that are being written; removed by `remove_temporaries`
+TEMPORARY = ".partial"  # suffix of files being written
 _armed: dict[str, int] = {}
 
 
 def arm_failpoint(spec: str) -> None:
-    """Kill this process with SIGKILL at the n-th passage of a write boundary; `spec` is `name` or `name:n`. For reliability tests."""
+    """Kill this process (SIGKILL) at the n-th passage of a write boundary, for tests. `spec`: `name` or `name:n`."""
     name, _, count = spec.partition(":")
     if count and not count.isdigit():
         raise UsageError(f"failpoint {spec!r}: expected name or name:n with n a whole number from 1")
@@ -27,7 +27,7 @@ def arm_failpoint(spec: str) -> None:
 
 
 def failpoint(name: str) -> None:
-    """Pass the write boundary `name`; the process dies here if that failpoint is armed and its turn has come."""
+    """Mark the write boundary `name`. If it is armed, the process dies at its n-th passage."""
     if name in _armed:
         _armed[name] -= 1
         if _armed[name] == 0:
@@ -49,7 +49,7 @@ def hash_file(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file's content to disk; its name is flushed with `sync_folder`."""
+    """Flush a file's content to disk. `sync_folder` flushes its name."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
@@ -65,10 +65,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it and rename it to `path`, on failure remove it.
-
-    Raises DiskFullError, naming what is free, when the file system is full.
-    """
+    """Yield a temporary path. Success flushes and renames it to `path`; failure removes it. DiskFullError names the free space."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with disk_full_named(path):
@@ -84,18 +81,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old content or the new one, never a part."""
+    """Write `data` to `path`. A reader sees the old content or the new one, never a part."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def atomic_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN and infinities are refused by `json`."""
+    """Write `value` as indented JSON, atomically. Raise ValueError for NaN and infinities."""
     atomic_bytes(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON content of `path`; DamagedError if it does not parse."""
+    """Return the JSON content of `path`. Raise DamagedError if it does not parse."""
     try:
         return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -103,13 +100,13 @@ def read_json(path: Path) -> Any:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete files that a dead writer left half-written in `folder` (not in its subfolders)."""
+    """Delete the half-written files of dead writers in `folder`, not in its subfolders."""
     for leftover in folder.glob(f"*{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
 
 
 def save_hashed(stem: Path, suffix: str, data: bytes) -> None:
-    """Write `data` atomically to STEM-HASH.SUFFIX, in place of what was there with another hash: a cache that knows if it is damaged."""
+    """Write `data` atomically to STEM-HASH.SUFFIX and delete other versions. The hash in the name reveals damage."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     for other in stem.parent.glob(f"{stem.name}-*{suffix}"):
         other.unlink(missing_ok=True)
@@ -117,7 +114,7 @@ def save_hashed(stem: Path, suffix: str, data: bytes) -> None:
 
 
 def load_hashed(stem: Path, suffix: str) -> bytes | None:
-    """Return what `save_hashed` wrote if it is there and has the hash in its name, else None: it is then to be made again."""
+    """Return what `save_hashed` wrote, or None if it is missing or does not have the hash in its name."""
     for path in stem.parent.glob(f"{stem.name}-*{suffix}"):
         data = path.read_bytes()
         if path.name == f"{stem.name}-{hash_bytes(data)}{suffix}":
@@ -127,7 +124,7 @@ def load_hashed(stem: Path, suffix: str) -> bytes | None:
 
 @contextmanager
 def disk_full_named(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn "no space left" from the block into a DiskFullError that names the file and the space (`needed` in bytes)."""
+    """Turn a "no space left" error of the block into a DiskFullError that names the file and the space (`needed` in bytes)."""
     try:
         yield
     except OSError as error:

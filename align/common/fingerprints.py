@@ -1,4 +1,4 @@
-"""Fingerprints: flat dictionaries that say how features were made; two that differ are never mixed."""
+"""Fingerprints: flat dictionaries that say how features were made. Features with different fingerprints are never mixed."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from align.common.files import hash_bytes
 
 
 def compare_fingerprints(given: dict[str, Any], stored: dict[str, Any], place: str) -> None:
-    """Raise FingerprintError, naming each field that differs, unless the two fingerprints are equal."""
+    """Raise FingerprintError, naming each field that differs, unless the fingerprints are equal."""
     differing = [name for name in sorted(given.keys() | stored.keys()) if given.get(name) != stored.get(name)]
     if differing:
         lines = "; ".join(f"{name}: {stored.get(name)!r} there, {given.get(name)!r} asked for" for name in differing)
@@ -16,15 +16,15 @@ def compare_fingerprints(given: dict[str, Any], stored: dict[str, Any], place: s
 
 
 def without_name(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return an encoder's fingerprint without its name: a copied or renamed folder is the same encoder, as its weights hash says."""
+    """Return an encoder's fingerprint without its name: the weights hash identifies a copied or renamed folder."""
     return {**fingerprint, "encoder": ""}
 
 
 def compare_encoders(given: dict[str, Any], stored: dict[str, Any], place: str) -> None:
-    """Raise FingerprintError, naming each field that differs, unless both are of the same encoder and settings, whatever its name."""
+    """Raise FingerprintError, naming each field that differs, unless encoder and settings are equal. The encoder's name is ignored."""
     compare_fingerprints(without_name(given), without_name(stored), place)
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
-    """Return 16 hex digits that stand for an encoder's fingerprint without its name."""
+    """Return 16 hex digits that identify an encoder's fingerprint without its name."""
     return hash_bytes(json.dumps(without_name(fingerprint), sort_keys=True).encode())[:16]

@@ -1,6 +1,6 @@
-"""Folders that are whole or not there: written aside, committed with the hash of every file, flushed, renamed into place.
+"""Folders that are complete or absent: written aside, committed with the hash of every file, flushed, renamed into place.
 
-Whoever reads one compares what it holds with what was committed: a file that exists is never taken for done.
+Readers compare a folder with its commit. A file that exists is never assumed to be complete.
 """
 
 import shutil
@@ -13,15 +13,15 @@ from align.common.errors import DamagedError
 from align.common.files import TEMPORARY, atomic_json, disk_full_named, failpoint, hash_file, read_json, sync_file, sync_folder
 
 COMMIT = "COMMIT.json"
-RETIRED = ".retired"  # suffix of what a new folder replaces, for the moment between two renames
+RETIRED = ".retired"  # suffix of the old folder between the two renames
 
 
 @contextmanager
 def replaced_folder(folder: Path, name: str, needed: int | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; then flush it and put it in its place. An error leaves the old one.
+    """Yield an empty folder beside `folder`, then flush it and move it into place. An error keeps the old folder.
 
-    A crash leaves the old folder (perhaps as NAME.retired) or the new one; what it left half-written is removed here. The failpoints
-    are `<name>-saved` and `<name>-retired`. DiskFullError, naming the `needed` bytes if they are known.
+    A crash leaves the old folder (perhaps as NAME.retired) or the new one. The next call deletes half-written folders. Failpoints:
+    `<name>-saved` and `<name>-retired`. Raises DiskFullError, with the `needed` bytes if they are known.
     """
     temporary, retired = folder.with_name(f"{folder.name}{TEMPORARY}"), folder.with_name(f"{folder.name}{RETIRED}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -43,7 +43,7 @@ def replaced_folder(folder: Path, name: str, needed: int | None = None) -> Itera
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush everything below a folder to disk, and let others read it: safetensors writes files for their owner alone."""
+    """Flush everything below a folder to disk and make it readable: safetensors writes files for their owner only."""
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
@@ -54,13 +54,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def hashes_below(folder: Path, record: str) -> dict[str, str]:
-    """Return the xxh3-128 of every file below a folder, by its path there; the file `record` is left out."""
+    """Return the xxh3-128 of every file below a folder, by relative path, without the file `record`."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: hash_file(path) for name, path in files.items() if name != record}
 
 
 def commit_folder(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the COMMIT of a finished folder, inside `replaced_folder`, which flushes it: `facts`, size and xxh3-128 of every file."""
+    """Write COMMIT.json: `facts`, size and xxh3-128 of every file. Call it inside `replaced_folder`, which flushes it."""
     hashes = hashes_below(folder, COMMIT)
     files = {name: {"bytes": (folder / name).stat().st_size, "xxh3": digest} for name, digest in hashes.items()}
     atomic_json(folder / COMMIT, {**facts, "files": files})
@@ -74,7 +74,7 @@ def check_folder(folder: Path, contents: bool, advice: str) -> None:
 
 
 def damage(path: Path, digest: str | None = None, size: int | None = None) -> str | None:
-    """Return what is wrong with a file in one sentence, or None if it is there with its committed size and hash."""
+    """Return one sentence on what is wrong with a file, or None if it has its committed size and hash."""
     if not path.is_file():
         return f"{path} is missing"
     if size is not None and path.stat().st_size != size:

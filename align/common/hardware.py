@@ -20,11 +20,11 @@ def choose_device(name: str = "auto") -> "torch.device":
 
 
 def resolve_precision(precision: Precision, device: "torch.device") -> Arithmetic:
-    """Return `precision`, with `auto` resolved to bf16 where the device computes it in hardware, else fp32.
+    """Return `precision`; `auto` becomes bf16 where the device computes it in hardware, else fp32.
 
-    A CPU without AMX or AVX512-BF16 emulates bf16: 78 times slower than fp32 in matrix products on AVX2 (docs/decisions.md).
+    A CPU without AMX or AVX512-BF16 emulates bf16. On AVX2, matrix products are then 78 times slower than in fp32 (docs/decisions.md).
     """
-    import torch  # here, as configs read this file for their choices and must answer at once
+    import torch  # imported here: configs import this file and must load fast
 
     if precision != "auto":
         return precision
@@ -37,7 +37,7 @@ def resolve_precision(precision: Precision, device: "torch.device") -> Arithmeti
 
 
 def use_cores(local_processes: int) -> int:
-    """Let torch use this process's share of the CPU cores and return how many; launchers would set one thread a process."""
+    """Set torch's threads to this process's share of the CPU cores; return it. Launchers would set one thread per process."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -47,10 +47,10 @@ def use_cores(local_processes: int) -> int:
 
 
 def reuse_freed_memory() -> bool:
-    """Make the C library keep freed memory for this process instead of giving it back after each tensor; return whether it took effect.
+    """Make glibc keep freed memory for this process; return whether it took effect. Results do not change.
 
-    Only glibc is told (`mallopt`): no memory maps for large blocks, no trimming. Without it a CPU forward pass spends its time on
-    page faults: EfficientNet-Lite0 at 224 px went from 27 to 70 images/s on two cores (docs/decisions.md). No effect on results.
+    `mallopt` turns off trimming and memory maps of large blocks. Without it a CPU forward pass spends its time on page faults:
+    EfficientNet-Lite0 at 224 px went from 27 to 70 images/s on two cores (docs/decisions.md).
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,8 +1,8 @@
-"""How sure a number is: percentile bootstrap, Wilson interval, ranks and correlations. Arrays in, floats out.
+"""Uncertainty of numbers: percentile bootstrap, Wilson interval, ranks and correlations. Arrays in, floats out.
 
-Shapes: `N` samples, `G` clusters of samples that belong together (the captions of an image), `R` resamples, `r` resamples of a block.
-A statistic is a function of weights (r, N), how often each sample was drawn; weights of one give the plain value. The order of draws
-does not depend on the size of the blocks: published intervals depend on it.
+Shapes: `N` samples, `G` clusters of samples (such as the captions of an image), `R` resamples, `r` resamples of a block. A statistic is
+a function of weights (r, N), how often each sample was drawn; weights of one give the plain value. Draws do not depend on the block
+size, so published intervals can be reproduced.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +18,7 @@ Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]  # pearson or spear
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return (low, high), the Wilson score interval of a proportion of `successes` among `n` independent trials.
-
-    Source: E. B. Wilson, 1927. Unlike the normal interval it stays inside [0, 1] and is not empty at 0 or n successes.
-    """
+    """Return (low, high), Wilson's (1927) interval of `successes` in `n` trials. It stays in [0, 1], and is not empty at 0 or n."""
     if not 0 <= successes <= n or n == 0:
         raise UsageError(f"{successes} successes in {n} trials: expected 0 <= successes <= n and n >= 1")
     low, high = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
@@ -29,7 +26,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
 
 def percentiles(drawn: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Return (low, high), the percentile interval of bootstrapped values (R,). NaN are left out; both are NaN if nothing else is there."""
+    """Return (low, high), the percentile interval of bootstrap values (R,). NaN is ignored; if all are NaN, both are NaN."""
     known = drawn[~np.isnan(drawn)]
     if len(known) == 0:
         return float("nan"), float("nan")
@@ -38,10 +35,7 @@ def percentiles(drawn: np.ndarray, confidence: float = 0.95) -> tuple[float, flo
 
 
 def bootstrap(statistic: Statistic, clusters: np.ndarray, generator: np.random.Generator, resamples: int = 1000) -> np.ndarray:
-    """Return the values (R, ...) of a statistic in bootstrap resamples that draw whole clusters.
-
-    `clusters` (N,) are numbers from 0 without gaps: samples of a cluster are drawn together. `np.arange(N)`: each sample is its own.
-    """
+    """Return values (R, ...) of a statistic in resamples of whole clusters. `clusters` (N,) are numbers from 0 without gaps."""
     if len(clusters) == 0:
         raise UsageError("no samples to draw from; check that the data is not empty")
     blocks = _drawn(int(clusters.max()) + 1, resamples, generator, len(clusters))
@@ -49,10 +43,7 @@ def bootstrap(statistic: Statistic, clusters: np.ndarray, generator: np.random.G
 
 
 def kind_bootstrap(statistic: Statistic, kinds: np.ndarray, generator: np.random.Generator, resamples: int = 1000) -> np.ndarray:
-    """Return the values (R, ...) of a statistic of how many samples of each kind were drawn (r, K); `kinds` (K,) count them.
-
-    The counts of a resample are multinomial, so this is the exact bootstrap of a statistic that only needs them, at O(R K).
-    """
+    """Return the exact bootstrap (R, ...) of a statistic of counts `kinds` (K,). Resampled counts are multinomial: cost O(R K)."""
     n = int(kinds.sum())
     block = max(1, BLOCK // len(kinds))
     sizes = (min(block, resamples - start) for start in range(0, resamples, block))
@@ -60,7 +51,7 @@ def kind_bootstrap(statistic: Statistic, kinds: np.ndarray, generator: np.random
 
 
 def bootstrap_weights(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Return (R, n) float32 weights of n items in R bootstrap resamples, how often each was drawn over n, to be used many times."""
+    """Return (R, n) float32 weights of n items in R resamples: how often each was drawn, divided by n. Compute once, use many times."""
     return np.concatenate([times.astype(np.float32) for times in _drawn(n, resamples, generator, n)]) / n
 
 
@@ -74,13 +65,13 @@ def _drawn(groups: int, resamples: int, generator: np.random.Generator, width: i
 
 
 def mean_of(values: np.ndarray) -> Statistic:
-    """Return the statistic that is the mean of `values` (N,)."""
+    """Return the mean of `values` (N,) as a statistic."""
     numbers = values.astype(np.float64)
     return lambda weights: weights @ numbers / weights.sum(axis=1)
 
 
 def median_of(values: np.ndarray) -> Statistic:
-    """Return the statistic that is the median of `values` (N,); of an even number of draws, the mean of the two in the middle."""
+    """Return the median of `values` (N,) as a statistic. For an even number of draws it is the mean of the middle two."""
     order = np.argsort(values, kind="stable")
     ascending = np.asarray(values, dtype=np.float64)[order]
 
@@ -94,21 +85,21 @@ def median_of(values: np.ndarray) -> Statistic:
 
 
 def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the Pearson correlations along the last axis of two arrays (..., n); NaN where one of them does not vary."""
+    """Return Pearson correlations along the last axis of two arrays (..., n); NaN where one is constant."""
     a, b = (values - values.mean(-1, keepdims=True) for values in (np.asarray(first, float), np.asarray(second, float)))
     scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
     return np.divide((a * b).sum(-1), scale, out=np.full(np.shape(scale), np.nan), where=scale > 1e-12)
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the Spearman rank correlations along the last axis of two arrays (..., n), ties with their mean rank; NaN as `pearson`."""
+    """Return Spearman correlations along the last axis of two arrays (..., n). Ties get their mean rank; NaN where one is constant."""
     return pearson(stats.rankdata(first, axis=-1), stats.rankdata(second, axis=-1))
 
 
 def correlation_interval(
     first: np.ndarray, second: np.ndarray, correlation: Correlation, generator: np.random.Generator, resamples: int = 1000
 ) -> tuple[float, float, float]:
-    """Return (value, low, high) of a correlation of two arrays (n,), bootstrapped over the n points; NaN for fewer than 4 points."""
+    """Return (value, low, high) of a correlation of two arrays (n,), bootstrapped over the points; NaN for fewer than 4 points."""
     if len(first) < 4:
         return (float("nan"),) * 3
     rows = generator.integers(0, len(first), (resamples, len(first)))

@@ -1,8 +1,8 @@
-"""Who may write: one process at a time (locked), or one job at a time (lease) whose workers share the shards among them (claims).
+"""Write locks: one process at a time (`locked`), or one job whose workers share the shards (`Lease` and its claims).
 
-The kernel frees a lock when its holder dies. Workers on several machines can hold a lease together: each keeps a file that names it and
-touches it. A worker that died, or was silent for `STALE_SECONDS` on another machine, loses it.
-Claims only save work: two workers that encode the same shard write the same bytes.
+The kernel frees a lock when its holder dies. Workers on several machines can share a lease: each keeps a file with its name and touches
+it. A dead worker loses its place, and so does one on another machine after `STALE_SECONDS` of silence. Claims only save work: two
+workers that encode the same shard write the same bytes.
 """
 
 import json
@@ -22,14 +22,14 @@ from align.common.errors import LeaseError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-PATIENCE_SECONDS = 4.0  # how long a lock is waited for before its holder is told of
+PATIENCE_SECONDS = 4.0  # wait for a lock before LeaseError
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None, keep: bool = True) -> Iterator[None]:
-    """Be the only process inside the block, by the lock file `path`; it stays if `keep`.
+    """Be the only process in the block, by the lock file `path`, which stays if `keep`.
 
-    While another process is inside: `waiting` is called once and its end awaited; without it, LeaseError after `PATIENCE_SECONDS`.
+    If another process is inside, call `waiting` once and wait. Without `waiting`, raise LeaseError after `PATIENCE_SECONDS`.
     """
     lock = FileLock(path)
     try:
@@ -43,17 +43,17 @@ def locked(path: Path, waiting: Callable[[], None] | None = None, keep: bool = T
         yield
     finally:
         if not keep:
-            path.unlink()  # while it is held: whoever waits for it looks at its name again
+            path.unlink()  # while held: a waiting process then looks at the name again
         lock.release()
 
 
 def _myself(job: str) -> str:
-    """Return what a lease or claim of this process holds, as JSON."""
+    """Return the JSON that identifies this process in a lease or claim."""
     return json.dumps({"job": job, "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()})
 
 
 def _is_stale(path: Path) -> bool:
-    """Return whether the holder written in `path` is dead (same host) or silent for too long (another host)."""
+    """Return whether the holder in `path` is dead (same host) or silent for too long (another host)."""
     try:
         holder = json.loads(path.read_bytes())
         silent = time.time() - path.stat().st_mtime
@@ -65,12 +65,12 @@ def _is_stale(path: Path) -> bool:
 
 
 def new_job() -> str:
-    """Return a name that no other job has."""
+    """Return a unique job name."""
     return f"run-{uuid.uuid4().hex[:8]}"
 
 
 class Lease:
-    """Held while a job writes to `folder`; processes that give the same `job` share it (None: this one alone). A context manager."""
+    """Lock on `folder` while a job writes to it, as a context manager. Processes with the same `job` share it; None: a job of its own."""
 
     def __init__(self, folder: Path, job: str | None = None) -> None:
         self.folder, self.job = folder, job or new_job()
@@ -80,7 +80,7 @@ class Lease:
         self._stop = threading.Event()
 
     def __enter__(self) -> "Lease":
-        """Take the lease; LeaseError within seconds, naming the holder, if a living process of another job has one."""
+        """Take the lease. Raise LeaseError within seconds, naming the holder, if a living process of another job has it."""
         self._leases.mkdir(parents=True, exist_ok=True)
         self._claims.mkdir(parents=True, exist_ok=True)
         with locked(self._leases / "lock"):
@@ -111,7 +111,7 @@ class Lease:
                 try:
                     os.utime(path)
                 except FileNotFoundError:
-                    continue  # taken over, or released this moment: its owner is someone else now
+                    continue  # taken over or just released: no longer ours
 
     def claim(self, unit: int) -> bool:
         """Return True if this process may work on `unit`, False if a living worker of the job already does."""
@@ -128,7 +128,7 @@ class Lease:
         return True
 
     def release(self, unit: int) -> None:
-        """Give up the claim on `unit`, after its shard was committed."""
+        """Give up the claim on `unit` after its shard is committed."""
         path = self._claims / f"{unit:06d}.json"
         self._claimed.discard(path)
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Recipes: plain YAML files with one section per entry (`encode:`, `train:`, `eval:`); each key is a flag of that entry."""
+"""Recipes: plain YAML files with one section per entry (`encode:`, `train:`, `eval:`). Each key is a flag of that entry."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SECTIONS = ("prepare", "encode", "assess", "curate", "train", "convert", "eval",
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads plain YAML only: no object tags (SafeLoader), no aliases (bombs), no key twice."""
+    """YAML loader that refuses object tags, aliases (YAML bombs) and repeated keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -33,7 +33,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def load_yaml(path: Path) -> Any:
-    """Return the content of a plain YAML file; UsageError names the place of a syntax error, tag, alias or double key."""
+    """Return the content of a plain YAML file. UsageError gives the place of a syntax error, tag, alias or repeated key."""
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
     except FileNotFoundError as error:
@@ -43,13 +43,13 @@ def load_yaml(path: Path) -> Any:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return a sentence that names the known word nearest to `word`, or lists all of them."""
+    """Return a sentence that names the known word nearest to `word`, or all known words."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def recipe_flags(recipe: Path, section: str, known: Sequence[str]) -> list[str]:
-    """Return the flags that `section` of a recipe stands for; UsageError on an unknown section or key."""
+    """Return the flags in `section` of a recipe. Raise UsageError for an unknown section or key."""
     content = load_yaml(recipe)
     if not isinstance(content, dict):
         raise UsageError(f"{recipe}: expected sections {', '.join(SECTIONS)}, each with flags below it")
@@ -71,20 +71,20 @@ def recipe_flags(recipe: Path, section: str, known: Sequence[str]) -> list[str]:
 
 
 def to_recipe(config: Any, section: str) -> str:
-    """Return `config` as the YAML recipe that would produce it."""
+    """Return `config` as a YAML recipe that reproduces it."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     return yaml.safe_dump({section: values}, sort_keys=False, allow_unicode=True)
 
 
 def write_recipe(config: Any, folder: Path, section: str) -> dict[str, Any]:
-    """Write `config` to config.yaml in a run's folder, for `refuse_other_config` and for repeating the run; return it as plain values."""
+    """Write `config` to config.yaml in a run folder; return it as plain values."""
     recipe = to_recipe(config, section)
     atomic_bytes(folder / "config.yaml", recipe.encode())
     return yaml.safe_load(recipe)[section]
 
 
 def refuse_other_config(config: Any, folder: Path, section: str, free: set[str]) -> None:
-    """Raise UsageError, naming the fields, if the run in `folder` was started with another config; `free` fields may change."""
+    """Raise UsageError, naming the fields, if the run in `folder` has another config. Fields in `free` may differ."""
     path = folder / "config.yaml"
     if not path.exists():
         return

@@ -1,6 +1,6 @@
-"""Every reason why something of a data set is left out: one code and one sentence each, for all stages.
+"""Reject codes of all stages: one sentence for each reason why an item of a data set is left out.
 
-The codes stand in `rejects.parquet`, `rejects.jsonl` and `problems.jsonl`. A code never changes its meaning and is never reused.
+They appear in `rejects.parquet`, `rejects.jsonl` and `problems.jsonl`. A code never changes its meaning and is never reused.
 """
 
 from dataclasses import dataclass
@@ -79,9 +79,9 @@ REJECT_CODES = SAMPLE_CODES | FEATURE_CODES | CONVERSATION_CODES
 
 
 class Reject(DataError):
-    """One sample, conversation or image cannot be used: `code` is a key of REJECT_CODES, `detail` says what was found.
+    """A sample, conversation or image cannot be used. `code` is a key of REJECT_CODES; `detail` says what was found.
 
-    Callers count it, list it and go on; where one thing is all that was asked for, it ends the command like any DataError.
+    Callers count it, list it and go on. If it was the only item, it ends the command like any DataError.
     """
 
     def __init__(self, code: str, detail: str = "") -> None:
@@ -95,7 +95,7 @@ class Reject(DataError):
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A reject and where it was: `row` of a shard or file, and its `column` (row, image, feature, conversation or a caption column)."""
+    """A reject and its place: `row` of a shard or file, and `column` (row, image, feature, conversation or a caption column)."""
 
     row: int
     key: str  # of the sample, or a conversation's id

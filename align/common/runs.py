@@ -1,11 +1,11 @@
-"""The run folder: what a training run leaves behind.
+"""The run folder: the files that a training run writes.
 
 run/
   manifest.json          config, command, versions, git commit and data fingerprints of every launch
   config.yaml            the resolved recipe: `--config run/config.yaml` repeats the run
-  metrics.jsonl          what was learned, a row a log or validation step; identical whether the run was killed or not
-  speed.jsonl            rates and waiting times, which are never identical
-  tensorboard/           both of them, as curves
+  metrics.jsonl          losses and scores, one row per log or validation step; the same after an interruption
+  speed.jsonl            rates and waiting times; different in each run
+  tensorboard/           curves of both files
   checkpoints/step-N/    state for resuming (see `align.common.checkpoints`)
 """
 
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's numbers."""
+    """Return the versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -49,8 +49,8 @@ def git_commit() -> str | None:
 
 
 def add_launch(folder: Path, facts: dict[str, Any]) -> None:
-    """Append one launch (command, time, versions, commit and the given facts) to the run's manifest."""
-    import torch  # here, as pages and tables of results read this file's versions without it
+    """Append one launch to the run's manifest: command, time, versions, commit and `facts`."""
+    import torch  # imported here: result pages use `versions` without torch
 
     path = folder / "manifest.json"
     manifest = read_json(path) if path.exists() else {"launches": []}
@@ -61,13 +61,13 @@ def add_launch(folder: Path, facts: dict[str, Any]) -> None:
 
 
 class JsonLines:
-    """A file of one JSON object a line, appended to and cut back to a step on resume."""
+    """A JSON-lines file that is appended to, and cut back to a step on resume."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def cut(self, step: int) -> None:
-        """Drop every row after `step`, and a last line that a crash cut short."""
+        """Delete the rows after `step`, and a last line that a crash cut short."""
         if not self.path.exists():
             return
         kept = []
@@ -82,7 +82,7 @@ class JsonLines:
         atomic_bytes(self.path, b"".join(kept))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row; it is flushed to the operating system, so that kill -9 does not lose it."""
+        """Append one row. It reaches the operating system at once, so kill -9 does not lose it."""
         with disk_full_named(self.path), open(self.path, "ab") as file:
             file.write((json.dumps(row, allow_nan=False) + "\n").encode())
 
@@ -92,13 +92,10 @@ class JsonLines:
 
 
 class RunLog:
-    """Writes what a run learned to metrics.jsonl, its rates to speed.jsonl, and both to TensorBoard and to the trackers asked for."""
+    """Log of a run: metrics.jsonl, speed.jsonl, TensorBoard and the requested trackers."""
 
     def __init__(self, folder: Path, resumed: int | None = None, trackers: Sequence[str] = (), writing: bool = True) -> None:
-        """Go on from step `resumed`, dropping later rows (None: a new log). With `writing` off, as on all processes but one, it is silent.
-
-        `trackers` are accelerate's names of them, for example trackio or wandb; UsageError if one is not installed.
-        """
+        """Drop rows after step `resumed` (None: all). `trackers`: accelerate's names; UsageError if missing. Not `writing`: log nothing."""
         self.metrics, self.speed = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "speed.jsonl")
         self.writing = writing
         if not writing:
@@ -111,7 +108,7 @@ class RunLog:
         self._trackers = [_started(name) for name in trackers]
 
     def log(self, row: dict[str, Any], speed: dict[str, Any] | None = None) -> None:
-        """Write a row of metrics, with its `step`, and the rates that belong to it; None stands for a value that there is not."""
+        """Write a row of metrics, with its `step`, and its rates. None means no value."""
         if not self.writing:
             return
         self.metrics.append(row)
@@ -124,7 +121,7 @@ class RunLog:
             tracker.log(shown, step=row["step"])
 
     def close(self) -> None:
-        """Flush and end what other processes may be waiting for."""
+        """Close TensorBoard and the trackers."""
         if self.writing:
             self._board.close()
             for tracker in self._trackers:

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of whole numbers: seed, purpose, step, rank. Nothing draws from a global generator."""
+"""Random generators as pure functions of whole numbers: seed, purpose, step, rank. No global generator is used."""
 
 import numpy as np
 

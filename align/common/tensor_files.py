@@ -1,4 +1,4 @@
-"""Files of tensors from elsewhere, read without running code: .safetensors, and .pt, .pth and .bin that hold nothing but tensors."""
+"""Tensor files, read without running code: .safetensors, and .pt, .pth and .bin that hold only tensors."""
 
 import pickle
 from pathlib import Path
@@ -17,9 +17,9 @@ _KINDS = ", ".join((*_PICKLES, ".safetensors"))
 
 
 def read_tensor_file(path: Path) -> Any:
-    """Return what a .safetensors, .pt, .pth or .bin file holds, on the CPU. Only tensors and plain containers are read, never code.
+    """Return the content of a .safetensors, .pt, .pth or .bin file, on the CPU. Only tensors and plain containers are read.
 
-    UsageError for a missing or unknown kind of file, DamagedError for one that does not read or asks for more than tensors.
+    Raise UsageError for a missing file or unknown suffix, DamagedError if it is unreadable or holds more than tensors.
     """
     if not path.is_file():
         raise UsageError(f"{path} is not a file; give a checkpoint ({_KINDS})")
@@ -39,7 +39,7 @@ def read_tensor_file(path: Path) -> Any:
 
 
 def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors by name, atomically: .safetensors, or .pt as published checkpoints are; UsageError for another suffix."""
+    """Write tensors by name, atomically: .safetensors, or .pt as published checkpoints are. UsageError for another suffix."""
     if path.suffix not in (".safetensors", ".pt"):
         raise UsageError(f"{path}: write .pt (the published layout) or .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
