@@ -1,4 +1,4 @@
-"""Choose the encoder pair, layer and feature before training: cheap scores and short probes of every candidate, side by side.
+"""Compare encoder pairs, layers and features before training, by cheap scores and short probes.
 
     python align/assess.py --data pairs.jsonl --image-root photos --captions captions --output runs/assess --layers all \
         --vision embedded:efficientnet-lite0 embedded:vit-s14-focus --features cls mean cls_mean \
@@ -6,9 +6,9 @@
     python align/assess.py ... --dry-run                    # candidates and disk, nothing encoded
     python align/assess.py ... --trained runs/a runs/b      # how well was the ranking after full training predicted?
 
-All layers of an encoder come from one forward pass. The stores in OUTPUT/pairs are those of align/encode.py: train on the winner's.
-Killed at any moment, the same command goes on; more encoders or layers add to what is there. `bash scripts/assess.sh` repeats
-the experiments of docs/LOG.md. OUTPUT gets table.csv, assessment.json, heat-TEXT.png, scatter-TEXT.png and manifest.json.
+One forward pass gives all layers of an encoder. OUTPUT/pairs holds stores like those of align/encode.py: train on the winner's.
+Interrupted runs resume with the same command, also with more encoders or layers. OUTPUT gets table.csv, assessment.json, manifest.json,
+heat-TEXT.png and scatter-TEXT.png. `bash scripts/assess.sh` repeats the experiments of docs/LOG.md.
 """
 
 from dataclasses import asdict
@@ -30,7 +30,7 @@ TABLE_ROWS = 20
 
 
 def settings_of(config: AssessConfig, precision: "Arithmetic") -> "Settings":
-    """Return how the scores are taken."""
+    """Return the settings of the scores."""
     from align.assessment.probing import Training
     from align.assessment.scores import Settings
 
@@ -45,7 +45,7 @@ def settings_of(config: AssessConfig, precision: "Arithmetic") -> "Settings":
 
 
 def report(config: AssessConfig, texts: list[str], results: list["Assessed"], weights: "np.ndarray", console: "Console") -> None:
-    """Write table, JSON and figures; print the best candidates, correlations and advice. `weights`: bootstrap, over the test images."""
+    """Write table, JSON, figures; print the best candidates, correlations and advice. `weights`: bootstrap weights of the test images."""
     from align.assessment import tables
     from align.assessment.figures import heat_map, scatter
     from align.assessment.scores import NO_LABELS, NO_PATCHES

@@ -1,4 +1,4 @@
-"""Published SAIL weights and embeddings into this kit's formats, and heads back.
+"""Convert published SAIL weights and embeddings to this kit's formats, and heads back.
 
     python align/convert.py --heads sail_l.pt --vision facebook/dinov2-large --text sentence-transformers/all-roberta-large-v1 \\
         --output runs/sail-l
@@ -8,9 +8,9 @@
     python align/convert.py --embeddings laion/part0 --kind image --encoder-name openai/clip-vit-large-patch14 --output features/x/images
     python align/convert.py --embeddings sail_text --kind caption --keys keys.txt --encoder-name gte-large --output features/x/captions
 
-This is the only command that reads .pt and .bin files, and it reads nothing but tensors from them. --vision and --text are opened, so
-that their fingerprints are known and other encoders are refused later; without them the model can only align features that are
-already encoded. The encoder of imported embeddings cannot be checked: --encoder-name and --stated are taken as given.
+Only this command reads .pt and .bin files, and only tensors from them. It opens --vision and --text to record their fingerprints, so
+that other encoders are refused later. Without them the model aligns only features that are already encoded. The encoder of imported
+embeddings cannot be checked: --encoder-name and --stated are trusted.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def main(config: ConvertConfig) -> None:
-    """Do the one conversion that was asked for."""
+    """Do the requested conversion."""
     console = set_up()
     if config.heads:
         convert_heads(config, console)
@@ -42,7 +42,7 @@ def main(config: ConvertConfig) -> None:
 
 
 def convert_heads(config: ConvertConfig, console: "Console") -> None:
-    """Write the SailModel of a published checkpoint, with the encoders that are named."""
+    """Write the SailModel of a published checkpoint, with the named encoders."""
     import torch
 
     from align.encoders.text import load_text_encoder
@@ -59,10 +59,10 @@ def convert_heads(config: ConvertConfig, console: "Console") -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(scratch) / "tokenizer"
         if config.base:
-            tokenizer = model_folder(Path(config.base))  # with all else that lies there
+            tokenizer = model_folder(Path(config.base))  # the whole folder, with its other files
             model = with_vision_head(SailModel.from_pretrained(tokenizer), weights, str(place))
         else:
-            heads_from(weights, str(place))  # what is wrong with the file is told before encoders are opened
+            heads_from(weights, str(place))  # fails on a bad file before encoders are opened
             precision = resolve_precision(config.precision, torch.device("cpu"))
             vision_spec, text_spec = config.encoders(precision)
             vision = load_vision_encoder(vision_spec) if vision_spec else None
@@ -102,7 +102,7 @@ def convert_embeddings(config: ConvertConfig, console: "Console") -> None:
 
 
 def convert_projector(config: ConvertConfig, console: "Console") -> None:
-    """Write LLaVA's projector under the names that transformers has for it."""
+    """Write LLaVA's projector with transformers' tensor names."""
     from align.common.tensor_files import write_tensor_file
     from align.model.published_heads import projector_from, read_weights
 

@@ -1,4 +1,4 @@
-"""Choose training pairs that cover many concepts evenly: the best candidates of each concept, shared out rarest concept first.
+"""Choose training pairs that cover many concepts evenly. Each concept gets its best candidates, rarest concept first.
 
     python align/curate.py --candidates features/cc12m/captions-raw --concepts concepts.txt --output curated/cc12m
     python align/curate.py --candidates a/captions-raw b/captions-raw --images a/images b/images --concepts concepts.txt \
@@ -9,10 +9,8 @@
     python align/train.py --keys curated/cc12m/chosen.parquet --images features/cc12m/images --captions features/cc12m/captions-raw \
         --epochs 50 --output runs/curated
 
-Leaves in --output: chosen.parquet (key, data, store, concept, score, rank), coverage.csv, coverage.json and coverage.png (each concept
-before and after), manifest.json, config.yaml, prototypes/ and lists/, from which other --per-concept, --duplicates and --exclude are
-served without scoring again.
-
+Writes to --output: chosen.parquet (key, data, store, concept, score, rank), coverage.csv, .json and .png (each concept before and after),
+manifest.json, config.yaml, prototypes/ and lists/. Other --per-concept, --duplicates and --exclude reuse lists/ without scoring again.
 Interrupted runs resume with the same command from the last committed shards, to the same result. To share the work, run
 `--parts 8 --part 0` to `--part 7` anywhere, then the same command without --part.
 """
@@ -40,7 +38,7 @@ def choose(
     config: CurateConfig, space: "ConceptSpace", names: tuple[str, ...], prototypes: "Tensor", lists: "TopLists", before: "np.ndarray",
     note: str,
 ) -> str:  # fmt: skip
-    """Share the lists out, write what was chosen and how concepts are covered; return the totals as a sentence."""
+    """Assign candidates to concepts, write the choice and its coverage, and return the totals as a sentence."""
     import numpy as np
 
     from align.curation.assignment import assign, write_chosen
@@ -60,7 +58,7 @@ def choose(
 
 
 def main(config: CurateConfig) -> None:
-    """Open candidates and concepts, score what is not scored yet, share out, report coverage."""
+    """Open candidates and concepts, score what is missing, assign, report coverage."""
     from rich.panel import Panel
 
     from align.common.files import remove_temporaries

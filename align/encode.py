@@ -1,4 +1,4 @@
-"""Encode images and captions once with frozen encoders; the features go into stores that training reads.
+"""Encode images and captions once with frozen encoders, into feature stores that training reads.
 
     accelerate launch align/encode.py --config align/recipes/quickstart.yaml
     accelerate launch --multi_gpu --num_processes 8 align/encode.py --data 'cc3m/*.tar' --output features/cc3m \
@@ -6,8 +6,8 @@
     python align/encode.py --config recipe.yaml --dry-run          # rows, disk and settings, nothing encoded
     python align/encode.py --config recipe.yaml --verify           # compare every byte with its committed hash
 
-Interrupted runs resume with the same command: only shards that are not committed are encoded. SLURM array tasks or several hosts
-share the work if they are given the same `--job` name and see the same `--output`.
+Interrupted runs resume with the same command: only missing shards are encoded. SLURM array tasks or several hosts share the work if
+they have the same `--job` name and see the same `--output`.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from align.features.extract import Extraction
 
-MAX_SHARD_BYTES = 2 << 30  # of a shard of tokens while it is gathered
+MAX_SHARD_BYTES = 2 << 30  # memory of one shard of tokens while it is collected
 
 
 def main(config: EncodeConfig) -> None:
@@ -63,7 +63,7 @@ def main(config: EncodeConfig) -> None:
 
 
 def planned(config: EncodeConfig, state: "PartialState") -> "Extraction":
-    """Return the job: the plan, made by the first process and saved for all others, and both encoders, None where not asked for."""
+    """Return the job: the plan, which the first process makes and saves for all, and the encoders, None if not requested."""
     from align.encoders.text import load_text_encoder
     from align.encoders.vision import load_vision_encoder
     from align.features.extract import Extraction, Stopping
@@ -84,7 +84,7 @@ def planned(config: EncodeConfig, state: "PartialState") -> "Extraction":
 
 
 def require_small_shards(shard_rows: int, width: int) -> None:
-    """Raise UsageError if a shard of tokens takes too much memory while it is gathered."""
+    """Raise UsageError if a shard of tokens needs too much memory."""
     size = 4 * shard_rows * width
     if size > MAX_SHARD_BYTES:
         raise UsageError(
@@ -94,7 +94,7 @@ def require_small_shards(shard_rows: int, width: int) -> None:
 
 
 def encode(job: "Extraction", name: str | None, state: "PartialState", console: "Console") -> None:
-    """Encode and commit what is missing; workers that give the same `name` share it, without one this launch is alone."""
+    """Encode and commit what is missing. Workers with the same `name` share the work; without a name this launch works alone."""
     from accelerate.utils import broadcast_object_list
 
     names = [name or new_job()]
@@ -120,7 +120,7 @@ def verify(job: "Extraction", console: "Console") -> None:
 
 
 def report(job: "Extraction", console: "Console") -> None:
-    """Write and count the rejects, and say what the stores hold."""
+    """Write and count the rejects; print the size of each store."""
     from align.features.store import FeatureStore
 
     counts = Counter(job.finish()["code"].to_pylist())

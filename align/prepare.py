@@ -1,4 +1,4 @@
-"""Fetch the embedded default (encoders, graphics) and write the sprite-scene data sets: what the quickstart trains and tests on.
+"""Fetch the embedded encoders and graphics, and write the sprite-scene data sets of the quickstart.
 
     python align/prepare.py --output runs/quickstart/data
     python align/prepare.py --output runs/quickstart/data --train 20000 --val 1000 --seed 1
@@ -7,18 +7,17 @@
 Written below --output:
     train/000000.tar ...         webdataset as img2dataset writes it: KEY.jpg, KEY.json with key, short and long caption
     val/000000.tar ...           other scenes of the same sprites
-    tasks/sprites-seen/          zero-shot classification in CLIP_benchmark's layout: one sprite a picture, trained on
-    tasks/sprites-unseen/        the same with sprites that are in no training picture or caption
+    tasks/sprites-seen/          zero-shot classification in CLIP_benchmark's layout: one sprite per picture, seen in training
+    tasks/sprites-unseen/        the same with sprites that training never shows or names
     tasks/sprites-retrieval/     images/ and retrieval.jsonl: key, image, captions [short, long]
-    tasks/sprites-swapped/       images/ and pairs.jsonl: key, two images whose objects have changed places, their captions, category
+    tasks/sprites-swapped/       images/ and pairs.jsonl: key, two images with exchanged objects, their captions, category
     tasks/sprites-segmentation/  images/, labels/ (PNG, class number of every pixel, 255 where no object is) and classes.txt
-    mllm/                        with --mllm-pretrain, --mllm-instruct, --mllm-test: stage two, again other scenes of the same sprites
-                                 (of some of them with --mllm-sprites)
+    mllm/                        stage two (--mllm-pretrain, --mllm-instruct, --mllm-test): other scenes, --mllm-sprites limits the sprites
         images/, pretrain.json, instruct.json    LLaVA's format: captions, conversations; image paths are relative to mllm/
         yesno.parquet, open.parquet, caption.parquet    test questions: id, image (bytes, path), question, answer, kind
     COMMIT.json                  settings and hashes, written last
 
-The same settings give the same bytes. A second run verifies what is there; after an interruption run the same command again.
+The same settings give the same bytes. A second run verifies the files. After an interruption, run the same command again.
 """
 
 from pathlib import Path

@@ -7,9 +7,9 @@
         --vision facebook/dinov2-large --text sentence-transformers/all-roberta-large-v1 --loss infonce --batch-size 1024
     python align/train.py --config recipe.yaml --dry-run
 
-Leaves in --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml.
-Interrupted runs resume with the same command from the newest checkpoint that verifies, to the same weights. On SIGTERM it
-saves a checkpoint and exits with code 75.
+Writes to --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml.
+Interrupted runs resume with the same command from the newest checkpoint that verifies, to the same weights. SIGTERM saves
+a checkpoint and exits with code 75.
 """
 
 import math
@@ -33,7 +33,7 @@ FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "t
 
 
 def main(config: TrainConfig) -> None:
-    """Open the features, build the heads, train them from the newest checkpoint on; write config and manifest first."""
+    """Open the features, build the heads, write config and manifest, train from the newest checkpoint."""
     from accelerate import PartialState
 
     from align.common.hardware import choose_device, resolve_precision
@@ -77,11 +77,11 @@ def main(config: TrainConfig) -> None:
 
 
 def open_data(config: TrainConfig, state: "PartialState", console: "Console") -> "TrainingData":
-    """Return the pairs to train on, with those held out for validation."""
+    """Return the training pairs, with the validation pairs split off."""
     from align.training.data import from_samples, from_stores
     from align.training.pairs import read_keys
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with --data workers are forked after the tokenizer has run
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with --data, workers fork after the tokenizer has run
     data = from_samples(config, state) if config.data else from_stores(config)
     if config.keys:
         chosen = read_keys(config.keys)
@@ -95,7 +95,7 @@ def open_data(config: TrainConfig, state: "PartialState", console: "Console") ->
 
 
 def estimate(config: TrainConfig, data: "TrainingData", parameters: int, processes: int) -> str:
-    """Return a sentence on the steps of an epoch and the memory of a process."""
+    """Return a sentence with the steps per epoch and the memory per process."""
     from align.training.pairs import BatchOrder
 
     order, share = BatchOrder(len(data.pairs), config.batch_size, config.seed), config.batch_size // processes
@@ -104,7 +104,7 @@ def estimate(config: TrainConfig, data: "TrainingData", parameters: int, process
 
 
 def write_manifest(config: TrainConfig, data: "TrainingData", processes: int) -> None:
-    """Write config.yaml, and this launch with its data to manifest.json."""
+    """Write config.yaml, and add this launch and its data to manifest.json."""
     from align.common.runs import add_launch
 
     folder, pairs = Path(config.output), data.pairs

@@ -1,4 +1,4 @@
-"""The embedded default: real weights and graphics by package name, fetched, verified and converted once.
+"""Embedded assets: real weights and graphics by name, fetched, verified and converted once.
 
-Nothing here knows what the weights are used for.
+Nothing here depends on what they are used for.
 """

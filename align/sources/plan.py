@@ -1,8 +1,8 @@
-"""Image-caption sources: which files there are, how their rows are cut into shards, and how a shard is opened.
+"""Image-caption sources: their files, the plan that cuts rows into shards, and the reader of a shard.
 
-Layouts: webdataset tars (of img2dataset and CLIP_benchmark), parquet (image cells of bytes, of Hugging Face `datasets` structs, or
-paths), JSONL and CSV/TSV (image paths relative to an image root), and folders of images. A plan is a pure function of the files. It is
-made once by a scan that reads headers or finds line ends, and saved beside the features.
+Layouts: webdataset tars (img2dataset, CLIP_benchmark); parquet (image cells with bytes, paths, or Hugging Face `datasets` structs);
+JSONL and CSV/TSV (image paths relative to an image root); image folders. A plan depends only on the files. One scan of headers or line
+ends makes it, and it is saved beside the features.
 """
 
 import glob
@@ -47,12 +47,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows make which shard."""
+    """Which rows belong to which shard."""
 
-    layout: str  # the one that was found
+    layout: str  # as found
     shards: pa.Table  # shard, file, start and stop (row numbers in the file or listing), offset (byte of row `start`)
     listing: pa.ChunkedArray | None  # of an image folder: paths below it, as bytes, sorted
-    digest: str  # xxh3-128 of layout, column names, file names, sizes and row ranges; not of folders above the files, nor times
+    digest: str  # xxh3-128 of layout, column names, file names, sizes and row ranges; not of parent folders or times
     folder: Path | None = None  # where it was loaded from
 
     @property
@@ -66,7 +66,7 @@ class Plan:
         return pc.subtract(self.shards["stop"], self.shards["start"]).to_pylist()
 
     def keep(self, folder: Path, settings: str) -> None:
-        """Save the plan in `folder` for all launches and processes; FingerprintError, naming `settings`, if another one is there."""
+        """Save the plan in `folder` for all processes. Raise FingerprintError, naming `settings`, if another plan is there."""
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "plan.parquet").exists():
             compare_fingerprints({"data": self.digest}, {"data": Plan.load(folder).digest}, f"{folder} ({settings})")
@@ -81,7 +81,7 @@ class Plan:
 
     @staticmethod
     def load(folder: Path) -> "Plan":
-        """Return the plan saved in `folder`, its listing memory-mapped; DamagedError if it cannot be read."""
+        """Return the plan saved in `folder`, its listing memory-mapped. Raise DamagedError if it cannot be read."""
         try:
             shards = pq.read_table(folder / "plan.parquet")
             facts = shards.schema.metadata or {}
@@ -94,14 +94,14 @@ class Plan:
             raise DamagedError(f"the plan in {folder} cannot be read ({error}); delete plan.parquet and run again") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a loaded plan as its place: a listing may be large."""
+        """Pickle a loaded plan as its folder, because a listing may be large."""
         return (Plan.load, (self.folder,)) if self.folder else (Plan, (self.layout, self.shards, self.listing, self.digest))
 
 
 def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Plan:
-    """Return the plan of a source: the rows of a shard are neighbors in one file (in an image folder: in its sorted listing).
+    """Return the plan of a source. A shard has neighboring rows of one file, or of the sorted listing of an image folder.
 
-    Nothing is decoded. DataError if there are no samples, if a file cannot be read, or if the first lacks one of `columns`.
+    Nothing is decoded. Raise DataError if there are no samples, a file is unreadable, or the first file lacks one of `columns`.
     """
     if rows_per_shard < 1:
         raise UsageError(f"rows per shard is {rows_per_shard}; it must be at least 1")
@@ -139,7 +139,7 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
 
 
 def open_shard(source: Source, plan: Plan, shard: int) -> ShardReader:
-    """Return random access to the rows of one shard; DataError if its file is gone or changed since it was planned."""
+    """Return random access to the rows of a shard. Raise DataError if its file is gone or changed since planning."""
     piece = plan.shards.slice(shard, 1).to_pylist()[0]
     file, start, stop = piece["file"], piece["start"], piece["stop"]
     root = source.image_root or os.path.dirname(file) or "."
@@ -152,7 +152,7 @@ def open_shard(source: Source, plan: Plan, shard: int) -> ShardReader:
 
 
 def _find(source: Source) -> tuple[str, list[str]]:
-    """Return the layout and the files (for the layout `folder`: the folder) of a source, in sorted order."""
+    """Return the layout and the sorted files of a source. For the layout `folder`, the only file is the folder."""
     data, given = source.data, source.layout
     inside = os.path.isdir(data)
     if inside:

@@ -1,7 +1,7 @@
-"""One row of a source, and random access to the rows of one shard: what the readers of all layouts have in common.
+"""Rows of a source, and the base of the readers of all layouts.
 
-A reader is cheap to open, may be pickled, and holds no open file between calls. A row has an index within its shard (from 0) and a
-number within its file (from 0, `start + index`).
+A reader opens fast, can be pickled and keeps no file open between calls. A row has an index in its shard (from 0) and a number in its
+file (`start + index`).
 """
 
 import os
@@ -22,20 +22,20 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "pp
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source; `reject` says why nothing of it can be used, whether or not images are asked for."""
+    """One row of a source. `reject` says why all of it is unusable; it does not depend on whether images are read."""
 
     index: int  # within its shard
-    key: str  # for a rejected row without a usable key: the file's name and the row's number
-    image: bytes | Reject | None  # encoded file; why it could not be read; None if not asked for
+    key: str  # the file's name and row number if a rejected row has no usable key
+    image: bytes | Reject | None  # encoded file, or why it is unreadable, or None if not requested
     fields: dict[str, Any]  # the other columns
     reject: Reject | None = None
 
 
 class ShardReader(ABC):
-    """The rows `start` to `stop` of one file (or listing); opening it finds duplicate keys within them."""
+    """Rows `start` to `stop` of one file or listing. Opening it finds duplicate keys among them."""
 
     def __init__(self, file: str, start: int, stop: int, offset: int, image: str, key: str, root: str) -> None:
-        """`offset`: byte at which row `start` begins; `image`, `key`: column names; `root`: folder that image paths stay in."""
+        """`offset`: byte where row `start` begins; `image`, `key`: column names; `root`: folder that image paths must stay in."""
         self.file, self.start, self.stop, self.offset, self.image, self.key = file, start, stop, offset, image, key
         self.root = os.path.realpath(root)
         self._open()
@@ -45,10 +45,7 @@ class ShardReader(ABC):
         return self.stop - self.start
 
     def rows(self, start: int = 0, stop: int | None = None, images: bool = True) -> Iterator[Row]:
-        """Yield the rows with indices start..stop; with `images=False` no image is read.
-
-        DataError if images are asked for and the file has no such column at all, or if the file is not what was planned.
-        """
+        """Yield the rows with indices start..stop. Raise DataError if the file changed, or if `images` and it has no image column."""
         for row in self._read(start, len(self) if stop is None else min(stop, len(self)), images):
             if row.index in self._duplicates and row.reject is None:
                 yield replace(row, image=None, fields={}, reject=Reject("duplicate_key", f"{row.key!r} in {self.file}"))
@@ -57,7 +54,7 @@ class ShardReader(ABC):
 
     @cached_property
     def columns(self) -> list[str]:
-        """The columns of the file, the image's among them (judged by its first rows where there is no header)."""
+        """Columns of the file, the image's included. Without a header, the first rows decide."""
         names = {self.image: None}
         for row in self._read(0, min(HEAD_ROWS, len(self)), images=False):
             names.update(dict.fromkeys(row.fields))
@@ -65,11 +62,11 @@ class ShardReader(ABC):
 
     @abstractmethod
     def _open(self) -> None:
-        """Find out where the rows are."""
+        """Locate the rows."""
 
     @abstractmethod
     def _keys(self) -> Iterator[str | None]:
-        """Yield the key of each row that a file gives, None where it is rejected."""
+        """Yield each row's key in the file, None for a rejected row."""
 
     @abstractmethod
     def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
@@ -101,7 +98,7 @@ class ShardReader(ABC):
 
 
 def require_columns(file: str, present: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise DataError, naming the columns that are there, unless `file` has all that are wanted."""
+    """Raise DataError, listing the columns that exist, unless `file` has all `wanted` columns."""
     missing = [name for name in wanted if name not in present]
     if missing:
         names, given = ", ".join(map(repr, missing)), ", ".join(map(repr, present)) or "none"
@@ -109,7 +106,7 @@ def require_columns(file: str, present: Sequence[str], wanted: Sequence[str]) ->
 
 
 def text_captions(data: bytes, whole: bool) -> str | list[str]:
-    """Return the text of a sample's .txt file: one string, or one a line if there are several lines and not `whole`."""
+    """Return the text of a .txt file as one string, or as a list of lines if there are several and not `whole`."""
     try:
         text = data.removeprefix(UTF8_MARK).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Reading what others made: files below one folder only, lines and JSON objects of bounded size, and a code for all that is refused."""
+"""Safe reading of untrusted files: one folder only, lines and JSON objects of bounded size, a code for each refusal."""
 
 import errno
 import json
@@ -18,9 +18,9 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_below(root: str, path: str, limit: int) -> bytes:
-    """Return the content of the file `path` (relative) below `root` (a real path); raise Reject if it is not safe to read.
+    """Return the content of the file `path` (relative) below `root` (a real path). Raise Reject if it is not safe to read.
 
-    Refused: absolute paths, URLs, paths and links that lead out of `root`, anything but a regular file, more than `limit` bytes.
+    Refused: absolute paths, URLs, paths and links that lead out of `root`, non-regular files, more than `limit` bytes.
     """
     if path.startswith(("/", "\\")) or "://" in path or "\x00" in path or ".." in path.replace("\\", "/").split("/"):
         raise Reject("unsafe_path", f"{path[:200]!r}; allowed are paths below {root}")
@@ -56,7 +56,7 @@ def _os_reject(error: OSError, path: str) -> Reject:
 
 
 def text_start(file: str) -> int:
-    """Return the byte at which a text file's content begins (after a UTF-8 mark); DataError for UTF-16."""
+    """Return the byte where a text file's content begins, after a UTF-8 mark. Raise DataError for UTF-16."""
     with open(file, "rb") as opened:
         first = opened.read(3)
     if first[:2] in UTF16_MARKS:
@@ -65,7 +65,7 @@ def text_start(file: str) -> int:
 
 
 def bounded_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield each line from where the file stands, with its end, and its length in bytes; of a line above MAX_ROW_BYTES only a part."""
+    """Yield (line with its end, its length in bytes) from the file's position on. A line above MAX_ROW_BYTES is cut."""
     while line := file.readline(MAX_ROW_BYTES + 1):
         length, part = len(line), line
         while length > MAX_ROW_BYTES and part and not part.endswith(b"\n"):
@@ -75,7 +75,7 @@ def bounded_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def json_line(line: bytes, length: int) -> dict[str, Any] | Reject:
-    """Return the object on a line of `length` bytes, or why there is none."""
+    """Return the JSON object on a line of `length` bytes, or a Reject."""
     if length > MAX_ROW_BYTES:
         return Reject("row_large", f"a line of {length} bytes, at most {MAX_ROW_BYTES} are read")
     try:
@@ -85,7 +85,7 @@ def json_line(line: bytes, length: int) -> dict[str, Any] | Reject:
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """Return the JSON object in `data`; raise Reject for what JSON does not allow and for names given twice."""
+    """Return the JSON object in `data`. Raise Reject for invalid JSON and for repeated names."""
     try:
         return require_object(STRICT_JSON.decode(data.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def require_object(value: Any) -> dict[str, Any]:
-    """Return a JSON value; raise Reject if it is no object."""
+    """Return `value` if it is a JSON object, else raise Reject."""
     if not isinstance(value, dict):
         raise Reject("row_type", f"a JSON {type(value).__name__}, expected an object")
     return value
@@ -123,7 +123,7 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique_names, parse_constant=_
 
 
 def image_cell(value: Any) -> bytes | str:
-    """Return what an image cell holds: an encoded file or a path; of a struct its bytes come first. Raise Reject for anything else."""
+    """Return the encoded file or path in an image cell. In a struct, bytes come before path. Raise Reject for anything else."""
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None or value == "":

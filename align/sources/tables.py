@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV, TSV and parquet files: where they are in the file, and random access to those of one shard."""
+"""Rows of JSONL, CSV, TSV and parquet files: their places in the file, and random access to those of one shard."""
 
 import csv
 import os
@@ -22,23 +22,23 @@ MAX_GROUP_BYTES = 1 << 30  # of one parquet row group, uncompressed: it is read 
 
 
 def newline_blocks(descriptor: int, offset: int) -> Iterator[np.ndarray]:
-    """Yield arrays (n,) int64 of the byte positions of the newlines after `offset`, a block of 4 MiB at a time."""
+    """Yield the byte positions of newlines from `offset` on, as one array (n,) int64 per block of 4 MiB."""
     while block := os.pread(descriptor, 1 << 22, offset):
         yield np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10) + offset
         offset += len(block)
 
 
 class TableReader(ShardReader):
-    """Rows that are records of named cells; where the file has no key column, a row's key is the file's name and its number."""
+    """Base of readers of records with named cells. Without a key column, the file's name and row number make the key."""
 
     @staticmethod
     @abstractmethod
     def scan(file: str, step: int) -> tuple[int, list[int]]:
-        """Return how many rows a file has, and the byte where each `step`-th begins (0 where rows have no such place)."""
+        """Return the number of rows, and the byte where each `step`-th row begins (0 for parquet)."""
 
     @abstractmethod
     def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
-        """Yield the records with indices start..stop; `columns` (None: all) are the ones that will be looked at."""
+        """Yield the records with indices start..stop. `columns`: those that will be used; None: all."""
 
     def _keys(self) -> Iterator[str | None]:
         if self.key not in self.columns:
@@ -124,7 +124,7 @@ class JsonlReader(TableReader):
 
 
 class _Lines(Iterator[str]):
-    """Lines of a file for `csv`, one byte a character, counted."""
+    """Lines of a file for `csv`, one character per byte, with their lengths."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.lines, self.position = bounded_lines(file), file.tell()
@@ -140,10 +140,10 @@ class _Lines(Iterator[str]):
 
 
 def csv_records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, int, list[str] | Reject]]:
-    """Yield (first byte, byte after the last, cells or why it is bad) of each record of an open binary file from where it stands.
+    """Yield (first byte, byte after the last, cells or Reject) of each record, from the position of an open binary file on.
 
-    Cells hold one character a byte: `cell.encode("latin-1")` are the file's bytes. A record that breaks the quoting rules, or
-    with a cell above `csv.field_size_limit()`, is cut at its first line end, so that one open quote costs one row.
+    Cells hold one character per byte: `cell.encode("latin-1")` gives the file's bytes. A record with bad quotes, or with a cell above
+    `csv.field_size_limit()`, ends at its first line end, so one open quote costs one row.
     """
     while True:
         lines = _Lines(file)
@@ -161,12 +161,12 @@ def csv_records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, int, list
 
 
 def csv_delimiter(file: str) -> str:
-    """Return the character between the cells: a tab in .tsv files, else a comma."""
+    """Return the cell delimiter: a tab in .tsv files, else a comma."""
     return "\t" if file.lower().endswith(".tsv") else ","
 
 
 def csv_header(file: str) -> tuple[list[str], int]:
-    """Return the column names of a CSV or TSV file and the byte at which its first row begins; DataError if they are unusable."""
+    """Return (column names, byte of the first row) of a CSV or TSV file. Raise DataError if the names are unusable."""
     with open(file, "rb") as opened:
         opened.seek(text_start(file))
         _, end, cells = next(csv_records(opened, csv_delimiter(file)), (0, 0, Reject("row_blank")))
@@ -226,7 +226,7 @@ class CsvReader(TableReader):
 
 
 class ParquetReader(TableReader):
-    """Rows of a parquet file; the last row group is kept, because neighboring batches need it."""
+    """Rows of a parquet file. The last row group is kept in memory, because neighboring batches need it."""
 
     @staticmethod
     def scan(file: str, step: int) -> tuple[int, list[int]]:

@@ -1,7 +1,6 @@
-"""Samples of a webdataset tar: which byte ranges of the archive belong to which key, found by reading headers only.
+"""Samples of a webdataset tar, located by reading headers only (ustar, GNU and pax).
 
-Reads ustar, GNU and pax headers. `tarfile` is not used: it reads header payloads of any announced size into memory, keeps every member
-for ever and takes three times as long.
+`tarfile` is not used: it loads header payloads of any size, keeps every member forever, and is three times slower.
 """
 
 import os
@@ -20,7 +19,7 @@ _REGULAR, _PAX, _LONG_NAME, _IGNORED = b"0\x007", b"x", b"L", b"gK5"  # type fla
 
 
 class Member(NamedTuple):
-    """A file in a sample: its suffix without the dot (after the first dot of the file name, lower case) and its bytes."""
+    """A file of a sample: its bytes, and its suffix in lower case, which starts after the first dot of the file name."""
 
     suffix: str
     offset: int  # of the content, bytes from the start of the archive
@@ -28,7 +27,7 @@ class Member(NamedTuple):
 
 
 class TarSample(NamedTuple):
-    """Neighboring members with one key (the path up to the first dot of the file name)."""
+    """Neighboring members with one key, the path up to the first dot of the file name."""
 
     key: str
     offset: int  # of the first header, bytes from the start of the archive
@@ -45,10 +44,10 @@ class _Header(NamedTuple):
 
 
 def tar_samples(descriptor: int, offset: int = 0) -> Iterator[TarSample]:
-    """Yield the samples of an open tar from byte `offset` (where a sample begins) on, in order.
+    """Yield the samples of an open tar in order, from byte `offset`, where a sample begins.
 
-    If the archive is cut (has no end mark) or damaged, the last sample before that point carries the reject `archive_truncated` and the
-    iteration ends. A sample with a link, a device or an unsafe name carries a reject. Directories and hidden files are passed over.
+    In an archive that is damaged or cut (without end mark), the last sample has the reject `archive_truncated`. A sample with a link, a
+    device or an unsafe name has a reject. Directories and hidden files are skipped.
     """
     key, begin, members, reject = "", offset, list[Member](), None
     try:
@@ -68,7 +67,7 @@ def tar_samples(descriptor: int, offset: int = 0) -> Iterator[TarSample]:
                 reject = Reject("unsafe_path", f"member {header.name!r}")
             members.append(Member(suffix.lower(), header.content, header.size))
     except _Damage as damage:
-        # the sample in hand may lack members: it goes with the lost ones
+        # the current sample may lack members, so it counts as lost
         yield TarSample(key, begin if key else damage.offset, (), Reject("archive_truncated", str(damage)))
     else:
         if key:
@@ -84,7 +83,7 @@ class _Damage(Exception):
 
 
 def _headers(descriptor: int, offset: int) -> Iterator[_Header]:
-    """Yield the members' headers; raise _Damage at the first that cannot be right."""
+    """Yield the members' headers. Raise _Damage at the first invalid one."""
     end = os.fstat(descriptor).st_size
     name, size, first = "", -1, -1  # from extension headers, for the next member
     while True:
@@ -99,7 +98,7 @@ def _headers(descriptor: int, offset: int) -> Iterator[_Header]:
         announced = size if size >= 0 else _octal(block[124:136])
         begin = first if first >= 0 else offset
         if announced < 0 or content + announced > end:
-            if kind in _REGULAR:  # tells the reader which sample is the incomplete one
+            if kind in _REGULAR:  # so that the incomplete sample is known by name
                 yield _Header(name or _plain_name(block), kind, begin, content, 0)
             raise _Damage(offset, f"a member of {announced} bytes in an archive of {end} bytes")
         offset = content + (announced + BLOCK - 1) // BLOCK * BLOCK
@@ -116,7 +115,7 @@ def _headers(descriptor: int, offset: int) -> Iterator[_Header]:
 
 
 def _pax(payload: bytes, name: str, size: int) -> tuple[str, int]:
-    """Return name and size as changed by the records `length key=value` of a pax header."""
+    """Return name and size, updated by the records `length key=value` of a pax header."""
     while payload:
         length, _, _ = payload.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(payload):
@@ -142,7 +141,7 @@ def _text(field: bytes) -> str:
 
 
 def _octal(field: bytes) -> int:
-    """Return a header's number (octal digits, or base 256 if the first bit is set), -1 if it is not one."""
+    """Return a header's number (octal digits, or base 256 if the first bit is set), or -1 if it is invalid."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     digits = field.strip(b" \x00")
@@ -150,14 +149,14 @@ def _octal(field: bytes) -> int:
 
 
 class TarReader(ShardReader):
-    """Samples of a webdataset tar. Fields: the names in its .json, `txt` and `cls` (a whole number where it is one).
+    """Samples of a webdataset tar. Fields: the names in its .json, `txt` and `cls` (a whole number if it is one).
 
-    A .txt of several lines is several captions (CLIP_benchmark), unless the sample has a .json, too (img2dataset).
+    A .txt of several lines holds several captions (CLIP_benchmark), unless the sample has a .json (img2dataset).
     """
 
     @staticmethod
     def scan(file: str, step: int) -> tuple[int, list[int]]:
-        """Return how many samples an archive has, and the byte where each `step`-th begins."""
+        """Return the number of samples, and the byte where each `step`-th begins."""
         rows, offsets = 0, []
         with open(file, "rb") as opened:
             for sample in tar_samples(opened.fileno()):
