@@ -8,8 +8,8 @@
     python align/train.py --config recipe.yaml --dry-run
 
 Writes to --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml.
-Interrupted runs resume with the same command from the newest checkpoint that verifies, to the same weights. SIGTERM saves
-a checkpoint and exits with code 75.
+Interrupted runs resume with the same command from the newest checkpoint that verifies, to the same weights. On SIGTERM a
+run saves a checkpoint and exits with code 75.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Which sprites can be said to be absent from a picture without anyone finding them in it after all."""
+"""Which sprites are surely absent from a picture, so that nobody could find them in it."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from align.demo.scenes import Sprite, name_words
 
-# Which kinds of sprites can be said to be absent from a picture that shows a kind; what a person may wear, hold or ride is not
-# among them, nor what may stand in a view. Shapes are in too many pictures to be absent from any.
+# For each kind in a picture, the kinds that can be absent. A person may wear, hold or ride things, a view may contain them, and shapes
+# are in too many pictures: such kinds are left out.
 _ANYWHERE = frozenset({"food", "music"})
 _THINGS = _ANYWHERE | {"animal", "vehicle", "nature", "clothing", "object"}
 ABSENT_WITH = {
@@ -27,7 +27,7 @@ ABSENT_WITH = {
 LIKE_THEMSELVES = frozenset({"face", "person", "place", "body", "shape"})  # kinds whose sprites are hard to tell apart
 SEEN_INSIDE_OTHERS = (  # parts of names
     *("egg", "fish", "cheese", "horse", "donkey", "cherr", "pumpkin", "corn", "drum", "bird", "tangerine"),
-    *("olive branch", "chestnut", "trumpet", "microbe"),  # with the dove, the chipmunk; like the postal horn, the petri dish
+    *("olive branch", "chestnut", "trumpet", "microbe"),  # drawn with the dove, the chipmunk; like the postal horn, the petri dish
 )
 PARTS = {  # whole names
     *("basket", "battery", "bell", "bone", "brick", "bucket", "cardboard box", "chain link", "cloud", "coin", "door", "ear"),
@@ -36,7 +36,7 @@ PARTS = {  # whole names
     *("maple leaf", "mouth", "nose", "ocean wave", "puff of smoke", "ribbon", "ring", "rock", "seat", "seedling"),
     *("sheet of paper", "siren light", "star", "tongue", "tooth", "water droplet", "wheel", "window", "wing"),
 }
-# Of the sprites with a word of the same line, none is said to be absent where another one is.
+# Words of look-alikes, one group per line. If a picture shows one of a group, no other one counts as absent.
 LOOKALIKES = tuple(line.split() for line in Path(__file__).with_name("lookalikes.txt").read_text().splitlines())
 _FAMILIES = {word: frozenset(number for number, line in enumerate(LOOKALIKES) if word in line) for line in LOOKALIKES for word in line}
 
@@ -44,15 +44,15 @@ _FAMILIES = {word: frozenset(number for number, line in enumerate(LOOKALIKES) if
 def surely_absent(sprite: Sprite, sprites: Iterable[Sprite]) -> bool:
     """Return whether nobody could find `sprite` in a picture of `sprites`.
 
-    Of a sprite's own kind, too, others can be absent, or a glance at the kind would be enough to answer: all that share no word with
-    it, are no look-alikes (LOOKALIKES) and are not of a kind whose sprites are hard to tell apart. A name that is often drawn into
-    other sprites (SEEN_INSIDE_OTHERS, PARTS) is never said to be absent. Of other kinds, ABSENT_WITH tells which can be absent.
+    A name that is often drawn into other sprites (SEEN_INSIDE_OTHERS, PARTS) never counts as absent. ABSENT_WITH lists the kinds that
+    can be absent. Sprites of the same kind can be absent too, else the kind alone would give the answer. They must share no word, be no
+    look-alikes (LOOKALIKES), and not be of a kind in LIKE_THEMSELVES.
     """
     return can_be_absent(sprite) and all(_clearly_other(sprite, other) for other in sprites)
 
 
 def can_be_absent(sprite: Sprite) -> bool:
-    """Return whether `sprite` can be said to be absent from any picture at all."""
+    """Return whether `sprite` can be called absent from any picture at all."""
     return (
         sprite.group not in ("shape", "group") and sprite.name not in PARTS and not any(part in sprite.name for part in SEEN_INSIDE_OTHERS)
     )
@@ -60,7 +60,7 @@ def can_be_absent(sprite: Sprite) -> bool:
 
 @lru_cache(maxsize=1 << 20)
 def _clearly_other(sprite: Sprite, shown: Sprite) -> bool:
-    """Return whether `sprite` is neither what `shown` shows nor part of it, nor could be taken for it."""
+    """Return whether `sprite` is not in `shown`, not a part of it and not similar to it."""
     if sprite.group not in ABSENT_WITH.get(shown.group, _ANYWHERE) or (sprite.group == shown.group and sprite.group in LIKE_THEMSELVES):
         return False
     words, others = name_words(sprite.name), name_words(shown.name)

@@ -1,4 +1,4 @@
-"""A folder of prepared data from nothing to its commit: what its bytes depend on, who may write it, what is written in which order."""
+"""Building a folder of prepared data: its settings, lock, files and commit."""
 
 import multiprocessing
 import os
@@ -18,12 +18,12 @@ from align.demo.writing import write_captioned, write_classification, write_mllm
 
 FORMAT = 1
 BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
-TEST_COPIES = 3  # of a picture in the test questions: one a file
-PNG_COPIES = 2  # BYTES_PER_SCENE that a PNG and its label map take; measured 1.4 on average
+TEST_COPIES = 3  # of a test picture: one per file of questions
+PNG_COPIES = 2  # times BYTES_PER_SCENE for a PNG and its label map; measured 1.4 on average
 
 
 def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
-    """Return what the written bytes depend on, as JSON values."""
+    """Return the settings that decide the written bytes, as JSON values."""
     names = ("train", "val", "retrieval", "held_out", "per_class", "image_size", "seed")
     optional = {name: getattr(config, name) for name in OPTIONAL if getattr(config, name)}
     if config.mllm_sprites and any(name.startswith("mllm") for name in optional):
@@ -33,7 +33,7 @@ def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
 
 
 def is_done(output: Path, wanted: dict[str, Any]) -> bool:
-    """Return whether `output` is finished and intact; UsageError if it holds anything else, DamagedError if it was changed."""
+    """Return whether `output` is finished and intact. Raise UsageError if it holds anything else, DamagedError if it was changed."""
     if not output.exists() or not any(output.iterdir()):
         return False
     if not (output / COMMIT).is_file():
@@ -48,7 +48,7 @@ def is_done(output: Path, wanted: dict[str, Any]) -> bool:
 
 
 def predicted_bytes(config: PrepareConfig) -> int:
-    """Return how much room the data of a config take."""
+    """Return the disk space in bytes that the data of a config need."""
     scenes = config.train + config.val + config.retrieval + 2 * config.held_out * config.per_class
     scenes += config.mllm_pretrain + config.mllm_instruct + TEST_COPIES * config.mllm_test
     scenes += 2 * config.swapped + PNG_COPIES * config.segmentation
@@ -56,11 +56,11 @@ def predicted_bytes(config: PrepareConfig) -> int:
 
 
 def build(config: PrepareConfig, output: Path, world: World, wanted: dict[str, Any], console: Console) -> int:
-    """Render, write, commit and rename into place what `config` asks for; return its bytes. `wanted`: its settings."""
+    """Render, write, commit and rename into place the data of `config`; return their bytes. `wanted`: the settings of `config`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     require_free(output.parent, predicted_bytes(config))
     with locked(output.with_name(f"{output.name}.lock"), keep=False):
-        if not is_done(output, wanted):  # another process may have written it since it was looked for
+        if not is_done(output, wanted):  # another process may have written it meanwhile
             with replaced_folder(output, "prepare") as folder:
                 spawn = multiprocessing.get_context("spawn")
                 workers = ProcessPoolExecutor(config.workers or os.cpu_count(), mp_context=spawn, initializer=end_with_parent)

@@ -1,4 +1,4 @@
-"""What align/prepare.py can be told. Every field is a flag; checked when it is made."""
+"""Flags of align/prepare.py, checked when the config is made."""
 
 from dataclasses import dataclass
 
@@ -18,29 +18,29 @@ class PrepareConfig:
     retrieval: int = 300
     """Scenes of the retrieval task; no two show the same objects."""
     held_out: int = 150
-    """Sprites kept out of training altogether: the classes of sprites-unseen. Sprites-seen gets as many classes."""
+    """Sprites that training never shows: the classes of sprites-unseen. Sprites-seen gets as many classes."""
     per_class: int = 4
-    """Pictures a class in sprites-seen and sprites-unseen."""
+    """Pictures per class in sprites-seen and sprites-unseen."""
     swapped: int = 150
-    """Pairs of scenes whose two objects have changed places: the task sprites-swapped. 0: none."""
+    """Pairs of scenes with exchanged objects: the task sprites-swapped. 0: none."""
     segmentation: int = 40
     """Scenes with the class of every pixel, of at most 24 sprites: the task sprites-segmentation. 0: none."""
     mllm_pretrain: int = 0
-    """Scenes with a caption each, to train an MLLM's projector on. 0: none."""
+    """Scenes with one caption each, to train an MLLM's projector. 0: none."""
     mllm_instruct: int = 0
-    """Scenes with questions, answers and a caption each, to tune an MLLM on. 0: none."""
+    """Scenes with questions, answers and a caption, to tune an MLLM. 0: none."""
     mllm_test: int = 0
-    """Scenes whose questions test an MLLM. 0: none."""
+    """Scenes with questions that test an MLLM. 0: none."""
     mllm_sprites: int = 0
-    """How many of the training sprites the MLLM's scenes show, drawn by the seed (more include fewer). 0: all."""
+    """Number of training sprites in the MLLM's scenes, drawn by the seed; larger sets include smaller ones. 0: all."""
     image_size: int = 224
     """Side of the square pictures, in pixels."""
     seed: int = 0
     """Another seed gives other scenes and other held-out sprites."""
     workers: int = 0
-    """Processes that render; 0 means one a core. Does not change the result."""
+    """Processes that render. 0: one per core. It does not change the result."""
     assets: tuple[str, ...] = ("embedded:efficientnet-lite0", "embedded:minilm")
-    """Encoders to fetch as well, so that later commands need no network."""
+    """Encoders to fetch too, so that later commands need no network."""
     assets_only: bool = False
     """Fetch and verify everything the tests need, render nothing."""
     cache: str | None = None

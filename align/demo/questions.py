@@ -1,9 +1,8 @@
-"""Questions about sprite scenes with exact answers, chosen so that no answer follows from words alone.
+"""Questions about sprite scenes with exact answers, balanced so that words alone give no answer.
 
-Kinds: exists and relation (yes or no), what, where and count (a few words), caption. What would let a model answer without looking
-is taken out: every name is asked about as often when it is there as when it is not, every relation as often when it is true as when
-it is not, no place or number is the answer more often than the median one, and in a conversation no turn gives a later one away.
-All functions take the scenes of a whole part at once and depend on them and a seed only.
+Kinds: exists and relation (yes or no), what, where and count (a few words), caption. Each name is asked about as often when present as
+when absent, and each relation as often when true as when false. No place or number is the answer more often than the median one. In a
+conversation no turn gives a later answer away. Functions take all scenes of a part at once and depend only on them and a seed.
 """
 
 import itertools
@@ -26,7 +25,7 @@ Pair = tuple[str, str, str]  # name, relation, name
 
 @dataclass(frozen=True)
 class Shown:
-    """What a scene shows, without its pixels: sprites from back to front, their boxes, the picture's side, and the short caption."""
+    """What a scene shows, without pixels: sprites from back to front, their boxes, the picture's side in pixels, the short caption."""
 
     sprites: tuple[Sprite, ...]
     boxes: tuple[Box, ...]
@@ -42,7 +41,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene with its exact answer; `names` are the sprites that question and answer show to be there."""
+    """A question about a scene with its exact answer. `names`: the sprites that question and answer reveal to be there."""
 
     kind: str  # exists | relation | what | where | count | caption
     question: str
@@ -51,19 +50,20 @@ class Question:
 
 
 def is_one_thing(sprite: Sprite) -> bool:
-    """Return whether anyone would count the sprite as one object: no pair, group, couple, person with something or view."""
+    """Return whether anyone would count the sprite as one object: no group, couple or view, and nobody who holds something."""
     return not _SEVERAL & set(sprite.name.split()) and sprite.group not in ("person", "place")
 
 
 def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
-    """Return for each scene the turns of a conversation, the last of them its caption.
+    """Return for each scene the turns of a conversation, its caption last.
 
-    Existence is asked about until every sprite of the scene that can be has been named, or six times; each answer is yes or no with
-    the same chance whatever came before, and names that are said to be absent are drawn from the other scenes. Of relation, what and
-    where, which tell of each other, a scene gets one kind (where with what if it shows one sprite only), and a sprite that is the
-    answer of a what question is not asked about. The order is drawn, but what would tell the answer of another turn comes after it: the
-    count first, as yes after yes would tell it, then existence, then what names the sprites. What remains: the count bounds how many
-    answers can still be yes, a place rules itself out for the next sprite, and the caption comes last and is told of by all.
+    Existence questions go on until every sprite that can be has been named, six at most. Each answer is yes or no with equal chance,
+    independent of earlier ones. Absent names are drawn from the other scenes. Relation, what and where give each other away, so a scene
+    gets one kind (or what and where, if it has one sprite). A sprite that is the answer of a what question is not asked about.
+
+    The order is random, but a turn that would give away another answer comes after it: first the count (yes after yes would give it
+    away), then existence, then questions that name sprites. Some hints remain: the count limits how many answers can still be yes, a
+    place rules itself out for the next sprite, and every turn hints at the caption, which comes last.
     """
     rng = _generator(seed, 1)
     turns: list[list[Question]] = [[] for _ in scenes]
@@ -93,9 +93,9 @@ def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
 
 
 def single_questions(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
-    """Return for each scene questions to be asked one by one (a test set), the last of them its caption.
+    """Return for each scene the questions of a test set, to ask one by one, its caption last.
 
-    Scenes are paired for existence: each of two is asked about its own sprite and about the other's.
+    Scenes are paired for existence: each is asked about its own sprite and the other's.
     """
     rng = _generator(seed, 2)
     own = [_own(scene, rng) for scene in scenes]
@@ -135,7 +135,7 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def _own(scene: Shown, rng: np.random.Generator) -> Sprite | None:
-    """Return a sprite of the scene that could be said to be absent elsewhere, if there is one."""
+    """Return a random sprite of the scene that could be absent elsewhere, or None."""
     choices = [sprite for sprite in scene.sprites if can_be_absent(sprite)]
     return choices[int(rng.integers(len(choices)))] if choices else None
 
@@ -157,7 +157,7 @@ def _what(first: str, said: str = "", second: str = "") -> Question:
 
 
 def _places(scene: Shown, rng: np.random.Generator) -> list[Question]:
-    """Return where each sprite is that has a clear place, in a drawn order."""
+    """Return a where question for each sprite with a clear place, in random order."""
     drawn = [int(number) for number in rng.permutation(len(scene.sprites))]
     named = [(scene.sprites[number].name, where(scene.boxes[number], scene.size)) for number in drawn]
     return [Question("where", f"Where is the {name}?", place, frozenset([name])) for name, place in named if place is not None]
@@ -170,7 +170,7 @@ def _count(scene: Shown) -> list[Question]:
 
 
 def _pair(scene: Shown, rng: np.random.Generator) -> Pair | None:
-    """Return two sprites, drawn among those with a clear relation."""
+    """Return two sprites and their relation, drawn from the pairs with a clear one, or None."""
     drawn = [int(number) for number in rng.permutation(len(scene.sprites))]
     for one, other in itertools.combinations(drawn, 2):
         said = relation(scene.boxes[one], scene.boxes[other])
@@ -180,10 +180,10 @@ def _pair(scene: Shown, rng: np.random.Generator) -> Pair | None:
 
 
 def _existence(scenes: Sequence[Shown], named: Sequence[Sequence[Sprite]], rng: np.random.Generator) -> list[list[Question]]:
-    """Return existence questions about the `named` sprites of each scene, in their order, and as many about absent ones.
+    """Return existence questions about each scene's `named` sprites, in their order, and as many about absent ones.
 
-    A name that is asked about and there in one scene is asked about and absent in another; if no scene is left for that, it is not
-    asked about at all.
+    A name that is asked about where it is present is also asked about in a scene without it. If no scene is left, it is not asked
+    about.
     """
     asked: list[list[Question | None]] = [[] for _ in scenes]
     present: list[tuple[int, int, Sprite]] = []  # scene, place among its questions, sprite
@@ -198,10 +198,10 @@ def _existence(scenes: Sequence[Shown], named: Sequence[Sequence[Sprite]], rng: 
                 free.append((number, len(asked[number])))
             asked[number].append(None)
     room = {number: sum(surely_absent(sprite, scenes[number].sprites) for sprite in often) for number in dict.fromkeys(n for n, _ in free)}
-    free = sorted((free[int(k)] for k in rng.permutation(len(free))), key=lambda slot: room[slot[0]])  # where few names fit come first
+    free = sorted((free[int(k)] for k in rng.permutation(len(free))), key=lambda slot: room[slot[0]])  # slots that few names fit come first
     used = [False] * len(free)
-    begin = dict.fromkeys(often, 0)  # no place before it fits: none becomes free again
-    for number, place, sprite in sorted(present, key=lambda item: often[item[2]]):  # those that fit in few places choose first
+    begin = dict.fromkeys(often, 0)  # no earlier slot fits, and none becomes free again
+    for number, place, sprite in sorted(present, key=lambda item: often[item[2]]):  # names that fit few slots choose first
         question = _exists(sprite, "no")
         for k in range(begin[sprite], len(free)):
             other, gap = free[k]
@@ -213,12 +213,12 @@ def _existence(scenes: Sequence[Shown], named: Sequence[Sequence[Sprite]], rng: 
 
 
 def _often_absent(sprite: Sprite, scenes: Sequence[Shown]) -> int:
-    """Return in how many scenes (of the first few hundred, which are enough to tell) the sprite is surely absent."""
+    """Return in how many of the first 300 scenes (enough to compare) the sprite is surely absent."""
     return sum(surely_absent(sprite, scene.sprites) for scene in scenes[:300]) if can_be_absent(sprite) else 0
 
 
 def _relations(found: Sequence[tuple[int, Pair]]) -> Iterable[tuple[int, Question]]:
-    """Yield a question for each (scene, pair): of each relation as many that are true as are not."""
+    """Yield a question for each (scene, pair), for each relation as many true as false."""
     by_word: dict[str, list[tuple[int, Pair]]] = defaultdict(list)
     for number, pair in found:
         by_word[pair[1]].append((number, pair))
@@ -228,7 +228,7 @@ def _relations(found: Sequence[tuple[int, Pair]]) -> Iterable[tuple[int, Questio
 
 
 def _capped(questions: Sequence[tuple[int, Question]]) -> Iterable[tuple[int, Question]]:
-    """Yield the (scene, question) pairs, of each kind no answer more often than the median one of that kind (the lower of two)."""
+    """Yield the (scene, question) pairs; per kind, no answer more often than the lower median count of its answers."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for _, question in questions:
         counts[question.kind][question.answer] += 1
@@ -241,12 +241,12 @@ def _capped(questions: Sequence[tuple[int, Question]]) -> Iterable[tuple[int, Qu
 
 
 def _ordered(turns: Sequence[Question], rng: np.random.Generator) -> list[Question]:
-    """Return the turns in a drawn order in which none tells the answer of one that follows."""
+    """Return the turns in a random order in which none gives away the answer of a later one."""
     left, ordered = list(turns), []
     while left:
         ready = [k for k, turn in enumerate(left) if not any(_tells(turn, other) for other in left if other is not turn)]
         exists = [k for k in ready if left[k].kind == "exists"]
-        ready = [k for k in ready if k not in exists[1:]]  # these keep their order: the last of the sprites ends them
+        ready = [k for k in ready if k not in exists[1:]]  # these keep their order: the last sprite ends them
         ordered.append(left.pop(ready[int(rng.integers(len(ready)))]))
     return ordered
 

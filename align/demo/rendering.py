@@ -1,6 +1,6 @@
-"""The scenes of each part of the prepared data, rendered on all cores and encoded: what `align/prepare.py` writes into files.
+"""Rendering of the scenes of each part of the prepared data, on all cores, as encoded images.
 
-A part's scenes follow from the seed and the part's place in PARTS, so parts share no scene and none depends on the size of another.
+The seed and the part's place in PARTS decide the scenes. Parts share no scene, and none depends on the size of another.
 """
 
 import io
@@ -27,7 +27,7 @@ from align.demo.wording import relation
 SCENES_PER_JOB = 50
 JPEG_QUALITY = 90
 OPTIONAL = ("mllm_pretrain", "mllm_instruct", "mllm_test", "swapped", "segmentation")  # parts that may be left out
-PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL)  # new ones go to the end: the place decides which scenes they show
+PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL)  # append new ones: the place decides the scenes
 FIRST_INDEX = {part: number << 33 for number, part in enumerate(PARTS)}  # never the same scene twice
 SEGMENTATION_SPRITES = 24  # at most: few classes, so that each has some scenes
 NO_OBJECT = 255  # in label maps
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """What all scenes of a run have in common."""
+    """Settings that all scenes of a run share."""
 
     folder: str
     seed: int
@@ -48,7 +48,7 @@ class World:
 
 @dataclass(frozen=True)
 class Job:
-    """A few scenes to render in one go: numbers `start` to `stop` of a part (a key of FIRST_INDEX)."""
+    """Scenes to render in one go: numbers `start` to `stop` of a part (a key of FIRST_INDEX)."""
 
     world: World
     part: str
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered scene: its key, JPEG, captions, the names of its objects, and what can be asked about it."""
+    """A rendered scene: key, JPEG, captions, names of its objects, and what questions can be about."""
 
     key: str
     jpeg: bytes
@@ -70,7 +70,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Swapped:
-    """Two rendered scenes with exchanged objects: JPEGs, the caption of each, and the relation that both captions state."""
+    """Two rendered scenes with exchanged objects: JPEGs, the caption of each, and the relation in both captions."""
 
     key: str
     jpegs: tuple[bytes, bytes]
@@ -89,10 +89,7 @@ class Segmented:
 
 
 def mllm_subset(sprites: Sequence[Sprite], world: World) -> list[Sprite]:
-    """Return the training sprites that stage two shows: the first `mllm_sprites` of a permutation by the seed, or all; UsageError if fewer.
-
-    A larger subset holds a smaller one of the same seed and held-out sprites.
-    """
+    """Return the first `mllm_sprites` of a seeded permutation (0: all), so larger sets include smaller ones. UsageError if too few."""
     if not world.mllm_sprites:
         return list(sprites)
     if world.mllm_sprites > len(sprites):
@@ -105,7 +102,7 @@ def mllm_subset(sprites: Sequence[Sprite], world: World) -> list[Sprite]:
 
 @lru_cache(maxsize=4)
 def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
-    """Return the scene generator of a part and, for classification and segmentation, its class names in order (else nothing)."""
+    """Return a part's scene generator and, for classification and segmentation, its class names in order (else [])."""
     folder = Path(world.folder)
     sprites, unseen = split_sprites(read_sprites(folder), world.seed, world.held_out)
     if part == "unseen":
@@ -122,7 +119,7 @@ def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
 
 
 def render(job: Job) -> list[Rendered]:
-    """Return the scenes of a job; runs in worker processes."""
+    """Return the scenes of a job. Runs in worker processes."""
     scenes, classes = generator(job.world, job.part)
     by_name = {sprite.name: sprite for sprite in scenes.sprites}
     rendered = []
@@ -137,7 +134,7 @@ def render(job: Job) -> list[Rendered]:
 
 
 def render_swapped(job: Job) -> list[Swapped]:
-    """Return the pairs of swapped scenes of a job; runs in worker processes."""
+    """Return the pairs of swapped scenes of a job. Runs in worker processes."""
     scenes = generator(job.world, job.part)[0]
     rendered = []
     for number in range(job.start, job.stop):
@@ -150,7 +147,7 @@ def render_swapped(job: Job) -> list[Swapped]:
 
 
 def render_segmented(job: Job) -> list[Segmented]:
-    """Return the scenes of a job with their label maps; runs in worker processes."""
+    """Return the scenes of a job with their label maps. Runs in worker processes."""
     scenes, classes = generator(job.world, job.part)
     rendered = []
     for number in range(job.start, job.stop):
@@ -170,7 +167,7 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def end_with_parent() -> None:
-    """Let this worker process end as soon as its parent is gone; otherwise a killed run leaves workers that wait for ever."""
+    """Make this worker process end when its parent does, or a killed run would leave workers that wait forever."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -182,7 +179,7 @@ def end_with_parent() -> None:
 
 
 class Renderer:
-    """Renders parts on all cores, in order, and says how far it is."""
+    """Renders parts on all cores, in order, and reports progress."""
 
     def __init__(self, world: World, pool: ProcessPoolExecutor, console: Console) -> None:
         self.world, self.pool, self.console = world, pool, console
@@ -192,7 +189,7 @@ class Renderer:
         return self.drawn(render, part, start, stop)
 
     def drawn(self, draw: Callable[[Job], list[T]], part: str, start: int, stop: int) -> Iterator[T]:
-        """Yield what `draw` makes of numbers `start` to `stop` of a part, one of each, in order."""
+        """Yield what `draw` makes of numbers `start` to `stop` of a part, in order."""
         firsts = range(start, stop, SCENES_PER_JOB)
         jobs = [Job(self.world, part, first, min(first + SCENES_PER_JOB, stop)) for first in firsts]
         progress, done = Progress(self.console, f"rendered scenes of {part}", stop - start), 0

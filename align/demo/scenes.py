@@ -1,9 +1,8 @@
 """Sprite scenes: small pictures with exact captions, boxes and masks, each a pure function of (seed, index).
 
-One to four sprites (graphics with a name) stand on a colored or textured background. Because positions and sizes are known, every
-word of a caption is true by construction. The same index gives the same picture in any process.
-
-Boxes are (left, top, right, bottom) in pixels, right and bottom exclusive; `H` and `W` are the picture's height and width.
+One to four sprites (named graphics) stand on a colored or textured background. Positions and sizes are known, so every word of a
+caption is true. The same index gives the same picture in any process. Boxes are (left, top, right, bottom) in pixels, right and bottom
+exclusive; `H` and `W` are the picture's height and width.
 """
 
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ _FILLER = {"a", "an", "the", "of", "with", "and", "its", "in", "on", "over", "pa
 
 @dataclass(frozen=True)
 class Sprite:
-    """One graphic: its code point as id, the PNG's path in the folder, its kind and its English name (without article)."""
+    """A named graphic: its code point as id, the PNG's path in the folder, its kind and its English name without article."""
 
     id: str
     file: str
@@ -49,20 +48,17 @@ class Sprite:
 
 @dataclass(frozen=True)
 class Placed:
-    """A sprite in a scene; `box` is tight around its visible pixels, `shape` (box height, box width) is true on them.
-
-    Visible means alpha above one half. What other objects hide is not subtracted here, but in `Scene.mask`.
-    """
+    """A sprite in a scene. `box` is tight around its visible pixels; `shape` (box height, box width) is True on them."""
 
     sprite: Sprite
     box: Box
     mirrored: bool
-    shape: np.ndarray = field(repr=False, compare=False)
+    shape: np.ndarray = field(repr=False, compare=False)  # visible: alpha above one half, also behind other objects
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (RGB, H = W = size) with its objects from back to front, background in words, and two true captions."""
+    """A picture (RGB, H = W = size), its objects from back to front, its background in words, and two true captions."""
 
     image: Image.Image
     objects: tuple[Placed, ...]
@@ -81,7 +77,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is drawn before pixels exist: sprites with slot (center x, center y, side) and mirroring, and the background."""
+    """What is drawn at random before rendering: sprites, slots (center x, center y, side), mirroring and background."""
 
     sprites: tuple[Sprite, ...]
     slots: tuple[tuple[float, float, float], ...]
@@ -93,7 +89,7 @@ class _Plan:
 
 
 def read_sprites(folder: Path) -> list[Sprite]:
-    """Return the sprites listed in `sprites.json` of a folder; DataError if the list is missing or empty."""
+    """Return the sprites listed in `sprites.json` of a folder. Raise DataError if the list is missing or empty."""
     path = Path(folder) / "sprites.json"
     if not path.is_file():
         raise DataError(f"no {path}; fetch the graphics first (align.embedded.assets.fetch('embedded:twemoji')) or write one by hand")
@@ -109,10 +105,7 @@ def name_words(name: str) -> set[str]:
 
 
 def split_sprites(sprites: Sequence[Sprite], seed: int, held_out: int = 150) -> tuple[list[Sprite], list[Sprite]]:
-    """Return (seen, unseen) sprites: the `held_out` names that come first by hash of (seed, name) are unseen.
-
-    Sprites with the same name fall on the same side. Adding sprites elsewhere in the list moves few others.
-    """
+    """Return (seen, unseen) sprites. The first `held_out` names by hash of (seed, name) are unseen, so new sprites move few others."""
     names = sorted({sprite.name for sprite in sprites}, key=lambda name: hash_bytes(f"{seed}:{name}".encode()))
     if not 0 <= held_out < len(names):
         raise UsageError(f"held_out is {held_out}, but there are {len(names)} sprite names; hold out fewer")
@@ -121,7 +114,7 @@ def split_sprites(sprites: Sequence[Sprite], seed: int, held_out: int = 150) -> 
 
 
 class SpriteScenes:
-    """Generator of scenes from the sprites of a folder; see the module's docstring. Holds decoded sprites, about 20 KB each."""
+    """Generator of scenes from the sprites of a folder. It keeps decoded sprites, about 20 KB each."""
 
     def __init__(self, folder: Path, seed: int, size: int = 224, sprites: Sequence[Sprite] | None = None, max_objects: int = 4) -> None:
         if size < 64:
@@ -139,15 +132,15 @@ class SpriteScenes:
         self._noise = noise.integers(-22, 23, (2 * size, 2 * size, 1), dtype=np.int16)
 
     def scene(self, index: int, sprite: Sprite | None = None) -> Scene:
-        """Return scene number `index` (from 0); if `sprite` is given, a scene of that sprite alone."""
+        """Return scene number `index` (from 0). With `sprite`, the scene shows only that one."""
         rng = self._rng(index, stream=0)
         sprites = self._choose(rng, 1 + int(np.searchsorted(OBJECT_COUNTS, rng.random()))) if sprite is None else (sprite,)
         return self._render(self._plan(rng, sprites), rng)
 
     def swapped(self, index: int) -> tuple[Scene, Scene]:
-        """Return two scenes that differ only in that their two objects have changed places, sizes included.
+        """Return two scenes that differ only in their two objects, which have exchanged places and sizes.
 
-        `short` of both is the relation in the same words ("a dog left of a car", "a car left of a dog"): a Winoground-like pair.
+        `short` of both states the same relation ("a dog left of a car", "a car left of a dog"): a Winoground-like pair.
         """
         rng = self._rng(index, stream=1)
         pair = self._choose(rng, 2)
@@ -167,7 +160,7 @@ class SpriteScenes:
         return np.random.Generator(np.random.Philox(key=[self.seed, index], counter=[0, 0, 0, stream]))
 
     def _choose(self, rng: np.random.Generator, count: int) -> tuple[Sprite, ...]:
-        """Return up to `count` sprites whose names share no word, so that "the heart" can only be one of them."""
+        """Return up to `count` sprites whose names share no word, so that "the heart" is only one of them."""
         chosen: list[Sprite] = []
         words: set[str] = set()
         while len(chosen) < min(count, self.max_objects):
@@ -271,7 +264,7 @@ class SpriteScenes:
 
 
 def _cells(rng: np.random.Generator, count: int, size: int) -> list[tuple[float, float, float, float]]:
-    """Return `count` rectangles that share the picture without overlap: the largest is cut in two until there are enough."""
+    """Return `count` rectangles that divide the picture. The largest one is cut in two until there are enough."""
     cells = [(0.0, 0.0, float(size), float(size))]
     while len(cells) < count:
         cells.sort(key=lambda cell: (cell[2] - cell[0]) * (cell[3] - cell[1]))

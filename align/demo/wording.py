@@ -1,7 +1,7 @@
 """True sentences about boxes: sizes, places and relations in words, and captions made of them.
 
-A word is used only where it is clearly true, so there is no threshold at which two people would disagree. Boxes are
-(left, top, right, bottom) in pixels of a square picture whose side is `size`.
+A word is used only where it is clearly true, so that two people would agree. Boxes are (left, top, right, bottom) in pixels of a square
+picture whose side is `size`.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ def article(name: str) -> str:
 def relation(one: Box, other: Box) -> str | None:
     """Return "left of", "right of", "above" or "below" if `one` is clearly that to `other`, else None.
 
-    Clearly: the boxes overlap by at most a tenth of the smaller along that axis, and the centers are at least 1.5 times as far
-    apart along it as across it.
+    Clearly: along that axis the boxes overlap by at most a tenth of the smaller one, and the centers are at least 1.5 times as far
+    apart as across it.
     """
     dx = (other[0] + other[2] - one[0] - one[2]) / 2
     dy = (other[1] + other[3] - one[1] - one[3]) / 2
@@ -65,18 +65,18 @@ def relation(one: Box, other: Box) -> str | None:
 
 
 def where(box: Box, size: int) -> str | None:
-    """Return where in the picture the center of `box` is, for example "in the top left", or None if it lies between places."""
+    """Return the place of the center of `box`, for example "in the top left", or None if it lies between places."""
     return _PLACES.get((_third(box[0] + box[2], size, "left", "right"), _third(box[1] + box[3], size, "top", "bottom")))
 
 
 def size_word(box: Box, size: int) -> str:
-    """Return "small ", "large " or nothing, by the longer side of `box` relative to the picture."""
+    """Return "small ", "large " or "" by the longer side of `box` relative to the picture."""
     share = max(box[2] - box[0], box[3] - box[1]) / size
     return "small " if share < 0.25 else "large " if share > 0.5 else ""
 
 
 def background_sentence(texture: str, first: str, second: str) -> str:
-    """Return a texture in words, with its article, for example "a red and white checkered background"."""
+    """Return a background as a phrase, for example "a red and white checkered background"."""
     return {
         "plain": f"a plain {first} background",
         "gradient": f"a background that fades from {first} to {second}",
@@ -89,7 +89,7 @@ def background_sentence(texture: str, first: str, second: str) -> str:
 
 
 def short_caption(rng: np.random.Generator, things: Sequence[Thing], size: int, background: str) -> str:
-    """Return a phrase that names the things, with a relation, a size or the background where that is true."""
+    """Return a phrase that names the things, sometimes with a true relation, a size or the background."""
     named = [article((size_word(thing.box, size) if rng.random() < 0.25 else "") + thing.name) for thing in things]
     style = rng.random()
     if len(things) == 2 and style < 0.65:

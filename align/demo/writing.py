@@ -1,7 +1,4 @@
-"""The files of the prepared data: captioned tars, tasks in the layouts of the field, conversations and test questions of stage two.
-
-The same scenes give the same bytes.
-"""
+"""Files of the prepared data: captioned tars, tasks, conversations and test questions. The same scenes give the same bytes."""
 
 import io
 import itertools
@@ -28,7 +25,7 @@ TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
 
 
 def write_tars(folder: Path, pattern: str, per_tar: int, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """Write samples (key, content by extension) to numbered tars; the same samples give the same bytes (no times, no owners)."""
+    """Write samples (key, content by extension) to numbered tars without times and owners: the same samples give the same bytes."""
     folder.mkdir(parents=True)
     left = iter(samples)
     for number in itertools.count():
@@ -67,7 +64,7 @@ def write_classification(renderer: Renderer, folder: Path, part: str) -> None:
 
 
 def write_retrieval(renderer: Renderer, folder: Path, count: int) -> None:
-    """Write a retrieval task of `count` scenes, no two of which show the same objects (else two answers would be right)."""
+    """Write a retrieval task of `count` scenes. No two show the same objects, else two answers would be right."""
     (folder / "images").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     shown: set[tuple[str, ...]] = set()
@@ -85,7 +82,7 @@ def write_retrieval(renderer: Renderer, folder: Path, count: int) -> None:
 
 
 def write_swapped(renderer: Renderer, folder: Path, count: int) -> None:
-    """Write `count` pairs of scenes that differ in the places of their two objects, with captions in the same words."""
+    """Write `count` pairs of scenes whose two objects have exchanged places, with captions in the same words."""
     (folder / "images").mkdir(parents=True)
     with open(folder / "pairs.jsonl", "w") as file:
         for pair in renderer.drawn(render_swapped, "swapped", 0, count):
@@ -107,7 +104,7 @@ def write_segmentation(renderer: Renderer, folder: Path, count: int) -> None:
         (folder / "labels" / f"{scene.key}.png").write_bytes(scene.labels)
         found.update(scene.classes)
     kept = sorted(found)
-    numbers = np.full(256, NO_OBJECT, dtype=np.uint8)  # of the kept classes, by their number among all
+    numbers = np.full(256, NO_OBJECT, dtype=np.uint8)  # new number of a class by its old one
     numbers[kept] = np.arange(len(kept))
     for path in (folder / "labels").iterdir():
         with Image.open(path) as labels:
@@ -119,7 +116,7 @@ def write_segmentation(renderer: Renderer, folder: Path, count: int) -> None:
 
 
 def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, test: int) -> None:
-    """Write captions and conversations to train an MLLM on, and questions to test it: `pretrain`, `instruct`, `test` scenes."""
+    """Write `pretrain` captions and `instruct` conversations to train an MLLM, and questions about `test` scenes."""
     seed = renderer.world.seed
 
     def kept(part: str, count: int) -> Iterator[Rendered]:
@@ -152,10 +149,7 @@ def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, t
 
 
 def conversation_row(key: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return LLaVA's row of a picture: the (human, gpt) turns in order, `<image>` before the first.
-
-    `image` is the path of the picture relative to the image root. An empty first question leaves `<image>` alone.
-    """
+    """Return LLaVA's row: (human, gpt) turns, `<image>` before the first question (may be empty). `image`: path below the image root."""
     said = []
     for number, (question, answer) in enumerate(turns):
         marked = f"<image>\n{question}".rstrip() if number == 0 else question
@@ -164,25 +158,19 @@ def conversation_row(key: str, image: str, turns: Sequence[tuple[str, str]]) -> 
 
 
 def write_conversations(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as a JSON array, or as JSON lines if `path` ends with .jsonl; one row a line either way."""
+    """Write rows one per line, as JSON lines if `path` ends with .jsonl, else as a JSON array."""
     lines = [json.dumps(row) for row in rows]
     text = "".join(f"{line}\n" for line in lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]\n"
     path.write_text(text)
 
 
 def question_row(key: str, image: tuple[str, bytes], question: str, answer: str | list[str], kind: str) -> dict[str, Any]:
-    """Return one row of a question table; `image` is the picture's file name and content, `kind` groups questions.
-
-    The kit's own kinds are exists, relation, what, where, count and caption. Several right answers make a list.
-    """
+    """Return a row of a question table. `image`: file name and content. `answer`: one right text or a list. `kind` groups questions."""
     return {"id": key, "image": {"bytes": image[1], "path": image[0]}, "question": question, "answer": answer, "kind": kind}
 
 
 def write_questions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of `question_row` as parquet; a picture asked about several times in a row takes its space once.
-
-    The answers of one file are all texts or all lists.
-    """
+    """Write rows of `question_row` as parquet, all answers texts or all lists. Consecutive rows store the same picture once."""
     several = bool(rows) and isinstance(rows[0]["answer"], list)
     columns = {
         "id": pa.string(),
