@@ -1,4 +1,4 @@
-"""Choosing data: stores in, keys out. Concepts, scores over shards, bounded lists, duplicates, coverage.
+"""Choosing training data: concepts, scores over shards, bounded lists, duplicates, coverage. Feature stores in, keys out.
 
-No training and no image is decoded here.
+No training happens here, and no image is decoded.
 """

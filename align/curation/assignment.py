@@ -1,6 +1,6 @@
-"""The greedy assignment of candidates to concepts, rarest concept first, and the file of what was chosen.
+"""Greedy assignment of candidates to concepts, rarest concept first, and the file of the chosen samples.
 
-Shapes: `C` concepts, `M` places in a concept's list, `S` rows of all candidates. A sample's number is that of its first row.
+Shapes: `C` concepts, `M` places in a concept's list, `S` rows of all candidates. A sample's number is its first row.
 """
 
 from collections import Counter
@@ -22,9 +22,9 @@ Picker = Callable[[np.ndarray, int], tuple[np.ndarray, Refusals]]
 
 @dataclass(frozen=True)
 class Assignment:
-    """What each concept got, by concept number."""
+    """The chosen samples of each concept, by concept number."""
 
-    order: np.ndarray  # (C,) concepts as they were served, rarest first
+    order: np.ndarray  # (C,) concepts, rarest first
     rows: list[np.ndarray]  # sample numbers, best first
     scores: list[np.ndarray]
     ranks: list[np.ndarray]  # places in the concept's list, from 1
@@ -33,15 +33,15 @@ class Assignment:
 
 
 def first_ones(rows: np.ndarray, count: int) -> tuple[np.ndarray, Refusals]:
-    """Return the positions of the first `count` of `rows` and no refusals: the picker that takes everything."""
+    """Return the positions of the first `count` of `rows` and no refusals: a picker that takes everything."""
     return np.arange(min(count, len(rows))), {}
 
 
 def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = first_ones) -> Assignment:
-    """Return the greedy assignment: concepts by ascending score at rank M, each gets its best samples that are not taken.
+    """Return the greedy assignment: by ascending score at rank M, each concept gets its best samples that are not taken.
 
-    `taken` (S,) bool is False where a sample may be used, and is updated. `pick(rows, count)` chooses up to `count` of a concept's free
-    samples, best first, and says which it passed over for good. Concepts that tie are served by number. Source: METHOD.
+    `taken` (S,) bool is False where a sample may be used; it is updated. `pick(rows, count)` chooses up to `count` of a concept's free
+    samples, best first, and returns those that it refuses for good. Ties go to the lower concept number. Source: METHOD.
     """
     last = lists.last_scores()
     order = np.argsort(last, kind="stable")
@@ -61,7 +61,7 @@ def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = 
 
 
 def write_chosen(path: Path, candidates: CandidatePool, names: tuple[str, ...], assignment: Assignment, note: str) -> None:
-    """Write the chosen samples, by concept and rank, as a parquet of key, data, store, concept, score and rank."""
+    """Write the chosen samples by concept and rank, as parquet with key, data, store, concept, score and rank."""
     samples, counts = np.concatenate(assignment.rows), [len(rows) for rows in assignment.rows]
     home = pa.array(np.searchsorted(candidates.starts, samples, side="right") - 1)
     table = pa.table(

@@ -1,7 +1,4 @@
-"""Concepts of a curation: their names, their prototypes from text or from a few shots, and whether an evaluation set is behind them.
-
-Shapes: `C` concepts, `E` width of the space that candidates are scored in.
-"""
+"""Concepts of a curation: names, prototypes, evaluation sets. Shapes: `C` concepts, `E` width of the space of the scores."""
 
 import importlib.util
 from collections import Counter
@@ -31,7 +28,7 @@ LABELS_SCHEMA = pa.schema([("key", pa.string()), ("label", pa.string())])
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Return the concept names of a text file, one a line, blank lines left out; UsageError if none, or one stands twice."""
+    """Return the concept names of a text file, one per line. Raise UsageError if there are none or one appears twice."""
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -44,7 +41,7 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def read_labels(path: Path) -> pa.Table:
-    """Return the columns key and label of a .parquet or .csv file; DataError if they are missing or a key has two labels."""
+    """Return columns key and label of a .parquet or .csv file. Raise DataError if they are missing or a key appears twice."""
     try:
         if path.suffix == ".csv":
             table = pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=LABELS_SCHEMA))
@@ -60,10 +57,7 @@ def read_labels(path: Path) -> pa.Table:
 
 @torch.no_grad()
 def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection) -> tuple[tuple[str, ...], Tensor]:
-    """Return the labels in alphabetical order and (C, E) normalized prototypes: the mean of each label's normalized rows.
-
-    `labels` has the columns key and label. Rows of `shots` without a label are left out; DataError if a label has no row.
-    """
+    """Return sorted labels and (C, E) normalized means of their normalized rows. Skip rows without label; DataError if a label has none."""
     names = tuple(sorted(set(labels["label"].to_pylist())))
     places = {name: number for number, name in enumerate(names)}
     numbers = {row["key"]: places[row["label"]] for row in labels.to_pylist()}
@@ -83,14 +77,14 @@ def shot_prototypes(shots: CandidatePool, labels: pa.Table, project: Projection)
 
 
 def concept_names(config: CurateConfig) -> tuple[str, ...]:
-    """Return the names of the concepts: the lines of --concepts, or the labels of --concept-labels in alphabetical order."""
+    """Return the concept names: the lines of --concepts, or the sorted labels of --concept-labels."""
     if config.concepts:
         return read_names(Path(config.concepts))
     return tuple(sorted(set(read_labels(Path(str(config.concept_labels)))["label"].to_pylist())))
 
 
 def inputs_of(config: CurateConfig, candidates: CandidatePool, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return fingerprints of all that decides the scores: lists are continued only if every field is the same."""
+    """Return fingerprints of everything that decides the scores. Lists are resumed only if all fields are equal."""
     shots = FeatureStore(config.concept_store) if config.concept_store else None
     weights = Path(config.model or "") / "model.safetensors"
     return {
@@ -114,7 +108,7 @@ def make_prototypes(config: CurateConfig, space: ConceptSpace, names: tuple[str,
 
 
 def kept_prototypes(folder: Path, inputs: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
-    """Return (C, E) prototypes, made once and kept in `folder` for resumed runs; FingerprintError if other inputs made them."""
+    """Return (C, E) prototypes, made once and kept in `folder`. Raise FingerprintError if other inputs made them."""
     path, tensors, state, _ = newest_checkpoint(folder)
     if path is not None:
         compare_fingerprints(inputs, state["inputs"], str(folder))
@@ -125,7 +119,7 @@ def kept_prototypes(folder: Path, inputs: dict[str, Any], make: Callable[[], Ten
 
 
 def evaluation_sets(names: Sequence[str]) -> list[str]:
-    """Return the evaluation sets of clip_benchmark, if it is installed, all of whose classes are among `names` in any case."""
+    """Return the clip_benchmark evaluation sets whose classes are all in `names`, ignoring case; [] if it is not installed."""
     found = importlib.util.find_spec("clip_benchmark")  # not imported: its list of class names is read as data
     paths = [Path(folder) / "datasets" / "en_classnames.json" for folder in found.submodule_search_locations or ()] if found else []
     known: dict[str, list[str]] = next((read_json(path) for path in paths if path.exists()), {})
@@ -134,7 +128,7 @@ def evaluation_sets(names: Sequence[str]) -> list[str]:
 
 
 def evaluation_note(noticed: Sequence[str], told: str | None = None) -> str:
-    """Return the note that must go with the results if evaluation sets were `noticed` or the user `told` of one, else nothing."""
+    """Return the note that results must carry if evaluation sets were `noticed` or the user `told` of one, else ""."""
     sets = list(dict.fromkeys(filter(None, [told, *noticed])))
     if not sets:
         return ""

@@ -1,4 +1,4 @@
-"""What align/curate.py can be told. Every field is a flag; checked when it is made."""
+"""Flags of align/curate.py, checked when the config is made."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,50 +8,50 @@ from align.common.checks import check, check_least
 
 @dataclass(frozen=True)
 class CurateConfig:
-    """Choose training pairs so that many concepts are covered evenly, from more candidates than one wants to train on."""
+    """Choose training pairs from more candidates than you need, so that many concepts are covered evenly."""
 
     candidates: tuple[str, ...]
-    """Feature stores to choose from, all of captions or all of images, made by one encoder."""
+    """Feature stores to choose from, made by one encoder: all of captions or all of images."""
     output: str
-    """Folder for chosen.parquet, the coverage report and the lists that scoring leaves."""
+    """Folder for chosen.parquet, the coverage report and the scored lists."""
     concepts: str | None = None
-    """Text file with one concept name a line; give this or --concept-store."""
+    """Text file with one concept name per line. Give this or --concept-store."""
     templates: tuple[str, ...] = ("a photo of a {c}.",)
-    """Texts in which `{c}` stands for a concept's name; several are averaged."""
+    """Texts in which `{c}` stands for a concept's name. Several are averaged."""
     concept_store: str | None = None
-    """Feature store of labelled samples (a few shots a concept): a concept is the mean of its rows."""
+    """Feature store of labelled samples (a few shots per concept). A concept is the mean of its rows."""
     concept_labels: str | None = None
     """A .parquet or .csv with the columns key and label, for --concept-store."""
     concepts_from_evaluation: str | None = None
-    """Name of the evaluation set whose classes the concepts are. It is written wherever the result goes; known sets are noticed anyway."""
+    """Evaluation set whose classes are the concepts. All results name it. Known sets are noticed without this flag."""
     model: str | None = None
-    """Aligned model folder that takes features to the shared space, so that text concepts can score images (or shots captions)."""
+    """Aligned model folder that projects features into the shared space, so that text concepts can score images (or shots captions)."""
     top: int = 50000
-    """Best candidates kept a concept (M): 12 bytes each, and an eighth more."""
+    """Best candidates kept per concept (M). Each takes 12 bytes, plus an eighth."""
     per_concept: int = 2000
-    """Samples a concept gets at most."""
+    """Maximum number of samples per concept."""
     duplicates: Literal["keep", "identical", "near"] = "keep"
-    """Leave out samples whose features are identical to a chosen one's, or those and near ones within a concept."""
+    """identical: skip samples with the same features as a chosen one. near: also skip near-duplicates within a concept."""
     duplicate_cosine: float = 0.95
     """Cosine from which two samples are near-duplicates."""
     images: tuple[str, ...] = ()
-    """Image stores in which duplicates and excluded samples are looked for, one for each of --candidates. None: in the candidates."""
+    """Image stores to find duplicates and excluded samples in, one for each of --candidates. Without them, the candidates are compared."""
     exclude: tuple[str, ...] = ()
-    """Stores of an evaluation set (same encoder as --images, or as the candidates): what is close to one of their rows is left out."""
+    """Stores of an evaluation set, from the encoder of --images or the candidates. Samples close to one of their rows are skipped."""
     exclude_cosine: float = 0.95
     """Cosine from which a sample is close to an excluded one."""
     parts: int = 1
-    """Split scoring into so many parts, each with lists of its own; without --part, those that are missing are scored and all joined."""
+    """Split scoring into this many parts with their own lists. Without --part, missing parts are scored and all are joined."""
     part: int | None = None
-    """Score only this part (from 0), then stop. One process a part, on any host that sees --output."""
+    """Score only this part (from 0), then stop. Run one process per part, on any host that sees --output."""
     save_every: int = 64
-    """Shards of a part between commits of its lists; an interrupted run repeats at most so many."""
+    """Shards between commits of a part's lists. An interrupted run repeats at most this many."""
     text_batch_size: int = 64
-    """Concept prompts a forward pass."""
+    """Concept prompts per forward pass."""
     trust_remote_code: bool = False
-    """Run code that ships with the text encoder of the candidates or of --model: a local folder, or pinned to a commit when it encoded."""
+    """Run code that ships with the text encoder of the candidates or --model: a local folder, or the commit pinned when it encoded."""
     dry_run: bool = False
-    """Check stores and concepts, state memory and work, score nothing."""
+    """Check stores and concepts, print memory and work, score nothing."""
 
     def __post_init__(self) -> None:
         check(bool(self.candidates), "no --candidates", "name at least one feature store")

@@ -1,4 +1,4 @@
-"""How well the `C` concepts are covered before and after curation: a row a concept, one picture, and the totals."""
+"""Coverage of `C` concepts before and after curation: a table with one row per concept, a figure and totals."""
 
 import io
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from align.curation.assignment import Assignment
 
 
 def coverage_table(names: tuple[str, ...], before: np.ndarray, after: np.ndarray, assignment: Assignment) -> pa.Table:
-    """Return one row a concept, in the order of `names`.
+    """Return one row per concept, in the order of `names`.
 
-    `before` and `after` (C,) count the candidates and the chosen samples whose best concept it is, `chosen` those taken for it.
-    `rarity` is the order of serving, from 1, by `score_at_last_rank`. Last come counts by reason of those passed over.
+    `before` and `after` (C,) count the candidates and the chosen samples by their best concept; `chosen` counts those taken for the
+    concept. `rarity` is the order of serving, from 1, by `score_at_last_rank`. The last columns count refused samples by reason.
     """
     reasons = sorted({reason for refused in assignment.refused for reason in refused})
     return pa.table(
@@ -45,7 +45,7 @@ def shown_coverage(values: dict[str, Any]) -> str:
 
 
 def coverage_figure(table: pa.Table, note: str = "") -> bytes:
-    """Return a PNG: each concept's candidates before, and its samples after, from the most to the least frequent before."""
+    """Return a PNG of each concept's candidates before and samples after, sorted from most to fewest candidates."""
     before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
     order = np.argsort(-before, kind="stable")
     figure = new_figure(7.2, 4.5 if note else 4.0)
@@ -67,14 +67,14 @@ def coverage_figure(table: pa.Table, note: str = "") -> bytes:
 
 
 def effective_number(counts: Sequence[int] | np.ndarray) -> float:
-    """Return exp(entropy) of shares `counts` (C,): C if all are equal, 1 if one has everything, 0 of nothing."""
+    """Return exp(entropy) of the shares of `counts` (C,): C if all are equal, 1 if one has everything, 0 if all are zero."""
     shares = np.asarray(counts, dtype=np.float64)
     shares = shares[shares > 0] / max(shares.sum(), 1)
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def write_coverage(folder: Path, table: pa.Table, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write coverage.csv, coverage.json and coverage.png (with the `note` of `facts`); return the JSON's `facts` and totals."""
+    """Write coverage.csv, coverage.json and coverage.png (with the `note` of `facts`). Return the JSON: `facts` and totals."""
     before, after, chosen = (table[name].to_numpy() for name in ("best_before", "best_after", "chosen"))
     reasons = table.column_names[table.column_names.index("lowest_score") + 1 :]
     values = {

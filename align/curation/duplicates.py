@@ -1,9 +1,8 @@
-"""Near-duplicates among what is chosen, and samples that an evaluation set holds: passed over while a concept is served.
+"""Pickers that skip near-duplicates and samples of an evaluation set while a concept is served.
 
-Shapes: `n` samples of a block, `D` feature width, `K` samples a concept already has, `X` features to keep away from.
-
-Cosines are compared within one concept's picks only, as all pairs of millions would cost more than the curation: two concepts may
-take near-duplicates of each other. Identical features are found across concepts. A sample passed over is not offered again.
+Shapes: `n` samples of a block, `D` feature width, `K` samples a concept already has, `X` features to keep away from. Cosines are
+compared within one concept only, because all pairs of millions would cost more than the curation: two concepts may take near-duplicates
+of each other. Identical features are found across concepts. A skipped sample is not offered again.
 """
 
 from collections.abc import Callable
@@ -21,17 +20,14 @@ BLOCK = 1024  # rows compared at once: a matrix of at most BLOCK x BLOCK cosines
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Return `features` (n, D) as float32 of norm 1."""
+    """Return `features` (n, D) as float32 with norm 1."""
     wide = features.astype(np.float32)
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
 @dataclass(eq=False)
 class Distinct:
-    """A picker for `assign` that passes over duplicates and excluded samples; the one that scores better is kept.
-
-    Memory: about 60 bytes a chosen sample, K x D floats and the excluded features.
-    """
+    """Picker that skips excluded samples and lower-scored duplicates. Memory: 60 bytes per chosen sample, K x D floats and `excluded`."""
 
     features: Callable[[np.ndarray], np.ndarray]  # sample numbers (n,) -> (n, D) float16
     _: KW_ONLY
@@ -45,7 +41,7 @@ class Distinct:
         self._hashes: set[int] = set()
 
     def __call__(self, rows: np.ndarray, count: int) -> tuple[np.ndarray, Refusals]:
-        """Return positions in `rows` (best first) of up to `count` samples, and by reason those passed over on the way."""
+        """Return positions in `rows` (best first) of up to `count` samples, and the skipped positions by reason."""
         chosen: list[int] = []
         refused: dict[str, list[int]] = {}
         kept = np.empty((0, 0), dtype=np.float32)
@@ -79,7 +75,7 @@ class Distinct:
         return np.array(chosen, dtype=np.int64), {reason: np.array(places) for reason, places in refused.items()}
 
     def _near_excluded(self, vectors: np.ndarray) -> np.ndarray:
-        """Return (n,) bool: whether a row of `vectors` (n, D) is a near-duplicate of an excluded one."""
+        """Return (n,) bool: whether each row of `vectors` (n, D) is close to an excluded one."""
         found = np.zeros(len(vectors), dtype=bool)
         if self.excluded is not None:
             for start in range(0, len(self.excluded), 8 * BLOCK):
@@ -91,9 +87,9 @@ def picker_for(
     candidates: CandidatePool, images: CandidatePool | None, excluded: CandidatePool | None,
     duplicates: Literal["keep", "identical", "near"], cosine: float, exclude_cosine: float,
 ) -> tuple[Picker, np.ndarray]:  # fmt: skip
-    """Return how a concept picks, and (S,) bool which samples cannot be used, as they have no row in `images`.
+    """Return the picker of a concept, and (S,) bool: True for samples without a row in `images`, which cannot be used.
 
-    Features are compared in `images`, or else in the candidates; FingerprintError if another encoder made `excluded`.
+    Features are compared in `images`, or else in the candidates. Raise FingerprintError if another encoder made `excluded`.
     """
     features: Callable[[np.ndarray], np.ndarray] = candidates.features
     unusable, away = np.zeros(len(candidates), dtype=bool), None

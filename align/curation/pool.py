@@ -1,7 +1,7 @@
-"""The candidates of a curation: feature stores of one encoder as one stream of samples.
+"""Candidates of a curation: feature stores of one encoder as one stream of samples.
 
-Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `S` rows of all stores. A sample is an image, or all the captions of one;
-its number is that of its first row.
+Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `S` rows of all stores. A sample is an image, or all the captions of
+one. Its number is its first row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ from align.features.store import FeatureStore
 
 
 class CandidatePool:
-    """One or more stores of the same encoder, their rows numbered through, read shard by shard."""
+    """Stores of one encoder with continuous row numbers, read shard by shard."""
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
-        """Join the stores; UsageError if their kinds differ or they are empty, FingerprintError if their encoders differ."""
+        """Join the stores. Raise UsageError if kinds differ or all are empty, FingerprintError if encoders differ."""
         self.stores = list(stores)
         first = self.stores[0]
         for store in self.stores[1:]:
@@ -41,20 +41,20 @@ class CandidatePool:
         return int(self.starts[-1])
 
     def rows_of(self, shard: int) -> range:
-        """Return the row numbers of shard `shard` (a place in `shards`)."""
+        """Return the row numbers of a shard, given by its place in `shards`."""
         number, own = self.shards[shard]
         start, stop = self.starts[number] + self.stores[number].starts[own : own + 2]
         return range(int(start), int(stop))
 
     def shard_keys(self, shard: int) -> pa.Table:
-        """Return key and item of the rows of one shard; DamagedError if its file is not as committed."""
+        """Return key and item of the rows of a shard. Raise DamagedError if its file is not as committed."""
         number, own = self.shards[shard]
         return self.stores[number].shard_keys(own)
 
     def chunks(self, shard: int, size: int, only: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield (features (r, W) float16, first row of each sample in them (n,), the samples' numbers (n,)), about `size` rows at a time.
+        """Yield (features (r, W) float16, first row of each sample in them (n,), sample numbers (n,)), about `size` rows at a time.
 
-        A sample is never cut in two. `only` (S,) bool is True for the samples wanted.
+        A sample is never split. `only` (S,) bool is True for the samples wanted.
         """
         span = self.rows_of(shard)
         begins = np.arange(len(span))
@@ -75,7 +75,7 @@ class CandidatePool:
                 yield self.features(span.start + rows), firsts, span.start + begins[at]
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """Return features (n, W) float16 of row numbers (n,), in the order asked for."""
+        """Return features (n, W) float16 of row numbers (n,), in the given order."""
         home = np.searchsorted(self.starts, rows, side="right") - 1
         out = np.empty((len(rows), self.width), dtype=np.float16)
         for number in np.unique(home).tolist():
@@ -84,7 +84,7 @@ class CandidatePool:
         return out
 
     def keys(self, rows: np.ndarray) -> list[str]:
-        """Return the sample keys of row numbers (n,), in the order asked for; each shard's keys are read once."""
+        """Return the sample keys of row numbers (n,), in the given order. Each shard's keys are read once."""
         order = np.argsort(rows, kind="stable")
         found: list[str] = []
         for shard in range(len(self.shards)):
@@ -97,9 +97,9 @@ class CandidatePool:
         return keys.tolist()
 
     def rows_in(self, other: "CandidatePool") -> np.ndarray:
-        """Return (S,) int64: for each row here the first row in `other` with its key, -1 if there is none.
+        """Return (S,) int64: for each row the first row in `other` with its key, or -1.
 
-        UsageError unless both were made from the same data in the same shards, as one align/encode.py command makes them.
+        Raise UsageError unless both have the same data in the same shards, as one align/encode.py command makes them.
         """
         ours, theirs = ([store.header.data for store in side.stores] for side in (self, other))
         if ours != theirs:

@@ -1,4 +1,4 @@
-"""Scores of candidates against concepts: the space where both meet, and each concept's best candidates over all shards.
+"""Scores of candidates against concepts: their common space, and each concept's best candidates over all shards.
 
 Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `E` width of the space, `C` concepts, `S` rows of all candidates.
 """
@@ -30,11 +30,11 @@ from align.model.dual_encoder import SailModel
 
 CHUNK_SCORES = 1 << 22  # scores held at once (16 MiB)
 
-Projection = Callable[[Tensor], Tensor]  # features (r, W) float32 -> L2-normalised (r, E)
+Projection = Callable[[Tensor], Tensor]  # features (r, W) float32 -> L2-normalized (r, E)
 
 
 def chunk_rows(concepts: int) -> int:
-    """Return how many rows are scored at once: a function of C alone, so that a rerun rounds as the first run did."""
+    """Return how many rows are scored at once. It depends only on C, so a rerun rounds as the first run did."""
     return max(256, min(8192, CHUNK_SCORES // concepts))
 
 
@@ -42,7 +42,7 @@ def chunk_rows(concepts: int) -> int:
 def scored_chunks(
     candidates: CandidatePool, shard: int, prototypes: Tensor, project: Projection, only: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (cosines (n, C) float32, sample numbers (n,)) of one shard: `prototypes` (C, E) are normalized, on the device to use."""
+    """Yield (cosines (n, C) float32, sample numbers (n,)) of a shard. `prototypes` (C, E) are normalized, on the device to use."""
     for features, firsts, samples in candidates.chunks(shard, chunk_rows(len(prototypes)), only):
         rows = project(torch.from_numpy(features).to(prototypes.device).float())
         scores = (rows @ prototypes.T).cpu().numpy()  # (r, C)
@@ -52,7 +52,7 @@ def scored_chunks(
 
 
 def score_shard(candidates: CandidatePool, shard: int, prototypes: Tensor, project: Projection, lists: TopLists) -> np.ndarray:
-    """Add one shard's samples to the lists and return (C,) int64: how many of them have each concept as their best."""
+    """Add a shard's samples to the lists. Return (C,) int64: how many samples have each concept as their best."""
     counts = np.zeros(len(lists), dtype=np.int64)
     for scores, samples in scored_chunks(candidates, shard, prototypes, project):
         lists.add(scores, samples)
@@ -71,10 +71,10 @@ def best_counts(space: "ConceptSpace", prototypes: Tensor, samples: np.ndarray) 
 
 
 class ConceptSpace:
-    """Where candidates and concepts meet: the candidates' own features, or the shared space of an aligned model."""
+    """The space of candidates and concepts: the candidates' own features, or the shared space of an aligned model."""
 
     def __init__(self, candidates: CandidatePool, model: SailModel | None, device: torch.device, texts: bool) -> None:
-        """`texts`: concepts are texts; UsageError if they are to score images without a model."""
+        """`texts`: concepts are texts. Raise UsageError if they should score images without a model."""
         if model is None and texts and candidates.kind == "image":
             raise UsageError(
                 "text concepts can score images only in the space of an aligned model; give --model, or captions to choose from"
@@ -84,7 +84,7 @@ class ConceptSpace:
         self.width = candidates.width if model is None else model.config.width
 
     def projection(self, features: CandidatePool) -> Projection:
-        """Return what takes features of a store to the space; FingerprintError if another encoder made them than the space's."""
+        """Return the projection of a store's features into the space. Raise FingerprintError if another encoder made them."""
         if self.model is None:
             compare_fingerprints(features.fingerprint, self.candidates.fingerprint, str(self.candidates.stores[0].folder))
             return normalize
@@ -94,7 +94,7 @@ class ConceptSpace:
         return self.model.project_image if image else self.model.project_text
 
     def work(self, concepts: int, top: int, lists: int) -> str:
-        """Return what there is to compute and to hold, in words; UsageError if so many `lists` a concept do not fit into memory."""
+        """Return the work and memory in words. Raise UsageError if `lists` lists per concept do not fit into memory."""
         rows, size = len(self.candidates), TopLists.nbytes(concepts, top, chunk_rows(concepts))
         needed, free = size * lists + rows, psutil.virtual_memory().available
         if needed > free:
@@ -109,7 +109,7 @@ class ConceptSpace:
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str], batch_size: int, trust_remote_code: bool) -> Tensor:
-        """Return (T, E) normalized embeddings of texts, by the model's text encoder or by the one that encoded the candidates."""
+        """Return (T, E) normalized embeddings of texts, by the text encoder of the model or else of the candidates."""
         if self.model is not None:
             return self.model.project_text(self.model.text_encoder.encode(texts, batch_size).to(self.device))
         store = self.candidates.stores[0]
@@ -125,9 +125,9 @@ def score_shards(
     folder: Path, shards: Sequence[int], space: ConceptSpace, prototypes: Tensor, top: int, inputs: dict[str, Any], every: int,
     console: Console,
 ) -> tuple[TopLists, np.ndarray]:  # fmt: skip
-    """Return the lists of these shards and (C,) how many of their samples have each concept as their best.
+    """Return the lists of these shards, and (C,) how many of their samples have each concept as their best.
 
-    They are committed to `folder`, with `inputs`, every `every` shards and resumed from there. Raises Preempted after SIGTERM.
+    Lists are committed to `folder`, with `inputs`, every `every` shards, and resumed from there. Raises Preempted after SIGTERM.
     """
     candidates, lists = space.candidates, TopLists(len(prototypes), top, chunk_rows(len(prototypes)))
     best = np.zeros(len(lists), dtype=np.int64)

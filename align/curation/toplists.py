@@ -1,25 +1,25 @@
 """Each concept's best candidates, kept while scores stream by.
 
-Shapes: `C` concepts, `M` places in a concept's list, `n` samples of a chunk. A sample's number is that of its first row; samples
-arrive in ascending order, so that the lower number wins ties however the stream is cut.
+Shapes: `C` concepts, `M` places in a concept's list, `n` samples of a chunk. A sample's number is its first row. Samples arrive in
+ascending order, so ties go to the lower number however the stream is cut.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-SLACK_SHARE = 8  # newcomers wait behind a list in room for M / 8, and are sorted in when it is full
+SLACK_SHARE = 8  # new entries wait in M / 8 extra places and are sorted in when these are full
 
 
 class TopLists:
-    """The M best samples of each of C concepts, by score, then by lower number; 12 bytes a place and M / 8 places of slack.
+    """The M best samples of each of C concepts, by score, then by lower number. Memory: 12 bytes per place, M / 8 places of slack.
 
-    A list is in ascending order of the samples' numbers until it is asked for. A newcomer has the highest number of all, so it
-    enters only if it beats the concept's threshold, the M-th best score so far.
+    Until ranked, a list is in ascending order of sample number. A new sample has the highest number, so it enters only if it beats the
+    threshold, the concept's M-th best score so far.
     """
 
     def __init__(self, concepts: int, places: int, chunk: int) -> None:
-        """Make empty lists of `places` (M) that take up to `chunk` samples at once."""
+        """Make empty lists of `places` (M) that accept up to `chunk` samples at once."""
         assert concepts >= 1 and places >= 1 and chunk >= 1
         self.places, self.chunk = places, chunk
         room = places + max(chunk, places // SLACK_SHARE)
@@ -30,14 +30,14 @@ class TopLists:
 
     @staticmethod
     def nbytes(concepts: int, places: int, chunk: int) -> int:
-        """Return the memory in bytes that such lists take."""
+        """Return the memory in bytes of such lists."""
         return 12 * concepts * (places + max(chunk, places // SLACK_SHARE))
 
     def __len__(self) -> int:
         return len(self.held)
 
     def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Take in scores (n, C) float32 of the samples `rows` (n,) int64: ascending, and above all that came before."""
+        """Add scores (n, C) float32 of the samples `rows` (n,) int64, which are ascending and above all earlier ones."""
         assert scores.shape == (len(rows), len(self)) and len(rows) <= self.chunk, (scores.shape, len(rows))
         flat = scores.reshape(-1)
         winners = np.flatnonzero(scores > self.threshold)
@@ -58,7 +58,7 @@ class TopLists:
         self.held += counts
 
     def _cut(self, concept: int) -> None:
-        """Leave the M best in a list, in the order they stood in, and raise the threshold to the worst of them."""
+        """Keep the M best of a list, in their order, and raise the threshold to the worst of them."""
         held = int(self.held[concept])
         if held < self.places:
             return
@@ -70,7 +70,7 @@ class TopLists:
         self.held[concept] = self.places
 
     def merge(self, other: "TopLists") -> None:
-        """Take in the lists of other samples: the result is that of one stream of both."""
+        """Add the lists of other samples. The result equals that of one stream of both."""
         assert (len(other), other.places) == (len(self), self.places)
         for concept in range(len(self)):
             rows = np.concatenate([part.rows[concept, : part.held[concept]] for part in (self, other)])
@@ -89,25 +89,25 @@ class TopLists:
         return scores[order], self.rows[concept, : self.held[concept]][order]
 
     def last_scores(self) -> np.ndarray:
-        """Return (C,) float32: each list's score at rank M, or at its last rank if it is shorter (+inf if it is empty)."""
+        """Return (C,) float32: each list's score at rank M, or at its last rank if shorter (+inf if empty)."""
         for concept in range(len(self)):
             self._cut(concept)
         lists = zip(self.scores, self.held.tolist(), strict=True)
         return np.array([scores[:held].min(initial=np.inf) for scores, held in lists], dtype=np.float32)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the arrays that hold all there is, without copying them."""
+        """Return the arrays of the state, not copied."""
         return {"scores": self.scores, "rows": self.rows, "held": self.held, "threshold": self.threshold}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over the arrays of lists of the same size; they are not copied."""
+        """Use the arrays of the state of lists of the same size, not copied."""
         for name, own in self.state().items():
             assert own.shape == state[name].shape and own.dtype == state[name].dtype, name
             setattr(self, name, state[name])
 
 
 def best(values: np.ndarray, count: int) -> np.ndarray:
-    """Return (n,) bool: the `count` highest of `values` (n,), of equal ones those that stand first; all if there are no more."""
+    """Return (n,) bool: True for the `count` highest of `values` (n,), the first ones in a tie; all True if there are no more."""
     if len(values) <= count:
         return np.ones(len(values), dtype=bool)
     last = np.partition(values, len(values) - count)[len(values) - count]
