@@ -41,7 +41,7 @@ def assign(lists: TopLists, per_concept: int, taken: np.ndarray, pick: Picker = 
     """Return the greedy assignment: by ascending score at rank M, each concept gets its best samples that are not taken.
 
     `taken` (S,) bool is False where a sample may be used; it is updated. `pick(rows, count)` chooses up to `count` of a concept's free
-    samples, best first, and returns those that it refuses for good. Ties go to the lower concept number. Source: METHOD.
+    samples, best first, and returns those that it refuses for good. Ties go to the lower concept number. Source: freeze-align.
     """
     last = lists.last_scores()
     order = np.argsort(last, kind="stable")
