@@ -1,7 +1,4 @@
-"""Checkpoints of both stages: a step's folder, valid once COMMIT (hashes of all files) is written, and the newest valid one.
-
-The heads write `step-N/` with tensors.safetensors and state.json. For an MLLM, Trainer writes `checkpoint-N/`.
-"""
+"""Checkpoints of both stages: a folder per step, valid once its COMMIT (hashes of all files) is written; and the newest valid one."""
 
 import json
 import re
@@ -26,7 +23,7 @@ Content = TypeVar("Content")
 
 def step_of(path: Path) -> int:
     """Return the step in the name of a checkpoint folder, or -1 if it is not one."""
-    found = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)
+    found = re.fullmatch(r"(?:step|checkpoint)-(\d+)", path.name)  # step-N: the heads; checkpoint-N: Trainer, for an MLLM
     return int(found[1]) if found else -1
 
 

@@ -1,7 +1,4 @@
-"""The command line of every entry. A recipe is a saved command line; the user's flags come after it and win.
-
-Entries import heavy libraries inside `main`, so `--help` and typos are answered before torch loads.
-"""
+"""The command line of every entry. A recipe is a saved command line; later flags win. Entries import heavy libraries inside `main`."""
 
 import inspect
 import os
@@ -55,14 +52,11 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
 
 
 def run(main: Callable[[Config], None], kind: type[Config], section: str | Callable[[list[str]], str]) -> None:
-    """Run an entry: parse the flags, call `main`. A KitError becomes one line on stderr and its exit code; Ctrl-C exits with 130.
-
-    `section` may be a function of the arguments, for an entry with several sections.
-    """
+    """Run an entry: parse the flags, call `main`. A KitError becomes one line on stderr and its exit code; Ctrl-C exits with 130."""
     if "SAIL_FAILPOINT" in os.environ:
         arm_failpoint(os.environ["SAIL_FAILPOINT"])
     try:
-        name = section if isinstance(section, str) else section(sys.argv[1:])
+        name = section if isinstance(section, str) else section(sys.argv[1:])  # some entries have several sections
         config = parse(kind, name)
         if os.environ.get("RANK", "0") == "0":  # loading takes seconds: show that the process is alive
             sys.stderr.write(f"{name}: loading libraries\n")

@@ -17,10 +17,7 @@ def plain_console(quiet: bool = False) -> Console:
 
 
 class Progress:
-    """Progress lines: count, rate, time left and share of time by part; twice a second on a terminal, every 10 s in a log.
-
-    Call it with (done, total); libraries take it as such a function. Without a console it only measures time.
-    """
+    """Progress lines (count, rate, time left, time by part), every 0.5 s on a terminal, 10 s in a log. Without a console: a timer only."""
 
     def __init__(self, console: Console | None = None, what: str = "", total: int = 0, first: int | None = 0, workers: int = 1) -> None:
         """`first` items were done before (None: all but one of the first call's count). Each of `workers` advances like this process."""

@@ -1,7 +1,4 @@
-"""Folders that are complete or absent: written aside, committed with the hash of every file, flushed, renamed into place.
-
-Readers compare a folder with its commit. A file that exists is never assumed to be complete.
-"""
+"""Folders that are complete or absent: written aside, committed with all hashes, renamed into place, checked against the commit."""
 
 import shutil
 from collections.abc import Iterator

@@ -20,10 +20,7 @@ def choose_device(name: str = "auto") -> "torch.device":
 
 
 def resolve_precision(precision: Precision, device: "torch.device") -> Arithmetic:
-    """Return `precision`; `auto` becomes bf16 where the device computes it in hardware, else fp32.
-
-    A CPU without AMX or AVX512-BF16 emulates bf16. On AVX2, matrix products are then 78 times slower than in fp32 (docs/decisions.md).
-    """
+    """Return `precision`; `auto` becomes bf16 where the device computes it in hardware, else fp32."""
     import torch  # imported here: configs import this file and must load fast
 
     if precision != "auto":
@@ -31,7 +28,7 @@ def resolve_precision(precision: Precision, device: "torch.device") -> Arithmeti
     fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    elif device.type == "cpu":  # a CPU without these emulates bf16, on AVX2 78 times slower than fp32 (docs/decisions.md)
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "fp32"
 

@@ -27,10 +27,7 @@ PATIENCE_SECONDS = 4.0  # wait for a lock before LeaseError
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None, keep: bool = True) -> Iterator[None]:
-    """Be the only process in the block, by the lock file `path`, which stays if `keep`.
-
-    If another process is inside, call `waiting` once and wait. Without `waiting`, raise LeaseError after `PATIENCE_SECONDS`.
-    """
+    """Hold the lock file `path`; delete it unless `keep`. If it is taken, call `waiting` and wait; without `waiting` raise LeaseError."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=PATIENCE_SECONDS if waiting is None else 0)

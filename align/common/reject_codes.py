@@ -1,7 +1,4 @@
-"""Reject codes of all stages: one sentence for each reason why an item of a data set is left out.
-
-They appear in `rejects.parquet`, `rejects.jsonl` and `problems.jsonl`. A code never changes its meaning and is never reused.
-"""
+"""Reject codes of all stages: one sentence per reason to leave an item out. A code never changes its meaning and is never reused."""
 
 from dataclasses import dataclass
 
@@ -79,10 +76,7 @@ REJECT_CODES = SAMPLE_CODES | FEATURE_CODES | CONVERSATION_CODES
 
 
 class Reject(DataError):
-    """A sample, conversation or image cannot be used. `code` is a key of REJECT_CODES; `detail` says what was found.
-
-    Callers count it, list it and go on. If it was the only item, it ends the command like any DataError.
-    """
+    """An item cannot be used. `code`: key of REJECT_CODES; `detail`: what was found. Callers count it and go on, or it ends the command."""
 
     def __init__(self, code: str, detail: str = "") -> None:
         assert code in REJECT_CODES, code

@@ -1,7 +1,4 @@
-"""Greedy assignment of candidates to concepts, rarest concept first, and the file of the chosen samples.
-
-Shapes: `C` concepts, `M` places in a concept's list, `S` rows of all candidates. A sample's number is its first row.
-"""
+"""Greedy assignment of candidates to concepts, rarest first. Shapes: `C` concepts, `M` places in a list, `S` rows of all candidates."""
 
 from collections import Counter
 from collections.abc import Callable

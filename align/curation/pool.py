@@ -97,10 +97,7 @@ class CandidatePool:
         return keys.tolist()
 
     def rows_in(self, other: "CandidatePool") -> np.ndarray:
-        """Return (S,) int64: for each row the first row in `other` with its key, or -1.
-
-        Raise UsageError unless both have the same data in the same shards, as one align/encode.py command makes them.
-        """
+        """Return (S,) int64: the first row in `other` with the same key, or -1. Raise UsageError unless both have the same data."""
         ours, theirs = ([store.header.data for store in side.stores] for side in (self, other))
         if ours != theirs:
             raise UsageError(

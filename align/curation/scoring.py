@@ -125,10 +125,7 @@ def score_shards(
     folder: Path, shards: Sequence[int], space: ConceptSpace, prototypes: Tensor, top: int, inputs: dict[str, Any], every: int,
     console: Console,
 ) -> tuple[TopLists, np.ndarray]:  # fmt: skip
-    """Return the lists of these shards, and (C,) how many of their samples have each concept as their best.
-
-    Lists are committed to `folder`, with `inputs`, every `every` shards, and resumed from there. Raises Preempted after SIGTERM.
-    """
+    """Return lists of the shards and (C,) best counts; commit to `folder` every `every` shards and resume there. Preempted on SIGTERM."""
     candidates, lists = space.candidates, TopLists(len(prototypes), top, chunk_rows(len(prototypes)))
     best = np.zeros(len(lists), dtype=np.int64)
     stopping: list[int] = []

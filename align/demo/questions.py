@@ -93,14 +93,11 @@ def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
 
 
 def single_questions(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
-    """Return for each scene the questions of a test set, to ask one by one, its caption last.
-
-    Scenes are paired for existence: each is asked about its own sprite and the other's.
-    """
+    """Return for each scene the questions of a test set, to ask one by one, its caption last."""
     rng = _generator(seed, 2)
     own = [_own(scene, rng) for scene in scenes]
     asked: list[list[Question]] = [[] for _ in scenes]
-    waiting: list[int] = []
+    waiting: list[int] = []  # scenes to pair: each of two is asked about its own sprite and the other's
     for one, mine in enumerate(own):
         if mine is None:
             continue
@@ -182,8 +179,7 @@ def _pair(scene: Shown, rng: np.random.Generator) -> Pair | None:
 def _existence(scenes: Sequence[Shown], named: Sequence[Sequence[Sprite]], rng: np.random.Generator) -> list[list[Question]]:
     """Return existence questions about each scene's `named` sprites, in their order, and as many about absent ones.
 
-    A name that is asked about where it is present is also asked about in a scene without it. If no scene is left, it is not asked
-    about.
+    A name that is asked about where it is present is also asked about where it is absent, or else not at all.
     """
     asked: list[list[Question | None]] = [[] for _ in scenes]
     present: list[tuple[int, int, Sprite]] = []  # scene, place among its questions, sprite

@@ -1,7 +1,4 @@
-"""Rendering of the scenes of each part of the prepared data, on all cores, as encoded images.
-
-The seed and the part's place in PARTS decide the scenes. Parts share no scene, and none depends on the size of another.
-"""
+"""Rendering of the prepared data's scenes on all cores, as encoded images. The seed and a part's place in PARTS decide its scenes."""
 
 import io
 import multiprocessing

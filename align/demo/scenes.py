@@ -138,10 +138,7 @@ class SpriteScenes:
         return self._render(self._plan(rng, sprites), rng)
 
     def swapped(self, index: int) -> tuple[Scene, Scene]:
-        """Return two scenes that differ only in their two objects, which have exchanged places and sizes.
-
-        `short` of both states the same relation ("a dog left of a car", "a car left of a dog"): a Winoground-like pair.
-        """
+        """Return two scenes whose two objects have exchanged places and sizes. Both `short` state the same relation, as in Winoground."""
         rng = self._rng(index, stream=1)
         pair = self._choose(rng, 2)
         while True:  # nearly always once: slots are side by side, but a thin sprite may leave the relation unclear

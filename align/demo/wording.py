@@ -49,8 +49,7 @@ def article(name: str) -> str:
 def relation(one: Box, other: Box) -> str | None:
     """Return "left of", "right of", "above" or "below" if `one` is clearly that to `other`, else None.
 
-    Clearly: along that axis the boxes overlap by at most a tenth of the smaller one, and the centers are at least 1.5 times as far
-    apart as across it.
+    Clearly: along that axis, boxes overlap by at most a tenth of the smaller, and centers are 1.5 times as far apart as across it.
     """
     dx = (other[0] + other[2] - one[0] - one[2]) / 2
     dy = (other[1] + other[3] - one[1] - one[3]) / 2

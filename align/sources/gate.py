@@ -1,7 +1,4 @@
-"""The gate decodes every image once and completely, checks every caption, and rejects bad ones with a code.
-
-Nothing is repaired or guessed. Call it in worker processes, not in threads: it silences Pillow's warnings while it decodes.
-"""
+"""The gate decodes every image completely and checks every caption. Bad ones are rejected with a code, never repaired."""
 
 import io
 import math
@@ -67,7 +64,7 @@ def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
         raise data
     if not data:
         raise Reject("image_empty")
-    with warnings.catch_warnings(), _complete_files_only():
+    with warnings.catch_warnings(), _complete_files_only():  # process-wide: call it in worker processes, not in threads
         warnings.simplefilter("ignore")  # about corrupt EXIF and large images, which are checked here
         image = _open(data)
         _check_size(image.size, limits)

@@ -1,7 +1,4 @@
-"""Samples of a webdataset tar, located by reading headers only (ustar, GNU and pax).
-
-`tarfile` is not used: it loads header payloads of any size, keeps every member forever, and is three times slower.
-"""
+"""Samples of a webdataset tar, located by headers (ustar, GNU, pax). `tarfile` is three times slower and keeps all members in memory."""
 
 import os
 from collections.abc import Iterator
@@ -149,10 +146,7 @@ def _octal(field: bytes) -> int:
 
 
 class TarReader(ShardReader):
-    """Samples of a webdataset tar. Fields: the names in its .json, `txt` and `cls` (a whole number if it is one).
-
-    A .txt of several lines holds several captions (CLIP_benchmark), unless the sample has a .json (img2dataset).
-    """
+    """Samples of a webdataset tar. Fields: the names in its .json, `txt` and `cls` (a whole number if it is one)."""
 
     @staticmethod
     def scan(file: str, step: int) -> tuple[int, list[int]]:
@@ -194,7 +188,7 @@ class TarReader(ShardReader):
         data = {suffix: self._member(descriptor, member, MAX_ROW_BYTES) for suffix, member in found.items()}
         fields = parse_json(data["json"]) if "json" in data else {}
         if "txt" in data:
-            fields["txt"] = text_captions(data["txt"], whole="json" in data)
+            fields["txt"] = text_captions(data["txt"], whole="json" in data)  # without .json (CLIP_benchmark), one caption per line
         if "cls" in data:
             label = str(text_captions(data["cls"], whole=True)).strip()
             fields["cls"] = int(label) if label.isdecimal() and len(label) < 19 else label
