@@ -4,6 +4,7 @@
     python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --sail-head random --output runs/control
     python mllm/upgrade.py --llava llava-hf/llava-1.5-7b-hf --sail runs/mine --output runs/llava-sail
     python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --captions captions.jsonl     # projector solved, not random
+    python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --texts captions.txt --images 'photos/*.tar' --features both
     python mllm/upgrade.py --llm models/smollm2 --gguf-file model.gguf --vision facebook/dinov2-small --sail-head none
 
 The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelForImageTextToText and trust_remote_code=True.
@@ -18,19 +19,19 @@ from align.common.commandline import run, set_up
 from mllm.assembly.config import UpgradeConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mllm.assembly.join import Component
+    from mllm.assembly.warmstart import Fit
     from mllm.model.modeling import SailLlavaForConditionalGeneration
     from mllm.model.processing import SailLlavaProcessor
 
 
 def main(config: UpgradeConfig) -> None:
     """Load the components, join them, start the projector, save the model and say what was kept."""
-    from align.common.console import Progress
     from align.common.recipes_yaml import write_recipe
     from align.common.runs import add_launch
     from mllm.assembly.join import load_projector, report_table
-    from mllm.assembly.warmstart import fit_projector
-    from mllm.conversations.table import open_conversations
     from mllm.model.saving import require_free_place, save_mllm
 
     console = set_up()
@@ -41,12 +42,10 @@ def main(config: UpgradeConfig) -> None:
     if config.projector:
         load_projector(model, Path(config.projector))
         weights = f"trained, from {config.projector}"
-    elif config.captions:
-        with tempfile.TemporaryDirectory() as cache:
-            captions = open_conversations(config.captions, config.image_root, Path(cache), seed=config.seed)
-            fit = fit_projector(model, processor, captions, config.caption_rows, config.seed, Progress(console, "images"))
+    elif config.captions or config.texts:
+        fit = solved(config, model, processor, console)
         console.print(fit.summary())
-        weights = f"solved from {fit.images} captions"
+        weights = fit.weights()
     if weights:
         report = [replace(line, weights=weights) if line.name == "projector" else line for line in report]
     save_mllm(model, processor, folder)
@@ -72,10 +71,36 @@ def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration
         language = load_llava(str(config.llava), config.revision)
     vision = load_aligned_encoder(
         sail=config.sail, vision=config.vision, sail_head=config.sail_head, head=config.head, expansion=config.expansion,
-        width=config.width, layer=config.layer, image_size=config.image_size, seed=config.seed,
+        width=config.width, layer=config.layer, image_size=config.image_size, raw=config.features == "both", seed=config.seed,
     )  # fmt: skip
     aspect = config.image_aspect_ratio
     return assemble(language, vision, image_aspect_ratio=aspect, grid=config.grid, template=config.template, seed=config.seed)
+
+
+def solved(config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", processor: "SailLlavaProcessor", console: "Console") -> "Fit":
+    """Solve the projector from --captions, --texts or both, on a GPU if there is one; return how it went."""
+    import torch
+
+    from align.common.console import Progress
+    from mllm.assembly.texts import Texts
+    from mllm.assembly.warmstart import fit_projector
+    from mllm.conversations.table import open_conversations
+
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as cache:
+        fit = fit_projector(
+            model,
+            processor,
+            conversations=open_conversations(config.captions, config.image_root, Path(cache), config.seed) if config.captions else None,
+            rows=config.caption_rows,
+            texts=Texts(config.texts, config.text_columns, config.text_rows) if config.texts else None,
+            sail=config.sail,
+            images=config.images,
+            seed=config.seed,
+            progress=lambda what: Progress(console, what),
+        )
+    model.to("cpu")
+    return fit
 
 
 if __name__ == "__main__":

@@ -206,6 +206,7 @@ ARRIVALS = [
     ("instruct", "workers", 3, "mllm.conversations.index.build_index", "workers", READ),
     ("instruct", "packing", True, "mllm.conversations.packing.EpochPlan", "packing", READY),
     ("instruct", "lr-head", 0.5, "mllm.loop.parameter_groups.load_trainable", "rates.head", MLLM),
+    ("instruct", "lr-raw", 0.5, "mllm.loop.parameter_groups.load_trainable", "rates.raw", MLLM),
     ("instruct", "lr-vision", 0.5, "mllm.loop.parameter_groups.load_trainable", "rates.vision", MLLM),
     ("instruct", "lr-llm", 0.5, "mllm.loop.parameter_groups.load_trainable", "rates.llm", MLLM),
     ("instruct", "lr-projector", 0.5, "mllm.loop.parameter_groups.load_trainable", "rates.projector", MLLM),

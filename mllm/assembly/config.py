@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align.common.checks import check
+from align.common.checks import check, check_least
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,20 @@ class UpgradeConfig:
     template: Literal["auto", "plain", "vicuna_v1", "chatml", "brief", "own"] = "auto"
     """Chat template: auto keeps the tokenizer's own if it has one, else vicuna_v1; own fails if there is none. brief has no words
     for the roles, only lines of a question and its answer: for small LLMs and short answers."""
+    features: Literal["head", "raw", "both"] | None = None
+    """What the projector is given of each patch: the head's output, the encoder's own feature, or both side by side (two blocks, each
+    normalized and with its own learning rate). None: head, and raw with --sail-head none."""
     captions: tuple[str, ...] = ()
     """Conversation files of captioned images: start the projector in closed form from them instead of at random."""
+    texts: tuple[str, ...] = ()
+    """Text files (a text a line), tables or tars with captions that need no images: start the projector in closed form from them, alone
+    or beside --captions. Only with the trained head of --sail."""
+    text_columns: tuple[str, ...] = ("caption",)
+    """Columns of --texts that hold texts (in a tar: suffixes, or names in its .json); .txt files have none."""
+    text_rows: int = 1_000_000
+    """How many texts of --texts are used."""
+    images: str | None = None
+    """Images without captions for --texts, as encode.py's --data: they show where images lie in the aligned space (2,000 are read)."""
     projector: str | None = None
     """Safetensors file with the weights of a trained projector (align/convert.py --projector makes it from LLaVA's mm_projector.bin)."""
     image_root: str | None = None
@@ -62,8 +74,18 @@ class UpgradeConfig:
         self._read_only_with("--vision", self.vision, "head", "expansion", "width", "layer")
         self._read_only_with("--llm", self.llm, "gguf_file")
         self._read_only_with("--captions", self.captions or None, "image_root", "caption_rows")
-        given = f"--projector {self.projector} --captions {' '.join(self.captions)}"
-        check(not (self.projector and self.captions), given, "give weights of a trained projector or captions to solve it, not both")
+        self._read_only_with("--texts", self.texts or None, "text_columns", "text_rows", "images")
+        check_least(self, caption_rows=1, text_rows=1)
+        given = f"--projector {self.projector} --captions {' '.join(self.captions)} --texts {' '.join(self.texts)}"
+        solved = bool(self.captions or self.texts)
+        check(not (self.projector and solved), given, "give weights of a trained projector or data to solve it, not both")
+        given = f"--texts {' '.join(self.texts)} --sail-head {self.sail_head} --features {self.features}"
+        aligned = self.sail_head == "trained" and self.features != "raw"
+        check(not self.texts or aligned, given, "texts reach images only through a trained head: a random one, or none, maps them nowhere")
+        check(not self.texts or bool(self.captions or self.images), given, "give --images DATA or --captions, which show where images lie")
+        given = f"--sail-head {self.sail_head} --features {self.features}"
+        check(self.sail_head != "none" or self.features in (None, "raw"), given, "without a head the raw patch is all there is")
+        check(self.features != "raw" or self.sail_head == "none", given, "raw features pass no head: give --sail-head none as well")
 
     def _read_only_with(self, flag: str, value: object, *names: str) -> None:
         """Raise UsageError if a field of `names` differs from its default while `flag`, without which nothing reads it, is not given."""

@@ -92,7 +92,7 @@ def join(language: Language, vision: AlignedEncoder, seed: int) -> SailLlavaForC
     config.sail_unread = [name for name, parameter in inner.vision_tower.named_parameters() if not parameter.requires_grad]
     described = {name: tensor.shape for name, tensor in model.state_dict().items()}
     inner.vision_tower, inner.sail_head, inner.language_model = backbone, vision.head, language.base
-    inner.multi_modal_projector = _projector(vision.width, text_config.hidden_size, seed)
+    inner.multi_modal_projector = _projector(vision, text_config.hidden_size, seed)
     model.lm_head = language.lm_head
     if {name: tensor.shape for name, tensor in model.state_dict().items()} != described:
         raise UsageError(f"{vision.source} or {language.source} has other weights than its config describes; use a complete checkpoint")
@@ -101,16 +101,19 @@ def join(language: Language, vision: AlignedEncoder, seed: int) -> SailLlavaForC
     return model.eval()
 
 
-def _projector(in_width: int, out_width: int, seed: int) -> SailProjector:
+def _projector(vision: AlignedEncoder, out_width: int, seed: int) -> SailProjector:
     """Return LLaVA-1.5's projector with the initial weights that torch's linear layers have, a pure function of `seed`."""
     generator = torch.Generator().manual_seed(seed + 1)  # the head's own stream is `seed`
     with torch.random.fork_rng(devices=[]):  # torch layers fill themselves from the global generator
-        projector = SailProjector(in_width, out_width, "gelu", bias=True)
+        raw_width = vision.fields["sail_feature_width"] if vision.fields["sail_raw"] else 0
+        projector = SailProjector(vision.width, out_width, "gelu", bias=True, raw_width=raw_width)
     with torch.no_grad():
         for linear in (projector.linear_1, projector.linear_2):
             bound = 1 / math.sqrt(linear.in_features)
             linear.weight.uniform_(-bound, bound, generator=generator)
             linear.bias.uniform_(-bound, bound, generator=generator)
+        if raw_width:
+            projector.linear_raw.weight.uniform_(-1, 1, generator=generator).mul_(1 / math.sqrt(raw_width))
     return projector
 
 

@@ -53,11 +53,13 @@ def load_aligned_encoder(
     width: int = 1024,
     layer: int = -1,
     image_size: int | None = None,
+    raw: bool = False,
     seed: int = 0,
 ) -> AlignedEncoder:
     """Return the encoder of the stage-one run `sail` with its head, a random or no head, or the encoder `vision` with one of the latter.
 
-    `head`, `expansion`, `width` and `layer` describe what a run would: they count with `vision` only. Raises UsageError (unknown
+    `head`, `expansion`, `width` and `layer` describe what a run would: they count with `vision` only. With `raw` the projector is given
+    the raw patch beside the head's output. Raises UsageError (unknown
     names, token heads), FingerprintError if the encoder is not the one that the head was trained on, OfflineError, DamagedError.
     """
     dropout, trained = None, None
@@ -87,7 +89,7 @@ def load_aligned_encoder(
     with_cls = encoder.feature == "cls_mean"
     fields = {
         "sail_head": sail_head, "sail_head_kind": head, "sail_head_expansion": expansion, "sail_head_dropout": dropout,
-        "sail_width": width, "sail_feature": "cls_patch" if with_cls else "patch",
+        "sail_width": width, "sail_raw": raw, "sail_feature": "cls_patch" if with_cls else "patch",
         "sail_feature_width": encoder.width * (2 if with_cls else 1), "sail_layer": encoder.layer,
         "sail_image_size": [rows, columns], "sail_patch_grid": list(encoder.patch_grid),
         "sail_unread": unread_parameters(encoder, (rows, columns)), "sail_fingerprint": encoder.fingerprint,

@@ -1,19 +1,18 @@
-"""A projector that starts near the words: its output layer is solved in closed form from captioned images, without the LLM.
+"""A projector that starts near the words: solved in closed form from texts alone, from captioned images, or from both.
 
-The mean of an image's projected tokens is regressed onto the mean LLM input embedding of its caption's words, each weighted by
-how rare it is (log of captions over captions with the word). The first layer is random, on standardized features, and only the
-second is solved (ridge regression on its hidden units); the mean passes through a linear layer, so a solution for the mean is one
-for the tokens. One pass over the images through encoder and head, memory O(H^2). A choice of this kit, not of the papers: on few
-captions it replaces most of what the pretrain stage learns slowly (docs/decisions.md). Shapes: `N` visual tokens, `E` head width,
-`H` LLM width, `V` vocabulary.
+The mean of an image's projected tokens is regressed onto the mean LLM input embedding of its caption's words (`mllm.assembly.solve`);
+with a trained head, the aligned embeddings of texts that no image belongs to join the same equations. The mean passes through a linear
+layer, so a map for the mean is one for the tokens. The map is written into the projector's two layers in the straight part of GELU;
+training bends it where that helps. One pass over the images through encoder and head. A choice of this kit, not of the papers
+(docs/decisions.md; literature: CapDec 2211.00575, LiMBeR 2209.15162). Shapes: `N` visual tokens, `D` width given to the projector
+(`E` of the head, `F` raw), `H` LLM width.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,189 +20,244 @@ from torch.nn import functional
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image
+from align.sources.plan import Source, open_shard, plan
+from mllm.assembly.solve import Fitting, LinearMap, Moments
+from mllm.assembly.texts import Texts, TextSide, Words, require_texts
 from mllm.conversations.messages import texts_of
 from mllm.conversations.table import Conversations
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 
 BATCH = 32  # images a forward pass
-STANDARDIZE_IMAGES = 256  # first images, whose features give mean and spread
-HELD_OUT = 0.1  # share of the rows that only judge the fit
-MOST_HELD_OUT = 500
-RIDGE = 0.3  # relative to the mean variance of the hidden units
-LEAST_SPREAD = 0.3  # of the typical spread, to which a feature is standardized
-MIN_IMAGES = 50
+MIN_IMAGES = 50  # captioned ones without texts, unlabelled ones without captions
+MIN_TEXTS = 200
+MOST_UNLABELLED = 2_000
+TOKEN_SAMPLE = 4_096  # visual tokens that show how far they spread
+BEND, SPREAD = 3.0, 0.5  # hidden units are BEND + SPREAD times a unit of variance 1: GELU is nearly straight there
+Progress = Callable[[str], Callable[[int, int], None]]
+
+
+def silent(what: str) -> Callable[[int, int], None]:
+    """Return a progress function that shows nothing."""
+    return lambda done, total: None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well it went: images used and left out, and how often a held-out image is nearest to its own caption of `held_out`."""
+    """How well it went: images and texts used, images left out, what was chosen, and how many of `judged` held-out images are found."""
 
-    images: int
+    captioned: int
+    unlabelled: int
     rejected: int
-    held_out: int
+    texts: int
+    text_weight: float
+    ridges: tuple[float, ...]
+    judged: int
     found: float
 
+    def weights(self) -> str:
+        """Return where the projector's weights are from, in a few words."""
+        sources = [f"{self.texts:,} texts" if self.texts else "", f"{self.captioned:,} captioned images" if self.captioned else ""]
+        return "solved from " + " and ".join(filter(None, sources))
+
     def summary(self) -> str:
-        """Return the fit as a sentence."""
-        return (
-            f"projector solved from {self.images} captioned images ({self.rejected} unusable); of {self.held_out} held-out images "
-            f"{self.found:.0%} are nearest to their own caption's words"
-        )
+        """Return the fit as sentences."""
+        beside = f", with {self.unlabelled:,} images without captions" if self.unlabelled else ""
+        said = f"projector {self.weights()}{beside} ({self.rejected} images unusable)"
+        if not self.judged:
+            return f"{said}; too few captions to judge it, ridge {' and '.join(map(str, self.ridges))} by default"
+        chosen = f"ridge {' and '.join(map(str, self.ridges))}"
+        if self.texts:
+            chosen += f", all texts together count as {self.text_weight:g} captioned images"
+        return f"{said}; chosen on held-out captions: {chosen}; {self.found:.0%} of {self.judged} held-out images are nearest to their own"
+
+
+@dataclass
+class _Images:
+    """Features of images: the mean over the tokens of each (n, D), and a sample of single tokens (t, D)."""
+
+    means: Tensor
+    tokens: Tensor
+    places: list[int]  # of those that could be read
 
 
 def fit_projector(
     model: SailLlavaForConditionalGeneration,
     processor: SailLlavaProcessor,
-    conversations: Conversations,
-    rows: int,
-    seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    conversations: Conversations | None = None,
+    rows: int = 0,
+    texts: Texts | None = None,
+    sail: str | None = None,
+    images: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Fit:
-    """Set the projector's weights from the first `rows` rows with one image; their answers are the captions. Return the fit.
+    """Set the projector's weights; return the fit. `progress(what)` gives a function of (done, total).
 
-    Raises DataError if fewer than MIN_IMAGES images can be used, UsageError if the projector is not two linear layers with biases.
+    `conversations`: the first `rows` rows with one image, their answers are the captions. `texts` are aligned by the text side of the
+    stage-one run `sail`. `images` are image data without captions (a folder, files, a pattern) that show where images lie. DataError if
+    fewer than MIN_IMAGES images or MIN_TEXTS texts can be used, UsageError if the projector has no biases.
     """
     projector: Any = model.model.multi_modal_projector
     if projector.linear_1.bias is None or projector.linear_2.bias is None:
-        raise UsageError("a warm start needs a projector with biases (multimodal_projector_bias in the config)")
-    used, words = captions(conversations, processor, rows)
-    if len(used) < MIN_IMAGES:
-        raise DataError(f"{len(used)} rows with one image and a caption, at least {MIN_IMAGES} are needed for a warm start")
+        raise UsageError("a solved projector needs biases (multimodal_projector_bias in the config)")
     table: Any = model.get_input_embeddings()
-    embedding = table.weight.detach()
-    weights = rarity(words, len(embedding)).to(embedding.device)
-    order = np.random.Generator(np.random.Philox(key=[seed, 7])).permutation(len(used))
-    judged = set(order[: min(MOST_HELD_OUT, int(HELD_OUT * len(used)))].tolist())
-    solver: _Solver | None = None
-    held: list[tuple[Tensor, Tensor]] = []
-    images = 0
+    words = Words(processor.tokenizer, table.weight)
+    used, ids = captions(conversations, words, rows) if conversations is not None else ([], [])
+    words.count(ids)
+    if texts is not None:
+        require_texts(_counted(texts, words, progress("texts read")), texts.files, MIN_TEXTS)
+    rarity = words.rarity()
+    captioned = _features(model, _captioned(conversations, used, processor), len(used), progress("images"))
+    unlabelled = _features(model, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
+    _require_images(captioned, unlabelled, len(used), texts)
     with torch.no_grad():
-        for places, features in _features(model, processor, conversations, used, lambda done: progress(done, len(used))):
-            if solver is None:
-                _first_layer(projector, features[:STANDARDIZE_IMAGES], seed)
-                solver = _Solver(projector.linear_2.weight.shape[1], embedding.shape[1])
-            hidden = projector.act(projector.linear_1(features.to(projector.linear_1.weight.dtype))).mean(1).double().cpu()
-            for place, unit in zip(places, hidden, strict=True):
-                target = _target(embedding, words[place], weights).double().cpu()
-                images += 1
-                if place in judged:
-                    held.append((unit, target))
-                else:
-                    solver.add(unit, target)
-        if solver is None or solver.count < MIN_IMAGES:
-            raise DataError(f"only {images} of {len(used)} images can be read; check the data with mllm/check.py, and --image-root")
-        matrix, offset = solver.solve(RIDGE)
-        projector.linear_2.weight.copy_(matrix.T)
-        projector.linear_2.bias.copy_(offset)
-        found = _found(held, matrix, offset, solver.target_mean)
-    return Fit(images, len(used) - images, len(held), found)
+        width = sum(projector.widths)
+        moments = _text_moments(model, texts, str(sail), words, rarity, progress("texts")) if texts is not None else None
+        fitting = Fitting(
+            widths=projector.widths,
+            images=captioned.means if captioned.places else torch.zeros(0, width),
+            targets=words.targets([ids[place] for place in captioned.places], rarity).cpu()
+            if captioned.places
+            else torch.zeros(0, words.table.shape[1]),
+            unlabelled=unlabelled.means if unlabelled.places else None,
+            texts=moments,
+            seed=seed,
+            progress=progress("settings tried"),
+        )
+        solved = fitting.solve()
+        write_map(projector, solved, torch.cat([captioned.tokens, unlabelled.tokens])[:TOKEN_SAMPLE])
+    choice, judged = solved.choice, len(captioned.places) if solved.choice.rank else 0
+    rejected = len(used) - len(captioned.places)
+    return Fit(
+        len(captioned.places), len(unlabelled.places), rejected, moments.count if moments else 0, choice.text_weight, choice.ridges,
+        judged, choice.found,
+    )  # fmt: skip
 
 
-def captions(conversations: Conversations, processor: SailLlavaProcessor, rows: int) -> tuple[list[int], list[Tensor]]:
+def captions(conversations: Conversations, words: Words, rows: int) -> tuple[list[int], list[Tensor]]:
     """Return the numbers of the first `rows` rows with exactly one image, and the token ids of what is answered there."""
-    special = torch.tensor(sorted(processor.tokenizer.all_special_ids))
-    used, words = [], []
+    used, found = [], []
     for number in range(len(conversations)):
         row = conversations[number]
         said = " ".join(texts_of([message for message in row.messages if message["role"] == "assistant"]))
-        ids = torch.tensor(processor.tokenizer.encode(f" {said}", add_special_tokens=False), dtype=torch.long)
-        ids = ids[~torch.isin(ids, special)]
+        [ids] = words.ids([said])
         if len(row.images) == 1 and len(ids):
             used.append(number)
-            words.append(ids)
+            found.append(ids)
         if len(used) == rows:
             break
-    return used, words
+    return used, found
 
 
-def rarity(words: list[Tensor], vocabulary: int) -> Tensor:
-    """Return (V,) float32: log(captions / captions with the token), 0 for tokens of every caption and of none."""
-    counts = torch.zeros(vocabulary)
-    for ids in words:
-        counts[ids.unique()] += 1
-    return torch.where(counts > 0, (len(words) / counts.clamp(min=1)).log(), torch.zeros(()))
+def write_map(projector: Any, solved: LinearMap, tokens: Tensor) -> None:
+    """Write a linear map into the projector: hidden units are the principal directions of what it gives for `tokens` (t, D)."""
+    blocks = [block.double() for block in tokens.split(projector.widths, 1)]
+    predicted = solved(blocks)  # (t, H)
+    mean = predicted.mean(0)
+    values, directions = torch.linalg.eigh(torch.cov((predicted - mean).T))
+    scale = values.clamp(min=0).sqrt()
+    scale = scale.clamp(min=float(scale.max()) * 1e-3 + 1e-9)
+    inward = SPREAD * directions / scale  # (H, K): from words to hidden units
+    height = functional.gelu(torch.tensor(BEND, dtype=torch.float64))
+    slope = 0.5 * (1 + torch.erf(torch.tensor(BEND / 2**0.5))) + BEND * torch.exp(torch.tensor(-(BEND**2) / 2)) / (2 * torch.pi) ** 0.5
+    outward = (directions * scale / (SPREAD * slope)).T  # (K, H)
+    still = solved([torch.zeros_like(block[:1]) for block in blocks])[0]
+    projector.linear_1.weight.copy_((solved.weights[0] @ inward).T)
+    projector.linear_1.bias.copy_(BEND + (still - mean) @ inward)
+    if len(blocks) > 1:
+        projector.linear_raw.weight.copy_((solved.weights[1] @ inward).T)
+    projector.linear_2.weight.copy_(outward.T)
+    projector.linear_2.bias.copy_(mean - height * outward.sum(0))
 
 
-class _Solver:
-    """Sums for a ridge regression of targets (H) on hidden units (K), one row at a time."""
-
-    def __init__(self, hidden: int, width: int) -> None:
-        self.count = 0
-        self.hidden_sum, self.target_sum = torch.zeros(hidden, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        self.gram = torch.zeros(hidden, hidden, dtype=torch.float64)
-        self.cross = torch.zeros(hidden, width, dtype=torch.float64)
-
-    def add(self, hidden: Tensor, target: Tensor) -> None:
-        self.count += 1
-        self.hidden_sum += hidden
-        self.target_sum += target
-        self.gram.addr_(hidden, hidden)
-        self.cross.addr_(hidden, target)
-
-    @property
-    def target_mean(self) -> Tensor:
-        return self.target_sum / self.count
-
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Return the matrix (K, H) and offset (H) of the regression."""
-        mean = self.hidden_sum / self.count
-        gram = self.gram - self.count * torch.outer(mean, mean)
-        cross = self.cross - self.count * torch.outer(mean, self.target_mean)
-        gram += ridge * gram.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
-        matrix = torch.linalg.solve(gram, cross)
-        return matrix, self.target_mean - mean @ matrix
+def _counted(texts: Texts, words: Words, progress: Callable[[int, int], None]) -> int:
+    """Count the words of all texts; return how many texts there are."""
+    done = 0
+    for batch in texts.batches():
+        words.count([ids for ids in words.ids(batch) if len(ids)])
+        done += len(batch)
+        progress(done, max(done + 1, texts.most))
+    return done
 
 
-def _features(
-    model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, conversations: Conversations, used: list[int],
-    progress: Callable[[int], None],
-) -> Iterator[tuple[list[int], Tensor]]:  # fmt: skip
-    """Yield places in `used` and their head outputs (B, N, E), BATCH rows at a time (the first: STANDARDIZE_IMAGES)."""
-    device = next(model.parameters()).device
-    start = 0
-    while start < len(used):
-        stop = min(start + (BATCH if start else STANDARDIZE_IMAGES), len(used))
-        pixels: dict[int, Tensor] = {}
-        for place in range(start, stop):
-            with suppress(Reject):
-                encoded = conversations.read_image(conversations[used[place]].images[0])
-                pixels[place] = processor.image_processor.to_pixels(gate_image(encoded, Limits()))
-        if pixels:
-            batches = torch.stack(list(pixels.values())).split(BATCH)
-            yield list(pixels), torch.cat([model.model.get_patch_features(batch.to(device)) for batch in batches])
-        start = stop
-        progress(start)
+def _text_moments(
+    model: Any, texts: Texts, sail: str, words: Words, rarity: Tensor, progress: Callable[[int, int], None]
+) -> Moments:  # fmt: skip
+    """Return the sums over all texts of their aligned embeddings, as the projector is given them, and of their words."""
+    projector = model.model.multi_modal_projector
+    side = TextSide(sail, model.device)
+    moments = Moments(projector.widths[0], words.table.shape[1], model.device)
+    total = int(words.texts)
+    for batch in texts.batches():
+        ids = words.ids(batch)
+        kept = [number for number, one in enumerate(ids) if len(one)]
+        aligned = side.embed([batch[number] for number in kept])
+        if len(projector.widths) > 1:
+            aligned = functional.layer_norm(aligned, aligned.shape[-1:])
+        moments.add(aligned, words.targets([ids[number] for number in kept], rarity))
+        progress(moments.count, max(total, moments.count))
+    return moments.cpu()
 
 
-def _first_layer(projector: Any, features: Tensor, seed: int) -> None:
-    """Set the first layer to random units of standardized features (B, N, E), in the nearly straight part of GELU.
-
-    A straighter first layer fits better (docs/LOG.md); training bends it where that helps.
-    """
-    flat = features.double().flatten(0, 1).cpu()
-    mean, spread = flat.mean(0), flat.std(0)
-    # channels that hardly vary in the first images (CNNs have many) would drown all others once they do
-    spread = torch.maximum(spread, LEAST_SPREAD * spread.square().mean().sqrt()) + 1e-6
-    hidden, width = projector.linear_1.weight.shape
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(hidden, width, generator=generator, dtype=torch.float64) / width**0.5 / spread
-    bias = 2.0 - weight @ mean
-    projector.linear_1.weight.copy_(weight)
-    projector.linear_1.bias.copy_(bias)
+def _captioned(conversations: Conversations | None, used: list[int], processor: SailLlavaProcessor) -> Iterator[Tensor | None]:
+    """Yield the pixels (3, H, W) of each row's image, None where it cannot be read."""
+    for number in used:
+        assert conversations is not None
+        try:
+            yield processor.image_processor.to_pixels(gate_image(conversations.read_image(conversations[number].images[0]), Limits()))
+        except Reject:
+            yield None
 
 
-def _target(embedding: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return (H): the mean embedding of the tokens `ids`, weighted by their rarity; plain if all of them are in every caption."""
-    share = weights[ids.to(weights.device)]
-    share = share if float(share.sum()) > 0 else torch.ones_like(share)
-    return (embedding[ids.to(embedding.device)].float() * share[:, None]).sum(0) / share.sum()
+def _unlabelled(data: str | None, processor: SailLlavaProcessor) -> Iterator[Tensor | None]:
+    """Yield the pixels of the first MOST_UNLABELLED images of `data`, None where one cannot be read."""
+    if data is None:
+        return
+    source = Source(data)
+    found = plan(source, rows_per_shard=1_000)
+    rows = (row for shard in range(len(found.shards)) for row in open_shard(source, found, shard).rows())
+    for row in islice(rows, MOST_UNLABELLED):
+        try:
+            yield processor.image_processor.to_pixels(gate_image(row.reject or row.image, Limits()))
+        except Reject:
+            yield None
 
 
-def _found(held: list[tuple[Tensor, Tensor]], matrix: Tensor, offset: Tensor, mean: Tensor) -> float:
-    if not held:
-        return float("nan")
-    hidden, targets = (torch.stack(column) for column in zip(*held, strict=True))
-    predicted = functional.normalize(hidden @ matrix + offset - mean, dim=1)
-    scores = predicted @ functional.normalize(targets - mean, dim=1).T
-    return float((scores.argmax(1) == torch.arange(len(scores))).double().mean())
+@torch.no_grad()
+def _features(model: Any, pixels: Iterator[Tensor | None], total: int, progress: Callable[[int, int], None]) -> _Images:
+    """Return the features of images as the projector's first layers are given them, BATCH images a forward pass."""
+    projector, device = model.model.multi_modal_projector, model.device
+    means, tokens, places, kept, start = [], [], [], 0, 0
+    while batch := list(islice(pixels, BATCH)):
+        read = [number for number, image in enumerate(batch) if image is not None]
+        if read:
+            features = model.model.get_patch_features(torch.stack([batch[number] for number in read]).to(device))  # type: ignore[misc]
+            given = torch.cat(projector.blocks(features), dim=-1).float().cpu()  # (B, N, D)
+            means.append(given.mean(1))
+            places += [start + number for number in read]
+            if kept < TOKEN_SAMPLE:
+                tokens.append(given.flatten(0, 1)[: TOKEN_SAMPLE - kept])
+                kept += len(tokens[-1])
+        start += len(batch)
+        progress(start, max(total, start))
+    width = sum(projector.widths)
+    return _Images(torch.cat(means) if means else torch.zeros(0, width), torch.cat(tokens) if tokens else torch.zeros(0, width), places)
+
+
+def _require_images(captioned: _Images, unlabelled: _Images, used: int, texts: Texts | None) -> None:
+    """Raise DataError if there are too few images to fit to, or to tell where images lie."""
+    if used and len(captioned.places) < min(used, MIN_IMAGES) // 2:
+        raise DataError(
+            f"only {len(captioned.places)} of {used} images can be read; check the data with mllm/check.py, and --image-root"
+        )  # fmt: skip
+    if texts is None and len(captioned.places) < MIN_IMAGES:
+        raise DataError(
+            f"{len(captioned.places)} captioned images can be used, at least {MIN_IMAGES} are needed to solve the projector without --texts"
+        )
+    if len(captioned.places) + len(unlabelled.places) < MIN_IMAGES:
+        raise DataError(
+            f"{len(captioned.places)} captioned images and {len(unlabelled.places)} others can be used; at least {MIN_IMAGES} are "
+            "needed to tell where images lie: give --images DATA, images without captions"
+        )

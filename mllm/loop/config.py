@@ -46,6 +46,8 @@ class FinetuneConfig:
     """Rows (or packs) a forward pass of one process; the rest of the batch is accumulated."""
     lr_projector: float | None = None
     """Learning rate of the projector. None: 1e-3 in pretrain, 2e-5 in instruct. 0 freezes, here and below."""
+    lr_raw: float | None = None
+    """Learning rate of the projector's weights for raw patches (mllm/upgrade.py --features both). None: --lr-projector's."""
     lr_head: float | None = None
     """Learning rate of the alignment head. None: 0 in pretrain, 2e-5 in instruct."""
     lr_llm: float | None = None
@@ -120,7 +122,8 @@ class FinetuneConfig:
         if self.lora_rank:
             stage |= {"llm": 2e-4, "vision": 0.0}
         given = {"projector": self.lr_projector, "head": self.lr_head, "llm": self.lr_llm, "vision": self.lr_vision}
-        return {group: stage[group] if own is None else own for group, own in given.items()}
+        rates = {group: stage[group] if own is None else own for group, own in given.items()}
+        return rates | {"raw": rates["projector"] if self.lr_raw is None else self.lr_raw}
 
     def lora(self) -> Lora | None:
         """Return the settings of the adapters, None without."""

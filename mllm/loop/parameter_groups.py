@@ -1,6 +1,7 @@
 """The parameter groups of a SailLlava, each with its own learning rate; LoRA on its LLM; what a run has changed of a model.
 
-Groups: `projector`, `head`, `llm` (language model and output layer, or its LoRA adapters), `vision`. A rate of 0 freezes a group.
+Groups: `projector`, `raw` (the projector's weights for raw patches beside a head), `head`, `llm` (language model and output layer, or
+its LoRA adapters), `vision`. A rate of 0 freezes a group.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 from mllm.model.saving import load_mllm
 
-GROUPS = ("projector", "head", "llm", "vision")
+GROUPS = ("projector", "raw", "head", "llm", "vision")
 
 
 def unwrapped(model: nn.Module) -> SailLlavaForConditionalGeneration:
@@ -32,8 +33,15 @@ def named_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Return the named parameters of each group; names are those of `model` itself, each parameter once."""
     inner = unwrapped(model)
     language = nn.ModuleList([inner.model.language_model, inner.lm_head])
-    modules = zip(GROUPS, (inner.model.multi_modal_projector, inner.model.sail_head, language, inner.model.vision_tower), strict=True)
-    owner = {id(parameter): group for group, module in modules for parameter in module.parameters()}
+    owner = {
+        id(parameter): group
+        for group, module in (
+            ("projector", inner.model.multi_modal_projector), ("head", inner.model.sail_head), ("llm", language),
+            ("vision", inner.model.vision_tower),
+        )
+        for parameter in module.parameters()
+    }  # fmt: skip
+    owner |= {id(parameter): "raw" for name, parameter in inner.named_parameters() if "linear_raw." in name}
     found: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         found[owner[id(parameter)]].append((name, parameter))
@@ -55,13 +63,18 @@ def set_trainable(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("model.language_model.")]
     whole = {"projector": ("multi_modal_projector", model.model.multi_modal_projector), "head": ("sail_head", model.model.sail_head)}
-    saved = [name for group, (name, module) in whole.items() if rates[group] > 0 and any(True for _ in module.parameters())]
+    rates_of = {"projector": max(rates["projector"], rates["raw"]), "head": rates["head"]}
+    saved = [name for group, (name, module) in whole.items() if rates_of[group] > 0 and any(True for _ in module.parameters())]
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, modules_to_save=saved or None
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws the adapters' weights from the global generator
-        return get_peft_model(model, settings)
+        wrapped: nn.Module = get_peft_model(model, settings)
+    for group in ("projector", "raw"):  # peft trains all of a module that it keeps a copy of
+        for name, parameter in named_groups(wrapped)[group]:
+            parameter.requires_grad_(rates[group] > 0 and ".original_module." not in name)
+    return wrapped
 
 
 def load_trainable(

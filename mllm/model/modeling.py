@@ -44,6 +44,7 @@ class SailLlavaConfig(LlavaConfig):
     sail_head_kind: str = "glu"
     sail_head_expansion: int | None = None
     sail_head_dropout: float | None = None
+    sail_raw: bool = False  # the projector is given the raw patch beside the head's output
     sail_width: int = 1024  # E
     sail_feature: str = "patch"  # cls_patch | patch
     sail_feature_width: int = 1024  # F
@@ -59,6 +60,8 @@ class SailLlavaConfig(LlavaConfig):
         for field, allowed in (("sail_head", HEAD_STATES), ("sail_feature", FEATURES)):
             if getattr(self, field) not in allowed:
                 raise UsageError(f"{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+        if self.sail_raw and self.sail_head == "none":
+            raise UsageError("sail_raw is True without a head: the raw patch is all that the projector is given, set sail_raw to False")
         if self.sail_patch_grid is not None:
             self.image_seq_length = self.image_tokens()
 
@@ -71,17 +74,31 @@ class SailLlavaConfig(LlavaConfig):
 
 
 class SailProjector(nn.Module):
-    """Returns `Linear(H, H)(GELU(Linear(E, H)(x)))`: LLaVA-1.5's projector (arXiv 2310.03744), on the head's width."""
+    """Returns `Linear(H, H)(GELU(Linear(E, H)(x)))`: LLaVA-1.5's projector (arXiv 2310.03744), on the head's width.
 
-    def __init__(self, in_width: int, out_width: int, activation: str, bias: bool) -> None:
+    With `raw_width` F the raw patch r lies beside x: `Linear(H, H)(GELU(Linear(E, H)(n(x)) + Linear(F, H)(n(r))))`, n a LayerNorm
+    without weights, so that neither block drowns the other and each can have its own learning rate.
+    """
+
+    def __init__(self, in_width: int, out_width: int, activation: str, bias: bool, raw_width: int = 0) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_width, out_width, bias=bias)
+        if raw_width:
+            self.linear_raw = nn.Linear(raw_width, out_width, bias=False)
         self.act = ACT2FN[activation]
         self.linear_2 = nn.Linear(out_width, out_width, bias=bias)
+        self.widths = [in_width, raw_width] if raw_width else [in_width]
+
+    def blocks(self, features: Tensor) -> list[Tensor]:
+        """Return what the first layers are given of features (..., E) or (..., E + F): (..., E), and (..., F) if there is a raw block."""
+        blocks = features.to(self.linear_1.weight.dtype).split(self.widths, dim=-1)
+        return [functional.layer_norm(block, block.shape[-1:]) for block in blocks] if len(blocks) > 1 else list(blocks)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (..., H) for features (..., E)."""
-        return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
+        """Return (..., H) for features (..., E), with a raw block (..., E + F)."""
+        first, *raw = self.blocks(features)
+        hidden = self.linear_1(first) + self.linear_raw(raw[0]) if raw else self.linear_1(first)
+        return self.linear_2(self.act(hidden))
 
 
 class SailLlavaModel(LlavaModel):
@@ -101,7 +118,11 @@ class SailLlavaModel(LlavaModel):
             self.sail_head = build_head(config.sail_head_kind, width, config.sail_width, **options)  # type: ignore[arg-type]
             width = config.sail_width
         self.multi_modal_projector: nn.Module = SailProjector(  # type: ignore[assignment]
-            width, config.text_config.hidden_size, config.projector_hidden_act, config.multimodal_projector_bias
+            width,
+            config.text_config.hidden_size,
+            config.projector_hidden_act,
+            config.multimodal_projector_bias,
+            raw_width=config.sail_feature_width if config.sail_raw else 0,
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.freeze_unread()
@@ -131,8 +152,9 @@ class SailLlavaModel(LlavaModel):
         return self
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """Return the projector's input (B, N, E): the head's output for each patch, not normalized. Without a head, E is F.
+        """Return the projector's input (B, N, E), not normalized: the head's output for each patch; without a head, E is F.
 
+        With `sail_raw` it is (B, N, E + F): the raw patch follows.
         pixel_values (B, 3, H, W) must have the size that the model was assembled for; UsageError otherwise.
         """
         config, backbone = self.config, self.backbone
@@ -148,7 +170,8 @@ class SailLlavaModel(LlavaModel):
         features = tokens[:, backbone.prefix :]  # (B, P, D)
         if config.sail_feature == "cls_patch":
             features = torch.cat([tokens[:, :1].expand_as(features), features], dim=-1)  # (B, P, F)
-        features = self.sail_head(features.to(_dtype(self.sail_head, features.dtype)))  # (B, P, E)
+        aligned = self.sail_head(features.to(_dtype(self.sail_head, features.dtype)))  # (B, P, E)
+        features = torch.cat([aligned, features.to(aligned.dtype)], dim=-1) if config.sail_raw else aligned
         if config.sail_grid is not None and config.sail_grid != config.sail_patch_grid:
             maps = features.transpose(1, 2).unflatten(2, config.sail_patch_grid)  # (B, E, rows, columns)
             features = functional.adaptive_avg_pool2d(maps, (config.sail_grid[0], config.sail_grid[1])).flatten(2).transpose(1, 2)

@@ -126,12 +126,19 @@ def tiny_sail(folder: Path, vision: Path, head: str = "glu", width: int = 24, **
 
 
 def tiny_model(
-    kind: str = "dinov2", llm: str = "llama", tie: bool = False, chatml: bool = False, grid: list[int] | None = None, seed: int = 0
+    kind: str = "dinov2",
+    llm: str = "llama",
+    tie: bool = False,
+    chatml: bool = False,
+    grid: list[int] | None = None,
+    seed: int = 0,
+    raw: bool = False,
 ) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor]:
     """Return a SailLlava in memory (float32, eval mode) and its processor, without any folder or assembly.
 
     Vision `dinov2` (CLS and patches, 3 x 3 grid) or `resnet` (2 x 2 grid), a random glu head, 9 or 4 visual tokens, or those of
-    `grid`. <image> is the last token of the vocabulary. The processor has no chat template: set one.
+    `grid`; with `raw` the projector sees raw patches, too. <image> is the last token of the vocabulary. The processor has no chat
+    template: set one.
     """
     model_class, arguments, _ = CASES[kind]
     vision_config = getattr(transformers, model_class).config_class(**arguments)
@@ -152,6 +159,7 @@ def tiny_model(
         vision_feature_select_strategy="full",
         sail_head="random",
         sail_head_expansion=2,
+        sail_raw=raw,
         sail_width=24,
         sail_feature="patch" if cnn else "cls_patch",
         sail_feature_width=width if cnn else 2 * width,

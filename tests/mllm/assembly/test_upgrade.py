@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 from align.common.errors import DamagedError, FingerprintError, UsageError
+from align.common.files import hash_bytes
 from align.model.dual_encoder import SailModel
 from mllm import upgrade
+from mllm.assembly import warmstart
 from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.join import load_projector
 from mllm.conversations.tokens import Chat
@@ -354,6 +357,50 @@ def test_the_entry_writes_a_model_and_says_what_was_kept(parts, llava, tmp_path,
     (tmp_path / "mine/notes.txt").write_text("precious")
     with pytest.raises(UsageError, match="not a model folder"):
         upgrade.main(UpgradeConfig(llm=str(parts / "llama"), sail=str(parts / "run"), output=str(tmp_path / "mine")))
+
+
+def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, capsys):
+    class Side:  # the run has no text encoder
+        def __init__(self, sail, device):
+            assert sail == str(parts / "run")
+
+        def embed(self, texts):
+            return torch.tensor([[int(hash_bytes(f"{text} {n}".encode())[:4], 16) / 65536 for n in range(24)] for text in texts])
+
+    monkeypatch.setattr(warmstart, "TextSide", Side)
+    (tmp_path / "photos").mkdir()
+    for n in range(60):
+        Image.new("RGB", (50, 50), (4 * n, 255 - 2 * n, n)).save(tmp_path / f"photos/{n}.png")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"key": str(n), "words": f"a photo of {n}"}) + "\n" for n in range(400)))
+    config = UpgradeConfig(
+        llm=str(parts / "llama"), sail=str(parts / "run"), output=str(tmp_path / "out"), features="both",
+        texts=(str(tmp_path / "texts.jsonl"),),
+        text_columns=("words",), text_rows=300, images=str(tmp_path / "photos"),
+    )  # fmt: skip
+    upgrade.main(config)
+    assert "solved from 300 texts, with 60 images without captions" in " ".join(capsys.readouterr().out.split())
+    model, _ = load_mllm(tmp_path / "out")
+    projector = model.model.multi_modal_projector
+    assert model.config.sail_raw and projector.linear_raw.weight.shape == (32, 64)
+    given = model.model.get_patch_features(torch.randn(2, 3, SIZE, SIZE))
+    assert given.shape == (2, 9, 24 + 64)
+    before = projector(given)
+    projector.linear_raw.weight.data.add_(1.0)
+    assert not torch.equal(projector(given), before), "the raw block does not reach the LLM"
+
+
+@pytest.mark.parametrize("fields", [{"sail_head": "random"}, {"sail_head": "none"}, {"images": None}, {"projector": "p"}])
+def test_texts_that_could_reach_no_image_are_refused(fields):
+    given = {"llm": "a", "sail": "b", "texts": ("t.txt",), "images": "photos"} | fields
+    with pytest.raises(UsageError, match="only through a trained head|show where images lie|not both"):
+        UpgradeConfig(**given)
+
+
+def test_raw_features_are_those_without_a_head():
+    for fields in ({"features": "raw"}, {"features": "both", "sail_head": "none"}, {"features": "head", "sail_head": "none"}):
+        with pytest.raises(UsageError, match="--features"):
+            UpgradeConfig(llm="a", sail="b", **fields)
+    assert UpgradeConfig(llm="a", sail="b", features="raw", sail_head="none").sail_head == "none"
 
 
 @pytest.mark.parametrize(

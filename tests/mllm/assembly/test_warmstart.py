@@ -1,4 +1,4 @@
-"""The closed-form start of the projector: equal to a textbook ridge regression, and images land near their captions' words."""
+"""The closed-form start of the projector: images land near the words of their captions, and of texts that no image belongs to."""
 
 import json
 
@@ -6,32 +6,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from align.common.errors import DataError
-from mllm.assembly.warmstart import _first_layer, _Solver, captions, fit_projector, rarity
+from align.common.errors import DataError, UsageError
+from mllm.assembly import warmstart
+from mllm.assembly.solve import Choice, LinearMap
+from mllm.assembly.texts import Texts, Words
+from mllm.assembly.warmstart import captions, fit_projector, write_map
 from mllm.conversations.table import open_conversations
 from tests.support.tiny_mllm import tiny_model
 
 
-def test_the_solver_is_ridge_regression():
-    generator = torch.Generator().manual_seed(0)
-    hidden, targets = (torch.randn(40, width, generator=generator, dtype=torch.float64) for width in (6, 3))
-    solver = _Solver(6, 3)
-    for unit, target in zip(hidden, targets, strict=True):
-        solver.add(unit, target)
-    matrix, offset = solver.solve(0.3)
-    centered = hidden - hidden.mean(0)
-    penalty = 0.3 * centered.pow(2).sum(0).mean()
-    stacked = torch.cat([centered, penalty.sqrt() * torch.eye(6, dtype=torch.float64)])
-    wanted = torch.cat([targets - targets.mean(0), torch.zeros(6, 3, dtype=torch.float64)])
-    assert torch.allclose(matrix, torch.linalg.lstsq(stacked, wanted).solution, atol=1e-8)
-    assert torch.allclose(hidden.mean(0) @ matrix + offset, targets.mean(0))
-
-
 def test_rarity_of_words():
-    found = rarity([torch.tensor([1, 2, 2]), torch.tensor([1, 3])], 5)
-    assert found.tolist() == pytest.approx([0, 0, np.log(2), np.log(2), 0])
+    words = Words(tiny_model()[1].tokenizer, torch.zeros(5, 2))
+    words.count([torch.tensor([1, 2, 2]), torch.tensor([1, 3])])
+    assert words.rarity().tolist() == pytest.approx([0, 0, np.log(2), np.log(2), 0])
+
+
+def test_a_text_is_the_mean_of_its_words_by_rarity():
+    table = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    words, rarity = Words(tiny_model()[1].tokenizer, table), torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0])
+    found = words.targets([torch.tensor([1, 2, 3, 3]), torch.tensor([0, 1])], rarity)
+    torch.testing.assert_close(found[0], (table[2] + 6 * table[3]) / 7)
+    torch.testing.assert_close(found[1], table[:2].mean(0))
 
 
 @pytest.fixture
@@ -50,52 +46,114 @@ def colors(tmp_path):
     return tmp_path
 
 
-def test_images_land_near_the_words_of_their_captions(colors):
+def nearest(model, processor, colors, conversations):
+    """Return how many of 39 pictures' mean visual tokens are nearest to the words of their own color, all around their mean."""
+    words = Words(processor.tokenizer, model.get_input_embeddings().weight)
+    _, ids = captions(conversations, words, 40)
+    words.count(ids)
+    targets = words.targets(ids[:4], words.rarity())
+    pictures = [n for n in range(40) if n != 5]
+    pixels = torch.stack([processor.image_processor.to_pixels(Image.open(colors / f"{n}.png").convert("RGB")) for n in pictures])
+    with torch.no_grad():
+        tokens = torch.stack(model.model.get_image_features(pixels).pooler_output).mean(1)
+    found = torch.cdist(tokens - tokens.mean(0), targets - targets.mean(0)).argmin(1)
+    return sum(int(choice) == n % 4 for choice, n in zip(found, pictures, strict=True))
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
+def test_images_land_near_the_words_of_their_captions(colors, raw):
     conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
-    model, processor = tiny_model()
+    model, processor = tiny_model(raw=raw)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert nearest(model, processor, colors, conversations) < 30
     seen = []
-    fit = fit_projector(model, processor, conversations, 120, seed=1, progress=lambda done, total: seen.append((done, total)))
-    assert (fit.images, fit.rejected, fit.held_out) == (119, 1, 12) and seen[-1] == (120, 120)
+
+    def progress(what):
+        return lambda done, total: seen.append((what, done, total))
+
+    fit = fit_projector(model, processor, conversations=conversations, rows=120, seed=1, progress=progress)
+    assert (fit.captioned, fit.rejected, fit.judged, fit.texts) == (119, 1, 119, 0) and ("images", 120, 120) in seen
+    assert len(fit.ridges) == 1 + raw and fit.found > 0.9 and "119 captioned images (1 images unusable)" in fit.summary()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and all(name.startswith("model.multi_modal_projector.") for name in changed)
-
-    def nearest(model):
-        """Return how many of 40 pictures' mean visual tokens are nearest to the mean of their own color's."""
-        _, words = captions(conversations, processor, 40)
-        table = model.get_input_embeddings().weight.detach()
-        spread = rarity(words, len(table))
-        targets = torch.stack([(table[ids] * spread[ids][:, None]).sum(0) / spread[ids].sum() for ids in words[:4]])
-        pictures = [n for n in range(40) if n != 5]
-        pixels = torch.stack([processor.image_processor.to_pixels(Image.open(colors / f"{n}.png").convert("RGB")) for n in pictures])
-        with torch.no_grad():
-            tokens = torch.stack(model.model.get_image_features(pixels).pooler_output).mean(1)
-        found = torch.cdist(tokens, targets).argmin(1)
-        return int(sum(int(choice) == n % 4 for choice, n in zip(found, pictures, strict=True)))
-
-    assert nearest(model) >= 36 > nearest(tiny_model()[0])
-    again, _ = tiny_model()
-    fit_projector(again, processor, conversations, 120, seed=1)
+    assert len(changed) == 4 + raw and all(name.startswith("model.multi_modal_projector.") for name in changed)
+    assert nearest(model, processor, colors, conversations) >= 36
+    again, _ = tiny_model(raw=raw)
+    fit_projector(again, processor, conversations=conversations, rows=120, seed=1)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
-def test_too_few_captions_are_refused(colors):
+class Seer:
+    """A text side that knows where the head sees each color; its texts lie elsewhere and wider, as captions do in an aligned space."""
+
+    def __init__(self, model, processor, folder):
+        names = ("red", "green", "blue", "yellow")
+        pixels = torch.stack([processor.image_processor.to_pixels(Image.open(folder / f"{n}.png").convert("RGB")) for n in range(4)])
+        with torch.no_grad():
+            self.known = dict(zip(names, model.model.get_patch_features(pixels).mean(1)[:, :24], strict=True))
+        self.noise = torch.Generator().manual_seed(0)
+
+    def embed(self, texts):
+        own = torch.stack([self.known[text.split()[-1]] for text in texts])
+        return 2 * own + 5 + 0.01 * torch.randn(own.shape, generator=self.noise)
+
+
+@pytest.mark.parametrize("captioned", [0, 60])
+@pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
+def test_texts_without_images_put_images_near_their_words(colors, monkeypatch, raw, captioned):
+    conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
+    model, processor = tiny_model(raw=raw)
+    seer = Seer(model, processor, colors)
+    if raw:
+        monkeypatch.setattr(seer, "known", {name: torch.nn.functional.layer_norm(x, x.shape) for name, x in seer.known.items()})
+    monkeypatch.setattr(warmstart, "TextSide", lambda sail, device: seer)
+    names = ("red", "green", "blue", "yellow")
+    (colors / "texts.txt").write_text("".join(f"the photo is {names[n % 4]}\n\n" for n in range(400)), encoding="utf-8-sig")
+    texts = Texts((str(colors / "texts.txt"),))
+    given = {"conversations": conversations, "rows": captioned} if captioned else {}
+    fit = fit_projector(model, processor, texts=texts, sail="run", images=str(colors), seed=1, **given)
+    assert (fit.texts, fit.unlabelled, fit.captioned) == (400, 119, captioned and captioned - 1)
+    assert nearest(model, processor, colors, conversations) >= 34
+    assert ("too few captions" in fit.summary()) == (not captioned) and "solved from 400 texts" in fit.weights()
+
+
+def test_the_projector_is_the_map_that_was_solved():
+    model, _ = tiny_model(raw=True)
+    projector = model.model.multi_modal_projector
+    generator = torch.Generator().manual_seed(0)
+    tokens, width = torch.randn(200, sum(projector.widths), generator=generator), projector.linear_2.out_features
+    weights = [torch.randn(size, width, generator=generator).double() for size in projector.widths]
+    solved = LinearMap([torch.ones(size).double() for size in projector.widths], weights, torch.arange(width).double(), Choice(0, (1, 1)))
+    given = torch.cat(projector.blocks(tokens), 1)
+    with torch.no_grad():
+        write_map(projector, solved, given)
+        wanted, found = solved(list(given.split(projector.widths, 1))), projector(tokens).double()
+    assert (found - wanted).std() < 0.05 * wanted.std()
+
+
+def test_texts_are_read_from_lines_tables_and_tars(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\n \ntwö\n\xff\xfe broken".encode("latin-1").replace(b"tw\xf6", "twö".encode()))
+    (tmp_path / "b.jsonl").write_text(
+        '{"key": "1", "caption": ["three", "four"], "other": "x"}\n{"key": "2", "caption": ""}\n{"key": "3"}\n'
+    )
+    (tmp_path / "c.csv").write_text("key,caption\n1,five\n2,six\n")
+    files = tuple(str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv"))
+    assert [text for batch in Texts(files).batches() for text in batch] == ["one", "twö", "three", "four", "five", "six"]
+    assert [text for batch in Texts(files, most=4).batches() for text in batch] == ["one", "twö", "three", "four"]
+    assert list(Texts(files[1:2], ("other",)).batches()) == [["x"]]
+    with pytest.raises(DataError, match="no column 'text'; it has"):
+        list(Texts(files[2:], ("text",)).batches())
+    with pytest.raises(UsageError, match="no such file"):
+        list(Texts(("nowhere.txt",)).batches())
+
+
+def test_too_little_is_refused(colors, monkeypatch):
     conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
     model, processor = tiny_model()
-    with pytest.raises(DataError, match="at least 50"):
-        fit_projector(model, processor, conversations, 20, seed=1)
-
-
-def test_a_channel_that_was_silent_at_first_does_not_drown_the_others():
-    features = torch.randn(20, 4, 8, generator=torch.Generator().manual_seed(0))
-    features[..., 3] = 0.0
-
-    class Projector(nn.Module):
-        linear_1 = nn.Linear(8, 16)
-
-    with torch.no_grad():
-        _first_layer(Projector, features, seed=0)
-        later = features.clone()
-        later[..., 3] = 1.0  # as large as the others
-        moved = (Projector.linear_1(later) - Projector.linear_1(features)).abs().max()
-    assert moved < 10, "a channel without spread was divided by almost nothing"
+    with pytest.raises(DataError, match="at least 50 are needed to solve the projector without --texts"):
+        fit_projector(model, processor, conversations=conversations, rows=20, seed=1)
+    monkeypatch.setattr(warmstart, "TextSide", lambda sail, device: Seer(model, processor, colors))
+    (colors / "texts.txt").write_text("the photo is red\n" * 300)
+    with pytest.raises(DataError, match="give --images DATA"):
+        fit_projector(model, processor, texts=Texts((str(colors / "texts.txt"),)), sail="run", conversations=conversations, rows=20, seed=1)
+    with pytest.raises(DataError, match="150 usable texts, at least 200"):
+        fit_projector(model, processor, texts=Texts((str(colors / "texts.txt"),), most=150), sail="run", images=str(colors), seed=1)

@@ -1,5 +1,6 @@
 """Parameter groups hold every parameter once, rates decide which are trained, and what was trained goes in and out exactly."""
 
+import pytest
 import torch
 
 from mllm.loop.config import Lora
@@ -18,7 +19,7 @@ from tests.support.tiny_mllm import tiny_model
 
 def test_trained_tensors_go_in_and_out_exactly():
     model, _ = tiny_model(seed=1)
-    rates = {"projector": 1.0, "head": 1.0, "llm": 1.0, "vision": 0.0}
+    rates = {"projector": 1.0, "raw": 1.0, "head": 1.0, "llm": 1.0, "vision": 0.0}
     one = set_trainable(model, rates, Lora(2, 4), seed=0)
     with torch.no_grad():
         for parameter in one.parameters():
@@ -35,17 +36,29 @@ def test_trained_tensors_go_in_and_out_exactly():
 def test_every_parameter_belongs_to_one_group():
     for lora in (None, Lora(2, 4)):
         model, _ = tiny_model(tie=True)
-        prepared = set_trainable(model, dict.fromkeys(("projector", "head", "llm", "vision"), 1.0), lora, seed=0)
+        prepared = set_trainable(model, dict.fromkeys(GROUPS, 1.0), lora, seed=0)
         named = [name for listed in named_groups(prepared).values() for name, _ in listed]
         assert sorted(named) == sorted(name for name, _ in prepared.named_parameters()) and len(set(named)) == len(named)
 
 
 def test_a_rate_of_0_freezes_a_group_and_vectors_do_not_decay():
-    rates = {"projector": 1e-3, "head": 0.0, "llm": 2e-5, "vision": 0.0}
+    rates = {"projector": 1e-3, "raw": 0.0, "head": 0.0, "llm": 2e-5, "vision": 0.0}
     model = set_trainable(tiny_model()[0], rates, None, seed=0)
     sizes = group_sizes(model)
     assert sum(total for total, _ in sizes.values()) == sum(parameter.numel() for parameter in model.parameters())
-    assert [sizes[group][1] for group in GROUPS] == [sizes["projector"][0], 0, sizes["llm"][0], 0]
+    assert [sizes[group][1] for group in GROUPS] == [sizes["projector"][0], 0, 0, sizes["llm"][0], 0]
     groups = optimizer_groups(model, rates, 0.1)
     found = [(group["name"], group["lr"], group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups]
     assert found == [("projector", 1e-3, 0.1, {2}), ("projector", 1e-3, 0.0, {1}), ("llm", 2e-5, 0.1, {2}), ("llm", 2e-5, 0.0, {1})]
+
+
+@pytest.mark.parametrize("lora", [None, Lora(2, 4)], ids=["whole", "lora"])
+@pytest.mark.parametrize("rate", [0.0, 1e-4])
+def test_raw_patches_have_a_rate_of_their_own(lora, rate):
+    rates = {"projector": 1e-3, "raw": rate, "head": 0.0, "llm": 2e-5, "vision": 0.0}
+    model = set_trainable(tiny_model(raw=True)[0], rates, lora, seed=0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "linear_raw" in name]
+    assert len(trained) == (1 if rate else 0)
+    assert all("original_module" not in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    groups = {group["name"]: group["lr"] for group in optimizer_groups(model, rates, 0.1)}
+    assert groups.get("raw", 0.0) == rate and groups["projector"] == 1e-3
