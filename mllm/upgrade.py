@@ -71,7 +71,7 @@ def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration
         language = load_llava(str(config.llava), config.revision)
     vision = load_aligned_encoder(
         sail=config.sail, vision=config.vision, sail_head=config.sail_head, head=config.head, expansion=config.expansion,
-        width=config.width, layer=config.layer, image_size=config.image_size, raw=config.features == "both", seed=config.seed,
+        width=config.width, layer=config.layer, image_size=config.image_size, raw=config.raw_beside_head, seed=config.seed,
     )  # fmt: skip
     aspect = config.image_aspect_ratio
     return assemble(language, vision, image_aspect_ratio=aspect, grid=config.grid, template=config.template, seed=config.seed)

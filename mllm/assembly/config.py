@@ -41,7 +41,8 @@ class UpgradeConfig:
     for the roles, only lines of a question and its answer: for small LLMs and short answers."""
     features: Literal["head", "raw", "both"] | None = None
     """What the projector is given of each patch: the head's output, the encoder's own feature, or both side by side (two blocks, each
-    normalized and with its own learning rate). None: head, and raw with --sail-head none."""
+    normalized and with its own learning rate). None: raw with --sail-head none; both where --captions or --texts solve the projector;
+    head, as in the paper, where it starts at random or from --projector."""
     captions: tuple[str, ...] = ()
     """Conversation files of captioned images: start the projector in closed form from them instead of at random."""
     texts: tuple[str, ...] = ()
@@ -86,6 +87,12 @@ class UpgradeConfig:
         given = f"--sail-head {self.sail_head} --features {self.features}"
         check(self.sail_head != "none" or self.features in (None, "raw"), given, "without a head the raw patch is all there is")
         check(self.features != "raw" or self.sail_head == "none", given, "raw features pass no head: give --sail-head none as well")
+
+    @property
+    def raw_beside_head(self) -> bool:
+        """Whether the projector is given raw patches beside the head's output."""
+        solved = bool(self.captions or self.texts) and self.sail_head != "none"
+        return self.features == "both" or (self.features is None and solved)
 
     def _read_only_with(self, flag: str, value: object, *names: str) -> None:
         """Raise UsageError if a field of `names` differs from its default while `flag`, without which nothing reads it, is not given."""

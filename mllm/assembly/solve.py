@@ -17,7 +17,7 @@ FOLDS = 5
 LEAST_JUDGED = 20  # captioned images for a choice by cross-validation
 MOST_JUDGED = 2_000
 TEXT_WEIGHTS = (1_000.0, 0.0, 250.0, 4_000.0, 16_000.0)  # captioned images that all texts together count as; the first is the default
-RIDGES = ((0.1, 0.01, 1.0), (1.0, 0.1, 10.0, 100.0))  # of the first block (head or raw alone) and of a raw block beside it
+RIDGES = ((0.1, 0.01, 1.0), (10.0, 1.0, 0.1, 100.0, 10_000.0))  # of the first block (head or raw alone), and of a raw block beside it
 SHRINKAGE = 1.0  # of both covariances, relative to their mean eigenvalue
 LEAST_SPREAD = 0.3  # of the typical spread: channels that hardly vary (CNNs have many) would drown all others once they do
 
