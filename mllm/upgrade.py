@@ -80,13 +80,15 @@ def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration
 def solved(config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", processor: "SailLlavaProcessor", console: "Console") -> "Fit":
     """Solve the projector from --captions, --texts or both, on a GPU if there is one; return how it went."""
     import torch
+    from torch import nn
 
     from align.common.console import Progress
     from mllm.assembly.texts import Texts
     from mllm.assembly.warmstart import fit_projector
     from mllm.conversations.table import open_conversations
 
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    module: nn.Module = model
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as cache:
         fit = fit_projector(
             model,
@@ -99,7 +101,7 @@ def solved(config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", pr
             seed=config.seed,
             progress=lambda what: Progress(console, what),
         )
-    model.to("cpu")
+    module.to("cpu")
     return fit
 
 

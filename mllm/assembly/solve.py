@@ -83,7 +83,7 @@ class LinearMap:
     def __call__(self, blocks: list[Tensor]) -> Tensor:
         """Return (..., H) for one tensor (..., D_b) a block."""
         moved = (block.to(self.offset) - mean for block, mean in zip(blocks, self.means, strict=True))
-        return self.offset + sum(block @ weight for block, weight in zip(moved, self.weights, strict=True))  # type: ignore[return-value]
+        return self.offset + sum(block @ weight for block, weight in zip(moved, self.weights, strict=True))
 
 
 @dataclass

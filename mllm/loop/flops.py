@@ -80,7 +80,7 @@ def image_flops(config: SailLlavaConfig, rates: Mapping[str, float]) -> float:
     for group, module in (("vision", shadow.vision_tower), ("head", shadow.sail_head), ("projector", shadow.multi_modal_projector)):
         module.requires_grad_(rates[group] > 0)
     if config.sail_raw:
-        shadow.multi_modal_projector.linear_raw.requires_grad_(rates["raw"] > 0)  # type: ignore[union-attr]
+        shadow.multi_modal_projector.linear_raw.requires_grad_(rates["raw"] > 0)
     shadow.train()
     with FlopCounterMode(display=False) as counter:
         features = shadow.multi_modal_projector(shadow.get_patch_features(pixels))
