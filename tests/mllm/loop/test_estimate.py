@@ -18,7 +18,7 @@ from tests.support.tiny_mllm import tiny_model
     ],
 )
 def test_bytes_of_weights_gradients_and_states(settings, weights, gradients, optimizer):
-    model = set_trainable(tiny_model()[0], {"projector": 1.0, "head": 1.0, "llm": 0.0, "vision": 0.0}, None, seed=0)
+    model = set_trainable(tiny_model()[0], {"projector": 1.0, "raw": 1.0, "head": 1.0, "llm": 0.0, "vision": 0.0}, None, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     plain = {"bf16": False, "checkpointing": False, "optimizer": "adamw", "zero_stage": 0, "world": 1}

@@ -19,6 +19,7 @@ def test_a_step_costs_what_torch_counts(kind, rates, lora):
     model, _ = tiny_model(kind)
     model.set_attn_implementation("eager")
     rates = dict(zip(("projector", "head", "llm", "vision"), rates, strict=True))
+    rates["raw"] = rates["projector"]
     prepared = set_trainable(model, rates, lora, seed=0).train()
     tokens = model.config.image_tokens()
     ids = torch.cat([torch.full((1, tokens), model.config.image_token_id), torch.arange(30)[None]], dim=1)
