@@ -12,7 +12,9 @@ models=()
 for seed in ${SEEDS:-0 1 2}; do
   for head in ${HEADS:-trained random none}; do
     run="$out/$head-$seed"
-    python mllm/upgrade.py --config "$recipe" --sail-head "$head" --seed "$seed" --output "$run/init"
+    texts=()
+    [ "$head" = trained ] || texts=(--texts --text-columns caption) # none: texts reach images only through a trained head
+    python mllm/upgrade.py --config "$recipe" --sail-head "$head" "${texts[@]}" --seed "$seed" --output "$run/init"
     python mllm/finetune.py --config "$recipe" --stage pretrain --seed "$seed" --model "$run/init" --output "$run/pretrain"
     python mllm/finetune.py --config "$recipe" --stage instruct --seed "$seed" --model "$run/pretrain/model" --output "$run/instruct"
     models+=("$head-$seed=$run/instruct")

@@ -139,7 +139,8 @@ recipe=mllm/recipes/quickstart.yaml
 tasks=$PWD/eval/harness/tasks
 sail=${SAIL:-runs/flickr8k/train/linear/0}
 export TOKENIZERS_PARALLELISM=false
-python mllm/upgrade.py --config "$recipe" --sail "$sail" --captions "$out/data/pretrain.jsonl" --image-root "$data" --output "$out/init"
+python mllm/upgrade.py --config "$recipe" --sail "$sail" --captions "$out/data/pretrain.jsonl" --image-root "$data" \
+  --texts "$data/flickr8k/train.jsonl" --text-columns captions --output "$out/init"
 train() { python mllm/finetune.py --config "$recipe" --image-root "$data" "$@"; }
 train --stage pretrain --model "$out/init" --data "$out/data/pretrain.jsonl" --output "$out/pretrain"
 train --stage instruct --model "$out/pretrain/model" --data "$out/data/instruct.jsonl" --output "$out/instruct" --steps "${STEPS:-300}"
