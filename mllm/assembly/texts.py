@@ -3,6 +3,7 @@
 Shapes: `n` texts, `E` head width, `H` LLM width, `V` vocabulary.
 """
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,17 +52,18 @@ class Texts:
 
 
 def _lines(file: str) -> Iterator[str]:
-    """Yield the lines of a text file that are usable as captions."""
-    if not os.path.isfile(file):
+    """Yield the lines of a text file, or of all that a pattern matches, that are usable as captions."""
+    found = [file] if os.path.isfile(file) else sorted(glob.glob(file))
+    if not found:
         raise UsageError(f"no such file: {file}; --texts takes .txt (a text a line), .jsonl, .csv, .tsv, .parquet and .tar")
-    start = text_start(file)
-    with open(file, "rb") as opened:
-        opened.seek(start)
-        for line, _ in bounded_lines(opened):
-            try:
-                yield gate_captions(line.decode("utf-8").strip(), Limits())[0]
-            except (UnicodeDecodeError, Reject):
-                continue
+    for path in found:
+        with open(path, "rb") as opened:
+            opened.seek(text_start(path))
+            for line, _ in bounded_lines(opened):
+                try:
+                    yield gate_captions(line.decode("utf-8").strip(), Limits())[0]
+                except (UnicodeDecodeError, Reject):
+                    continue
 
 
 def _cells(data: str, columns: Sequence[str]) -> Iterator[str]:

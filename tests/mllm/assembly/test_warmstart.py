@@ -140,6 +140,8 @@ def test_texts_are_read_from_lines_tables_and_tars(tmp_path):
     assert [text for batch in Texts(files).batches() for text in batch] == ["one", "twö", "three", "four", "five", "six"]
     assert [text for batch in Texts(files, most=4).batches() for text in batch] == ["one", "twö", "three", "four"]
     assert list(Texts(files[1:2], ("other",)).batches()) == [["x"]]
+    (tmp_path / "d.txt").write_text("seven\n")
+    assert list(Texts((str(tmp_path / "*.txt"),)).batches()) == [["one", "twö", "seven"]]
     with pytest.raises(DataError, match="no column 'text'; it has"):
         list(Texts(files[2:], ("text",)).batches())
     with pytest.raises(UsageError, match="no such file"):
