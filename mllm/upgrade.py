@@ -79,16 +79,16 @@ def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration
 
 def solved(config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", processor: "SailLlavaProcessor", console: "Console") -> "Fit":
     """Solve the projector from --captions, --texts or both, on a GPU if there is one; return how it went."""
-    import torch
     from torch import nn
 
     from align.common.console import Progress
+    from align.common.hardware import choose_device
     from mllm.assembly.texts import Texts
     from mllm.assembly.warmstart import fit_projector
     from mllm.conversations.table import open_conversations
 
     module: nn.Module = model
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(choose_device())
     with tempfile.TemporaryDirectory() as cache:
         fit = fit_projector(
             model,
