@@ -106,15 +106,17 @@ def fit_projector(
     words = Words(processor.tokenizer, table.weight)
     used, ids = captions(conversations, words, rows) if conversations is not None else ([], [])
     words.count(ids)
+    count = 0
     if texts is not None:
-        require_texts(_counted(texts, words, progress("texts read")), texts.files, MIN_TEXTS)
+        count = _counted(texts, words, progress("texts read"))
+        require_texts(count, texts.files, MIN_TEXTS)
     rarity = words.rarity()
     captioned = _features(model, _captioned(conversations, used, processor), len(used), progress("images"))
     unlabelled = _features(model, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
     _require_images(captioned, unlabelled, len(used), texts)
     with torch.no_grad():
         width = sum(projector.widths)
-        moments = _text_moments(model, texts, str(sail), words, rarity, progress("texts")) if texts is not None else None
+        moments = _text_moments(model, texts, count, str(sail), words, rarity, progress("texts")) if texts is not None else None
         fitting = Fitting(
             widths=projector.widths,
             images=captioned.means if captioned.places else torch.zeros(0, width),
@@ -183,13 +185,12 @@ def _counted(texts: Texts, words: Words, progress: Callable[[int, int], None]) -
 
 
 def _text_moments(
-    model: Any, texts: Texts, sail: str, words: Words, rarity: Tensor, progress: Callable[[int, int], None]
-) -> Moments:  # fmt: skip
-    """Return the sums over all texts of their aligned embeddings, as the projector is given them, and of their words."""
+    model: Any, texts: Texts, count: int, sail: str, words: Words, rarity: Tensor, progress: Callable[[int, int], None]
+) -> Moments:
+    """Return the sums over all `count` texts of their aligned embeddings, as the projector is given them, and of their words."""
     projector = model.model.multi_modal_projector
     side = TextSide(sail, model.device)
     moments = Moments(projector.widths[0], words.table.shape[1], model.device)
-    total = int(words.texts)
     for batch in texts.batches():
         ids = words.ids(batch)
         kept = [number for number, one in enumerate(ids) if len(one)]
@@ -197,7 +198,7 @@ def _text_moments(
         if len(projector.widths) > 1:
             aligned = functional.layer_norm(aligned, aligned.shape[-1:])
         moments.add(aligned, words.targets([ids[number] for number in kept], rarity))
-        progress(moments.count, max(total, moments.count))
+        progress(moments.count, max(count, moments.count))
     return moments.cpu()
 
 
