@@ -70,7 +70,7 @@ class Language:
 
 def load_llm(name: str, gguf_file: str | None = None, revision: str | None = None) -> Language:
     """Return the causal LLM `name` with its tokenizer. GGUF weights are unpacked to float32. No remote code is run."""
-    options: dict[str, Any] = {"revision": revision} if revision else {}
+    options: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     if gguf_file is None:
         source = resolve_encoder(name)
         weights: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
@@ -100,7 +100,7 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
 def load_llava(name: str, revision: str | None = None) -> Language:
     """Return the language half of a Hugging Face LLaVA (LlavaForConditionalGeneration), with the template of its processor."""
     source = resolve_encoder(name)
-    options: dict[str, Any] = {"revision": revision} if revision else {}
+    options: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     with load_errors_named(name, LLM_FILES.replace("tokenizer", "processor")):
         config = AutoConfig.from_pretrained(source, **options)
         if config.model_type != "llava":

@@ -281,6 +281,19 @@ def test_models_that_llava_cannot_hold_are_refused(parts, llava, tmp_path):
         assemble(llm=str(tmp_path / "other shape"), sail=str(parts / "run"))
 
 
+@pytest.mark.parametrize("flag", ["llm", "llava"])
+def test_code_that_ships_with_an_llm_is_neither_run_nor_asked_about(parts, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    shutil.copytree(parts / "llama", tmp_path / "own")
+    (tmp_path / "own/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((tmp_path / "own/config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "own/config.json").write_text(json.dumps(config))
+    with pytest.raises((UsageError, DamagedError)):
+        assemble(**{flag: str(tmp_path / "own")}, sail=str(parts / "run"))
+    assert not (tmp_path / "ran").exists()
+
+
 @torch.no_grad()
 def test_gguf_weights_are_unpacked(parts, tmp_path):
     write_gguf(parts / "llama", tmp_path / "packed")
