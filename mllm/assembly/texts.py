@@ -111,6 +111,8 @@ class Words:
 
     def targets(self, ids: Sequence[Tensor], rarity: Tensor) -> Tensor:
         """Return (n, H) float32; no text may be without tokens."""
+        if not ids:
+            return self.table.new_zeros(0, self.table.shape[1], dtype=torch.float32)
         shares = [rarity[one] for one in ids]
         shares = [share / share.sum() if float(share.sum()) > 0 else torch.full_like(share, 1 / len(share)) for share in shares]
         starts = torch.tensor([0, *(len(one) for one in ids[:-1])]).cumsum(0)

@@ -115,15 +115,12 @@ def fit_projector(
     unlabelled = _features(model, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
     _require_images(captioned, unlabelled, len(used), texts)
     with torch.no_grad():
-        width = sum(projector.widths)
         moments = _text_moments(model, texts, count, str(sail), words, rarity, progress("texts")) if texts is not None else None
         fitting = Fitting(
             widths=projector.widths,
-            images=captioned.means if captioned.places else torch.zeros(0, width),
-            targets=words.targets([ids[place] for place in captioned.places], rarity).cpu()
-            if captioned.places
-            else torch.zeros(0, words.table.shape[1]),
-            unlabelled=unlabelled.means if unlabelled.places else None,
+            images=captioned.means,
+            targets=words.targets([ids[place] for place in captioned.places], rarity).cpu(),
+            unlabelled=unlabelled.means,
             texts=moments,
             seed=seed,
             progress=progress("settings tried"),
@@ -194,9 +191,7 @@ def _text_moments(
     for batch in texts.batches():
         ids = words.ids(batch)
         kept = [number for number, one in enumerate(ids) if len(one)]
-        aligned = side.embed([batch[number] for number in kept])
-        if len(projector.widths) > 1:
-            aligned = functional.layer_norm(aligned, aligned.shape[-1:])
+        aligned = projector.normed(side.embed([batch[number] for number in kept]))
         moments.add(aligned, words.targets([ids[number] for number in kept], rarity))
         progress(moments.count, max(count, moments.count))
     return moments.cpu()

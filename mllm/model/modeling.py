@@ -91,8 +91,11 @@ class SailProjector(nn.Module):
 
     def blocks(self, features: Tensor) -> list[Tensor]:
         """Return what the first layers are given of features (..., E) or (..., E + F): (..., E), and (..., F) if there is a raw block."""
-        blocks = features.to(self.linear_1.weight.dtype).split(self.widths, dim=-1)
-        return [functional.layer_norm(block, block.shape[-1:]) for block in blocks] if len(blocks) > 1 else list(blocks)
+        return [self.normed(block) for block in features.to(self.linear_1.weight.dtype).split(self.widths, dim=-1)]
+
+    def normed(self, block: Tensor) -> Tensor:
+        """Return one block (..., width) as a first layer is given it: normalized if there is another beside it."""
+        return functional.layer_norm(block, block.shape[-1:]) if len(self.widths) > 1 else block
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (..., H) for features (..., E), with a raw block (..., E + F)."""
