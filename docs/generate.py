@@ -77,7 +77,8 @@ def exit_codes() -> str:
     """Return the table of exit codes, from the classes of align/common/errors.py."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.KitError)]
     rows = {kind.exit_code: (kind.__name__, first_sentence(kind.__doc__ or "")) for kind in kinds if kind is not errors.KitError}
-    rows |= {0: ("", "Done."), 1: ("", "Unexpected error: a bug. The traceback is shown."), 130: ("", "Interrupted (Ctrl-C).")}
+    unforeseen = "An error that no check foresaw, perhaps a bug. The line names a file with the traceback."
+    rows |= {0: ("", "Done."), 1: ("", unforeseen), 130: ("", "Interrupted (Ctrl-C).")}
     lines = ["| exit code | error | meaning |", "|---|---|---|"]
     return "\n".join(lines + [f"| {code} | {f'`{name}`' if name else ''} | {meaning} |" for code, (name, meaning) in sorted(rows.items())])
 

@@ -64,7 +64,7 @@ RECIPES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT
 SCRIPTS = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("scripts/*.sh"))}
 LAUNCHERS = {  # flags of accelerate, pip, codespell, lmms-eval
     *("multi_gpu", "num_processes", "num_machines", "cpu", "model_args", "include_path", "output_path", "log_samples", "batch_size"),
-    *("config", "help", "print-config", "check"),
+    *("config", "help", "print-config", "debug", "check"),
 }
 README = PAGES["README.md"]
 

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,12 +13,17 @@ import tyro
 from rich.console import Console
 
 from align.common.console import plain_console
-from align.common.errors import KitError, UsageError
+from align.common.errors import UsageError
+from align.common.failures import explained, is_foreseen, keep_traceback
 from align.common.files import arm_failpoint
 from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.recipes_yaml import recipe_flags, to_recipe
 
 Config = TypeVar("Config")
+OF_ALL = (
+    "Besides: --config RECIPE.yaml (flags win over it), --print-config (print the recipe that the flags make), --debug (show the "
+    "traceback of an error)."
+)
 
 
 def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -> Config:
@@ -31,7 +37,7 @@ def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -
     recipe = _take_value(arguments, "--config")
     flags = recipe_flags(Path(recipe), section, known) if recipe else []
     flags += [a for a in arguments if a != "--print-config"]
-    config = tyro.cli(kind, args=flags, description=inspect.getdoc(kind))
+    config = tyro.cli(kind, args=flags, description=f"{inspect.getdoc(kind)} {OF_ALL}")
     if "--print-config" in arguments:
         sys.stdout.write(to_recipe(config, section))
         raise SystemExit(0)
@@ -52,19 +58,37 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
 
 
 def run(main: Callable[[Config], None], kind: type[Config], section: str | Callable[[list[str]], str]) -> None:
-    """Run an entry: parse the flags, call `main`. A KitError becomes one line on stderr and its exit code; Ctrl-C exits with 130."""
+    """Run an entry: parse the flags, call `main`. Every error becomes one line on stderr and an exit code; Ctrl-C exits with 130.
+
+    `--debug` shows the traceback, too. Without it, that of an error that no check foresaw is kept in a temporary file.
+    """
     if "SAIL_FAILPOINT" in os.environ:
         arm_failpoint(os.environ["SAIL_FAILPOINT"])
+    flags = [flag for flag in sys.argv[1:] if flag != "--debug"]
+    debug = len(flags) < len(sys.argv) - 1
     try:
-        name = section if isinstance(section, str) else section(sys.argv[1:])  # some entries have several sections
-        config = parse(kind, name)
+        name = section if isinstance(section, str) else section(flags)  # some entries have several sections
+        config = parse(kind, name, flags)
         if os.environ.get("RANK", "0") == "0":  # loading takes seconds: show that the process is alive
             sys.stderr.write(f"{name}: loading libraries\n")
         main(config)
-    except KitError as error:
-        _leave(f"error: {error}", error.exit_code)
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on", 130)
+    except BaseException as error:  # noqa: BLE001 - the outermost guard; panics of Rust libraries are no Exception
+        _leave(*_told(error, debug))
+
+
+def _told(error: BaseException, debug: bool) -> tuple[str, int]:
+    """Return the last line that an entry writes because of `error`, and its exit code; with `debug` print the traceback before."""
+    if debug:
+        traceback.print_exception(error)
+    found = explained(error)
+    if debug or is_foreseen(found):
+        return f"error: {found}", found.exit_code
+    advice = f"see the traceback in {keep_traceback(error)} and check the files that you gave, or run the same command with --debug"
+    return f"error: {found}; no check foresaw this: {advice}", found.exit_code
 
 
 def set_up(quiet: bool = False) -> Console:

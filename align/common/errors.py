@@ -2,7 +2,7 @@
 
 
 class KitError(Exception):
-    """Base of errors that are reported without a traceback. `exit_code` is what the process returns."""
+    """Base of errors that are reported in one line. `exit_code` is what the process returns; 1 stands for what no check foresaw."""
 
     exit_code = 1
 
@@ -40,6 +40,10 @@ class NonFiniteError(KitError, exit_code=8):
 
 class DamagedError(KitError, exit_code=9):
     """A file does not have the content that was committed."""
+
+
+class MemoryFullError(KitError, exit_code=10):
+    """More memory is needed than there is, or than a file may ask for."""
 
 
 class Preempted(KitError, exit_code=75):
