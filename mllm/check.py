@@ -34,14 +34,12 @@ def main(config: CheckConfig) -> None:
     from mllm.conversations.index import build_index
     from mllm.conversations.table import open_conversations, reject_line
     from mllm.conversations.tokens import Chat
-    from mllm.model.processing import SailLlavaProcessor
-    from mllm.model.saving import require_mllm
+    from mllm.model.saving import load_processor
 
     console = plain_console()
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    require_mllm(Path(config.model))
-    chat = Chat.of_processor(SailLlavaProcessor.from_pretrained(config.model), config.template)
+    chat = Chat.of_processor(load_processor(Path(config.model)), config.template)
     conversations = open_conversations(config.data, config.image_root, folder / "cache", report=console.print)
     shown = Progress(console, "conversations tokenized")
     index = build_index(conversations, chat, config.max_length, max_reject_fraction=1, workers=config.workers, progress=shown)

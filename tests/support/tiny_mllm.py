@@ -10,7 +10,18 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from align.encoders.spec import VisionSpec
 from align.encoders.vision import load_vision_encoder
@@ -18,7 +29,7 @@ from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
 from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
-from tests.support.tiny_encoders import CASES, save, save_timm
+from tests.support.tiny_encoders import CASES, VIT, save, save_timm, shake
 
 SIZE = 42  # pixels of a side; patches of 14 pixels make a grid of 3 x 3
 WORDS = [
@@ -89,6 +100,24 @@ def tiny_llm(folder: Path, kind: str = "llama", tie: bool = False, rows: int | N
     model.generation_config.pad_token_id = tokens.pad_token_id
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
+    return folder
+
+
+def tiny_llava(folder: Path, template: str | None = None) -> Path:
+    """Return a folder with a stock LLaVA checkpoint: CLIP tower, llama in bf16, and a processor with the chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=448,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3, max_position_embeddings=512,
+    )  # fmt: skip
+    index = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**VIT), text_config=text, image_token_index=index, image_seq_length=9)
+    torch.manual_seed(0)
+    shake(LlavaForConditionalGeneration(config)).to(torch.bfloat16).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    strategy = {"patch_size": 14, "vision_feature_select_strategy": "default"}
+    LlavaProcessor(images, tokenizer, chat_template=template, **strategy).save_pretrained(folder)
     return folder
 
 

@@ -10,10 +10,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
@@ -27,8 +23,8 @@ from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.join import load_projector
 from mllm.conversations.tokens import Chat
 from mllm.model.saving import load_mllm, save_mllm
-from tests.support.tiny_encoders import TIMM_CASES, VIT, save_timm, shake
-from tests.support.tiny_mllm import SIZE, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
+from tests.support.tiny_encoders import TIMM_CASES, save_timm
+from tests.support.tiny_mllm import SIZE, tiny_llava, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
 
 OWN = (
     "{% for message in messages %}<s>[{{ message['role'] }}] {{ message['content'] }}</s>{% endfor %}"
@@ -59,22 +55,7 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llava(parts):
     """A stock LLaVA checkpoint: CLIP tower, llama in bf16, processor with a chat template."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    text = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=448,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3, max_position_embeddings=512,
-    )  # fmt: skip
-    index = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**VIT), text_config=text, image_token_index=index, image_seq_length=9)
-    torch.manual_seed(0)
-    model = shake(LlavaForConditionalGeneration(config)).to(torch.bfloat16)
-    model.save_pretrained(parts / "llava")
-    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default", chat_template=LLAVA).save_pretrained(
-        parts / "llava"
-    )
-    return parts / "llava"
+    return tiny_llava(parts / "llava", LLAVA)
 
 
 def assemble(**fields):
