@@ -40,7 +40,7 @@ def main(config: CheckConfig) -> None:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     chat = Chat.of_processor(load_processor(Path(config.model)), config.template)
-    conversations = open_conversations(config.data, config.image_root, folder / "cache", report=console.print)
+    conversations = open_conversations(config.data, config.image_root, folder / "cache", report=console.print, ignored=config.ignore_keys)
     shown = Progress(console, "conversations tokenized")
     index = build_index(conversations, chat, config.max_length, max_reject_fraction=1, workers=config.workers, progress=shown)
     problems = list(conversation_problems(conversations, index, chat))

@@ -56,7 +56,7 @@ FEATURE_CODES: dict[str, str] = {
 }
 
 CONVERSATION_CODES: dict[str, str] = {  # their order is stored in indexes of conversations: only append
-    "row_fields": "neither conversations nor messages, or not a list of objects with role and content (from and value)",
+    "row_fields": "not one of conversations, messages and texts, or not a list of objects with role and content (from and value)",
     "content_type": "a text that is no text, or a part that is neither text nor image",
     "text_invalid": "a text holds NUL, a lone surrogate or bytes that are not UTF-8",
     "text_large": "more characters than a conversation may have",
@@ -70,6 +70,7 @@ CONVERSATION_CODES: dict[str, str] = {  # their order is stored in indexes of co
     "template": "the chat template refuses the row",
     "too_long": "the first turn alone has more tokens than the maximum length",
     "no_supervised_tokens": "no token of the row would be learned",
+    "row_key": "a key that is not read and may change what the row means, such as video, tools, or a weight between 0 and 1",
 }
 
 REJECT_CODES = SAMPLE_CODES | FEATURE_CODES | CONVERSATION_CODES

@@ -15,6 +15,8 @@ class CheckConfig:
     """Model folder (mllm/upgrade.py's output) whose tokenizer, template and image size are used."""
     image_root: str | None = None
     """Base folder of relative image paths. None: the folder of each file."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of a row that are not read. Any other key that is neither known nor a mere description, such as source, rejects its row."""
     output: str = "runs/check"
     """Folder for problems.jsonl, the length histogram and the index."""
     template: str | None = None

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
 from align.sources.safe_files import MAX_ROW_BYTES, STRICT_JSON, bounded_lines, json_line, require_object, text_start
+from mllm.conversations.rows import TURN_KEYS, is_read
 
-COLUMNS = ("id", "conversations", "messages", "image", "images")
 _SPACE = " \t\r\n"
 _ANY_JSON = json.JSONDecoder(parse_int=str)  # finds the end of a rejected element
 Reader = Callable[[str], Iterator[dict[str, Any] | Reject]]
@@ -129,9 +129,9 @@ class _ArrayReader:
 def _parquet(path: str) -> Iterator[dict[str, Any] | Reject]:
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
-    if "conversations" not in names and "messages" not in names:
-        raise DataError(f"{path} has neither a column conversations nor messages; it has {', '.join(names)}. Rename the right one")
-    columns = [name for name in COLUMNS if name in names]
+    if not set(TURN_KEYS) & set(names):
+        raise DataError(f"{path} has no column {', '.join(TURN_KEYS)}; it has {', '.join(names)}. Rename the one with the conversations")
+    columns = [name for name in names if name == "id" or is_read(name)]
     for group in range(file.metadata.num_row_groups):
         rows, seen = file.metadata.row_group(group).num_rows, 0
         try:

@@ -28,9 +28,10 @@ from align.embedded.assets import cache_root
 from align.sources.gate import gate_key
 from align.sources.safe_files import MAX_FILE_BYTES, read_below
 from mllm.conversations.files import read_rows, reader_of
-from mllm.conversations.messages import Message, normalize
+from mllm.conversations.messages import Message
+from mllm.conversations.rows import normalize
 
-FORMAT = 1  # raise when conversations come out differently: older caches are then rebuilt
+FORMAT = 2  # raise when conversations come out differently: older caches are then rebuilt
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -72,7 +73,7 @@ class _File:
     root: str  # folder that image paths start at
     arrow: str
     rejects: str
-    digest: str  # of the source file's content
+    digest: str  # of the source file's content and the keys not read
     count: int  # usable conversations
     codes: dict[str, int]
 
@@ -137,12 +138,14 @@ class Conversations:
 
 
 def open_conversations(
-    specs: Sequence[str], image_root: str | None = None, cache: Path | None = None, seed: int = 0, report: Report = lambda line: None
-) -> Conversations:
+    specs: Sequence[str], image_root: str | None = None, cache: Path | None = None, seed: int = 0, report: Report = lambda line: None,
+    ignored: Sequence[str] = (),
+) -> Conversations:  # fmt: skip
     """Return the conversations of files given as PATH or PATH:WEIGHT, converted once to `cache` (default: the user's cache).
 
     Weight 1.5 takes each conversation once and a random half of them, drawn by `seed`, again. Relative image paths start at
-    `image_root` (None: the folder of each file) and may not leave it. UsageError for a missing file or bad weight, DataError if a
+    `image_root` (None: the folder of each file) and may not leave it. Keys in `ignored` are not read, other unknown ones reject their
+    row. UsageError for a missing file or bad weight, DataError if a
     file has other data or no usable row.
     """
     if not specs:
@@ -151,7 +154,7 @@ def open_conversations(
         raise UsageError(f"the image root {image_root!r} is not a folder")
     folder = cache or cache_root() / "conversations"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [_cached(*_parse(spec), image_root, folder, report) for spec in specs]
+    files = [_cached(*_parse(spec), image_root, folder, report, sorted(ignored)) for spec in specs]
     conversations = Conversations(files, folder, seed)
     if not len(conversations):
         raise DataError(f"the weights leave no conversation of {', '.join(specs)}; raise them")
@@ -182,16 +185,17 @@ def _weighted(number: int, file: _File, seed: int) -> np.ndarray:
     return np.stack([np.full(len(places), number, dtype=np.int64), places], axis=1)
 
 
-def _cached(path: str, weight: float, image_root: str | None, folder: Path, report: Report) -> _File:
+def _cached(path: str, weight: float, image_root: str | None, folder: Path, report: Report, ignored: list[str]) -> _File:
     """Return the cache entry of a file. It is rebuilt unless both of its parts have their committed hashes."""
     root = os.path.realpath(image_root if image_root is not None else os.path.dirname(path) or ".")
     digest = hash_file(Path(path))
+    digest = hash_bytes(f"{digest} without {ignored}".encode()) if ignored else digest
     stem = folder / f"{Path(path).stem[:60]}-{digest[:16]}"
     arrow, rejects, commit = (stem.with_name(stem.name + suffix) for suffix in (".arrow", ".rejects.jsonl", ".json"))
     facts = _committed(commit, arrow, rejects)
     if facts is None:
         require_free(folder, os.path.getsize(path))
-        count, codes = _read(path, arrow, rejects, report)
+        count, codes = _read(path, arrow, rejects, report, ignored)
         facts = {"format": FORMAT, "rows": count, "codes": codes, "arrow": hash_file(arrow), "rejects": hash_file(rejects)}
         atomic_json(commit, facts)
     if not facts["rows"]:
@@ -210,7 +214,7 @@ def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | Non
     return None
 
 
-def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, dict[str, int]]:
+def _read(path: str, arrow: Path, rejects: Path, report: Report, ignored: list[str]) -> tuple[int, dict[str, int]]:
     """Write the conversations and rejects of a file. Return the number of conversations and the count of each code."""
     count, codes = 0, Counter[str]()
     batch, size = list[dict[str, Any]](), 0
@@ -223,7 +227,7 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report) -> tuple[int, d
                         raise row
                     with suppress(Reject):  # ids in LLaVA's files are numbers or texts, repeat, or are missing
                         name = gate_key(row.get("id"))
-                    messages, images = normalize(row)
+                    messages, images = normalize(row, ignored)
                 except Reject as reject:
                     codes[reject.code] += 1
                     found = RejectedRow.of(reject, number, name, "conversation", f"{os.path.basename(path)}:{number}")

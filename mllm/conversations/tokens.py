@@ -170,6 +170,8 @@ class Chat:
         text, spans = apply_template(self.tokenizer, self.template, messages, ask=not answered)
         if answered and not marks_answers(self.template):
             spans = self._additions(messages, text)
+        if answered and any("loss" in message for message in messages):
+            spans = _learned(messages, spans)
         images, shown = count_images(messages), text.count(self.image_token)
         if shown != images:
             raise Reject("template", f"it shows {shown} of {images} images")
@@ -246,11 +248,25 @@ class Chat:
         best, low, high = None, 1, turns - 1
         while low <= high:
             kept = (low + high) // 2
-            encoded = self.encode(messages[: head + 2 * kept])
+            try:
+                encoded = self.encode(messages[: head + 2 * kept])
+            except Reject as reject:
+                if reject.code != "no_supervised_tokens":  # what is learned may come later
+                    raise
+                low = kept + 1
+                continue
             if len(encoded.input_ids) <= max_length:
                 best, low = replace(encoded, dropped_turns=turns - kept), kept + 1
             else:
                 high = kept - 1
         if best is None:
-            raise Reject("too_long", f"{length} tokens in {turns} turns, and not even the first fits into {max_length}")
+            raise Reject("too_long", f"{length} tokens in {turns} turns, and not even the first that is learned fits into {max_length}")
         return best
+
+
+def _learned(messages: Sequence[Message], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans of the answers that are learned, of the spans of all."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if len(answers) != len(spans):
+        raise Reject("template", f"it marks {len(spans)} of {len(answers)} answers, of which some are not to be learned")
+    return [span for span, message in zip(spans, answers, strict=True) if message.get("loss", True)]

@@ -30,6 +30,8 @@ class FinetuneConfig:
     """Run folder: model/, checkpoints, metrics.jsonl, speed.jsonl, manifest.json, config.yaml."""
     image_root: str | None = None
     """Folder that relative image paths start from. None: the folder of each file."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of a row that are not read. Any other key that is neither known nor a mere description, such as source, rejects its row."""
     template: str | None = None
     """Chat template of this stage. None: plain in pretrain, the model's own in instruct."""
     max_length: int = 2048

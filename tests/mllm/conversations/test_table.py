@@ -15,7 +15,7 @@ from align.common.errors import DataError, UsageError
 from align.common.reject_codes import REJECT_CODES, Reject
 from mllm.conversations import table as module
 from mllm.conversations.files import _ArrayReader, read_rows
-from mllm.conversations.messages import normalize
+from mllm.conversations.rows import normalize
 from mllm.conversations.table import open_conversations
 
 IMAGE = {"type": "image"}
@@ -182,8 +182,9 @@ HOSTILE = {  # a row as it stands in the file, and its code
     ),
     '{"image": "a\\ud800.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "unsafe_path",
     '{"image": 7, "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "image_type",
-    '{"image": "", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "image_missing",
-    '{"image": [null], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "image_missing",
+    '{"image": "", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "image_count",
+    '{"image": [null], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "image_count",
+    '{"image": ["a.png", null], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "image_missing",
     '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image>"}], "n": %s}' % ("9" * 5000): "row_syntax",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]}': (
         "image_role"
@@ -342,7 +343,7 @@ def test_rows_survive_pickling_and_other_processes(tmp_path):
 
 
 def test_a_row_with_too_much_text_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("mllm.conversations.messages.MAX_TEXT_CHARS", 40)
+    monkeypatch.setattr("mllm.conversations.rows.MAX_TEXT_CHARS", 40)
     rows = [{"conversations": turns("q", "a" * length)} for length in (39, 40)]
     data = opened(write(tmp_path / "a.json", json.dumps(rows)), tmp_path)
     assert data.codes == {"text_large": 1} and len(data) == 1 and next(data.rejects()).source == "a.json:1"
@@ -350,7 +351,7 @@ def test_a_row_with_too_much_text_is_not_kept(tmp_path, monkeypatch):
 
 def test_parquet_without_conversations_or_with_damage(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="neither a column conversations nor messages; it has text"):
+    with pytest.raises(DataError, match="no column conversations, messages, texts; it has text"):
         opened(tmp_path / "a.parquet", tmp_path)
     write(tmp_path / "b.parquet", b"PAR1 nothing")
     with pytest.raises(DataError, match="cannot be read"):
