@@ -5,6 +5,7 @@
     python mllm/upgrade.py --llava llava-hf/llava-1.5-7b-hf --sail runs/mine --output runs/llava-sail
     python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --captions captions.jsonl     # projector solved, not random
     python mllm/upgrade.py --llm Qwen/Qwen2.5-0.5B --sail runs/mine --texts captions.txt --images 'photos/*.tar' --features both
+    python mllm/upgrade.py --llava llava-hf/llava-1.5-7b-hf --keep-tower --join sequence --sail runs/mine --output runs/llava-both
     python mllm/upgrade.py --llm models/smollm2 --gguf-file model.gguf --vision facebook/dinov2-small --sail-head none
 
 The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelForImageTextToText and trust_remote_code=True.
@@ -13,7 +14,7 @@ The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelF
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.common.commandline import run, set_up
 from mllm.assembly.config import UpgradeConfig
@@ -38,16 +39,13 @@ def main(config: UpgradeConfig) -> None:
     folder = Path(config.output)
     require_free_place(folder)
     model, processor, report = assembled(config)
-    weights = ""
+    weights = {}
     if config.projector:
         load_projector(model, Path(config.projector))
-        weights = f"trained, from {config.projector}"
+        weights = {"projector": f"trained, from {config.projector}"}
     elif config.captions or config.texts:
-        fit = solved(config, model, processor, console)
-        console.print(fit.summary())
-        weights = fit.weights()
-    if weights:
-        report = [replace(line, weights=weights) if line.name == "projector" else line for line in report]
+        weights = {name: fit.weights() for name, fit in solved(config, model, processor, console).items()}
+    report = [replace(line, weights=weights.get(line.name, line.weights)) for line in report]
     save_mllm(model, processor, folder)
     write_recipe(config, folder, "upgrade")
     add_launch(folder, {"parts": [vars(line) for line in report]})
@@ -60,49 +58,61 @@ def main(config: UpgradeConfig) -> None:
 
 
 def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor, list[Component]]":
-    """Return (model, processor, report): an LLM, or what a LLaVA has of one, with the encoder and head asked for."""
+    """Return (model, processor, report): an LLM, or what a LLaVA has of one, with the encoders and heads asked for."""
     from mllm.assembly.join import assemble
     from mllm.assembly.language import load_llava, load_llm
-    from mllm.assembly.vision import load_aligned_encoder
+    from mllm.assembly.vision import kept_tower, load_aligned_encoder
 
     if config.llm is not None:
         language = load_llm(config.llm, config.gguf_file, config.revision)
     else:
         language = load_llava(str(config.llava), config.revision)
-    vision = load_aligned_encoder(
-        sail=config.sail, vision=config.vision, sail_head=config.sail_head, head=config.head, expansion=config.expansion,
-        width=config.width, layer=config.layer, image_size=config.image_size, raw=config.raw_beside_head, seed=config.seed,
+    head: dict[str, Any] = {"head": config.head, "expansion": config.expansion, "width": config.width, "raw": config.raw_beside_head}
+    vision = [load_aligned_encoder(**one, **head, seed=config.seed) for one in config.encoders()]
+    if config.keep_tower:
+        vision.append(kept_tower(language))
+    return assemble(
+        language, vision, how=config.join, image_aspect_ratio=config.image_aspect_ratio, grid=config.grid, template=config.template,
+        seed=config.seed,
     )  # fmt: skip
-    aspect = config.image_aspect_ratio
-    return assemble(language, vision, image_aspect_ratio=aspect, grid=config.grid, template=config.template, seed=config.seed)
 
 
-def solved(config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", processor: "SailLlavaProcessor", console: "Console") -> "Fit":
-    """Solve the projector from --captions, --texts or both, on a GPU if there is one; return how it went."""
+def solved(
+    config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", processor: "SailLlavaProcessor", console: "Console"
+) -> "dict[str, Fit]":
+    """Solve the new projectors from --captions, --texts or both, on a GPU if there is one; return by name how it went."""
     from torch import nn
 
     from align.common.console import Progress
     from align.common.hardware import choose_device
+    from mllm.assembly.join import PROJECTORS
     from mllm.assembly.texts import Texts
     from mllm.assembly.warmstart import fit_projector
     from mllm.conversations.table import open_conversations
 
     module: nn.Module = model
     module.to(choose_device())
+    fits = {}
     with tempfile.TemporaryDirectory() as cache:
-        fit = fit_projector(
-            model,
-            processor,
-            conversations=open_conversations(config.captions, config.image_root, Path(cache), config.seed) if config.captions else None,
-            rows=config.caption_rows,
-            texts=Texts(config.texts, config.text_columns, config.text_rows) if config.texts else None,
-            sail=config.sail,
-            images=config.images,
-            seed=config.seed,
-            progress=lambda what: Progress(console, what),
-        )
+        conversations = open_conversations(config.captions, config.image_root, Path(cache), config.seed) if config.captions else None
+        texts = Texts(config.texts, config.text_columns, config.text_rows) if config.texts else None
+        for number in range(len(config.encoders()) if config.join == "sequence" else 1):  # a tower that is kept has its own projector
+            run = config.sail[number] if number < len(config.sail) else None
+            fits[PROJECTORS[number]] = fit = fit_projector(
+                model,
+                processor,
+                number=number,
+                conversations=conversations,
+                rows=config.caption_rows,
+                texts=texts if run else None,
+                sail=run,
+                images=config.images,
+                seed=config.seed,
+                progress=lambda what: Progress(console, what),
+            )
+            console.print(f"{PROJECTORS[number].removesuffix('projector')}{fit.summary()}")
     module.to("cpu")
-    return fit
+    return fits
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ ARRIVALS = [
 # what else a flag needs to be allowed
 WITH = {"upgrade-image-root": "--captions c", "upgrade-caption-rows": "--captions c", "assess-labelled-rows": "--labelled l"}
 WITH |= {"instruct-lora-alpha": "--lora-rank 2", "instruct-lora-dropout": "--lora-rank 2", "assess-label-column": "--labelled l"}
-WITH |= {f"upgrade-{flag}": "--sail None --vision v --sail-head random" for flag in ("head", "expansion", "width")}
+WITH |= {f"upgrade-{flag}": "--sail --vision v --sail-head random" for flag in ("head", "expansion", "width")}
 WITH |= {"convert-encoder-name": "--heads None --vision None --text None --embeddings e --kind image"}
 WITH |= {"encode-trust-remote-code": "--vision OUT", "assess-trust-remote-code": "--vision OUT"}
 

@@ -150,18 +150,28 @@ def answers_table(run: TaskRun) -> pa.Table:
 def model_record(name: str, folder: Path) -> ModelRecord:
     """Return the record of an MLLM folder: its parts and the hash of its weights; DataError if the folder is incomplete."""
     config = read_json(folder / "config.json")
-    head, kind = str(config.get("sail_head", "none")), str(config.get("sail_head_kind", ""))
-    vision, text = (config.get(f"{part}_config") or {} for part in ("vision", "text"))
+    head, text = str(config.get("sail_head", "none")), config.get("text_config") or {}
     files = {file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}
     if not files or head not in KINDS:
         raise DataError(f"{folder} is no complete MLLM folder ({len(files)} weight files, sail_head {head!r}); make it again")
-    described = "no head" if head == "none" else f"{'a trained' if head == 'trained' else 'an untrained'} {kind} head"
     made_of = config.get("sail_fingerprint") or {}
-    encoder = made_of.get("encoder", vision.get("model_type", "an encoder"))
     fingerprint = {"weights": hash_bytes(json.dumps(files).encode()), **{key: str(value) for key, value in made_of.items()}}
+    seen = [_described(config)]
+    for tower in config.get("sail_beside") or []:
+        seen.append(_described(tower))
+        fingerprint |= {f"second {key}": str(value) for key, value in (tower.get("sail_fingerprint") or {}).items()}
     shape = f"{text.get('num_hidden_layers', '?')} layers of width {text.get('hidden_size', '?')}"
-    said = f"{text.get('model_type', 'LLM')} ({shape}) sees through {encoder} and {described}"
+    together = f" and, joined by {config.get('sail_join')}, ".join(seen)
+    said = f"{text.get('model_type', 'LLM')} ({shape}) sees through {together}"
     return ModelRecord(name, KINDS[head], said, str(folder), fingerprint)
+
+
+def _described(tower: dict[str, Any]) -> str:
+    """Return an encoder and its head in words."""
+    head, kind = str(tower.get("sail_head", "none")), str(tower.get("sail_head_kind", ""))
+    encoder = (tower.get("sail_fingerprint") or {}).get("encoder", (tower.get("vision_config") or {}).get("model_type", "an encoder"))
+    described = "no head" if head == "none" else f"{'a trained' if head == 'trained' else 'an untrained'} {kind} head"
+    return f"{encoder} and {described}"
 
 
 def collect(

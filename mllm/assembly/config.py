@@ -1,7 +1,7 @@
 """What mllm/upgrade.py can be told. Every field is a flag; checked when it is made."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from align.common.checks import check, check_least
 
@@ -14,10 +14,15 @@ class UpgradeConfig:
     """Causal LLM: hub id, local folder or embedded: id. Give this or --llava."""
     llava: str | None = None
     """Hugging Face LLaVA checkpoint whose vision tower is replaced: hub id or local folder."""
-    sail: str | None = None
-    """Stage-one run or model folder whose vision encoder and image head are used."""
-    vision: str | None = None
-    """Vision encoder without a stage-one run (only with --sail-head random or none)."""
+    sail: tuple[str, ...] = ()
+    """Stage-one run or model folder whose vision encoder and image head are used; two of them for two encoders at once."""
+    vision: tuple[str, ...] = ()
+    """Vision encoder without a stage-one run (only with --sail-head random or none); beside --sail it has no head."""
+    keep_tower: bool = False
+    """Keep the vision tower of --llava beside the new encoder; with --join sequence its projector, too."""
+    join: Literal["channel", "sequence"] = "channel"
+    """How two encoders join. channel: side by side on the first one's grid (or --grid), one projector sees both. sequence: the visual
+    tokens of the second follow those of the first, each encoder has a projector."""
     output: str = "runs/mllm-init"
     """Folder of the assembled model."""
     sail_head: Literal["trained", "random", "none"] = "trained"
@@ -32,8 +37,8 @@ class UpgradeConfig:
     """Layer of --vision when there is no run."""
     image_aspect_ratio: Literal["pad", "resize"] = "pad"
     """Pad images to a square with the mean color (LLaVA's), or resize them without regard to their shape. Nothing is cropped."""
-    image_size: int | None = None
-    """Side of the square input in pixels. None: the encoder's own."""
+    image_size: tuple[int, ...] = ()
+    """Side of the square input in pixels, one for all new encoders or one for each. None given: the encoder's own."""
     grid: tuple[int, int] | None = None
     """Average the patches onto this many rows and columns: fewer visual tokens. None: one token a patch."""
     template: Literal["auto", "plain", "vicuna_v1", "chatml", "brief", "own"] = "auto"
@@ -69,10 +74,7 @@ class UpgradeConfig:
 
     def __post_init__(self) -> None:
         check((self.llm is None) != (self.llava is None), f"--llm {self.llm} --llava {self.llava}", "give exactly one of them")
-        check((self.sail is None) != (self.vision is None), f"--sail {self.sail} --vision {self.vision}", "give exactly one of them")
-        given = f"--sail-head {self.sail_head} --vision {self.vision}"
-        check(self.vision is None or self.sail_head != "trained", given, "only a run has a trained head: use random or none, or --sail RUN")
-        self._read_only_with("--vision", self.vision, "head", "expansion", "width", "layer")
+        self._check_encoders()
         self._read_only_with("--llm", self.llm, "gguf_file")
         self._read_only_with("--captions", self.captions or None, "image_root", "caption_rows")
         self._read_only_with("--texts", self.texts or None, "text_columns", "text_rows", "images")
@@ -87,6 +89,34 @@ class UpgradeConfig:
         given = f"--sail-head {self.sail_head} --features {self.features}"
         check(self.sail_head != "none" or self.features in (None, "raw"), given, "without a head the raw patch is all there is")
         check(self.features != "raw" or self.sail_head == "none", given, "raw features pass no head: give --sail-head none as well")
+
+    def _check_encoders(self) -> None:
+        """Raise UsageError if the flags do not say which one or two encoders are meant, or how they join."""
+        count = len(self.sail) + len(self.vision)
+        given = f"--sail {' '.join(self.sail)} --vision {' '.join(self.vision)}"
+        check(count > 0, given, "give --sail RUN or --vision ENCODER")
+        both, alone = f"{given}{' --keep-tower' * self.keep_tower}", count + self.keep_tower == 1
+        check(count + self.keep_tower <= 2, both, "a model has one or two encoders, a tower that is kept included")
+        given = f"--sail-head {self.sail_head} --vision {' '.join(self.vision)}"
+        check(bool(self.sail) or self.sail_head != "trained", given, "only a run has a trained head: use random or none, or --sail RUN")
+        self._read_only_with("--vision", self.vision or None, "layer")
+        self._read_only_with("--vision alone", None if self.sail else self.vision, "head", "expansion", "width")
+        self._read_only_with("--llava", self.llava, "keep_tower")
+        self._read_only_with("two encoders (--sail A B, --sail A --vision B, --keep-tower)", None if alone else both, "join")
+        given = f"--image-size {' '.join(map(str, self.image_size))} with {count} new encoder(s)"
+        check(len(self.image_size) in (0, 1, count), given, "give one size for all or one for each")
+        check(not self.projector or alone, f"--projector {self.projector}", "it was trained for one encoder, not two")
+        bare = self.join == "sequence" and bool(self.sail and self.vision)
+        given = f"--texts {' '.join(self.texts)} --join sequence --vision {' '.join(self.vision)}"
+        check(not (self.texts and bare and not self.captions), given, "texts do not reach an encoder without a head: add --captions")
+
+    def encoders(self) -> list[dict[str, Any]]:
+        """Return what to load: for each new encoder its own arguments of `load_aligned_encoder`."""
+        bare = "none" if self.sail else self.sail_head
+        found: list[dict[str, Any]] = [{"sail": run, "sail_head": self.sail_head} for run in self.sail]
+        found += [{"vision": name, "sail_head": bare, "layer": self.layer} for name in self.vision]
+        sizes = self.image_size if len(self.image_size) == len(found) else (self.image_size or (None,)) * len(found)
+        return [{**one, "image_size": size} for one, size in zip(found, sizes, strict=True)]
 
     @property
     def raw_beside_head(self) -> bool:

@@ -1,9 +1,10 @@
-"""Putting a model together: an LLM (or what a LLaVA has of one), a vision encoder, a stage-one head, and a new projector.
+"""Putting a model together: an LLM (or what a LLaVA has of one), one or two vision encoders, stage-one heads, and new projectors.
 
 Legend: `H` LLM width, `F` width given to the head, `E` head width, `N` visual tokens an image.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,11 @@ from align.common.errors import DamagedError, UsageError
 from mllm.assembly.language import Language, prepare_tokenizer
 from mllm.assembly.vision import AlignedEncoder, image_processor_of
 from mllm.conversations.tokens import Chat
-from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration, SailProjector
-from mllm.model.processing import SailLlavaProcessor
+from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
+from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from mllm.model.towers import SailProjector
+
+PROJECTORS = ("projector", "second projector")
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class Component:
 
 def assemble(
     language: Language,
-    vision: AlignedEncoder,
+    vision: Sequence[AlignedEncoder],
     *,
+    how: Literal["channel", "sequence"] = "channel",
     image_aspect_ratio: Literal["pad", "resize"] = "pad",
     grid: tuple[int, int] | None = None,
     template: str = "auto",
@@ -43,18 +48,15 @@ def assemble(
 ) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor, list[Component]]:
     """Return (model in eval mode, processor, report): the LLM's weights bit for bit, in the types they were stored in.
 
-    `grid` (rows, columns) averages the patches; `template` is a field of UpgradeConfig; `seed` draws the projector. The given
-    modules go into the model, not copies. UsageError for a grid that does not fit, or an LLM that LLaVA's class cannot hold.
+    `how` two encoders join, `grid` and `template` are fields of UpgradeConfig; `seed` draws the projectors. The given modules go into
+    the model, not copies. UsageError for a grid that does not fit, or an LLM that LLaVA's class cannot hold.
     """
-    rows, columns = vision.encoder.patch_grid
-    if grid is not None and not (1 <= grid[0] <= rows and 1 <= grid[1] <= columns):
-        raise UsageError(f"grid {grid[0]} x {grid[1]} does not fit: the encoder has {rows} x {columns} patches, which can only be averaged")
-    vision.fields["sail_grid"] = list(grid) if grid is not None else None
+    _set_grids(vision, grid, how)
     text, template_name = prepare_tokenizer(language, template)
     ids = torch.arange(1, 9)[None] % language.lm_head.weight.shape[0]
     with torch.no_grad():
         expected = language.whole.eval()(input_ids=ids).logits
-    model = join(language, vision, seed)
+    model = join(language, vision, how, seed)
     with torch.no_grad():
         found = model(input_ids=ids).logits
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
@@ -62,7 +64,10 @@ def assemble(
             f"{language.source} ({language.whole.config.model_type}) does more between its last layer and its logits than a linear map "
             "(soft-capping, scaling), which LLaVA's class does not know; use another LLM"
         )
-    images = image_processor_of(vision.encoder.transform, vision.fields["sail_image_size"], image_aspect_ratio)
+    beside: list[SailLlavaImageProcessor] = []
+    for one in reversed(vision):
+        images = image_processor_of(one.encoder.transform, one.fields["sail_image_size"], image_aspect_ratio, beside)
+        beside = [images, *beside]
     processor = SailLlavaProcessor(
         images, language.tokenizer, chat_template=text, image_token=language.image_token, image_seq_length=model.config.image_tokens()
     )
@@ -71,49 +76,81 @@ def assemble(
     return model, processor, _report(model, language, vision, template_name, _stops(chat), seed)
 
 
-def join(language: Language, vision: AlignedEncoder, seed: int) -> SailLlavaForConditionalGeneration:
-    """Return the model made of the given modules, not copies, and of a projector drawn from `seed`; in eval mode."""
-    text_config, backbone = language.base.config, vision.encoder.backbone.model
+def _set_grids(vision: Sequence[AlignedEncoder], grid: tuple[int, int] | None, how: str) -> None:
+    """Decide the grid of each encoder's visual tokens: `grid`, else its own, or by channel the first one's."""
+    rows, columns = zip(*(one.encoder.patch_grid for one in vision), strict=True)
+    most = (max(rows), max(columns)) if how == "channel" else (min(rows), min(columns))
+    if grid is not None and not (1 <= grid[0] <= most[0] and 1 <= grid[1] <= most[1]):
+        raise UsageError(f"grid {grid[0]} x {grid[1]} does not fit: there are {most[0]} x {most[1]} patches, which can only be averaged")
+    if grid is None and len(vision) > 1 and how == "channel":
+        grid = (rows[0], columns[0])
+    for one in vision:
+        one.fields["sail_grid"] = list(grid) if grid is not None else None
+
+
+def join(language: Language, vision: Sequence[AlignedEncoder], how: str, seed: int) -> SailLlavaForConditionalGeneration:
+    """Return the model made of the given modules, not copies, and of projectors drawn from `seed`; in eval mode."""
+    text_config = language.base.config
     text_config.tie_word_embeddings = language.tied
-    vision_config: Any = backbone.config
-    text_config.name_or_path = vision_config.name_or_path = ""  # folders of this machine
-    if vision_config.model_type == "timm_wrapper" and hasattr(backbone.timm_model, "set_input_size"):
-        # its position embeddings have the size that was set, which the config has to repeat
-        vision_config.model_args = {**(vision_config.model_args or {}), "img_size": vision.fields["sail_image_size"]}
+    text_config.name_or_path = ""  # a folder of this machine
+    first, *beside = ({"vision_config": _vision_config(one), **one.fields} for one in vision)
+    for fields in beside:
+        fields["vision_config"] = fields["vision_config"].to_dict()
     config = SailLlavaConfig(
-        vision_config=vision_config, text_config=text_config, image_token_index=language.image_id,
-        vision_feature_select_strategy="full", vision_feature_layer=-1,
-        tie_word_embeddings=language.tied, dtype=language.lm_head.weight.dtype, **vision.fields,
+        text_config=text_config, image_token_index=language.image_id,
+        vision_feature_select_strategy="full", vision_feature_layer=-1, sail_beside=beside or None, sail_join=how,
+        tie_word_embeddings=language.tied, dtype=language.lm_head.weight.dtype, **first,
     )  # fmt: skip
     with torch.device("meta"):
         model = SailLlavaForConditionalGeneration(config)
     inner: Any = model.model
-    # beside what no feature depends on: what the encoder's own class keeps fixed, such as MAE's position embeddings
-    config.sail_unread = [name for name, parameter in inner.vision_tower.named_parameters() if not parameter.requires_grad]
+    for tower in inner.towers:
+        # beside what no feature depends on: what the encoder's own class keeps fixed, such as MAE's position embeddings
+        named = tower.place.vision_tower.named_parameters()
+        tower.fields.sail_unread = [name for name, parameter in named if not parameter.requires_grad]
     described = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    inner.vision_tower, inner.sail_head, inner.language_model = backbone, vision.head, language.base
-    inner.multi_modal_projector = _projector(vision, text_config.hidden_size, seed)
-    model.lm_head = language.lm_head
+    for place, one in zip(inner.places, vision, strict=True):
+        place.vision_tower, place.sail_head = one.encoder.backbone.model, one.head
+    for number, (place, group) in enumerate(zip(inner.places, config.by_projector(vision), strict=False)):
+        place.multi_modal_projector = _projector(group, text_config.hidden_size, seed + number)
+    inner.language_model, model.lm_head = language.base, language.lm_head
     if {name: tensor.shape for name, tensor in model.state_dict().items()} != described:
-        raise UsageError(f"{vision.source} or {language.source} has other weights than its config describes; use a complete checkpoint")
+        sources = " or ".join([*(one.source for one in vision), language.source])
+        raise UsageError(f"{sources} has other weights than its config describes; use a complete checkpoint")
     model.requires_grad_(True)
     inner.freeze_unread()
     return model.eval()
 
 
-def _projector(vision: AlignedEncoder, out_width: int, seed: int) -> SailProjector:
-    """Return LLaVA-1.5's projector with the initial weights that torch's linear layers have, a pure function of `seed`."""
+def _vision_config(vision: AlignedEncoder) -> Any:
+    """Return the encoder's config, without what is only true on this machine."""
+    model = vision.encoder.backbone.model
+    config: Any = model.config
+    config.name_or_path = ""
+    if config.model_type == "timm_wrapper" and hasattr(model.timm_model, "set_input_size"):
+        # its position embeddings have the size that was set, which the config has to repeat
+        config.model_args = {**(config.model_args or {}), "img_size": vision.fields["sail_image_size"]}
+    return config
+
+
+def _projector(group: Sequence[AlignedEncoder], out_width: int, seed: int) -> SailProjector:
+    """Return the projector of the encoders that share it: the one that a kept tower had, if it is alone, or LLaVA-1.5's.
+
+    A new one has the initial weights that torch's linear layers have, a pure function of `seed`.
+    """
+    if len(group) == 1 and group[0].kept_projector is not None:
+        return group[0].kept_projector
     generator = torch.Generator().manual_seed(seed + 1)  # the head's own stream is `seed`
     with torch.random.fork_rng(devices=[]):  # torch layers fill themselves from the global generator
-        raw_width = vision.fields["sail_feature_width"] if vision.fields["sail_raw"] else 0
-        projector = SailProjector(vision.width, out_width, "gelu", bias=True, raw_width=raw_width)
+        projector = SailProjector([width for one in group for width in one.widths], out_width, "gelu", bias=True)
     with torch.no_grad():
         for linear in (projector.linear_1, projector.linear_2):
             bound = 1 / math.sqrt(linear.in_features)
             linear.weight.uniform_(-bound, bound, generator=generator)
             linear.bias.uniform_(-bound, bound, generator=generator)
-        if raw_width:
-            projector.linear_raw.weight.uniform_(-1, 1, generator=generator).mul_(1 / math.sqrt(raw_width))
+        if len(projector.widths) > 1:
+            further = projector.linear_raw
+            further.weight.uniform_(-1, 1, generator=generator).mul_(1 / math.sqrt(further.in_features))
     return projector
 
 
@@ -153,7 +190,8 @@ def _stops(chat: Chat) -> bool:
     return [label for label in labels if label >= 0][-1] in chat.stop_ids
 
 
-def _report(model: Any, language: Language, vision: AlignedEncoder, template: str, stops: bool, seed: int) -> list[Component]:
+def _report(model: Any, language: Language, vision: Sequence[AlignedEncoder], template: str, stops: bool, seed: int) -> list[Component]:
+    """Return what became of each component. Of two vision towers, a LLaVA's own is the second, and kept."""
     inner, config = model.model, model.config
     swapped: Literal["replaced", "new"] = "replaced" if language.is_llava else "new"
     added = language.new_rows * config.text_config.hidden_size * (1 if language.tied else 2)
@@ -161,11 +199,19 @@ def _report(model: Any, language: Language, vision: AlignedEncoder, template: st
     report = [Component("language model", "kept", _count(inner.language_model) + output - added, language.source)]
     if added:
         report.append(Component("embedding rows", "new", added, f"mean of the others, for {', '.join(language.added)}"))
-    report.append(Component("vision tower", swapped, _count(inner.vision_tower), f"{vision.source}, layer {config.sail_layer}"))
-    if config.sail_head != "none":
-        report.append(Component("alignment head", "new", _count(inner.sail_head), vision.head_weights))
-    report.append(Component("projector", swapped, _count(inner.multi_modal_projector), f"random, seed {seed}"))
-    state: Literal["kept", "replaced", "new"] = "kept" if template == "own" else "replaced" if language.template else "new"
+    keeps = any(one.kept_projector for one in vision)
+    for number, (tower, one) in enumerate(zip(inner.towers, vision, strict=True)):
+        state: Literal["kept", "replaced", "new"] = "kept" if one.kept_projector else "new" if number or keeps else swapped
+        ordinal = "second " if number else ""
+        weights = f"{one.source}, layer {tower.fields.sail_layer}"
+        report.append(Component(f"{ordinal}vision tower", state, _count(tower.place.vision_tower), weights))
+        if tower.fields.sail_head != "none":
+            report.append(Component(f"{ordinal}alignment head", "new", _count(tower.place.sail_head), one.head_weights))
+    for number, (name, projector) in enumerate(zip(PROJECTORS, inner.projectors, strict=False)):
+        kept = any(projector is one.kept_projector for one in vision)
+        state = "kept" if kept else "new" if number or (keeps and len(inner.projectors) > 1) else swapped
+        report.append(Component(name, state, _count(projector), language.source if kept else f"random, seed {seed}"))
+    state = "kept" if template == "own" else "replaced" if language.template else "new"
     note = "" if stops else "; a model trained with it does not learn to end answers"
     report.append(Component("chat template", state, 0, ("its own" if state == "kept" else template) + note))
     return report

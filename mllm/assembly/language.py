@@ -56,6 +56,7 @@ class Language:
     image_token: str = IMAGE_TOKEN
     added: tuple[str, ...] = ()  # tokens that its tokenizer did not have
     new_rows: int = 0  # added to the embeddings
+    image_processor: Any = None  # of a LLaVA
 
     @property
     def image_id(self) -> int:
@@ -116,7 +117,10 @@ def load_llava(name: str, revision: str | None = None) -> Language:
         raise UsageError(f"{name}: the processor's {token!r} is not token {index} of the config; use a complete checkpoint")
     template = _default(processor.chat_template) or _default(processor.tokenizer.chat_template)
     base = whole.model.language_model
-    return Language(whole, base, whole.lm_head, processor.tokenizer, template, recorded_id(name), is_llava=True, image_token=token)
+    return Language(
+        whole, base, whole.lm_head, processor.tokenizer, template, recorded_id(name), is_llava=True, image_token=token,
+        image_processor=processor.image_processor,
+    )  # fmt: skip
 
 
 def _default(template: Any) -> str | None:

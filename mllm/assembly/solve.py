@@ -17,7 +17,7 @@ FOLDS = 5
 LEAST_JUDGED = 20  # captioned images for a choice by cross-validation
 MOST_JUDGED = 2_000
 TEXT_WEIGHTS = (1_000.0, 0.0, 250.0, 4_000.0, 16_000.0)  # captioned images that all texts together count as; the first is the default
-RIDGES = ((0.1, 0.01, 1.0), (10.0, 1.0, 0.1, 100.0, 10_000.0))  # of the first block (head or raw alone), and of a raw block beside it
+RIDGES = ((0.1, 0.01, 1.0), (10.0, 1.0, 0.1, 100.0, 10_000.0))  # of the first block (head or raw alone), and of each block beside it
 SHRINKAGE = 1.0  # of both covariances, relative to their mean eigenvalue
 LEAST_SPREAD = 0.3  # of the typical spread: channels that hardly vary (CNNs have many) would drown all others once they do
 
@@ -140,7 +140,9 @@ class Fitting:
 
     def _choose(self, rows: Tensor, targets: Tensor) -> Choice:
         """Return the best choice, one setting varied after the other; earlier candidates win ties."""
-        best = Choice(TEXT_WEIGHTS[0] if self.texts is not None else 0.0, tuple(RIDGES[number][0] for number in range(len(self.widths))))
+        best = Choice(
+            TEXT_WEIGHTS[0] if self.texts is not None else 0.0, tuple(RIDGES[min(number, 1)][0] for number in range(len(self.widths)))
+        )
         if len(rows) < LEAST_JUDGED:
             return best
         folds = self._folds(rows, targets)
@@ -163,7 +165,7 @@ class Fitting:
         if self.texts is not None:
             yield from (("texts", weight) for weight in TEXT_WEIGHTS[1:])
         for block in reversed(range(len(start.ridges))):
-            yield from ((block, ridge) for ridge in RIDGES[block][1:])
+            yield from ((block, ridge) for ridge in RIDGES[min(block, 1)][1:])
 
     def _folds(self, rows: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Return, for each fold, its row numbers, its rows, and the gram and cross products of all other rows."""

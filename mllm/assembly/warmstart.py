@@ -85,6 +85,7 @@ def fit_projector(
     model: SailLlavaForConditionalGeneration,
     processor: SailLlavaProcessor,
     *,
+    number: int = 0,
     conversations: Conversations | None = None,
     rows: int = 0,
     texts: Texts | None = None,
@@ -93,13 +94,13 @@ def fit_projector(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Fit:
-    """Set the projector's weights; return the fit. `progress(what)` gives a function of (done, total).
+    """Set the weights of projector `number`; return the fit. `progress(what)` gives a function of (done, total).
 
     `conversations`: the first `rows` rows with one image, their answers are the captions. `texts` are aligned by the text side of the
     stage-one run `sail`. `images` are image data without captions (a folder, files, a pattern) that show where images lie. DataError if
     fewer than MIN_IMAGES images or MIN_TEXTS texts can be used, UsageError if the projector has no biases.
     """
-    projector: Any = model.model.multi_modal_projector
+    projector: Any = model.model.projectors[number]
     if projector.linear_1.bias is None or projector.linear_2.bias is None:
         raise UsageError("a solved projector needs biases (multimodal_projector_bias in the config)")
     table: Any = model.get_input_embeddings()
@@ -111,11 +112,14 @@ def fit_projector(
         count = _counted(texts, words, progress("texts read"))
         require_texts(count, texts.files, MIN_TEXTS)
     rarity = words.rarity()
-    captioned = _features(model, _captioned(conversations, used, processor), len(used), progress("images"))
-    unlabelled = _features(model, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
+    captioned = _features(model, number, _captioned(conversations, used, processor), len(used), progress("images"))
+    unlabelled = _features(model, number, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
     _require_images(captioned, unlabelled, len(used), texts)
     with torch.no_grad():
-        moments = _text_moments(model, texts, count, str(sail), words, rarity, progress("texts")) if texts is not None else None
+        moments = None
+        if texts is not None:
+            side = TextSide(str(sail), model.device)
+            moments = _text_moments(projector, texts, count, side, words, rarity, progress("texts"))
         fitting = Fitting(
             widths=projector.widths,
             images=captioned.means,
@@ -166,7 +170,7 @@ def write_map(projector: Any, solved: LinearMap, tokens: Tensor) -> None:
     projector.linear_1.weight.copy_((solved.weights[0] @ inward).T)
     projector.linear_1.bias.copy_(BEND + (still - mean) @ inward)
     if len(blocks) > 1:
-        projector.linear_raw.weight.copy_((solved.weights[1] @ inward).T)
+        projector.linear_raw.weight.copy_((torch.cat(solved.weights[1:]) @ inward).T)
     projector.linear_2.weight.copy_(outward.T)
     projector.linear_2.bias.copy_(mean - height * outward.sum(0))
 
@@ -182,12 +186,10 @@ def _counted(texts: Texts, words: Words, progress: Callable[[int, int], None]) -
 
 
 def _text_moments(
-    model: Any, texts: Texts, count: int, sail: str, words: Words, rarity: Tensor, progress: Callable[[int, int], None]
+    projector: Any, texts: Texts, count: int, side: TextSide, words: Words, rarity: Tensor, progress: Callable[[int, int], None]
 ) -> Moments:
     """Return the sums over all `count` texts of their aligned embeddings, as the projector is given them, and of their words."""
-    projector = model.model.multi_modal_projector
-    side = TextSide(sail, model.device)
-    moments = Moments(projector.widths[0], words.table.shape[1], model.device)
+    moments = Moments(projector.widths[0], words.table.shape[1], words.table.device)
     for batch in texts.batches():
         ids = words.ids(batch)
         kept = [number for number, one in enumerate(ids) if len(one)]
@@ -222,17 +224,18 @@ def _unlabelled(data: str | None, processor: SailLlavaProcessor) -> Iterator[Ten
 
 
 @torch.no_grad()
-def _features(model: Any, pixels: Iterator[Tensor | None], total: int, progress: Callable[[int, int], None]) -> _Images:
-    """Return the features of images as the projector's first layers are given them, BATCH images a forward pass."""
-    projector, device = model.model.multi_modal_projector, model.device
+def _features(model: Any, number: int, pixels: Iterator[Tensor | None], total: int, progress: Callable[[int, int], None]) -> _Images:
+    """Return the features of images as the first layers of projector `number` are given them, BATCH images a forward pass."""
+    projector, device = model.model.projectors[number], model.device
     means, tokens, places, kept, start = [], [], [], 0, 0
     while batch := list(islice(pixels, BATCH)):
-        read = [number for number, image in enumerate(batch) if image is not None]
+        read = [place for place, image in enumerate(batch) if image is not None]
         if read:
-            features = model.model.get_patch_features(torch.stack([batch[number] for number in read]).to(device))  # type: ignore[misc]
+            images = torch.stack([batch[place] for place in read])  # type: ignore[misc]
+            features = model.model.get_patch_features(images.to(device), number)
             given = torch.cat(projector.blocks(features), dim=-1).float().cpu()  # (B, N, D)
             means.append(given.mean(1))
-            places += [start + number for number in read]
+            places += [start + place for place in read]
             if kept < TOKEN_SAMPLE:
                 tokens.append(given.flatten(0, 1)[: TOKEN_SAMPLE - kept])
                 kept += len(tokens[-1])

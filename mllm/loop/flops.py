@@ -76,16 +76,18 @@ def image_flops(config: SailLlavaConfig, rates: Mapping[str, float]) -> float:
     slim.text_config.num_hidden_layers = 1
     with torch.device("meta"):
         shadow = SailLlavaModel(slim)
-        pixels = torch.zeros(1, 3, *(config.sail_image_size or ()))
-    for group, module in (("vision", shadow.vision_tower), ("head", shadow.sail_head), ("projector", shadow.multi_modal_projector)):
-        module.requires_grad_(rates[group] > 0)
-    if config.sail_raw:
-        shadow.multi_modal_projector.linear_raw.requires_grad_(rates["raw"] > 0)
+        pixels = torch.zeros(1, *config.pixel_shape())
+    for place in shadow.places:
+        place.vision_tower.requires_grad_(rates["vision"] > 0)
+        place.sail_head.requires_grad_(rates["head"] > 0)
+    for projector in shadow.projectors:
+        for name, parameter in projector.named_parameters():
+            parameter.requires_grad_(rates["raw" if name.startswith("linear_raw.") else "projector"] > 0)
     shadow.train()
     with FlopCounterMode(display=False) as counter:
-        features = shadow.multi_modal_projector(shadow.get_patch_features(pixels))
-        if features.requires_grad:
-            features.sum().backward()
+        [tokens] = shadow.get_image_features(pixels, return_dict=True).pooler_output
+        if tokens.requires_grad:
+            tokens.sum().backward()
     return float(counter.get_total_flops())
 
 

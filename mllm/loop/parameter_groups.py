@@ -1,7 +1,7 @@
 """The parameter groups of a SailLlava, each with its own learning rate; LoRA on its LLM; what a run has changed of a model.
 
-Groups: `projector`, `raw` (the projector's weights for raw patches beside a head), `head`, `llm` (language model and output layer, or
-its LoRA adapters), `vision`. A rate of 0 freezes a group.
+Groups: `projector`, `raw` (the projector's weights for what lies beside its first input: raw patches, a second encoder), `head`, `llm`
+(language model and output layer, or its LoRA adapters), `vision`. Each has the parts of all encoders. A rate of 0 freezes a group.
 """
 
 from collections.abc import Mapping
@@ -32,15 +32,12 @@ def unwrapped(model: nn.Module) -> SailLlavaForConditionalGeneration:
 def named_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Return the named parameters of each group; names are those of `model` itself, each parameter once."""
     inner = unwrapped(model)
-    language = nn.ModuleList([inner.model.language_model, inner.lm_head])
-    owner = {
-        id(parameter): group
-        for group, module in (
-            ("projector", inner.model.multi_modal_projector), ("head", inner.model.sail_head), ("llm", language),
-            ("vision", inner.model.vision_tower),
-        )
-        for parameter in module.parameters()
+    places = inner.model.places
+    parts = {
+        "projector": inner.model.projectors, "head": [place.sail_head for place in places],
+        "llm": [inner.model.language_model, inner.lm_head], "vision": [place.vision_tower for place in places],
     }  # fmt: skip
+    owner = {id(parameter): group for group, modules in parts.items() for module in modules for parameter in module.parameters()}
     owner |= {id(parameter): "raw" for name, parameter in inner.named_parameters() if "linear_raw." in name}
     found: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
@@ -62,9 +59,9 @@ def set_trainable(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
     from peft import LoraConfig, get_peft_model
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("model.language_model.")]
-    whole = {"projector": ("multi_modal_projector", model.model.multi_modal_projector), "head": ("sail_head", model.model.sail_head)}
-    rates_of = {"projector": max(rates["projector"], rates["raw"]), "head": rates["head"]}
-    saved = [name for group, (name, module) in whole.items() if rates_of[group] > 0 and any(True for _ in module.parameters())]
+    rates_of = {"multi_modal_projector": max(rates["projector"], rates["raw"]), "sail_head": rates["head"]}
+    whole = {"multi_modal_projector": model.model.projectors, "sail_head": [place.sail_head for place in model.model.places]}
+    saved = [name for name, modules in whole.items() if rates_of[name] > 0 and any(True for _ in nn.ModuleList(modules).parameters())]
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, modules_to_save=saved or None
     )  # fmt: skip

@@ -2,31 +2,34 @@
 
 SAIL in an MLLM (arXiv 2412.04616), on LLaVA-1.5 (arXiv 2310.03744):
 
-    pixels -> vision tower (layer `sail_layer`, final norm) -> [cls ; p_i] -> head -> projector -> in the place of <image> tokens
+    pixels -> vision tower -> [cls ; p_i] -> head -> projector -> in the place of <image> tokens
 
-Legend: `B` images, `P` patches, `N` visual tokens an image, `D` encoder width, `F` width given to the head, `E` head width, `H` LLM
-width, `T` text tokens. This file is copied into every saved model, so it imports only what the copy has.
+A second tower stands beside the first: its features join by channel (one projector sees those of both; Prismatic, arXiv 2402.07865),
+or its tokens follow in sequence (each tower has a projector; Interleaved-MoF, arXiv 2401.06209, without the interleaving).
+
+Legend: `B` images, `N` visual tokens an image, `F` width given to the head, `E` head width, `H` LLM width, `T` text tokens. This file is
+copied into every saved model, so it imports only what the copy has.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from align.common.errors import UsageError
-from align.encoders.families import VISION_ADAPTERS, Backbone
-from align.model.heads import build_head
 from align.model.strict_loading import StrictModel
+from mllm.model.towers import SailProjector, Tower, block_widths
 
 HEAD_STATES = ("none", "random", "trained")
 FEATURES = ("cls_patch", "patch")
+JOINS = ("channel", "sequence")
+Item = TypeVar("Item")
 
 
 class SailLlavaConfig(LlavaConfig):
@@ -34,6 +37,9 @@ class SailLlavaConfig(LlavaConfig):
 
     `sail_layer` counts as in `align.encoders.vision` (0 = embeddings); later blocks are not built. `sail_unread` names the vision
     parameters that are never trained: no feature depends on them (DINOv2's mask token), or their own class keeps them fixed.
+
+    The fields from `sail_head` to `sail_fingerprint` and `vision_config` describe the first vision tower. Each entry of `sail_beside`
+    describes a further one by fields of the same names.
     """
 
     model_type = "sail_llava"
@@ -49,84 +55,79 @@ class SailLlavaConfig(LlavaConfig):
     sail_feature: str = "patch"  # cls_patch | patch
     sail_feature_width: int = 1024  # F
     sail_layer: int = 0
+    sail_norm: bool = True  # the encoder's final norm is applied to the layer
     sail_image_size: list[int] | None = None  # [height, width] in pixels
     sail_patch_grid: list[int] | None = None  # [rows, columns] of the encoder
     sail_grid: list[int] | None = None  # [rows, columns] of the visual tokens; None: sail_patch_grid
     sail_unread: list[str] | None = None
     sail_fingerprint: dict[str, Any] | None = None
+    sail_beside: list[dict[str, Any]] | None = None
+    sail_join: str = "channel"  # channel | sequence: how the tokens of several towers come together
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for field, allowed in (("sail_head", HEAD_STATES), ("sail_feature", FEATURES)):
-            if getattr(self, field) not in allowed:
-                raise UsageError(f"{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
-        if self.sail_raw and self.sail_head == "none":
-            raise UsageError("sail_raw is True without a head: the raw patch is all that the projector is given, set sail_raw to False")
+        for tower in self.towers:
+            for field, allowed in (("sail_head", HEAD_STATES), ("sail_feature", FEATURES), ("sail_join", JOINS)):
+                if getattr(tower, field) not in allowed:
+                    raise UsageError(f"{field} is {getattr(tower, field)!r}; allowed: {', '.join(allowed)}")
+            if tower.sail_raw and tower.sail_head == "none":
+                raise UsageError("sail_raw is True without a head: the raw patch is all that the projector is given, set sail_raw to False")
         if self.sail_patch_grid is not None:
             self.image_seq_length = self.image_tokens()
 
+    @property
+    def towers(self) -> "list[SailLlavaConfig | TowerFields]":
+        """The fields of each vision tower; those of the first are the config's own."""
+        return [self, *map(TowerFields, self.sail_beside or ())]
+
+    def by_projector(self, towers: Sequence[Item]) -> list[list[Item]]:
+        """Return one thing a tower as groups: those of towers that share a projector are together."""
+        return [list(towers)] if self.sail_join == "channel" else [[tower] for tower in towers]
+
     def image_tokens(self) -> int:
         """Return N, the number of visual tokens per image."""
-        grid = self.sail_grid or self.sail_patch_grid
-        if grid is None:
+        if any(tower.sail_patch_grid is None for tower in self.towers):
             raise UsageError("this config has no sail_patch_grid; make a model with mllm/upgrade.py")
-        return grid[0] * grid[1]
+        grids = self.by_projector([tuple(tower.sail_grid or tower.sail_patch_grid or ()) for tower in self.towers])
+        for shared in grids:
+            if len(set(shared)) > 1:
+                raise UsageError(f"towers joined by channel have the grids {shared}; give each the same sail_grid")
+        return sum(rows * columns for (rows, columns), *_ in grids)
+
+    def pixel_shape(self) -> list[int]:
+        """Return the shape of an image's pixels: [3, H, W], of several towers [3, all their pixels one after the other]."""
+        sizes: list[Any] = [tower.sail_image_size or [0, 0] for tower in self.towers]
+        return [3, *sizes[0]] if len(sizes) == 1 else [3, sum(height * width for height, width in sizes)]
 
 
-class SailProjector(nn.Module):
-    """Returns `Linear(H, H)(GELU(Linear(E, H)(x)))`: LLaVA-1.5's projector (arXiv 2310.03744), on the head's width.
+class TowerFields:
+    """An entry of `sail_beside` as attributes, for reading and writing; what it leaves out has SailLlavaConfig's default."""
 
-    With `raw_width` F the raw patch r lies beside x: `Linear(H, H)(GELU(Linear(E, H)(n(x)) + Linear(F, H)(n(r))))`, n a LayerNorm
-    without weights, so that neither block drowns the other and each can have its own learning rate.
-    """
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__ = values
 
-    def __init__(self, in_width: int, out_width: int, activation: str, bias: bool, raw_width: int = 0) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_width, out_width, bias=bias)
-        if raw_width:
-            self.linear_raw = nn.Linear(raw_width, out_width, bias=False)
-        self.act = ACT2FN[activation]
-        self.linear_2 = nn.Linear(out_width, out_width, bias=bias)
-        self.widths = [in_width, raw_width] if raw_width else [in_width]
-
-    def blocks(self, features: Tensor) -> list[Tensor]:
-        """Return what the first layers are given of features (..., E) or (..., E + F): (..., E), and (..., F) if there is a raw block."""
-        return [self.normed(block) for block in features.to(self.linear_1.weight.dtype).split(self.widths, dim=-1)]
-
-    def normed(self, block: Tensor) -> Tensor:
-        """Return one block (..., width) as a first layer is given it: normalized if there is another beside it."""
-        return functional.layer_norm(block, block.shape[-1:]) if len(self.widths) > 1 else block
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return (..., H) for features (..., E), with a raw block (..., E + F)."""
-        first, *raw = self.blocks(features)
-        hidden = self.linear_1(first) + self.linear_raw(raw[0]) if raw else self.linear_1(first)
-        return self.linear_2(self.act(hidden))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(SailLlavaConfig, name)
 
 
 class SailLlavaModel(LlavaModel):
-    """Vision tower, alignment head, projector and language model, without the language modeling head."""
+    """Vision tower, alignment head, projector and language model, without the language modeling head.
+
+    `beside` holds a second tower's `vision_tower` and `sail_head`, and in sequence its `multi_modal_projector`.
+    """
 
     config: SailLlavaConfig
 
     def __init__(self, config: SailLlavaConfig) -> None:
         super(LlavaModel, self).__init__(config)  # LlavaModel's own would build a projector for the bare encoder
-        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-        self.backbone.truncate(config.sail_layer)
-        width = config.sail_feature_width
-        if config.sail_head == "none":
-            self.sail_head: nn.Module = nn.Identity()
-        else:
-            options = {"expansion": config.sail_head_expansion, "dropout": config.sail_head_dropout}
-            self.sail_head = build_head(config.sail_head_kind, width, config.sail_width, **options)  # type: ignore[arg-type]
-            width = config.sail_width
-        self.multi_modal_projector: nn.Module = SailProjector(  # type: ignore[assignment]
-            width,
-            config.text_config.hidden_size,
-            config.projector_hidden_act,
-            config.multimodal_projector_bias,
-            raw_width=config.sail_feature_width if config.sail_raw else 0,
-        )
+        self.beside = nn.ModuleList(nn.Module() for _ in config.sail_beside or ())
+        for tower in self.towers:
+            tower.build()
+        for place, group in zip(self.places, config.by_projector(config.towers), strict=False):
+            widths = [width for fields in group for width in block_widths(fields)]
+            place.multi_modal_projector = SailProjector(
+                widths, config.text_config.hidden_size, config.projector_hidden_act, config.multimodal_projector_bias
+            )
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.freeze_unread()
         self.post_init()
@@ -135,57 +136,58 @@ class SailLlavaModel(LlavaModel):
         """Do nothing: assembly and the strict `from_pretrained` set every weight."""
 
     @property
-    def backbone(self) -> Backbone:
-        """The vision tower as a reader of layers. It is made anew at each use, so that peft can wrap `vision_tower`."""
-        return VISION_ADAPTERS[self.config.vision_config.model_type](self.vision_tower)
+    def places(self) -> list[Any]:
+        """The modules that hold a tower: the model itself, and those beside it."""
+        return [self, *self.beside]
+
+    @property
+    def towers(self) -> list[Tower]:
+        """The vision towers with their heads."""
+        return [Tower(place, fields) for place, fields in zip(self.places, self.config.towers, strict=True)]
+
+    @property
+    def projectors(self) -> list[Any]:
+        """The projectors: one, in sequence one a tower."""
+        return [place.multi_modal_projector for place in self.places if hasattr(place, "multi_modal_projector")]
 
     def freeze_unread(self) -> None:
         """Freeze the vision parameters that are never trained: DDP would wait for gradients that never come."""
-        for name in self.config.sail_unread or ():
-            self.vision_tower.get_parameter(name).requires_grad_(False)
+        for tower in self.towers:
+            tower.freeze_unread()
 
     def train(self, mode: bool = True) -> "SailLlavaModel":
         """Return self in training mode. A frozen vision tower stays in eval mode, and so do all BatchNorms of a trained one."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
-            self.vision_tower.eval()
-        for module in self.vision_tower.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+        for tower in self.towers:
+            tower.hold_still()
         return self
 
-    def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """Return the projector's input (B, N, E), not normalized: the head's output for each patch; without a head, E is F.
+    def get_patch_features(self, pixel_values: Tensor, projector: int = 0) -> Tensor:
+        """Return the input (B, N, E) of a projector (by its number), not normalized: for each patch the head's output, or the raw patch.
 
-        With `sail_raw` it is (B, N, E + F): the raw patch follows.
-        pixel_values (B, 3, H, W) must have the size that the model was assembled for; UsageError otherwise.
+        With `sail_raw` it is (B, N, E + F): the raw patch follows. Towers joined by channel follow each other, too.
+        pixel_values must have the size that the model was assembled for: (B, 3, H, W), of two towers (B, 3, pixels), those of one
+        after those of the other; UsageError otherwise.
         """
-        config, backbone = self.config, self.backbone
-        if list(pixel_values.shape[2:]) != config.sail_image_size:
+        wanted = self.config.pixel_shape()
+        if list(pixel_values.shape[1:]) != wanted:
             raise UsageError(
-                f"pixel_values have shape {tuple(pixel_values.shape)}; this model takes (images, 3, "
-                f"{', '.join(map(str, config.sail_image_size or ()))}): use its own processor"
+                f"pixel_values have shape {tuple(pixel_values.shape)}; this model takes (images, {', '.join(map(str, wanted))}): "
+                "use its own processor"
             )
-        pixels = pixel_values.to(_dtype(self.vision_tower, pixel_values.dtype))
-        if backbone.cnn:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        [tokens] = backbone(pixels, [config.sail_layer])  # (B, prefix + P, D)
-        features = tokens[:, backbone.prefix :]  # (B, P, D)
-        if config.sail_feature == "cls_patch":
-            features = torch.cat([tokens[:, :1].expand_as(features), features], dim=-1)  # (B, P, F)
-        aligned = self.sail_head(features.to(_dtype(self.sail_head, features.dtype)))  # (B, P, E)
-        features = torch.cat([aligned, features.to(aligned.dtype)], dim=-1) if config.sail_raw else aligned
-        if config.sail_grid is not None and config.sail_grid != config.sail_patch_grid:
-            maps = features.transpose(1, 2).unflatten(2, config.sail_patch_grid)  # (B, E, rows, columns)
-            features = functional.adaptive_avg_pool2d(maps, (config.sail_grid[0], config.sail_grid[1])).flatten(2).transpose(1, 2)
-        return features
+        sizes: list[Any] = [fields.sail_image_size for fields in self.config.towers]
+        parts = pixel_values.flatten(2).split([height * width for height, width in sizes], dim=2)
+        pixels = [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
+        group = self.config.by_projector(list(zip(self.towers, pixels, strict=True)))[projector]
+        return torch.cat([tower.features(own) for tower, own in group], dim=-1)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Return `pooler_output`, a list of B tensors (N, H), and `last_hidden_state` (B, N, E), which is before the projector."""
-        features = self.get_patch_features(pixel_values)
-        projected: Any = list(self.multi_modal_projector(features))
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=projected)
+        """Return `pooler_output`, a list of B tensors (N, H), and `last_hidden_state` (B, N, E), the first projector's input."""
+        features = [self.get_patch_features(pixel_values, number) for number in range(len(self.projectors))]
+        projected = [projector(own) for projector, own in zip(self.projectors, features, strict=True)]
+        listed: Any = list(torch.cat(projected, dim=1))
+        return BaseModelOutputWithPooling(last_hidden_state=features[0], pooler_output=listed)
 
     @can_return_tuple
     def forward(
@@ -201,7 +203,7 @@ class SailLlavaModel(LlavaModel):
         if self.training and pixel_values is None and past_key_values is None:
             if inputs_embeds is None:
                 input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
-            blank = inputs_embeds.new_zeros(1, 3, *(self.config.sail_image_size or ()))
+            blank = inputs_embeds.new_zeros(1, *self.config.pixel_shape())
             visual = self.get_image_features(blank, return_dict=True).pooler_output[0]
             inputs_embeds = inputs_embeds + 0.0 * visual.sum().to(inputs_embeds.device, inputs_embeds.dtype)
         return super().forward(
@@ -258,11 +260,6 @@ class SailLlavaForConditionalGeneration(StrictModel, LlavaForConditionalGenerati
             loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
             attentions=outputs.attentions, image_hidden_states=outputs.image_hidden_states,
         )  # fmt: skip
-
-
-def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Return the dtype of the module's parameters, or `default` if it has none."""
-    return next((parameter.dtype for parameter in module.parameters()), default)
 
 
 AutoConfig.register("sail_llava", SailLlavaConfig, exist_ok=True)

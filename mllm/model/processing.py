@@ -26,7 +26,8 @@ class SailLlavaImageProcessor(BaseImageProcessor):
     """Resizes whole images with Pillow to `size`, with or without padding to its shape before. Nothing is cropped.
 
     `size` is {"height", "width"} in pixels, `resample` a PIL filter number. `image_mean` and `image_std` are for values between 0
-    and 1. `image_aspect_ratio`: `pad` centers the image on the mean color (as LLaVA-1.5 does), `resize` changes its shape.
+    and 1. `image_aspect_ratio`: `pad` centers the image on the mean color (as LLaVA-1.5 does), `resize` changes its shape. `beside` has
+    size, mean, std, filter and scale for each further encoder of a model.
     """
 
     model_input_names = ["pixel_values"]
@@ -34,7 +35,7 @@ class SailLlavaImageProcessor(BaseImageProcessor):
     def __init__(
         self, size: dict[str, int] | None = None, image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5), resample: int = 3, rescale_factor: float = 1 / 255,
-        image_aspect_ratio: str = "pad", **kwargs: Any,
+        image_aspect_ratio: str = "pad", beside: Sequence[dict[str, Any]] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(**kwargs)
         if image_aspect_ratio not in ASPECT_RATIOS:
@@ -42,6 +43,7 @@ class SailLlavaImageProcessor(BaseImageProcessor):
         self.size = dict(size) if size else {"height": 224, "width": 224}
         self.image_mean, self.image_std = [float(x) for x in image_mean], [float(x) for x in image_std]
         self.resample, self.rescale_factor, self.image_aspect_ratio = int(resample), rescale_factor, image_aspect_ratio
+        self.beside = [dict(values) for values in beside] if beside else None
 
     @property
     def pad_color(self) -> tuple[int, ...]:
@@ -49,13 +51,22 @@ class SailLlavaImageProcessor(BaseImageProcessor):
         return tuple(min(255, max(0, int(mean / self.rescale_factor + 1e-6))) for mean in self.image_mean)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
-        """Return pixel_values (B, 3, H, W) float32 of an image or a (nested) list of images, PIL or arrays with channels first or last."""
+        """Return pixel_values (B, 3, H, W) float32 of an image or a (nested) list of images, PIL or arrays with channels first or last.
+
+        For several encoders they are (B, 3, pixels): those for one encoder after those for the other.
+        """
         flat: Any = make_flat_list_of_images(self.fetch_images(images))
         return BatchFeature({"pixel_values": torch.stack([self.to_pixels(image) for image in flat])}, tensor_type=return_tensors)
 
     def to_pixels(self, image: Any) -> Tensor:
-        """Return one image as (3, H, W) float32."""
+        """Return one image as (3, H, W) float32, for several encoders as (3, pixels)."""
         image = upright_rgb(image if isinstance(image, Image.Image) else to_pil_image(image))
+        own = self._pixels(image)
+        others = [type(self)(**values, image_aspect_ratio=self.image_aspect_ratio) for values in self.beside or ()]
+        return torch.cat([own.flatten(1), *(other._pixels(image).flatten(1) for other in others)], dim=1) if others else own
+
+    def _pixels(self, image: Image.Image) -> Tensor:
+        """Return an upright RGB image as (3, H, W) float32 of this size."""
         if self.image_aspect_ratio == "pad":
             image = self._padded(image)
         image = image.resize((self.size["width"], self.size["height"]), Image.Resampling(self.resample))

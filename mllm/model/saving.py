@@ -19,14 +19,14 @@ from align.common.folders import replaced_folder
 from align.encoders import families
 from align.encoders.loading import load_errors_named
 from align.model import heads, strict_loading
-from mllm.model import modeling, processing
+from mllm.model import modeling, processing, towers
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 
 SHARD_SIZE = "5GB"
 NEEDED = "needed are config.json, model.safetensors, processor_config.json and the tokenizer's files"
 CODE: dict[str, ModuleType] = {
-    "modeling_sail_llava.py": modeling, "processing_sail_llava.py": processing, "heads.py": heads,
+    "modeling_sail_llava.py": modeling, "processing_sail_llava.py": processing, "towers.py": towers, "heads.py": heads,
     "strict_loading.py": strict_loading, "families.py": families, "errors.py": errors,
 }  # fmt: skip
 MODEL_MAP = {
@@ -94,11 +94,11 @@ def require_free_place(folder: Path) -> None:
 
 
 def portable_source(module: ModuleType) -> str:
-    """Return the module's source for the saved folder: relative imports, no registration, no imports from `mllm`."""
+    """Return the module's source for the saved folder: relative imports, and no registration nor what only it imports."""
     assert module.__file__ is not None
     text = Path(module.__file__).read_text(encoding="utf-8")
-    text = re.sub(r"^(from mllm\.|Auto\w+\.register\().*\n", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^from align\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
+    text = re.sub(r"^(from mllm\.model\.modeling |Auto\w+\.register\().*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^from (?:align|mllm)\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.MULTILINE)
     return f"# Copied from sail-upgrade-kit ({module.__name__}). Apache License 2.0.\n{text}"
 
 

@@ -6,6 +6,7 @@ left out or applied twice shows.
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -154,6 +155,22 @@ def tiny_sail(folder: Path, vision: Path, head: str = "glu", width: int = 24, **
     return folder
 
 
+def tiny_tower(kind: str, size: int) -> dict[str, Any]:
+    """Return the fields of SailLlavaConfig about an encoder for images of `size` pixels a side: `dinov2` or `resnet`."""
+    model_class, arguments, _ = CASES[kind]
+    cnn = kind == "resnet"
+    return {
+        "vision_config": getattr(transformers, model_class).config_class(**arguments),
+        "sail_feature": "patch" if cnn else "cls_patch",
+        "sail_feature_width": 20 if cnn else 64,
+        "sail_layer": 4 if cnn else 3,
+        "sail_image_size": [size, size],
+        "sail_patch_grid": [2, 2] if cnn else [size // 14, size // 14],
+        "sail_unread": [] if cnn else ["embeddings.mask_token"],
+        "sail_fingerprint": {},
+    }
+
+
 def tiny_model(
     kind: str = "dinov2",
     llm: str = "llama",
@@ -162,16 +179,14 @@ def tiny_model(
     grid: list[int] | None = None,
     seed: int = 0,
     raw: bool = False,
+    join: str | None = None,
 ) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor]:
     """Return a SailLlava in memory (float32, eval mode) and its processor, without any folder or assembly.
 
     Vision `dinov2` (CLS and patches, 3 x 3 grid) or `resnet` (2 x 2 grid), a random glu head, 9 or 4 visual tokens, or those of
-    `grid`; with `raw` the projector sees raw patches, too. <image> is the last token of the vocabulary. The processor has no chat
-    template: set one.
+    `grid`; with `raw` the projector sees raw patches, too. `join` (channel, sequence) puts a resnet of 2 x 2 patches of 56 pixels
+    without a head beside the encoder. <image> is the last token of the vocabulary. The processor has no chat template: set one.
     """
-    model_class, arguments, _ = CASES[kind]
-    vision_config = getattr(transformers, model_class).config_class(**arguments)
-    cnn = kind == "resnet"
     tokenizer = tiny_tokenizer(chatml=chatml)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -180,9 +195,9 @@ def tiny_model(
         "max_position_embeddings": 512, "vocab_size": len(tokenizer), "tie_word_embeddings": tie, "initializer_range": 0.2,
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    width = 20 if cnn else 32
+    second = tiny_tower("resnet", SIZE + 14)
+    second |= {"vision_config": second["vision_config"].to_dict(), "sail_grid": (grid or [3, 3]) if join == "channel" else None}
     config = SailLlavaConfig(
-        vision_config=vision_config,
         text_config=(LlamaConfig if llm == "llama" else Qwen2Config)(**text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="full",
@@ -190,21 +205,19 @@ def tiny_model(
         sail_head_expansion=2,
         sail_raw=raw,
         sail_width=24,
-        sail_feature="patch" if cnn else "cls_patch",
-        sail_feature_width=width if cnn else 2 * width,
-        sail_layer=4 if cnn else 3,
-        sail_image_size=[SIZE, SIZE],
-        sail_patch_grid=[2, 2] if cnn else [3, 3],
         sail_grid=grid,
-        sail_unread=[] if cnn else ["embeddings.mask_token"],
-        sail_fingerprint={},
+        sail_beside=[second] if join else None,
+        sail_join=join or "channel",
+        **tiny_tower(kind, SIZE),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SailLlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    beside = {"size": {"height": SIZE + 14, "width": SIZE + 14}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
     images = SailLlavaImageProcessor(
-        {"height": SIZE, "width": SIZE}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=3
-    )
+        {"height": SIZE, "width": SIZE}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=3,
+        beside=[beside] if join else None,
+    )  # fmt: skip
     return model, SailLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length)

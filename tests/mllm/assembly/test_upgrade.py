@@ -69,7 +69,7 @@ def state_of(report):
 
 @torch.no_grad()
 def test_an_llm_is_kept_bit_for_bit_and_gets_one_row(parts):
-    model, processor, report = assemble(llm=str(parts / "llama"), sail=str(parts / "run"))
+    model, processor, report = assemble(llm=str(parts / "llama"), sail=(str(parts / "run"),))
     stock = AutoModelForCausalLM.from_pretrained(parts / "llama").eval()
     kept = model.model.language_model.state_dict()
     for name, value in stock.model.state_dict().items():
@@ -94,7 +94,7 @@ def test_an_llm_is_kept_bit_for_bit_and_gets_one_row(parts):
 
 @torch.no_grad()
 def test_spare_rows_are_used_and_tied_weights_stay_tied(parts, tmp_path):
-    model, processor, report = assemble(llm=str(parts / "qwen2"), sail=str(parts / "run" / "best"))
+    model, processor, report = assemble(llm=str(parts / "qwen2"), sail=(str(parts / "run" / "best"),))
     stock = AutoModelForCausalLM.from_pretrained(parts / "qwen2")
     assert torch.equal(model.lm_head.weight, stock.lm_head.weight) and "embedding rows" not in state_of(report)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight and model.config.tie_word_embeddings
@@ -106,7 +106,7 @@ def test_spare_rows_are_used_and_tied_weights_stay_tied(parts, tmp_path):
 
 
 def test_head_encoder_and_fingerprint_are_the_runs(parts):
-    model, _, _ = assemble(llm=str(parts / "llama"), sail=str(parts / "run"))
+    model, _, _ = assemble(llm=str(parts / "llama"), sail=(str(parts / "run"),))
     stage_one = SailModel.from_pretrained(parts / "run/best")
     trained = stage_one.vision_head.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in model.model.sail_head.state_dict().items())
@@ -117,7 +117,7 @@ def test_head_encoder_and_fingerprint_are_the_runs(parts):
 
 def test_controls_differ_in_the_head_only(parts):
     def built(**options):
-        return assemble(llm=str(parts / "llama"), sail=str(parts / "run"), **options)[0]
+        return assemble(llm=str(parts / "llama"), sail=(str(parts / "run"),), **options)[0]
 
     trained, random = built(), built(sail_head="random", seed=7)
     assert sum(p.numel() for p in trained.parameters()) == sum(p.numel() for p in random.parameters())
@@ -137,7 +137,7 @@ def test_controls_differ_in_the_head_only(parts):
 
 @torch.no_grad()
 def test_a_stock_llava_keeps_its_llm_and_template(parts, llava, tmp_path):
-    model, processor, report = assemble(llava=str(llava), sail=str(parts / "run"))
+    model, processor, report = assemble(llava=str(llava), sail=(str(parts / "run"),))
     stock = LlavaForConditionalGeneration.from_pretrained(llava)
     kept = model.model.language_model.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in stock.model.language_model.state_dict().items())
@@ -159,7 +159,7 @@ def test_a_stock_llava_keeps_its_llm_and_template(parts, llava, tmp_path):
 
 def test_templates(parts):
     def template_of(llm, **options):
-        model, processor, report = assemble(llm=str(parts / llm), sail=str(parts / "run"), **options)
+        model, processor, report = assemble(llm=str(parts / llm), sail=(str(parts / "run"),), **options)
         return model, processor, state_of(report)["chat template"]
 
     model, processor, state = template_of("llama")  # none of its own
@@ -174,7 +174,7 @@ def test_templates(parts):
     assert model.lm_head.weight.shape[0] == 403 and model.config.image_token_index == 400
     assert model.generation_config.eos_token_id == [2, 402]
     assert Chat.of_processor(processor).prompt(QUESTION) == processor.apply_chat_template(QUESTION, add_generation_prompt=True)
-    endless = assemble(llm=str(parts / "llama"), sail=str(parts / "run"), template="plain")[2]
+    endless = assemble(llm=str(parts / "llama"), sail=(str(parts / "run"),), template="plain")[2]
     assert "does not learn to end answers" in endless[-1].weights
     with pytest.raises(UsageError, match="no chat template"):
         template_of("llama", template="own")
@@ -182,8 +182,8 @@ def test_templates(parts):
 
 def test_fewer_tokens_other_sizes_and_inner_layers(parts, tmp_path):
     model, processor, _ = assemble(
-        llm=str(parts / "llama"), vision=str(parts / "vision"), sail_head="random", head="mlp", expansion=1, width=16, layer=2,
-        image_size=70, grid=(2, 5), image_aspect_ratio="resize",
+        llm=str(parts / "llama"), vision=(str(parts / "vision"),), sail_head="random", head="mlp", expansion=1, width=16, layer=2,
+        image_size=(70,), grid=(2, 5), image_aspect_ratio="resize",
     )  # fmt: skip
     config = model.config
     assert (config.sail_patch_grid, config.sail_grid, config.image_tokens(), config.sail_layer) == ([5, 5], [2, 5], 10, 2)
@@ -194,13 +194,13 @@ def test_fewer_tokens_other_sizes_and_inner_layers(parts, tmp_path):
     assert torch.equal(again.model.get_patch_features(pixels), model.model.get_patch_features(pixels))
     assert processor.image_seq_length == 10 and processor.image_processor.image_aspect_ratio == "resize"
     with pytest.raises(UsageError, match="3 x 3 patches"):
-        assemble(llm=str(parts / "llama"), sail=str(parts / "run"), grid=(4, 3))
+        assemble(llm=str(parts / "llama"), sail=(str(parts / "run"),), grid=(4, 3))
 
 
 def test_a_timm_vit_at_another_size_is_rebuilt_at_that_size(parts, tmp_path):
     architecture, arguments, _ = TIMM_CASES["vit with cls and registers"]
     vision = save_timm(tmp_path / "vit", architecture, arguments)
-    model, processor, _ = assemble(llm=str(parts / "llama"), vision=vision, sail_head="none", image_size=56)
+    model, processor, _ = assemble(llm=str(parts / "llama"), vision=(vision,), sail_head="none", image_size=(56,))
     save_mllm(model, processor, tmp_path / "m")
     again, _ = load_mllm(tmp_path / "m")
     pixels = torch.randn(1, 3, 56, 56)
@@ -209,9 +209,9 @@ def test_a_timm_vit_at_another_size_is_rebuilt_at_that_size(parts, tmp_path):
 
 
 def test_what_is_never_trained_is_frozen(parts, tmp_path):
-    mae = assemble(llm=str(parts / "llama"), vision=str(tiny_vision(tmp_path / "mae", "vit_mae")), sail_head="none")[0]
+    mae = assemble(llm=str(parts / "llama"), vision=(str(tiny_vision(tmp_path / "mae", "vit_mae")),), sail_head="none")[0]
     assert mae.config.sail_unread == ["embeddings.position_embeddings"]  # fixed sines
-    stage = assemble(llm=str(parts / "llama"), vision=str(tiny_vision(tmp_path / "resnet", "resnet")), sail_head="none", layer=2)[0]
+    stage = assemble(llm=str(parts / "llama"), vision=(str(tiny_vision(tmp_path / "resnet", "resnet")),), sail_head="none", layer=2)[0]
     unread = stage.config.sail_unread
     assert unread and all(name.startswith(("encoder.stages.2.", "encoder.stages.3.")) for name in unread)
     stage.train()
@@ -227,7 +227,7 @@ def test_an_encoder_that_changed_since_training_is_refused(parts, tmp_path):
     config["vision"]["name"] = str(tiny_vision(tmp_path / "other", "dinov2_with_registers"))
     path.write_text(json.dumps(config))
     with pytest.raises(FingerprintError, match="weights"):
-        assemble(llm=str(parts / "llama"), sail=str(tmp_path / "run"))
+        assemble(llm=str(parts / "llama"), sail=(str(tmp_path / "run"),))
 
 
 def test_models_that_llava_cannot_hold_are_refused(parts, llava, tmp_path):
@@ -245,21 +245,21 @@ def test_models_that_llava_cannot_hold_are_refused(parts, llava, tmp_path):
         kind(config).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         with pytest.raises(UsageError, match=message):
-            assemble(llm=str(tmp_path / name), sail=str(parts / "run"))
+            assemble(llm=str(tmp_path / name), sail=(str(parts / "run"),))
     with pytest.raises(UsageError, match="model_type 'llama'"):
-        assemble(llava=str(parts / "llama"), sail=str(parts / "run"))
+        assemble(llava=str(parts / "llama"), sail=(str(parts / "run"),))
     with pytest.raises(UsageError, match="llava"):
-        assemble(llm=str(llava), sail=str(parts / "run"))
+        assemble(llm=str(llava), sail=(str(parts / "run"),))
     with pytest.raises(UsageError, match="neither an aligned model"):
-        assemble(llm=str(parts / "llama"), sail=str(parts / "vision"))
+        assemble(llm=str(parts / "llama"), sail=(str(parts / "vision"),))
     shutil.copytree(parts / "llama", tmp_path / "other shape")
     config = json.loads((tmp_path / "other shape/config.json").read_text())
     (tmp_path / "other shape/config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     with pytest.raises(DamagedError, match="does not describe"):
-        assemble(llm=str(tmp_path / "other shape"), sail=str(parts / "run"))
+        assemble(llm=str(tmp_path / "other shape"), sail=(str(parts / "run"),))
     (tmp_path / "other shape/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(UsageError, match="lacks"):
-        assemble(llm=str(tmp_path / "other shape"), sail=str(parts / "run"))
+        assemble(llm=str(tmp_path / "other shape"), sail=(str(parts / "run"),))
 
 
 @pytest.mark.parametrize("flag", ["llm", "llava"])
@@ -271,14 +271,14 @@ def test_code_that_ships_with_an_llm_is_neither_run_nor_asked_about(parts, tmp_p
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (tmp_path / "own/config.json").write_text(json.dumps(config))
     with pytest.raises((UsageError, DamagedError)):
-        assemble(**{flag: str(tmp_path / "own")}, sail=str(parts / "run"))
+        assemble(**{flag: str(tmp_path / "own")}, sail=(str(parts / "run"),))
     assert not (tmp_path / "ran").exists()
 
 
 @torch.no_grad()
 def test_gguf_weights_are_unpacked(parts, tmp_path):
     write_gguf(parts / "llama", tmp_path / "packed")
-    model, processor, _ = assemble(llm=str(tmp_path / "packed"), gguf_file="model.gguf", sail=str(parts / "run"))
+    model, processor, _ = assemble(llm=str(tmp_path / "packed"), gguf_file="model.gguf", sail=(str(parts / "run"),))
     stock = AutoModelForCausalLM.from_pretrained(parts / "llama").eval()
     ids = torch.arange(5, 12)[None]
     torch.testing.assert_close(model(input_ids=ids).logits[..., :400], stock(ids).logits, rtol=1e-4, atol=1e-4)
@@ -287,7 +287,7 @@ def test_gguf_weights_are_unpacked(parts, tmp_path):
     again, _ = load_mllm(tmp_path / "m")
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     with pytest.raises(UsageError, match="no file"):
-        assemble(llm=str(tmp_path / "packed"), gguf_file="other.gguf", sail=str(parts / "run"))
+        assemble(llm=str(tmp_path / "packed"), gguf_file="other.gguf", sail=(str(parts / "run"),))
 
 
 def write_gguf(llm, folder):
@@ -338,7 +338,7 @@ def write_gguf(llm, folder):
 
 
 def test_the_entry_writes_a_model_and_says_what_was_kept(parts, llava, tmp_path, capsys):
-    config = UpgradeConfig(llava=str(llava), sail=str(parts / "run"), output=str(tmp_path / "out"))
+    config = UpgradeConfig(llava=str(llava), sail=(str(parts / "run"),), output=str(tmp_path / "out"))
     upgrade.main(config)
     said = capsys.readouterr().out
     for words in ("language model", "kept", "vision tower", "replaced", "alignment head", "new", "9 visual tokens", "mllm/finetune.py"):
@@ -350,7 +350,7 @@ def test_the_entry_writes_a_model_and_says_what_was_kept(parts, llava, tmp_path,
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("precious")
     with pytest.raises(UsageError, match="not a model folder"):
-        upgrade.main(UpgradeConfig(llm=str(parts / "llama"), sail=str(parts / "run"), output=str(tmp_path / "mine")))
+        upgrade.main(UpgradeConfig(llm=str(parts / "llama"), sail=(str(parts / "run"),), output=str(tmp_path / "mine")))
 
 
 def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, capsys):
@@ -367,7 +367,7 @@ def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, caps
         Image.new("RGB", (50, 50), (4 * n, 255 - 2 * n, n)).save(tmp_path / f"photos/{n}.png")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"key": str(n), "words": f"a photo of {n}"}) + "\n" for n in range(400)))
     config = UpgradeConfig(
-        llm=str(parts / "llama"), sail=str(parts / "run"), output=str(tmp_path / "out"), features="both",
+        llm=str(parts / "llama"), sail=(str(parts / "run"),), output=str(tmp_path / "out"), features="both",
         texts=(str(tmp_path / "texts.jsonl"),),
         text_columns=("words",), text_rows=300, images=str(tmp_path / "photos"),
     )  # fmt: skip
@@ -385,7 +385,7 @@ def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("fields", [{"sail_head": "random"}, {"sail_head": "none"}, {"images": None}, {"projector": "p"}])
 def test_texts_that_could_reach_no_image_are_refused(fields):
-    given = {"llm": "a", "sail": "b", "texts": ("t.txt",), "images": "photos"} | fields
+    given = {"llm": "a", "sail": ("b",), "texts": ("t.txt",), "images": "photos"} | fields
     with pytest.raises(UsageError, match="only through a trained head|show where images lie|not both"):
         UpgradeConfig(**given)
 
@@ -393,13 +393,19 @@ def test_texts_that_could_reach_no_image_are_refused(fields):
 def test_raw_features_are_those_without_a_head():
     for fields in ({"features": "raw"}, {"features": "both", "sail_head": "none"}, {"features": "head", "sail_head": "none"}):
         with pytest.raises(UsageError, match="--features"):
-            UpgradeConfig(llm="a", sail="b", **fields)
-    assert UpgradeConfig(llm="a", sail="b", features="raw", sail_head="none").sail_head == "none"
+            UpgradeConfig(llm="a", sail=("b",), **fields)
+    assert UpgradeConfig(llm="a", sail=("b",), features="raw", sail_head="none").sail_head == "none"
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"llm": "a", "llava": "b", "sail": "c"}, {"llm": "a"}, {"llm": "a", "sail": "b", "vision": "c"}, {"llm": "a", "vision": "b"}],
+    [
+        {},
+        {"llm": "a", "llava": "b", "sail": ("c",)},
+        {"llm": "a"},
+        {"llm": "a", "sail": ("b", "c"), "vision": ("d",)},
+        {"llm": "a", "vision": ("b",)},
+    ],
 )
 def test_contradicting_flags_are_refused(fields):
     with pytest.raises(UsageError, match="--"):
@@ -412,13 +418,13 @@ UNREAD = [{"head": "mlp"}, {"expansion": 2}, {"width": 8}, {"layer": 3}, {"image
 @pytest.mark.parametrize("unread", UNREAD)
 def test_a_flag_that_nothing_would_read_is_refused(unread):
     with pytest.raises(UsageError, match="has an effect only with --(vision|captions)"):
-        UpgradeConfig(llm="a", sail="b", **unread)
+        UpgradeConfig(llm="a", sail=("b",), **unread)
     with pytest.raises(UsageError, match="--gguf-file w.gguf: has an effect only with --llm"):
-        UpgradeConfig(llava="a", sail="b", gguf_file="w.gguf")
+        UpgradeConfig(llava="a", sail=("b",), gguf_file="w.gguf")
 
 
 def test_a_trained_projector_is_put_in_strictly(parts, tmp_path):
-    model, _, _ = assemble(llm=str(parts / "llama"), sail=str(parts / "run"))
+    model, _, _ = assemble(llm=str(parts / "llama"), sail=(str(parts / "run"),))
     projector = model.model.multi_modal_projector
     trained = {name: torch.randn_like(tensor) for name, tensor in projector.state_dict().items()}
     save_file(trained, tmp_path / "projector.safetensors")

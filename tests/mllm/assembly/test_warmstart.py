@@ -82,6 +82,21 @@ def test_images_land_near_the_words_of_their_captions(colors, raw):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize("join", ["channel", "sequence"])
+@pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
+def test_every_projector_of_two_encoders_is_solved(colors, join, raw):
+    conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
+    model, processor = tiny_model(raw=raw, join=join)
+    projectors = model.model.projectors
+    for number, projector in enumerate(projectors):
+        before = [parameter.clone() for parameter in projector.parameters()]
+        fit = fit_projector(model, processor, number=number, conversations=conversations, rows=120, seed=1)
+        assert fit.found > 0.9 and len(fit.ridges) == len(projector.widths)
+        assert not any(torch.equal(old, new) for old, new in zip(before, projector.parameters(), strict=True))
+    assert [len(projector.widths) for projector in projectors] == ([2 + raw] if join == "channel" else [1 + raw, 1])
+    assert nearest(model, processor, colors, conversations) >= 36
+
+
 class Seer:
     """A text side that knows where the head sees each color; its texts lie elsewhere and wider, as captions do in an aligned space."""
 

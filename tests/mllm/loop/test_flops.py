@@ -13,10 +13,10 @@ from mllm.loop.parameter_groups import set_trainable
 from tests.support.tiny_mllm import tiny_model
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "resnet"])
+@pytest.mark.parametrize(("kind", "join"), [("dinov2", None), ("resnet", None), ("dinov2", "channel"), ("dinov2", "sequence")])
 @pytest.mark.parametrize(("rates", "lora"), [((1, 1, 1, 1), None), ((1, 0, 0, 0), None), ((1, 1, 1, 0), Lora(4, 8))])
-def test_a_step_costs_what_torch_counts(kind, rates, lora):
-    model, _ = tiny_model(kind)
+def test_a_step_costs_what_torch_counts(kind, join, rates, lora):
+    model, _ = tiny_model(kind, join=join)
     model.set_attn_implementation("eager")
     rates = dict(zip(("projector", "head", "llm", "vision"), rates, strict=True))
     rates["raw"] = rates["projector"]
@@ -25,7 +25,7 @@ def test_a_step_costs_what_torch_counts(kind, rates, lora):
     ids = torch.cat([torch.full((1, tokens), model.config.image_token_id), torch.arange(30)[None]], dim=1)
     labels = ids.clone()
     labels[:, : tokens + 10] = -100
-    pixels = torch.rand(1, 3, *model.config.sail_image_size)
+    pixels = torch.rand(1, *model.config.pixel_shape())
     with FlopCounterMode(display=False) as counter:
         prepared(input_ids=ids, pixel_values=pixels, labels=labels, attention_mask=torch.ones_like(ids)).loss.backward()
     counted = counter.get_total_flops()

@@ -1,5 +1,7 @@
 """Parameter groups hold every parameter once, rates decide which are trained, and what was trained goes in and out exactly."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -34,8 +36,8 @@ def test_trained_tensors_go_in_and_out_exactly():
 
 
 def test_every_parameter_belongs_to_one_group():
-    for lora in (None, Lora(2, 4)):
-        model, _ = tiny_model(tie=True)
+    for lora, join in product((None, Lora(2, 4)), (None, "channel", "sequence")):
+        model, _ = tiny_model(tie=True, join=join)
         prepared = set_trainable(model, dict.fromkeys(GROUPS, 1.0), lora, seed=0)
         named = [name for listed in named_groups(prepared).values() for name, _ in listed]
         assert sorted(named) == sorted(name for name, _ in prepared.named_parameters()) and len(set(named)) == len(named)

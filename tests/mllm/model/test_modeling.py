@@ -115,7 +115,7 @@ def test_without_a_head_the_projector_gets_the_features_themselves(tmp_path):
     model = built(aligned)
     pixels = torch.randn(2, 3, SIZE, SIZE)
     torch.testing.assert_close(model.get_patch_features(pixels), aligned.encoder.dense(pixels))
-    assert model.multi_modal_projector.linear_1.in_features == aligned.width == 64 and not list(model.sail_head.parameters())
+    assert model.multi_modal_projector.linear_1.in_features == sum(aligned.widths) == 64 and not list(model.sail_head.parameters())
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_another_image_size_interpolates_positions_and_a_wrong_one_is_refused(tm
     assert model.config.sail_image_size == [70, 70] and model.config.sail_patch_grid == [5, 5]
     pixels = torch.randn(1, 3, 70, 70)
     stock = Dinov2Model.from_pretrained(vision).eval()(pixels).last_hidden_state
-    torch.testing.assert_close(model.backbone(pixels, [3])[0], stock)
+    torch.testing.assert_close(model.towers[0].backbone(pixels, [3])[0], stock)
     with pytest.raises(UsageError, match="70, 70"):
         model.get_patch_features(torch.randn(1, 3, SIZE, SIZE))
 
