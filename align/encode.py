@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from align.common.commandline import run, set_up
 from align.common.console import Progress
-from align.common.errors import UsageError
-from align.common.files import human_bytes, remove_temporaries, require_free
+from align.common.errors import DamagedError, UsageError
+from align.common.files import human_bytes, require_free
 from align.common.hardware import choose_device, resolve_precision
 from align.common.locks import Lease, new_job
 from align.features.config import EncodeConfig
@@ -32,38 +32,46 @@ MAX_SHARD_BYTES = 2 << 30  # memory of one shard of tokens while it is collected
 
 
 def main(config: EncodeConfig) -> None:
-    """Plan, load the encoders, encode what is missing, report what was rejected."""
+    """Verify, or take the folder of the stores and encode what is missing."""
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from align.common.runs import run_folder
 
     state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
+    if config.verify:
+        if state.is_main_process:
+            verify(Path(config.output), console)
+        return
+    if config.dry_run:
+        announced(config, state, console)
+        return
+    names = [config.job or new_job()]
+    broadcast_object_list(names)  # the processes of this launch share the work, and so do launches with one --job
+    folder, name = Path(config.output), str(names[0])
+    shared = run_folder(folder, waiting=console.print, job=name) if state.is_main_process else Lease(folder, name)
+    with shared as lease:
+        assert lease is not None
+        encode(announced(config, state, console), config, lease, state, console)
+
+
+def announced(config: EncodeConfig, state: "PartialState", console: "Console") -> "Extraction":
+    """Return the job and print what it has to do. Raises DiskFullError or UsageError if it cannot be done."""
     job = planned(config, state)
     size = job.predicted_bytes()
     console.print(
         f"{job.plan.rows} samples in {len(job.plan.shards)} shards, {len(job.pending())} to encode ({human_bytes(size)}) "
         f"into {config.output}, on {state.num_processes} process(es)"
     )
-    if config.verify:
-        verify(job, console)
-        return
     require_free(job.output, size)  # all stores together
     if config.feature == "tokens":
         require_small_shards(config.shard_rows, max(writer.header.width for writer in job.writers))
-    if config.dry_run:
-        return
-    encode(job, config.job, state, console)
-    if not state.is_main_process:
-        return
-    if not job.pending():
-        report(job, console)
-    elif config.job:
-        console.print("this worker is done; other workers of the job still have shards")
-    else:
-        raise UsageError(f"{config.output}: some shards are not committed; run the same command again")
+    return job
 
 
 def planned(config: EncodeConfig, state: "PartialState") -> "Extraction":
-    """Return the job: the plan, which the first process makes and saves for all, and the encoders, None if not requested."""
+    """Return the job: the encoders, None if not requested, and the plan. The first process makes and saves it; a dry run saves nothing."""
     from align.encoders.text import load_text_encoder
     from align.encoders.vision import load_vision_encoder
     from align.features.extract import Extraction, Stopping
@@ -71,12 +79,14 @@ def planned(config: EncodeConfig, state: "PartialState") -> "Extraction":
     from align.sources.plan import Plan, plan
 
     source, folder = config.source(config.data), Path(config.output)
-    if state.is_main_process:
-        plan(source, config.shard_rows, config.captions).keep(folder, "files, columns or --shard-rows")
+    if state.is_main_process or config.dry_run:
+        made = plan(source, config.shard_rows, config.captions)
+        if not config.dry_run or (folder / "plan.parquet").exists():  # saves it, or refuses another one
+            made.keep(folder, "files, columns or --shard-rows")
     state.wait_for_everyone()
     vision, text = config.encoders(resolve_precision(config.precision, state.device))
     return Extraction(
-        source, Plan.load(folder), folder, vision=load_vision_encoder(vision, state.device) if vision else None,
+        source, made if config.dry_run else Plan.load(folder), folder, vision=load_vision_encoder(vision, state.device) if vision else None,
         text=load_text_encoder(text, state.device) if text else None, columns=config.captions, batch_size=config.batch_size,
         text_batch_size=config.text_batch_size, workers=config.workers, limits=Limits(max_pixels=config.max_pixels),
         stopping=Stopping(config.max_reject_fraction, config.max_rejects_in_a_row),
@@ -93,30 +103,37 @@ def require_small_shards(shard_rows: int, width: int) -> None:
         )
 
 
-def encode(job: "Extraction", name: str | None, state: "PartialState", console: "Console") -> None:
-    """Encode and commit what is missing. Workers with the same `name` share the work; without a name this launch works alone."""
-    from accelerate.utils import broadcast_object_list
+def encode(job: "Extraction", config: EncodeConfig, lease: Lease, state: "PartialState", console: "Console") -> None:
+    """Encode and commit what is missing, and report if nothing is missing any more."""
+    if state.is_main_process:
+        job.clean(lease)
+    state.wait_for_everyone()
+    rows = sum(job.plan.lengths[shard] for shard in job.pending())
+    job.run(lease, Progress(console, "encoded samples", rows, workers=state.num_processes))
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    if not job.pending():
+        report(job, console)
+    elif config.job:
+        console.print("this worker is done; other workers of the job still have shards")
+    else:
+        raise UsageError(f"{config.output}: some shards are not committed; run the same command again")
 
-    names = [name or new_job()]
-    broadcast_object_list(names)
-    with Lease(job.output, str(names[0])) as lease:
-        if state.is_main_process and not name:
-            remove_temporaries(job.output)
-            for writer in job.writers:
-                writer.clean()
-        state.wait_for_everyone()
-        rows = sum(job.plan.lengths[shard] for shard in job.pending())
-        job.run(lease, Progress(console, "encoded samples", rows, workers=state.num_processes))
-        state.wait_for_everyone()
 
+def verify(folder: Path, console: "Console") -> None:
+    """Compare every file of the stores with its committed hash, and write nothing. DamagedError says what is wrong and what to do."""
+    from align.features.verification import find_stores, verify_store
 
-def verify(job: "Extraction", console: "Console") -> None:
-    """Compare every byte of the stores with its committed hash."""
-    from align.features.store import FeatureStore
-
-    for writer in job.writers:
-        FeatureStore(writer.folder).verify()
-        console.print(f"{writer.folder}: every byte as committed")
+    problems = []
+    for store in find_stores(folder):
+        try:
+            size = verify_store(store)
+            console.print(f"{store}: every byte as committed ({human_bytes(size)})")
+        except DamagedError as error:
+            problems.append(str(error))
+    if problems:
+        raise DamagedError("; ".join(problems))
 
 
 def report(job: "Extraction", console: "Console") -> None:

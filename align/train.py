@@ -33,19 +33,30 @@ FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "t
 
 
 def main(config: TrainConfig) -> None:
-    """Open the features, build the heads, write config and manifest, train from the newest checkpoint."""
+    """Refuse other settings, take the run's folder, train."""
     from accelerate import PartialState
 
-    from align.common.hardware import choose_device, resolve_precision
-    from align.training.data import build_model
-    from align.training.run import Run
-    from align.training.step import Objective, Schedule, Stepper, build_optimizer
+    from align.common.hardware import choose_device
+    from align.common.runs import run_folder
 
     state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
     if config.batch_size % state.num_processes:
         raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")
-    refuse_other_config(config, Path(config.output), "train", FREE_ON_RESUME)
+    folder = Path(config.output)
+    refuse_other_config(config, folder, "train", FREE_ON_RESUME)
+    with run_folder(folder, state.is_main_process and not config.dry_run, console.print):
+        state.wait_for_everyone()  # only once the first process has the folder
+        train(config, state, console)
+
+
+def train(config: TrainConfig, state: "PartialState", console: "Console") -> None:
+    """Open the features, build the heads, write config and manifest, train from the newest checkpoint."""
+    from align.common.hardware import resolve_precision
+    from align.training.data import build_model
+    from align.training.run import Run
+    from align.training.step import Objective, Schedule, Stepper, build_optimizer
+
     data = open_data(config, state, console)
     steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(data.pairs) // config.batch_size)))
     model = build_model(config, data).to(state.device)

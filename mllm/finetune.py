@@ -23,6 +23,7 @@ from mllm.loop.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import TrainingArguments
 
     from mllm.conversations.batches import ConversationDataset
     from mllm.model.processing import SailLlavaProcessor
@@ -35,35 +36,43 @@ FREE_ON_RESUME = {
 
 
 def main(config: FinetuneConfig) -> None:
-    """Load and freeze the model, read the data, train, export."""
+    """Start the process group, refuse other settings, take the run's folder, train."""
     from transformers.utils.logging import set_verbosity_error
 
     from align.common.hardware import choose_device, resolve_precision
+    from align.common.runs import run_folder
+    from mllm.loop.settings import training_arguments
+    from mllm.model.saving import require_mllm
+
+    set_verbosity_error()
+    folder = Path(config.output)
+    require_mllm(Path(config.model))
+    precision = resolve_precision(config.precision, choose_device())
+    settings = training_arguments(config, precision, int(os.environ.get("WORLD_SIZE", "1")))  # starts the process group: before the model
+    console = set_up(quiet=settings.process_index != 0)
+    refuse_other_config(config, folder, config.stage, FREE_ON_RESUME)
+    with run_folder(folder, settings.process_index == 0 and not config.dry_run, console.print):
+        finetune(config, settings, console)
+
+
+def finetune(config: FinetuneConfig, settings: "TrainingArguments", console: "Console") -> None:
+    """Load and freeze the model, read the data, train, export."""
     from mllm.conversations.packing import EpochPlan
     from mllm.loop.estimate import estimate
     from mllm.loop.flops import Collate, image_flops, step_cost
     from mllm.loop.parameter_groups import group_table, load_trainable
     from mllm.loop.run import train
-    from mllm.loop.settings import training_arguments
     from mllm.loop.trainer import MicroBatches
     from mllm.model.modeling import SailLlavaConfig
-    from mllm.model.saving import require_mllm
 
-    set_verbosity_error()
-    rates, start = config.learning_rates(), Path(config.model)
-    require_mllm(start)
+    rates, start, world = config.learning_rates(), Path(config.model), settings.world_size
     image_cost = image_flops(SailLlavaConfig.from_pretrained(start, trust_remote_code=False), rates)
-    precision = resolve_precision(config.precision, choose_device())
-    settings = training_arguments(config, precision, int(os.environ.get("WORLD_SIZE", "1")))  # starts the process group: before the model
-    rank, world = settings.process_index, settings.world_size
-    console = set_up(quiet=rank != 0)
-    refuse_other_config(config, Path(config.output), config.stage, FREE_ON_RESUME)
     model, processor = load_trainable(start, rates, config.lora(), config.seed, bf16=settings.bf16, deepspeed=bool(config.deepspeed))
     with settings.main_process_first(desc="index of the data"):
         dataset = read_data(config, processor, console)
     plan = EpochPlan(dataset.index, config.batch_size, packing=config.packing, seed=config.seed)
     steps = settings.max_steps = config.steps or max(1, round(config.epochs * len(plan.batches(0))))
-    micro_batches = MicroBatches(plan.batches, steps, config.micro_batch_size, rank, world)
+    micro_batches = MicroBatches(plan.batches, steps, config.micro_batch_size, settings.process_index, world)
     collate = Collate(partial(dataset.collate, packed=config.packing), step_cost(model, image_cost))
     console.print(group_table(model, rates))
     pieces = f"{micro_batches.accumulate} x {config.micro_batch_size} x {world} process(es)"

@@ -13,10 +13,11 @@ import tyro
 from rich.console import Console
 
 from align.common.console import plain_console
-from align.common.errors import UsageError
+from align.common.errors import KitError, Preempted, UsageError
 from align.common.failures import explained, is_foreseen, keep_traceback
-from align.common.files import arm_failpoint
+from align.common.files import arm_failpoint, disk_full_named
 from align.common.hardware import reuse_freed_memory, use_cores
+from align.common.preemption import asked_to_stop, ended_by_sigterm, launchers, reason, stop_with
 from align.common.recipes_yaml import recipe_flags, to_recipe
 
 Config = TypeVar("Config")
@@ -60,18 +61,22 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
 def run(main: Callable[[Config], None], kind: type[Config], section: str | Callable[[list[str]], str]) -> None:
     """Run an entry: parse the flags, call `main`. Every error becomes one line on stderr and an exit code; Ctrl-C exits with 130.
 
-    `--debug` shows the traceback, too. Without it, that of an error that no check foresaw is kept in a temporary file.
+    SIGTERM, and the end of the launcher that started the process, exit with 75. `--debug` shows the traceback of an error. Without it,
+    that of an error that no check foresaw is kept in a temporary file.
     """
     if "SAIL_FAILPOINT" in os.environ:
         arm_failpoint(os.environ["SAIL_FAILPOINT"])
     flags = [flag for flag in sys.argv[1:] if flag != "--debug"]
     debug = len(flags) < len(sys.argv) - 1
     try:
-        name = section if isinstance(section, str) else section(flags)  # some entries have several sections
-        config = parse(kind, name, flags)
-        if os.environ.get("RANK", "0") == "0":  # loading takes seconds: show that the process is alive
-            sys.stderr.write(f"{name}: loading libraries\n")
-        main(config)
+        with ended_by_sigterm():
+            name = section if isinstance(section, str) else section(flags)  # some entries have several sections
+            config = parse(kind, name, flags)
+            if os.environ.get("RANK", "0") == "0":  # loading takes seconds: show that the process is alive
+                sys.stderr.write(f"{name}: loading libraries\n")
+            stop_with(launchers())
+            with disk_full_named(Path(vars(config).get("output") or ".")):  # whichever library writes
+                main(config)
     except SystemExit:
         raise
     except KeyboardInterrupt:
@@ -84,6 +89,8 @@ def _told(error: BaseException, debug: bool) -> tuple[str, int]:
     """Return the last line that an entry writes because of `error`, and its exit code; with `debug` print the traceback before."""
     if debug:
         traceback.print_exception(error)
+    if asked_to_stop() and not isinstance(error, KitError):  # another process of the run, or a worker, was stopped first
+        return f"error: stopped by {reason()} ({type(error).__name__}); run the same command to go on", Preempted.exit_code
     found = explained(error)
     if debug or is_foreseen(found):
         return f"error: {found}", found.exit_code

@@ -5,17 +5,21 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from align.common.errors import DamagedError, DiskFullError, UsageError
+from align.common.errors import DamagedError, DiskFullError, KitError, UsageError
 
 TEMPORARY = ".partial"  # suffix of files being written
+# libraries that write files themselves report a full disk in their own errors: safetensors, arrow, torch
+_FULL = ("No space left on device", "Disk quota exceeded", "(os error 28)", "(os error 122)", "PytorchStreamWriter failed writing")
 _armed: dict[str, int] = {}
+_writer = (0, "")  # process id, and the name of this process as a writer
 
 
 def arm_failpoint(spec: str) -> None:
@@ -32,6 +36,14 @@ def failpoint(name: str) -> None:
         _armed[name] -= 1
         if _armed[name] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def writer_name() -> str:
+    """Return a name for this process that no other has, on any host. It is part of the names of its temporary files."""
+    global _writer
+    if _writer[0] != os.getpid():
+        _writer = os.getpid(), f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return _writer[1]
 
 
 def hash_bytes(data: bytes) -> str:
@@ -66,7 +78,7 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path. Success flushes and renames it to `path`; failure removes it. DiskFullError names the free space."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f"{path.name}.{writer_name()}{TEMPORARY}")
     try:
         with disk_full_named(path):
             yield temporary
@@ -99,10 +111,16 @@ def read_json(path: Path) -> Any:
         raise DamagedError(f"{path} is not valid JSON ({error}); restore it or delete the folder and run again") from error
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete the half-written files of dead writers in `folder`, not in its subfolders."""
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        leftover.unlink(missing_ok=True)
+def remove_temporaries(folder: Path, living: Callable[[], Collection[str]] = tuple) -> None:
+    """Delete the half-written files in `folder`, not in its subfolders, except those of `living` writers (see `writer_name`).
+
+    The files are listed before `living` is called: a writer that begins meanwhile loses nothing.
+    """
+    leftovers = [path for path in folder.glob(f"*{TEMPORARY}") if not path.is_dir()]
+    kept = living() if leftovers else ()
+    for path in leftovers:
+        if path.name.removesuffix(TEMPORARY).rpartition(".")[2] not in kept:
+            path.unlink(missing_ok=True)
 
 
 def save_hashed(stem: Path, suffix: str, data: bytes) -> None:
@@ -124,26 +142,48 @@ def load_hashed(stem: Path, suffix: str) -> bytes | None:
 
 @contextmanager
 def disk_full_named(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn a "no space left" error of the block into a DiskFullError that names the file and the space (`needed` in bytes)."""
+    """Turn a "no space left" error of the block into a DiskFullError that names the file and the space (`needed` in bytes).
+
+    Such an error may be of any library, or be the cause of another error.
+    """
     try:
         yield
-    except OSError as error:
-        # safetensors and arrow wrap the errno in their own text
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+    except KitError:
+        raise
+    except Exception as error:
+        cause = _disk_full_cause(error)
+        if cause is None:
             raise
-        raise DiskFullError(_space_message(path, needed)) from error
+        named = getattr(cause, "filename", None)
+        raise DiskFullError(_space_message(Path(named) if isinstance(named, str) else path, needed)) from error
+
+
+def _disk_full_cause(error: BaseException | None) -> BaseException | None:
+    """Return the error that says that the disk is full: `error` or one that led to it; None if there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        if any(text in str(error) for text in _FULL):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def require_free(folder: Path, needed: int) -> None:
-    """Raise DiskFullError unless the file system of `folder` has `needed` bytes free."""
-    if shutil.disk_usage(folder).free < needed:
+    """Raise DiskFullError unless the file system of `folder`, which need not exist, has `needed` bytes free."""
+    if free_bytes(folder) < needed:
         raise DiskFullError(_space_message(folder, needed))
 
 
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the file system of `path`, which need not exist yet."""
+    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
+
+
 def _space_message(path: Path, needed: int | None) -> str:
-    free = shutil.disk_usage(path if path.exists() else path.parent).free
     wanted = f"{human_bytes(needed)} needed, " if needed is not None else ""
-    return f"disk full while writing {path}: {wanted}{human_bytes(free)} free. Free some space and run the same command again."
+    left = human_bytes(free_bytes(path))
+    return f"disk full while writing {path}: {wanted}{left} free. Free some space and run the same command again."
 
 
 def human_bytes(count: float) -> str:

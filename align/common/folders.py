@@ -1,16 +1,33 @@
 """Folders that are complete or absent: written aside, committed with all hashes, renamed into place, checked against the commit."""
 
+import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from align.common.errors import DamagedError
-from align.common.files import TEMPORARY, atomic_json, disk_full_named, failpoint, hash_file, read_json, sync_file, sync_folder
+from align.common.files import (
+    TEMPORARY,
+    atomic_json,
+    disk_full_named,
+    failpoint,
+    hash_bytes,
+    hash_file,
+    read_json,
+    require_free,
+    sync_file,
+    sync_folder,
+)
 
 COMMIT = "COMMIT.json"
 RETIRED = ".retired"  # suffix of the old folder between the two renames
+_intact: dict[Path, tuple[Any, ...] | None] = {}  # files that had their hash: hash, size, time and inode then
+_SETTLED_SECONDS = 1.0  # a file changed so recently may change again without another time
+WORK = ".work"  # leases and claims of those who write to a folder
 
 
 @contextmanager
@@ -18,12 +35,13 @@ def replaced_folder(folder: Path, name: str, needed: int | None = None) -> Itera
     """Yield an empty folder beside `folder`, then flush it and move it into place. An error keeps the old folder.
 
     A crash leaves the old folder (perhaps as NAME.retired) or the new one. The next call deletes half-written folders. Failpoints:
-    `<name>-saved` and `<name>-retired`. Raises DiskFullError, with the `needed` bytes if they are known.
+    `<name>-saved` and `<name>-retired`. Raises DiskFullError, before anything is written if `needed` bytes are known and not free.
     """
     temporary, retired = folder.with_name(f"{folder.name}{TEMPORARY}"), folder.with_name(f"{folder.name}{RETIRED}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk_full_named(folder, needed):
+            require_free(folder, needed or 0)
             temporary.mkdir(parents=True)
             yield temporary
             sync_tree(temporary)
@@ -37,6 +55,25 @@ def replaced_folder(folder: Path, name: str, needed: int | None = None) -> Itera
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clean_tree(folder: Path) -> None:
+    """Delete what a dead writer left half-written below `folder`, and put back a folder that it was about to replace.
+
+    The caller holds the folder's lease, so that no other process writes there. Folders below it with leases of their own are left alone.
+    """
+    for place, names, files in os.walk(folder):
+        here = Path(place)
+        for name in [name for name in names if name.endswith((TEMPORARY, RETIRED))]:
+            whole = here / name.removesuffix(RETIRED)
+            if name.endswith(RETIRED) and not whole.exists():
+                (here / name).rename(whole)
+            else:
+                shutil.rmtree(here / name, ignore_errors=True)
+        for name in files:
+            if name.endswith(TEMPORARY):
+                (here / name).unlink(missing_ok=True)
+        names[:] = [name for name in names if (here / name).is_dir() and not (here / name / WORK).is_dir()]
 
 
 def sync_tree(folder: Path) -> None:
@@ -56,18 +93,54 @@ def hashes_below(folder: Path, record: str) -> dict[str, str]:
     return {name: hash_file(path) for name, path in files.items() if name != record}
 
 
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as JSON, atomically, with a hash of themselves as `seal`."""
+    atomic_json(path, {**values, "seal": _seal(values)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return what `write_sealed` or an older version without seals wrote. DamagedError if it is not that any more."""
+    values = read_json(path)
+    if not isinstance(values, dict) or values.pop("seal", None) not in (None, _seal(values)):
+        raise DamagedError(f"{path} does not have the content that was written")
+    return values
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hash_bytes(json.dumps(values, sort_keys=True, ensure_ascii=False).encode())
+
+
 def commit_folder(folder: Path, facts: dict[str, Any]) -> None:
     """Write COMMIT.json: `facts`, size and xxh3-128 of every file. Call it inside `replaced_folder`, which flushes it."""
     hashes = hashes_below(folder, COMMIT)
     files = {name: {"bytes": (folder / name).stat().st_size, "xxh3": digest} for name, digest in hashes.items()}
-    atomic_json(folder / COMMIT, {**facts, "files": files})
+    write_sealed(folder / COMMIT, {**facts, "files": files})
 
 
 def check_folder(folder: Path, contents: bool, advice: str) -> None:
     """Raise DamagedError, ending in `advice`, unless every committed file has its size and, if `contents`, its hash."""
-    for name, entry in read_json(folder / COMMIT)["files"].items():
-        if problem := damage(folder / name, entry["xxh3"] if contents else None, entry["bytes"]):
-            raise DamagedError(f"{problem}; {advice}")
+    try:
+        files = read_sealed(folder / COMMIT)["files"].items()
+        for name, entry in files:
+            if problem := damage(folder / name, None, entry["bytes"]):
+                raise DamagedError(problem)
+            if contents:
+                require_intact(folder / name, entry["xxh3"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{folder / COMMIT} is not a list of files and hashes; {advice}") from error
+    except DamagedError as error:
+        raise DamagedError(f"{error}; {advice}") from error
+
+
+def require_intact(path: Path, digest: str, advice: str = "") -> None:
+    """Raise DamagedError unless a file has the hash `digest`. This process reads a file for it only once, while it does not change."""
+    state = path.stat() if path.is_file() else None
+    found = (digest, state.st_size, state.st_mtime_ns, state.st_ino) if state else None
+    if found is None or _intact.get(path) != found:
+        if problem := damage(path, digest):
+            raise DamagedError(f"{problem}; {advice}" if advice else problem)
+        if state and time.time() - state.st_mtime > _SETTLED_SECONDS:
+            _intact[path] = found
 
 
 def damage(path: Path, digest: str | None = None, size: int | None = None) -> str | None:

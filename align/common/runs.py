@@ -7,20 +7,27 @@ run/
   speed.jsonl            rates and waiting times; different in each run
   tensorboard/           curves of both files
   checkpoints/step-N/    state for resuming (see `align.common.checkpoints`)
+  .work/status.json      whether the run goes on, or its exit code (launchers replace it by their own) and its last message
+  .work/leases/          the process that writes here
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from align.common.errors import UsageError
+from align.common.errors import KitError, UsageError
+from align.common.failures import explained
 from align.common.files import atomic_bytes, atomic_json, disk_full_named, read_json
+from align.common.folders import WORK, clean_tree
+from align.common.locks import Lease
 
 PACKAGES = (
     "sail-upgrade-kit", "torch", "torchvision", "transformers", "accelerate", "sentence-transformers", "timm", "safetensors", "numpy",
@@ -58,6 +65,40 @@ def add_launch(folder: Path, facts: dict[str, Any]) -> None:
     launch = {"started": started, "command": command, "commit": git_commit(), "versions": versions()}
     manifest["launches"].append({**launch, "threads": torch.get_num_threads(), **facts})
     atomic_json(path, manifest)
+
+
+@contextmanager
+def run_folder(
+    folder: Path, writing: bool = True, waiting: Callable[[str], object] = lambda line: None, job: str | None = None
+) -> Iterator[Lease | None]:
+    """Hold the lease of a run's folder, keep .work/status.json, and, unless a `job` shares it, clean up what a dead run left half-written.
+
+    Not `writing`: do nothing. Raises LeaseError if a living process of another job has the folder.
+    """
+    if not writing:
+        yield None
+        return
+    with Lease(folder, job, waiting) as lease:
+        if job is None:
+            clean_tree(folder)
+        _write_status(folder, None)
+        try:
+            yield lease
+        except BaseException as error:
+            _write_status(folder, error)
+            raise
+        _write_status(folder, SystemExit(0))
+
+
+def _write_status(folder: Path, end: BaseException | None) -> None:
+    """Write .work/status.json: the run goes on (None), or how it ended."""
+    ended = None if end is None or isinstance(end, SystemExit | KeyboardInterrupt) else explained(end)
+    code = ended.exit_code if ended else {SystemExit: 0, KeyboardInterrupt: 130}.get(type(end))
+    state = {None: "running", 0: "done", 75: "preempted"}.get(code, "failed")
+    process = {"pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    message = str(ended) if ended else ""
+    with suppress(OSError, KitError):  # a full disk must not hide why the run ended
+        atomic_json(folder / WORK / "status.json", {"state": state, "exit_code": code, "message": message, **process})
 
 
 class JsonLines:

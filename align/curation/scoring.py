@@ -3,8 +3,6 @@
 Shapes: `r` rows and `n` samples of a chunk, `W` feature width, `E` width of the space, `C` concepts, `S` rows of all candidates.
 """
 
-import signal
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from align.common.errors import Preempted, UsageError
 from align.common.files import human_bytes
 from align.common.fingerprints import compare_encoders, compare_fingerprints
 from align.common.locks import Lease
+from align.common.preemption import noted, reason
 from align.curation.pool import CandidatePool
 from align.curation.toplists import TopLists
 from align.encoders.spec import TextSpec
@@ -128,29 +127,25 @@ def score_shards(
     """Return lists of the shards and (C,) best counts; commit to `folder` every `every` shards and resume there. Preempted on SIGTERM."""
     candidates, lists = space.candidates, TopLists(len(prototypes), top, chunk_rows(len(prototypes)))
     best = np.zeros(len(lists), dtype=np.int64)
-    stopping: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    try:
-        with Lease(folder, f"run-{uuid.uuid4().hex[:8]}"):
-            clean_checkpoints(folder)
-            path, tensors, state, problems = newest_checkpoint(folder)
-            for problem in problems:
-                console.print(f"passed over lists: {problem}")
-            if path is not None:
-                compare_fingerprints(inputs, state["inputs"], str(path))
-                best += tensors.pop("best").numpy()
-                lists.load_state({name: tensor.numpy() for name, tensor in tensors.items()})
-            done, rows = state.get("step", 0), 0
-            progress = Progress(console, f"{folder.name}: scored rows", sum(len(candidates.rows_of(shard)) for shard in shards[done:]))
-            for number, shard in enumerate(shards[done:], done + 1):
-                best += score_shard(candidates, shard, prototypes, space.project, lists)
-                rows += len(candidates.rows_of(shard))
-                if number % every == 0 or number == len(shards) or stopping:
-                    tensors = {name: torch.from_numpy(array) for name, array in {**lists.state(), "best": best}.items()}
-                    save_checkpoint(folder, number, tensors, {"inputs": inputs}, keep=2)
-                if stopping and number < len(shards):
-                    raise Preempted(f"stopped by SIGTERM after shard {number} of {len(shards)}, lists saved; run the same command to go on")
-                progress(rows, now=number == len(shards))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with noted() as stopping, Lease(folder):
+        clean_checkpoints(folder)
+        path, tensors, state, problems = newest_checkpoint(folder)
+        for problem in problems:
+            console.print(f"passed over lists: {problem}")
+        if path is not None:
+            compare_fingerprints(inputs, state["inputs"], str(path))
+            best += tensors.pop("best").numpy()
+            lists.load_state({name: tensor.numpy() for name, tensor in tensors.items()})
+        done, rows = state.get("step", 0), 0
+        progress = Progress(console, f"{folder.name}: scored rows", sum(len(candidates.rows_of(shard)) for shard in shards[done:]))
+        for number, shard in enumerate(shards[done:], done + 1):
+            best += score_shard(candidates, shard, prototypes, space.project, lists)
+            rows += len(candidates.rows_of(shard))
+            stop = stopping()
+            if number % every == 0 or number == len(shards) or stop:
+                tensors = {name: torch.from_numpy(array) for name, array in {**lists.state(), "best": best}.items()}
+                save_checkpoint(folder, number, tensors, {"inputs": inputs}, keep=2)
+            if stop and number < len(shards):
+                raise Preempted(f"stopped by {reason()} after shard {number} of {len(shards)}, lists saved; run the same command to go on")
+            progress(rows, now=number == len(shards))
     return lists, best

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,10 +22,12 @@ from align.common.console import Progress
 from align.common.errors import DataError
 from align.common.files import require_free
 from align.common.locks import Lease
+from align.common.preemption import stay
 from align.common.reject_codes import Reject, RejectedRow
 from align.encoders.text import TextEncoder
 from align.encoders.vision import VisionEncoder
-from align.features.store import StoreHeader, StoreWriter
+from align.features.store import StoreHeader
+from align.features.writer import StoreWriter
 from align.sources.gate import Limits, gate_captions, gate_image
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
@@ -146,7 +149,6 @@ class Extraction:
         for column in columns:
             assert text is not None
             self.caption_writers[column] = self._store(f"captions-{column}", "caption", text, text.width)
-            text.tokenizer.save_pretrained(output / f"captions-{column}" / "tokenizer")  # so that training needs no encoder
 
     def _store(self, name: str, kind: Literal["image", "caption"], encoder: VisionEncoder | TextEncoder, width: int) -> StoreWriter:
         loader, plan = encoder.spec.stored() if encoder.spec else {}, self.plan
@@ -171,20 +173,38 @@ class Extraction:
         if self.pending():
             require_free(self.output, self.predicted_bytes())
             with Lease(self.output) as lease:
-                for writer in self.writers:
-                    writer.clean()
+                self.clean(lease)
                 self.run(lease, progress)
         return self.finish()
+
+    def clean(self, lease: Lease) -> None:
+        """Remove what killed workers left half-written."""
+        lease.remove_temporaries(self.output)
+        for writer in self.writers:
+            writer.clean(lease.living_writers)
+
+    def _create(self) -> None:
+        """Make the stores, those of captions with the text encoder's tokenizer, so that training needs no encoder."""
+        for writer in self.writers:
+            writer.create()
+        if self.text is not None and self.caption_writers:
+            with TemporaryDirectory() as folder:
+                self.text.tokenizer.save_pretrained(folder)
+                for path in sorted(Path(folder).rglob("*")):
+                    for writer in self.caption_writers.values() if path.is_file() else ():
+                        writer.keep(f"tokenizer/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def run(self, lease: Lease, progress: Progress | None = None) -> None:
         """Encode and commit every shard that no living worker of the job has claimed; `progress` is told of each batch."""
         self.progress = progress or self.progress
+        self._create()
         loader = DataLoader(
             _Batches(self.source, self.plan, self.vision.transform if self.vision else None, self.limits),
             sampler=self._tasks(lease),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
+            worker_init_fn=stay,
         )
         shard, clock = _Shard(), time.monotonic()
         for decoded in loader:

@@ -20,7 +20,8 @@ from align.common.errors import DamagedError, DataError
 from align.common.files import hash_bytes, hash_file
 from align.common.reject_codes import Reject, RejectedRow
 from align.common.tensor_files import read_tensor_file
-from align.features.store import FeatureStore, StoreHeader, StoreWriter
+from align.features.store import FeatureStore, StoreHeader
+from align.features.writer import StoreWriter
 
 Kind = Literal["image", "caption"]
 _PREFIX = {"image": "img_emb", "caption": "text_emb"}

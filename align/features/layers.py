@@ -22,7 +22,8 @@ from torch.nn import functional
 from align.encoders.spec import VisionFeature
 from align.encoders.vision import VisionEncoder
 from align.features.extract import Extraction, ImageStore
-from align.features.store import StoreHeader, StoreWriter
+from align.features.store import StoreHeader
+from align.features.writer import StoreWriter
 from align.sources.plan import Plan, Source
 
 PATCH_SIDE = 7  # patches are averaged to at most 7 x 7 before their neighborhoods are compared

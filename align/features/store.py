@@ -8,12 +8,14 @@
       shards/000000.rejects.parquet
       commits/000000.json      rows, rejects and the xxh3-128 of each file; written last
       rejects.parquet          all rejects, written when every shard is committed
+      tokenizer/               of captions: the text encoder's, so that training needs no encoder
+      COMMIT.json              written last: hashes of all these files but the shards', which are in the commit records, and of the plan
 
 Shapes: `N` rows of a shard, `W` width. A shard without its commit record does not exist for readers.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,15 +25,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from safetensors.numpy import save as safetensors_bytes
 
 from align.common.errors import DamagedError, DataError, UsageError
-from align.common.files import atomic_bytes, atomic_json, atomic_path, failpoint, hash_file, human_bytes, read_json, remove_temporaries
-from align.common.fingerprints import compare_fingerprints
-from align.common.folders import damage
-from align.common.reject_codes import Reject, RejectedRow
+from align.common.files import (
+    hash_bytes,
+    human_bytes,
+    read_json,
+)  # fmt: skip
+from align.common.folders import COMMIT, WORK, read_sealed, require_intact
 
 FORMAT_VERSION = 1
+PLAN_FILES = ("plan.parquet", "listing.arrow")  # of align.sources.plan, beside the stores
 REJECTS_SCHEMA = pa.schema(
     [("shard", pa.int32()), ("row", pa.int64()), *((name, pa.string()) for name in ("key", "column", "code", "detail"))]
 )
@@ -52,88 +56,22 @@ class StoreHeader:
     format_version: int = FORMAT_VERSION
 
 
-class StoreWriter:
-    """Writes and commits the shards of one store; several processes may each write other shards of it at once."""
+def sealed_files(folder: Path) -> dict[str, Path]:
+    """Return the files whose hashes are in a store's COMMIT.json, by relative path: all but the shards', and the plan beside the store."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    inner = {name: path for name, path in found.items() if name != COMMIT and name.split("/")[0] not in ("shards", WORK)}
+    return inner | {f"../{name}": path for name in PLAN_FILES if (path := folder.parent / name).is_file()}
 
-    def __init__(self, folder: Path, header: StoreHeader) -> None:
-        """Create the store, or open it for going on; FingerprintError if it was made differently."""
-        self.folder, self.header = folder, header
-        for name in ("shards", "commits"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        if (folder / "store.json").exists():
-            compare_fingerprints(_flat(header), _flat(read_header(folder)), str(folder))
-        else:
-            atomic_json(folder / "store.json", asdict(header))
 
-    def clean(self) -> None:
-        """Remove what a killed writer left half-written; call it before any process writes."""
-        for name in ("", "shards", "commits"):
-            remove_temporaries(self.folder / name)
-
-    def done(self, shard: int) -> bool:
-        """Return whether `shard` is committed and its files have their committed sizes."""
-        path, shards = self.folder / "commits" / f"{shard:06d}.json", self.folder / "shards"
-        return path.exists() and not any(damage(shards / name, size=size) for name, size in read_json(path)["bytes"].items())
-
-    def write(
-        self,
-        shard: int,
-        features: np.ndarray,
-        keys: Sequence[str],
-        items: Sequence[int],
-        rejects: list[RejectedRow],
-        texts: Sequence[str] | None = None,
-    ) -> None:
-        """Write and commit one shard: features (N, W) floats, keys and item numbers (N), what was rejected, the captions if known.
-
-        A row that is not finite in fp16, or all zero, is rejected here (`nonfinite_feature`, `zero_feature`).
-        """
-        assert features.shape == (len(keys), self.header.width) and len(items) == len(keys), (features.shape, len(keys))
-        with np.errstate(over="ignore"):
-            half = features.astype(np.float16)
-        finite, nonzero = np.all(np.isfinite(half), axis=1), np.any(half, axis=1)
-        good = finite & nonzero
-        if not good.all():
-            rejects = rejects + [
-                RejectedRow.of(Reject("zero_feature" if finite[row] else "nonfinite_feature"), row, keys[row], "feature")
-                for row in np.flatnonzero(~good).tolist()
-            ]
-        kept = np.flatnonzero(good).tolist()
-        name, shards = f"{shard:06d}", self.folder / "shards"
-        atomic_bytes(shards / f"{name}.safetensors", safetensors_bytes({"features": np.ascontiguousarray(half[kept])}))
-        table = pa.table({"key": [keys[row] for row in kept], "item": [items[row] for row in kept]}, schema=KEYS_SCHEMA)
-        if texts is not None:
-            table = table.append_column("text", pa.array(hash64(texts[row] for row in kept)))
-        with atomic_path(shards / f"{name}.parquet") as temporary:
-            pq.write_table(table, temporary, compression="zstd")
-        with atomic_path(shards / f"{name}.rejects.parquet") as temporary:
-            rows = [{"shard": shard, **asdict(reject)} for reject in rejects]
-            pq.write_table(pa.Table.from_pylist(rows, schema=REJECTS_SCHEMA), temporary, compression="zstd")
-        failpoint("commit")
-        files = [shards / f"{name}.{suffix}" for suffix in ("safetensors", "parquet", "rejects.parquet")]
-        commit = {
-            "rows": len(kept),
-            "rejected": len(rejects),
-            "bytes": {file.name: file.stat().st_size for file in files},
-            "xxh3": {file.name: hash_file(file) for file in files},
-        }
-        atomic_json(self.folder / "commits" / f"{name}.json", commit)
-
-    def finish(self) -> pa.Table:
-        """Write `rejects.parquet` from all shards and return it; DataError if a shard is not committed yet."""
-        missing = [shard for shard in range(self.header.shards) if not self.done(shard)]
-        if missing:
-            raise DataError(f"{self.folder}: {len(missing)} of {self.header.shards} shards are not committed; run the same command again")
-        parts = [pq.read_table(self.folder / "shards" / f"{shard:06d}.rejects.parquet") for shard in range(self.header.shards)]
-        rejects = pa.concat_tables([REJECTS_SCHEMA.empty_table(), *parts])
-        with atomic_path(self.folder / "rejects.parquet") as temporary:
-            pq.write_table(rejects, temporary, compression="zstd")
-        return rejects
-
-    def predicted_bytes(self) -> int:
-        """Return the space the missing shards need, from rows, width and 40 bytes a key."""
-        missing = sum(not self.done(shard) for shard in range(self.header.shards))
-        return int(self.header.rows * (2 * self.header.width + 40) * missing / max(1, self.header.shards))
+def read_commit(path: Path) -> dict[str, Any]:
+    """Return the commit record of a shard. DamagedError, with advice, if it is not one."""
+    try:
+        record = read_json(path)
+        if {"rows", "bytes", "xxh3"} <= record.keys():
+            return record
+    except (AttributeError, DamagedError):
+        pass
+    raise DamagedError(f"{path} is not a commit record; delete it and run align/encode.py again")
 
 
 def hash64(texts: Iterable[str]) -> np.ndarray:
@@ -142,7 +80,8 @@ def hash64(texts: Iterable[str]) -> np.ndarray:
     return np.fromiter(hashes, dtype=np.uint64).view(np.int64)
 
 
-def _flat(header: StoreHeader) -> dict[str, Any]:
+def flat_header(header: StoreHeader) -> dict[str, Any]:
+    """Return what two stores must have in common to be one: the header without the loader, flat."""
     values = asdict(header)
     del values["loader"]
     return {**values.pop("fingerprint"), **values}
@@ -177,12 +116,28 @@ class FeatureStore:
                 raise DataError(
                     f"{self.folder} is incomplete: shard {shard} of {self.header.shards} is not committed. Run align/encode.py again."
                 )
-            self._commits.append(read_json(path))
+            self._commits.append(read_commit(path))
+        self._check_seal()
         self.starts = np.concatenate([[0], np.cumsum([commit["rows"] for commit in self._commits])]).astype(np.int64)
         self._maps: dict[int, np.ndarray] = {}
 
+    def _check_seal(self) -> None:
+        """Raise DamagedError if header or commit records are not as they were when the store was completed (older ones say nothing)."""
+        if not (self.folder / COMMIT).is_file():
+            return
+        files = read_sealed(self.folder / COMMIT)["files"]
+        for name, digest in files.items():
+            if name == "store.json" or name.startswith("commits/"):
+                require_intact(self.folder / name, digest, f"`align/encode.py --output {self.folder.parent} --verify` says what to do")
+
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @cached_property
+    def digest(self) -> str:
+        """The xxh3-128 of what the store holds: its fingerprint, and the hashes of all shards' files."""
+        content = [(commit["rows"], sorted(commit["xxh3"].items())) for commit in self._commits]
+        return hash_bytes(json.dumps([flat_header(self.header), content], sort_keys=True).encode())
 
     @property
     def nbytes(self) -> int:
@@ -215,7 +170,7 @@ class FeatureStore:
 
     def shard_keys(self, shard: int, schema: pa.Schema = KEYS_SCHEMA) -> pa.Table:
         """Return key and item of the rows of one shard; DamagedError if its file is not as committed."""
-        path, rows = self.folder / "shards" / f"{shard:06d}.parquet", self._commits[shard]["rows"]
+        path, rows = self._intact(shard, "parquet"), self._commits[shard]["rows"]
         try:
             table = pq.read_table(path, schema=schema)
         except (OSError, pa.ArrowException) as error:
@@ -226,9 +181,15 @@ class FeatureStore:
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
-            path = self.folder / "shards" / f"{shard:06d}.safetensors"
-            self._maps[shard] = _map_features(path, self._commits[shard]["rows"], self.width)
+            self._maps[shard] = _map_features(self._intact(shard, "safetensors"), self._commits[shard]["rows"], self.width)
         return self._maps[shard]
+
+    def _intact(self, shard: int, suffix: str) -> Path:
+        """Return the path of a shard's file, whose hash is compared when this process reads it first."""
+        path = self.folder / "shards" / f"{shard:06d}.{suffix}"
+        advice = f"delete {self.folder}/commits/{shard:06d}.json and run align/encode.py again"
+        require_intact(path, self._commits[shard]["xxh3"][path.name], advice)
+        return path
 
     def features(self, rows: np.ndarray) -> np.ndarray:
         """Return features (n, W) float16 of the given row numbers (n,) int64, in the order asked for."""
@@ -245,18 +206,6 @@ class FeatureStore:
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the shard number (n,) of each row number (n,)."""
         return np.searchsorted(self.starts, rows, side="right") - 1
-
-    def verify(self) -> None:
-        """Read every byte and compare with the committed hashes; DamagedError lists the shards that differ."""
-        shards = self.folder / "shards"
-        files = {name: (digest, shard) for shard, commit in enumerate(self._commits) for name, digest in commit["xxh3"].items()}
-        damaged = [f"{name} (shard {shard})" for name, (digest, shard) in files.items() if damage(shards / name, digest)]
-        extra = [path.name for path in shards.iterdir() if path.name not in files]
-        if damaged or extra:
-            raise DamagedError(
-                f"{self.folder}: damaged: {', '.join(damaged) or 'none'}; not committed: {', '.join(extra) or 'none'}. "
-                "Delete the commit records of damaged shards and run align/encode.py again."
-            )
 
 
 def _map_features(path: Path, rows: int, width: int) -> np.ndarray:

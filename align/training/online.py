@@ -10,7 +10,6 @@ Shapes: `b` this process's share of a batch, `F` image feature width, `D` captio
 
 import copy
 import itertools
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DataError, UsageError
+from align.common.preemption import stay
 from align.common.reject_codes import Reject
 from align.common.runs import JsonLines
 from align.common.seeds import generator
@@ -270,7 +270,7 @@ class OnlinePairs:
         return [_Piece(step, rows) for rows in np.split(self._rows[indices], range(self.batch_size, len(indices), self.batch_size))]
 
     def _decoded(self, pieces: Iterator[_Piece]) -> Iterator[_Decoded]:
-        workers: dict[str, Any] = {"num_workers": self.workers, "prefetch_factor": 4 if self.workers else None, "worker_init_fn": _stay}
+        workers: dict[str, Any] = {"num_workers": self.workers, "prefetch_factor": 4 if self.workers else None, "worker_init_fn": stay}
         return iter(DataLoader(self._samples, sampler=pieces, batch_size=None, **workers))
 
     @torch.no_grad()
@@ -297,7 +297,3 @@ class OnlinePairs:
                 f"{self._rejected} of {self._seen} samples were rejected, for example {self._last}; "
                 f"mend the data, or raise --max-reject-fraction ({self.max_reject_fraction})"
             )
-
-
-def _stay(worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler signals every process, but the main one still needs this batch

@@ -1,8 +1,7 @@
 """One training run: its steps and its output in the run folder (log rows, validations, checkpoints, models)."""
 
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_
 from align.common.console import Progress
 from align.common.errors import NonFiniteError, Preempted
 from align.common.files import atomic_json
+from align.common.preemption import noted, reason
 from align.common.processes import any_rank
 from align.common.runs import RunLog
 from align.model.saving import save_model
@@ -47,8 +47,10 @@ class Run:
     def train(self) -> None:
         """Run the remaining steps. On SIGTERM save a checkpoint and raise Preempted. NonFiniteError after too many non-finite steps."""
         first = self._resume()
-        stopping: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+        with noted() as stopping:
+            self._train(first, stopping)
+
+    def _train(self, first: int, stopping: Callable[[], bool]) -> None:
         self.order = BatchOrder(len(self.data.pairs), self.batch_size, self.stepper.seed, self.state["block_rows"])
         share = self.batch_size // self.process.num_processes
         part = slice(self.process.process_index * share, (self.process.process_index + 1) * share)
@@ -67,11 +69,11 @@ class Run:
                     self._log(result, done)
             if done % self.every["val"] == 0 or final:
                 self._validate(done)
-            stop = any_rank(bool(stopping), self.process.device)
+            stop = any_rank(stopping(), self.process.device)
             if done % self.every["save"] == 0 or final or stop:
                 self._checkpoint(done)
             if stop and not final:
-                raise Preempted(f"stopped by SIGTERM at step {done}, state saved; run the same command to go on")
+                raise Preempted(f"stopped by {reason()} at step {done}, state saved; run the same command to go on")
         self._finish()
 
     def _resume(self) -> int:

@@ -28,7 +28,8 @@ from align.curation.assignment import assign
 from align.curation.pool import CandidatePool
 from align.curation.scoring import chunk_rows, score_shard
 from align.curation.toplists import TopLists
-from align.features.store import FeatureStore, StoreHeader, StoreWriter
+from align.features.store import FeatureStore, StoreHeader
+from align.features.writer import StoreWriter
 
 NOTABLE_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 CANDIDATES, CONCEPTS, PLACES, PER_CONCEPT = 100_000_000, 3000, 50_000, 2000  # what is extrapolated to

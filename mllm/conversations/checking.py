@@ -10,6 +10,7 @@ import xxhash
 from torch.utils.data import DataLoader
 
 from align.common.charts import INK, SERIES, new_figure, png, style_axes
+from align.common.preemption import stay
 from align.common.reject_codes import Reject, RejectedRow
 from align.common.seeds import generator
 from align.sources.gate import Limits, gate_image
@@ -48,7 +49,8 @@ def image_problems(
     order = np.argsort(first)  # the order of the files
     rows: Any = np.column_stack([order, pairs[first[order]]])
     found: dict[int, Reject] = {}
-    for done, bad in enumerate(DataLoader(rows, CHUNK, num_workers=workers, collate_fn=partial(_bad_images, conversations, limits)), 1):
+    check = partial(_bad_images, conversations, limits)
+    for done, bad in enumerate(DataLoader(rows, CHUNK, num_workers=workers, collate_fn=check, worker_init_fn=stay), 1):
         found |= bad
         progress(min(len(first), done * CHUNK), len(first))
     problems = []

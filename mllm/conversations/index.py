@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from align.common.errors import DataError
 from align.common.files import hash_bytes, load_hashed, save_hashed
+from align.common.preemption import stay
 from align.common.reject_codes import CONVERSATION_CODES, Reject
 from mllm.conversations.table import Conversations
 from mllm.conversations.tokens import IGNORED, Chat
@@ -90,7 +91,7 @@ def _measure(conversations: Conversations, chat: Chat, max_length: int, workers:
     numbers: Any = first
     measured = []
     work = partial(_measure_chunk, conversations, chat, max_length)
-    for done, chunk in enumerate(DataLoader(numbers, _CHUNK, num_workers=workers, collate_fn=work), 1):
+    for done, chunk in enumerate(DataLoader(numbers, _CHUNK, num_workers=workers, collate_fn=work, worker_init_fn=stay), 1):
         measured.append(chunk)
         progress(min(len(first), done * _CHUNK), len(first))
     table = np.concatenate(measured)[copies]  # (N, 5)

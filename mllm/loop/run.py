@@ -13,6 +13,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from align.common.checkpoints import clean_checkpoints, newest_committed
 from align.common.errors import Preempted
 from align.common.folders import replaced_folder
+from align.common.preemption import noted, reason
 from align.common.recipes_yaml import write_recipe
 from align.common.runs import RunLog, add_launch
 from mllm.conversations.batches import ConversationDataset
@@ -51,16 +52,16 @@ def train(
     peak = config.peak_tflops or peak_tflops(settings.device)
     run_log = RunLog(folder, first or None, config.report_to, writing)
     fused = settings.device.type == "cuda" and config.deepspeed is None
-    trainer = SailTrainer(
-        model=model, args=settings, data_collator=collate, train_dataset=dataset, micro_batches=micro_batches,
-        rates=config.learning_rates(), make_optimizer=partial(make_optimizer, name=config.optimizer, betas=config.betas, fused=fused),
-        log=TrainingLog(run_log, console, peak and peak * settings.world_size), log_every=config.log_every,
-        save_every=config.save_every, max_nonfinite=config.max_nonfinite, keep=config.keep,
-    )  # fmt: skip
-    with closing(run_log):
+    with closing(run_log), noted() as stopping:
+        trainer = SailTrainer(
+            model=model, args=settings, data_collator=collate, train_dataset=dataset, micro_batches=micro_batches,
+            rates=config.learning_rates(), make_optimizer=partial(make_optimizer, name=config.optimizer, betas=config.betas, fused=fused),
+            log=TrainingLog(run_log, console, peak and peak * settings.world_size), log_every=config.log_every,
+            save_every=config.save_every, max_nonfinite=config.max_nonfinite, keep=config.keep, stopping=stopping,
+        )  # fmt: skip
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)  # also loads the weights if no step is left
     if trainer.stopped and trainer.state.global_step < steps:
-        raise Preempted(f"stopped by SIGTERM at step {trainer.state.global_step}, state saved; run the same command to go on")
+        raise Preempted(f"stopped by {reason()} at step {trainer.state.global_step}, state saved; run the same command to go on")
     assert trainer.model is not None
     tensors = trained_tensors(trainer.model)
     if config.deepspeed:

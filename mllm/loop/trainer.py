@@ -6,7 +6,6 @@ only once COMMIT, the hashes of all its files, is written.
 
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from align.common.checkpoints import checkpoints, commit_checkpoint, delete_all_but
 from align.common.errors import NonFiniteError
 from align.common.files import atomic_json, failpoint
+from align.common.preemption import stay
 from align.common.processes import any_rank
 from mllm.loop.log import TrainingLog
 from mllm.loop.parameter_groups import load_trained, optimizer_groups, trained_tensors
@@ -59,17 +59,17 @@ class MicroBatches:
 class SailTrainer(Trainer):
     """Trainer over `MicroBatches`. `rates` are the learning rates of the groups; `make_optimizer(groups)` returns the optimizer.
 
-    On SIGTERM it finishes the step, saves a checkpoint, stops, and sets `stopped`.
+    Once `stopping()` is true it finishes the step, saves a checkpoint, stops, and sets `stopped`.
     """
 
     def __init__(
         self, *, micro_batches: MicroBatches, rates: dict[str, float],
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], log: TrainingLog, log_every: int, save_every: int,
-        max_nonfinite: int, keep: int, train_dataset: Dataset[Any], **options: Any,
+        max_nonfinite: int, keep: int, stopping: Callable[[], bool], train_dataset: Dataset[Any], **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(train_dataset=train_dataset, **options)
         self.micro_batches, self.rates, self.make_optimizer = micro_batches, rates, make_optimizer
-        self.max_nonfinite, self.keep = max_nonfinite, keep
+        self.max_nonfinite, self.keep, self.stopping = max_nonfinite, keep, stopping
         self.step_loss: Tensor = torch.zeros((), device=self.args.device)  # of this process, summed over its micro-batches
         self.grad_norm = 0.0
         self.nonfinite_in_a_row = 0
@@ -86,7 +86,7 @@ class SailTrainer(Trainer):
         return DataLoader(
             dataset, batch_sampler=self.micro_batches, collate_fn=self.data_collator, num_workers=workers,
             pin_memory=self.args.device.type == "cuda", persistent_workers=False,
-            prefetch_factor=2 * self.micro_batches.accumulate if workers else None,
+            prefetch_factor=2 * self.micro_batches.accumulate if workers else None, worker_init_fn=stay,
         )  # fmt: skip
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -175,15 +175,13 @@ class SailTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Checks and logs steps, and requests checkpoints: when due, at the end, and on SIGTERM."""
+    """Checks and logs steps, and requests checkpoints: when due, at the end, and to stop."""
 
     def __init__(self, trainer: SailTrainer, log: TrainingLog, every: int, save_every: int) -> None:
         self.trainer, self.log, self.every, self.save_every = trainer, log, every, save_every
-        self._signals: list[int] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start to listen for SIGTERM, and start the clock."""
-        signal.signal(signal.SIGTERM, lambda number, frame: self._signals.append(number))
+        """Start the clock."""
         self.log.start(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -191,7 +189,7 @@ class Watch(TrainerCallback):
         updated = self.trainer.finish_step()
         if state.global_step % self.every == 0 or state.global_step == state.max_steps or not updated:
             self.log.write(self.trainer, updated)
-        stopped = self.trainer.stopped = any_rank(bool(self._signals), args.device)
+        stopped = self.trainer.stopped = any_rank(self.trainer.stopping(), args.device)
         final = state.global_step >= state.max_steps
         control.should_save = stopped or final or state.global_step % self.save_every == 0
         control.should_training_stop = stopped or final

@@ -13,7 +13,9 @@ from torch.nn.functional import normalize
 from align.common.errors import DamagedError, DataError, UsageError
 from align.convert import main
 from align.features.imported import Embeddings, find_files, import_embeddings
-from align.features.store import FeatureStore, StoreWriter
+from align.features.store import FeatureStore
+from align.features.verification import verify_store
+from align.features.writer import StoreWriter
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.published_heads import heads_from, to_published
@@ -233,7 +235,7 @@ def test_clip_retrieval_folders_become_stores_by_key(tmp_path):
         assert store.keys.to_pylist() == keys and np.array_equal(all_features(store), values)
         assert store.header.kind == kind and store.header.shards == 5 and store.header.loader == {}
         assert store.fingerprint == {"encoder": "some/clip", "made": "imported", "weights": "abc"}
-        store.verify()
+        verify_store(store.folder)
 
 
 def test_more_than_nine_files_are_in_numerical_order(tmp_path):

@@ -20,7 +20,8 @@ from align.curation.concepts import evaluation_sets, read_names
 from align.curation.config import CurateConfig
 from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
-from align.features.store import FeatureStore, StoreHeader, StoreWriter
+from align.features.store import FeatureStore, StoreHeader
+from align.features.writer import StoreWriter
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
 from align.train import main as train

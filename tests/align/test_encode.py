@@ -171,7 +171,9 @@ def test_verify_and_dry_run_touch_nothing(world, straight, tmp_path, capsys):
     assert "every byte as committed" in capsys.readouterr().out and content(straight) == before
     main(parse(EncodeConfig, "encode", [*flags(world, tmp_path / "dry"), "--dry-run"]))
     assert "40 samples in 3 shards, 3 to encode" in capsys.readouterr().out
-    assert not list((tmp_path / "dry").rglob("*.safetensors"))
+    assert not (tmp_path / "dry").exists()
+    main(parse(EncodeConfig, "encode", [*flags(world, straight), "--dry-run"]))
+    assert "3 shards, 0 to encode" in capsys.readouterr().out and content(straight) == before
 
 
 def test_space_is_asked_for_all_stores_together(world, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from align.common.checkpoints import newest_checkpoint
 from align.common.commandline import parse
-from align.common.errors import NonFiniteError, UsageError
+from align.common.errors import LeaseError, NonFiniteError, UsageError
 from align.common.files import arm_failpoint
 from align.train import main
 from align.training.config import TrainConfig
@@ -124,9 +125,37 @@ def test_sigterm_saves_exits_75_and_resumes_exactly(paired_folders, forked, stra
     output = paired_folders / "preempted"
     assert forked(stopped, paired_folders, output) == 75
     assert newest_checkpoint(output / "checkpoints")[2]["step"] == 5
+    status = json.loads((output / ".work/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 75) and "step 5, state saved" in status["message"]
     assert forked(train, paired_folders, output) == 0
     ours, theirs = evidence(output), straight
     assert ours == theirs
+
+
+def slow(folder, output):
+    def step(self, batch, number):
+        (output / "training").write_text("")
+        signal.pause()
+
+    Stepper.step = step
+    train(folder, output)
+
+
+def test_a_second_run_on_the_folder_is_refused_and_a_killed_one_is_taken_over(paired_folders, forked, straight):
+    output = paired_folders / "shared"
+    first = fork(slow, paired_folders, output)
+    while not (output / "training").exists():
+        time.sleep(0.05)
+    (output / "half.1-dead.partial").write_text("")
+    with pytest.raises(LeaseError, match=f"being written by process {first} on "):
+        train(paired_folders, output)
+    assert (output / "half.1-dead.partial").exists()  # not the second one's to clean up
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert json.loads((output / ".work/status.json").read_text())["state"] == "running"
+    assert forked(train, paired_folders, output) == 0
+    assert evidence(output) == straight and not list(output.rglob("*.partial"))
+    assert json.loads((output / ".work/status.json").read_text())["exit_code"] == 0
 
 
 def test_another_config_in_the_same_folder_is_refused_by_field(paired_folders, straight):

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from align.features.store import FeatureStore, StoreHeader, StoreWriter
+from align.features.store import FeatureStore, StoreHeader
+from align.features.writer import StoreWriter
 
 
 def build_store(folder, shards, kind="image", width=8, fingerprint=None, data="plan-1", rejects=None):

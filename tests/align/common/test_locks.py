@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 
 import psutil
@@ -11,7 +12,9 @@ import pytest
 
 from align.common import locks
 from align.common.errors import LeaseError
+from align.common.files import writer_name
 from align.common.locks import Lease, locked
+from align.common.preemption import noted
 from tests.support.forking import fork
 
 
@@ -42,24 +45,115 @@ def leave_a_lease(folder, job, **changed):
     """Write the lease of a holder that is not this process."""
     place = folder / ".work" / "leases" / "another.json"
     place.parent.mkdir(parents=True)
-    holder = {"job": job, "host": "another", "pid": os.getpid(), "started": 0.0}
+    holder = {"job": job, "host": "another", "pid": os.getpid(), "boot": "another", "space": locks._space(), "started": "1"}
     place.write_text(json.dumps({**holder, **changed}))
     return place
 
 
-def test_a_holder_on_another_machine_is_dead_only_after_a_long_silence(tmp_path):
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(locks, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.2)
+
+
+@pytest.mark.parametrize("clock", [-86400, 0, 86400])  # seconds that the other machine's clock is off
+def test_a_holder_on_another_machine_is_dead_only_after_a_silence_seen_here(tmp_path, impatient, clock):
+    place, waited = leave_a_lease(tmp_path, "first"), []
+    os.utime(place, (time.time() + clock, time.time() + clock))
+    began = time.monotonic()
+    with Lease(tmp_path, "second", waited.append):
+        assert not place.exists() and time.monotonic() - began > 1
+    assert len(waited) == 1 and "process" in waited[0] and "on another" in waited[0]
+
+
+def test_a_holder_on_another_machine_that_gives_a_sign_of_life_is_not_taken_over(tmp_path, impatient):
     place = leave_a_lease(tmp_path, "first")
-    with pytest.raises(LeaseError, match="on another"), Lease(tmp_path, "second"):
+    beat = threading.Timer(0.3, os.utime, (place,))
+    beat.start()
+    with pytest.raises(LeaseError, match="on another .job first"), Lease(tmp_path, "second"):
         pass
-    silent = time.time() - locks.STALE_SECONDS - 1
-    os.utime(place, (silent, silent))
+    assert place.exists()
+
+
+def test_a_living_holder_whose_process_cannot_be_seen_is_not_taken_over(tmp_path, forked):
+    """A container has process numbers of its own, and often the host's name."""
+    ready = tmp_path / "ready"
+    holder = fork(hold, tmp_path, "first", ready)
+    while not ready.exists():
+        assert psutil.pid_exists(holder)
+    [place] = (tmp_path / ".work/leases").glob("*.json")
+    hidden = json.loads(place.read_text()) | {"space": "pid:[1]", "pid": 1 << 30}
+    os.truncate(place, 0)
+    with open(place, "r+") as file:
+        file.write(json.dumps(hidden))
+    os.utime(place, (0, 0))  # and a clock that is far behind
+    try:
+        with pytest.raises(LeaseError, match="job first"), Lease(tmp_path, "second"):
+            pass
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
     with Lease(tmp_path, "second"):
         assert not place.exists()
 
 
-@pytest.mark.parametrize("changed", [{"pid": 1 << 30}, {"started": 1.0}, None])
+def test_a_worker_that_was_forked_does_not_hold_the_lease_of_its_dead_parent(tmp_path):
+    ready = tmp_path / "ready"
+
+    def holder():
+        with Lease(tmp_path, "first"):
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            ready.write_text(str(worker))
+            signal.pause()
+
+    parent = fork(holder)
+    while not ready.exists() or not ready.read_text():
+        assert psutil.pid_exists(parent)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    try:
+        with Lease(tmp_path, "second"):
+            pass
+    finally:
+        os.kill(int(ready.read_text()), signal.SIGKILL)
+
+
+def test_a_holder_that_lost_its_lease_stops_without_saving(tmp_path, forked, impatient):
+    def lose():
+        with noted(), Lease(tmp_path, "first"):
+            for path in (tmp_path / ".work/leases").glob("*.json"):
+                path.unlink()
+            try:
+                time.sleep(30)
+            except LeaseError as error:
+                raise SystemExit(error.exit_code) from error
+
+    assert forked(lose) == 6
+
+
+def test_only_the_files_of_dead_writers_are_removed(tmp_path):
+    ready = tmp_path / "ready"
+    holder = fork(hold, tmp_path, "job", ready)
+    while not ready.exists():
+        assert psutil.pid_exists(holder)
+    with Lease(tmp_path, "job") as lease:
+        [other] = lease.living_writers() - {writer_name()}
+        for name in (other, writer_name(), "123-dead"):
+            (tmp_path / f"x.{name}.partial").write_text("")
+        lease.remove_temporaries(tmp_path)
+        assert sorted(path.name for path in tmp_path.glob("*.partial")) == sorted([f"x.{other}.partial", f"x.{writer_name()}.partial"])
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        lease.remove_temporaries(tmp_path)
+        assert [path.name for path in tmp_path.glob("*.partial")] == [f"x.{writer_name()}.partial"]
+
+
+@pytest.mark.parametrize("changed", [{"pid": 1 << 30}, {"started": "1"}, None])
 def test_a_dead_process_a_reused_number_and_a_half_written_lease_stand_in_nobodys_way(tmp_path, changed):
-    place = leave_a_lease(tmp_path, "first", **{"host": socket.gethostname(), **(changed or {})})
+    place = leave_a_lease(tmp_path, "first", **{"host": socket.gethostname(), "boot": locks._boot(), **(changed or {})})
     if changed is None:
         place.write_text('{"job": "fi')
     with Lease(tmp_path, "second"):

@@ -18,7 +18,8 @@ from align.encoders.text import load_text_encoder
 from align.encoders.trust import split_revision
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
-from align.features.store import StoreHeader, StoreWriter
+from align.features.store import StoreHeader
+from align.features.writer import StoreWriter
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
