@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from align.common.commandline import run, set_up
 from align.common.console import Progress
-from align.common.errors import DamagedError, UsageError
+from align.common.errors import UsageError
 from align.common.files import human_bytes, require_free
 from align.common.hardware import choose_device, resolve_precision
 from align.common.locks import Lease, new_job
@@ -37,12 +37,13 @@ def main(config: EncodeConfig) -> None:
     from accelerate.utils import broadcast_object_list
 
     from align.common.runs import run_folder
+    from align.features.verification import verify_stores
 
     state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
     if config.verify:
         if state.is_main_process:
-            verify(Path(config.output), console)
+            verify_stores(Path(config.output), console.print)
         return
     if config.dry_run:
         announced(config, state, console)
@@ -119,21 +120,6 @@ def encode(job: "Extraction", config: EncodeConfig, lease: Lease, state: "Partia
         console.print("this worker is done; other workers of the job still have shards")
     else:
         raise UsageError(f"{config.output}: some shards are not committed; run the same command again")
-
-
-def verify(folder: Path, console: "Console") -> None:
-    """Compare every file of the stores with its committed hash, and write nothing. DamagedError says what is wrong and what to do."""
-    from align.features.verification import find_stores, verify_store
-
-    problems = []
-    for store in find_stores(folder):
-        try:
-            size = verify_store(store)
-            console.print(f"{store}: every byte as committed ({human_bytes(size)})")
-        except DamagedError as error:
-            problems.append(str(error))
-    if problems:
-        raise DamagedError("; ".join(problems))
 
 
 def report(job: "Extraction", console: "Console") -> None:

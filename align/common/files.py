@@ -183,7 +183,7 @@ def free_bytes(path: Path) -> int:
 def _space_message(path: Path, needed: int | None) -> str:
     wanted = f"{human_bytes(needed)} needed, " if needed is not None else ""
     left = human_bytes(free_bytes(path))
-    return f"disk full while writing {path}: {wanted}{left} free. Free some space and run the same command again."
+    return f"disk full while writing {path}: {wanted}{left} free; free some space and run the same command again"
 
 
 def human_bytes(count: float) -> str:

@@ -1,9 +1,10 @@
 """Checks every file of feature stores against the hashes that were committed. Reads only."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from align.common.errors import DamagedError, DataError, UsageError
-from align.common.files import hash_file
+from align.common.files import hash_file, human_bytes
 from align.common.folders import COMMIT, WORK, damage, read_sealed
 from align.features.store import read_commit, read_header, sealed_files
 
@@ -15,6 +16,18 @@ def find_stores(folder: Path) -> list[Path]:
     if not found:
         raise UsageError(f"{folder} holds no feature store; give the --output that align/encode.py wrote")
     return found
+
+
+def verify_stores(folder: Path, say: Callable[[str], object]) -> None:
+    """Verify each store in `folder`, and `say` which are as committed. DamagedError lists the problems of all others."""
+    problems = []
+    for store in find_stores(folder):
+        try:
+            say(f"{store}: every byte as committed ({human_bytes(verify_store(store))})")
+        except DamagedError as error:
+            problems.append(str(error))
+    if problems:
+        raise DamagedError("; ".join(problems))
 
 
 def verify_store(folder: Path) -> int:
