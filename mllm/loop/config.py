@@ -49,7 +49,8 @@ class FinetuneConfig:
     lr_projector: float | None = None
     """Learning rate of the projector. None: 1e-3 in pretrain, 2e-5 in instruct. 0 freezes, here and below."""
     lr_raw: float | None = None
-    """Learning rate of the projector's weights for raw patches (mllm/upgrade.py --features both). None: --lr-projector's."""
+    """Learning rate of the projector's weights for all but its first input: raw patches (mllm/upgrade.py --features both), a second
+    encoder joined by channel. None: --lr-projector's."""
     lr_head: float | None = None
     """Learning rate of the alignment head. None: 0 in pretrain, 2e-5 in instruct."""
     lr_llm: float | None = None

@@ -346,6 +346,16 @@ def test_models_become_columns_with_what_they_are_made_of(models):
             asked_models(given)
 
 
+def test_both_encoders_of_a_model_are_described(models, tmp_path):
+    shutil.copytree(models / "one", tmp_path / "two")
+    config = json.loads((tmp_path / "two/config.json").read_text())
+    beside = {"sail_head": "none", "sail_fingerprint": {"encoder": "tiny-clip", "layer": 2}}
+    (tmp_path / "two/config.json").write_text(json.dumps(config | {"sail_beside": [beside], "sail_join": "sequence"}))
+    record = model_record("x", tmp_path / "two")
+    assert record.description.endswith("sees through tiny-dino and a trained glu head and, joined by sequence, tiny-clip and no head")
+    assert record.fingerprint["encoder"] == "tiny-dino" and record.fingerprint["second encoder"] == "tiny-clip"
+
+
 def test_a_folder_without_weights_is_no_model(models, tmp_path):
     shutil.copy(models / "one" / "config.json", tmp_path / "config.json")
     with pytest.raises(DataError, match="0 weight files"):
