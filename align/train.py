@@ -53,6 +53,7 @@ def main(config: TrainConfig) -> None:
 def train(config: TrainConfig, state: "PartialState", console: "Console") -> None:
     """Open the features, build the heads, write config and manifest, train from the newest checkpoint."""
     from align.common.hardware import resolve_precision
+    from align.common.processes import same_on_all
     from align.training.data import build_model
     from align.training.run import Run
     from align.training.step import Objective, Schedule, Stepper, build_optimizer
@@ -60,6 +61,7 @@ def train(config: TrainConfig, state: "PartialState", console: "Console") -> Non
     data = open_data(config, state, console)
     steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(data.pairs) // config.batch_size)))
     model = build_model(config, data).to(state.device)
+    same_on_all(model.parameters())
     stepper = Stepper(
         model,
         build_optimizer(model, config.optimizer, config.lr, config.betas, config.weight_decay),

@@ -1,10 +1,18 @@
-"""What the processes of a distributed run tell each other, beside the loss: mean gradients, and whether any of them wants to stop."""
+"""What the processes of a distributed run tell each other, beside the loss: first weights, mean gradients, and a wish to stop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def same_on_all(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace the values of `tensors` by those of the first process, in place."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor.data, group_src=0, group=group)
 
 
 def average_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:

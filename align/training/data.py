@@ -17,6 +17,7 @@ from align.sources.plan import Plan, plan
 from align.training.config import TrainConfig
 from align.training.online import SHARD_ROWS, OnlinePairs
 from align.training.pairs import PairedFeatures, open_pairs
+from align.training.start import start_from_correlations
 
 
 @dataclass
@@ -74,7 +75,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> SailModel:
-    """Return the untrained model: heads of the configured type between the feature widths and E."""
+    """Return the model at step 0: heads of the configured type between the feature widths and E, with their initial weights."""
     pairs = data.pairs
     vision, text = pairs.image_fingerprint, pairs.text_fingerprint
     tokens = vision.get("feature") == "tokens"
@@ -88,4 +89,7 @@ def build_model(config: TrainConfig, data: TrainingData) -> SailModel:
         head=config.head, expansion=config.expansion, dropout=config.dropout, log_scale=config.log_scale,
         bias=config.bias if config.loss == "sigmoid" else None, precision=vision.get("precision", "fp32"),
     )  # fmt: skip
-    return SailModel(settings).initialize(config.seed)
+    model = SailModel(settings).initialize(config.seed)
+    if config.start == "cca":
+        start_from_correlations(model, pairs)
+    return model

@@ -35,7 +35,10 @@ class BatchOrder:
 
     def __init__(self, rows: int, batch_size: int, seed: int, block_rows: int = 1) -> None:
         if batch_size > rows:
-            raise UsageError(f"a batch of {batch_size} is larger than the data ({rows} pairs); give a smaller --batch-size")
+            raise UsageError(
+                f"a batch of {batch_size} is larger than the data ({rows} pairs); give a smaller --batch-size, and with a few thousand "
+                "pairs start from align/recipes/few_photos.yaml: the defaults are made for millions"
+            )
         self.rows, self.batch_size, self.seed, self.block_rows = rows, batch_size, seed, block_rows
         self.steps_per_epoch = rows // batch_size
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)

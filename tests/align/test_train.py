@@ -198,6 +198,20 @@ def test_dropout_is_that_of_the_heads(short_run):
     assert token[0] != token[1]
 
 
+def test_linear_heads_start_from_correlations(short_run):
+    _, run, _ = short_run
+    first = {}
+    for start in ("random", "cca"):
+        first[start] = run(f"start-{start}", head="linear", expansion=None, width=8, start=start, steps=1)[0]
+    assert first["cca"]["step"] == 0 and first["cca"]["val_mean_recall"] > 1.5 * first["random"]["val_mean_recall"]
+
+
+@pytest.mark.parametrize("foreign", [{"head": "glu"}, {"head": "linear", "images": None, "data": "a.jsonl", "vision": "v", "text": "t"}])
+def test_the_closed_form_start_is_for_linear_heads_on_stores(foreign):
+    with pytest.raises(UsageError, match="--start cca .*cca needs --head linear and --images"):
+        TrainConfig(captions=("c",), output="o", steps=1, start="cca", **{"images": ("i",), **foreign})
+
+
 def test_how_often_a_run_logs_validates_and_saves(short_run):
     folder, run, plain = short_run
     rows = run("often", **{"log-every": 2, "val-every": 1, "save-every": 1, "keep": 3})
