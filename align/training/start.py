@@ -23,8 +23,8 @@ def start_from_correlations(model: SailModel, pairs: PairedFeatures | OnlinePair
 
     The maps are scaled to the spread of the random weights that they replace. UsageError if E is above K.
     """
-    heads = model.vision_head, model.text_head
-    assert isinstance(heads[0], LinearHead) and isinstance(heads[1], LinearHead), "TrainConfig refuses other heads"
+    heads = [head for head in (model.vision_head, model.text_head) if isinstance(head, LinearHead)]
+    assert len(heads) == 2, "TrainConfig refuses other heads"
     width, shared = heads[0].out.out_features, min(head.out.in_features for head in heads)
     if width > shared:
         raise UsageError(
