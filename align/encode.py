@@ -61,8 +61,10 @@ def announced(config: EncodeConfig, state: "PartialState", console: "Console") -
     """Return the job and print what it has to do. Raises DiskFullError or UsageError if it cannot be done."""
     job = planned(config, state)
     size = job.predicted_bytes()
+    for note in job.plan.notes:
+        console.print(note)
     console.print(
-        f"{job.plan.rows} samples in {len(job.plan.shards)} shards, {len(job.pending())} to encode ({human_bytes(size)}) "
+        f"{job.plan.counted()} in {len(job.plan.shards)} shards, {len(job.pending())} to encode ({human_bytes(size)}) "
         f"into {config.output}, on {state.num_processes} process(es)"
     )
     require_free(job.output, size)  # all stores together

@@ -96,6 +96,8 @@ def open_data(config: TrainConfig, state: "PartialState", console: "Console") ->
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with --data, workers fork after the tokenizer has run
     data = from_samples(config, state) if config.data else from_stores(config)
+    for remark in data.remarks:
+        console.print(remark)
     if config.keys:
         chosen = read_keys(config.keys)
         missing = data.pairs.only(chosen)

@@ -72,6 +72,9 @@ def measure(config: EvalConfig) -> None:
     tasks = [find_task(name) for name in config.tasks]
     # read all tasks first, so that wrong data fails before hours of encoding
     data = [read_task(task, Path(config.data_root), cache, config.max_reject_fraction) for task in tasks]
+    for one in data:
+        for remark in one.remarks:
+            console.print(f"{one.task.id}: {remark}")
     device = str(choose_device(config.device))
     output.mkdir(parents=True, exist_ok=True)
     answered = generated_half(output, config.seed, config.confidence)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel
@@ -53,11 +52,9 @@ def sampled_plan(source: Source, rows: int, seed: int, columns: Sequence[str], f
     """
     whole = plan(source, min(SHARD_ROWS, max(1, rows // 30)), columns)
     order = generator(seed, 7).permutation(len(whole.shards))
-    lengths = np.array(whole.lengths)[order]
+    lengths = np.array(whole.counts)[order]
     chosen = order[: int(np.searchsorted(lengths.cumsum(), rows)) + 1]
-    table = whole.shards.take(pa.array(chosen)).set_column(0, whole.shards.schema.field(0), pa.array(range(len(chosen)), pa.int32()))
-    digest = xxhash.xxh3_128(f"{whole.digest} {chosen.tolist()}".encode()).hexdigest()
-    Plan(whole.layout, table, whole.listing, digest).keep(folder, "files, columns, --rows or --seed")
+    whole.part(chosen.tolist()).keep(folder, "files, columns, --rows or --seed")
     return Plan.load(folder)
 
 

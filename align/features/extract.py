@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,10 +30,11 @@ from align.encoders.text import TextEncoder
 from align.encoders.vision import VisionEncoder
 from align.features.store import StoreHeader
 from align.features.writer import StoreWriter
-from align.sources.gate import Limits, gate_captions, gate_image
+from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
 
+SOME = "[]"  # behind a column's name: a caption of a sample was rejected, others of it are used
 MIN_ROWS_FOR_SHARE = 1000  # rows seen before the share of rejects can stop a job in its middle
 
 
@@ -43,7 +46,7 @@ class Stopping(NamedTuple):
 
 
 class ImageStore(NamedTuple):
-    """A store of image features: it gets `columns` of the features of the plan's first `rows` rows."""
+    """A store of image features: it gets `columns` of the features of the plan's first `rows` samples."""
 
     writer: StoreWriter
     columns: slice
@@ -69,6 +72,7 @@ class _Decoded:
     keys: list[str]
     captions: dict[str, list[tuple[str, list[str]]]]
     rejects: list[RejectedRow]
+    rows: list[int] = field(default_factory=list)  # of the shard, each the first of a sample
 
 
 @dataclass
@@ -93,6 +97,7 @@ class _Batches(Dataset):
             self._opened = (task.shard, open_shard(self.source, self.plan, task.shard))
         decoded, pixels = _Decoded(task, None, [], {column: [] for column in task.columns}, []), []
         for row in self._opened[1].rows(task.start, task.stop, images=task.images):
+            decoded.rows.append(row.index)
             if row.reject is not None:
                 decoded.rejects.append(RejectedRow.of(row.reject, row.index, row.key, "row"))
                 continue
@@ -105,17 +110,15 @@ class _Batches(Dataset):
                     decoded.rejects.append(RejectedRow.of(reject, row.index, row.key, "image"))
             for column in task.columns:
                 try:
-                    decoded.captions[column].append((row.key, self._captions(row.fields, column)))
+                    texts, unusable = split_captions(row.cell(column), self.limits)
                 except Reject as reject:
                     decoded.rejects.append(RejectedRow.of(reject, row.index, row.key, column))
+                    continue
+                decoded.captions[column].append((row.key, texts))
+                decoded.rejects += [RejectedRow.of(reject, row.index, row.key, f"{column}{SOME}") for reject in unusable]
         if pixels:
             decoded.pixels = torch.stack(pixels)
         return decoded
-
-    def _captions(self, fields: dict[str, object], column: str) -> list[str]:
-        if column not in fields:
-            raise Reject("missing_column", f"no {column!r}; the row has {', '.join(fields) or 'nothing'}")
-        return gate_captions(fields[column], self.limits)
 
 
 class Extraction:
@@ -141,10 +144,10 @@ class Extraction:
         self.batch_size, self.text_batch_size, self.workers = batch_size, text_batch_size, workers
         self.limits, self.stopping = limits or Limits(), stopping or Stopping()
         self.progress = Progress()
-        self.rows = self.rejected = self._in_a_row = 0  # of this process
+        self.rows = self.samples = self.rejected = self._in_a_row = 0  # of this process
         self.image_stores: list[ImageStore] = []
         if vision is not None:
-            self.image_stores.append(ImageStore(self._store("images", "image", vision, vision.feature_width), slice(None), plan.rows))
+            self.image_stores.append(ImageStore(self._store("images", "image", vision, vision.feature_width), slice(None), plan.samples))
         self.caption_writers = {}
         for column in columns:
             assert text is not None
@@ -152,7 +155,8 @@ class Extraction:
 
     def _store(self, name: str, kind: Literal["image", "caption"], encoder: VisionEncoder | TextEncoder, width: int) -> StoreWriter:
         loader, plan = encoder.spec.stored() if encoder.spec else {}, self.plan
-        header = StoreHeader(kind, encoder.fingerprint, loader, width, plan.digest, len(plan.shards), plan.rows)
+        rows = plan.samples if kind == "image" else plan.rows
+        header = StoreHeader(kind, encoder.fingerprint, loader, width, plan.digest, len(plan.shards), rows)
         return StoreWriter(self.output / name, header)
 
     @property
@@ -229,8 +233,9 @@ class Extraction:
         """
         images = [store.writer.finish() for store in self.image_stores]
         rejects = pa.concat_tables([*images[:1], *(writer.finish() for writer in self.caption_writers.values())])
-        samples = rejects.group_by(["shard", "row"]).aggregate([]).num_rows  # a sample may be rejected in several stores
-        fraction, allowed = samples / max(1, self.plan.rows), self.stopping.fraction
+        whole = rejects.filter(pc.invert(pc.ends_with(rejects["column"], SOME)))
+        samples = whole.group_by(["shard", "row"]).aggregate([]).num_rows  # a sample may be rejected in several stores
+        fraction, allowed = samples / max(1, self.plan.samples), self.stopping.fraction
         if fraction > allowed:
             self._stop(f"{100 * fraction:.1f}% of the samples were rejected, {100 * allowed:.1f}% are allowed", rejects.to_pylist())
         return rejects
@@ -242,8 +247,9 @@ class Extraction:
             if not (images or columns) or not lease.claim(shard):
                 continue
             step = self.batch_size if images else max(self.batch_size, 1024)
-            for begin in range(0, rows, step):
-                yield _Task(shard, begin, min(begin + step, rows), images, columns)
+            edges = [0, *self.plan.sample_rows(shard)[step::step].tolist(), rows]  # every `step` samples
+            for begin, end in pairwise(edges):
+                yield _Task(shard, begin, end, images, columns)
 
     def _take(self, decoded: _Decoded, shard: _Shard) -> None:
         if decoded.pixels is not None and self.vision is not None:
@@ -253,14 +259,15 @@ class Extraction:
             shard.captions.setdefault(column, []).extend(captions)
         shard.rejects += decoded.rejects
         self.rows += decoded.task.stop - decoded.task.start
-        rejected_rows = {reject.row for reject in decoded.rejects}
+        self.samples += len(decoded.rows)
+        rejected_rows = {reject.row for reject in decoded.rejects if not reject.column.endswith(SOME)}
         self.rejected += len(rejected_rows)
-        for row in range(decoded.task.start, decoded.task.stop):
+        for row in decoded.rows:
             self._in_a_row = self._in_a_row + 1 if row in rejected_rows else 0
             if self._in_a_row >= self.stopping.in_a_row:
                 self._stop(f"{self._in_a_row} samples in a row were rejected", [asdict(reject) for reject in shard.rejects])
-        if self.rows >= MIN_ROWS_FOR_SHARE and self.rejected > self.stopping.fraction * max(self.rows, self.plan.rows // 2):
-            self._stop(f"{self.rejected} of {self.rows} samples were rejected", [asdict(reject) for reject in shard.rejects])
+        if self.samples >= MIN_ROWS_FOR_SHARE and self.rejected > self.stopping.fraction * max(self.samples, self.plan.samples // 2):
+            self._stop(f"{self.rejected} of {self.samples} samples were rejected", [asdict(reject) for reject in shard.rejects])
 
     def _commit(self, task: _Task, shard: _Shard) -> None:
         if task.images:
@@ -269,7 +276,7 @@ class Extraction:
             rejects = [reject for reject in shard.rejects if reject.column in ("row", "image")]
             for writer, columns, rows in self.image_stores:
                 if not writer.done(task.shard):
-                    keep = min(len(shard.keys), max(0, rows - sum(self.plan.lengths[: task.shard])))
+                    keep = min(len(shard.keys), max(0, rows - sum(self.plan.counts[: task.shard])))
                     with self.progress.spend("write"):
                         writer.write(task.shard, features[:keep, columns], shard.keys[:keep], [0] * keep, rejects)
         for column in task.columns:
@@ -277,7 +284,7 @@ class Extraction:
             flat = [(key, item, text) for key, texts in shard.captions[column] for item, text in enumerate(texts)]
             with self.progress.spend("forward"):
                 features = self.text.encode([text for _, _, text in flat], self.text_batch_size).numpy(force=True)
-            rejects = [reject for reject in shard.rejects if reject.column in ("row", column)]
+            rejects = [reject for reject in shard.rejects if reject.column.removesuffix(SOME) in ("row", column)]
             keys, items, texts = [key for key, _, _ in flat], [item for _, item, _ in flat], [text for _, _, text in flat]
             with self.progress.spend("write"):
                 self.caption_writers[column].write(task.shard, features, keys, items, rejects, texts)

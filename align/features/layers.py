@@ -82,7 +82,8 @@ class LayerExtraction(Extraction):
         self.vision = features  # type: ignore[assignment]  # what an extraction asks of an encoder: transform, width, a call
         encoder, begin = features.encoder, 0
         feature: VisionFeature = "cls_mean" if encoder.has_cls else "mean"
-        for kind, count in {"layer": plan.rows, **({"patches": min(plan.rows, patch_images)} if features.with_patches else {})}.items():
+        counts = {"layer": plan.samples} | ({"patches": min(plan.samples, patch_images)} if features.with_patches else {})
+        for kind, count in counts.items():
             for layer, width in features.widths(kind == "patches").items():
                 fingerprint = {**encoder.fingerprint, "feature": feature, "layer": layer}
                 if kind == "patches":

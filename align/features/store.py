@@ -15,7 +15,6 @@ Shapes: `N` rows of a shard, `W` width. A shard without its commit record does n
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import (
+    hash64,
     hash_bytes,
     human_bytes,
     read_json,
@@ -35,7 +34,7 @@ from align.common.files import (
 from align.common.folders import COMMIT, WORK, read_sealed, require_intact
 
 FORMAT_VERSION = 1
-PLAN_FILES = ("plan.parquet", "listing.arrow")  # of align.sources.plan, beside the stores
+PLAN_FILES = ("plan.parquet", "listing.arrow", "joined.parquet")  # of align.sources.plan, beside the stores
 REJECTS_SCHEMA = pa.schema(
     [("shard", pa.int32()), ("row", pa.int64()), *((name, pa.string()) for name in ("key", "column", "code", "detail"))]
 )
@@ -72,12 +71,6 @@ def read_commit(path: Path) -> dict[str, Any]:
     except (AttributeError, DamagedError):
         pass
     raise DamagedError(f"{path} is not a commit record; delete it and run align/encode.py again")
-
-
-def hash64(texts: Iterable[str]) -> np.ndarray:
-    """Return (n,) int64 hashes of strings: xxh3-64 of their UTF-8 bytes. Among a billion strings a collision has a chance of 3%."""
-    hashes = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.fromiter(hashes, dtype=np.uint64).view(np.int64)
 
 
 def flat_header(header: StoreHeader) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save as safetensors_bytes
 
 from align.common.errors import DataError
-from align.common.files import atomic_bytes, atomic_json, atomic_path, failpoint, hash_file, remove_temporaries
+from align.common.files import atomic_bytes, atomic_json, atomic_path, failpoint, hash64, hash_file, remove_temporaries
 from align.common.fingerprints import compare_fingerprints
 from align.common.folders import COMMIT, damage, read_sealed, require_intact, write_sealed
 from align.common.reject_codes import Reject, RejectedRow
-from align.features.store import KEYS_SCHEMA, REJECTS_SCHEMA, StoreHeader, flat_header, hash64, read_commit, read_header, sealed_files
+from align.features.store import KEYS_SCHEMA, REJECTS_SCHEMA, StoreHeader, flat_header, read_commit, read_header, sealed_files
 
 
 class StoreWriter:

@@ -19,6 +19,11 @@ class SourceFlags:
     """Column with the sample key. Without one, file name and row number make the key."""
     image_root: str | None = None
     """Folder that image paths are relative to. None: the folder of the manifest."""
+    group: Literal["image", "key", "none"] = "image"
+    """Rows of a table that are one sample with all their captions. image: those with one image path, or the same image bytes. key: those
+    with one key, whose first row gives the image. none: each row is a sample, and copies of an image are negatives of each other."""
+    key_prefix: Literal["none", "file"] = "none"
+    """file: put the path of a row's file before its key, for data sets whose files count from 0 each."""
     workers: int = 2
     """Processes that read and decode images during the forward pass."""
 
@@ -26,4 +31,4 @@ class SourceFlags:
         """Return the source that reads `data` (a folder, a file or a glob)."""
         from align.sources.plan import Source  # here, as it loads pyarrow
 
-        return Source(data, self.layout, self.image_column, self.key_column, self.image_root)
+        return Source(data, self.layout, self.image_column, self.key_column, self.image_root, self.group, self.key_prefix)

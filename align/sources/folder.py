@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 
 from align.common.reject_codes import Reject
 from align.sources.gate import gate_key
-from align.sources.row import IMAGE_SUFFIXES, Row, ShardReader, text_captions
+from align.sources.row import ALONE, IMAGE_SUFFIXES, Row, ShardReader, text_captions
 from align.sources.safe_files import MAX_ROW_BYTES, read_below
+from align.sources.samples import ShardSamples
 
 _IMAGE_SUFFIXES = tuple(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)
 
@@ -40,17 +41,20 @@ def list_images(folder: str) -> pa.ChunkedArray:
 class FolderReader(ShardReader):
     """Image files of a folder. Fields: `label`, the parent folder's name, and `txt`, from a .txt file next to the image."""
 
-    def __init__(self, file: str, start: int, stop: int, image: str, names: Sequence[bytes]) -> None:
+    def __init__(self, file: str, start: int, stop: int, image: str, names: Sequence[bytes], samples: ShardSamples = ALONE) -> None:
         """`file` is the folder; `names` are the paths below it of rows start to stop."""
         self._names = names
-        super().__init__(file, start, stop, 0, image, "", file)
+        super().__init__(file, start, stop, 0, image, "", file, samples)
 
     def _open(self) -> None:
         assert len(self._names) == len(self)
 
-    def _keys(self) -> Iterator[str | None]:
+    def names(self, images: bool) -> Iterator[tuple[str | None, str | None]]:
         for name in self._names:
-            yield os.path.splitext(os.fsdecode(name))[0]
+            yield os.path.splitext(os.fsdecode(name))[0], None
+
+    def begin(self, index: int) -> int:
+        return 0
 
     def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
         for index in range(start, stop):

@@ -171,6 +171,8 @@ def split_captions(value: Any, limits: Limits) -> tuple[list[str], list[Reject]]
 
 
 def _gate_caption(value: Any, limits: Limits) -> str:
+    if isinstance(value, Reject):  # of a row that has none
+        raise value
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise Reject("caption_missing", repr(value))
     if not isinstance(value, str):

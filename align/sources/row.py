@@ -1,7 +1,7 @@
 """Rows of a source, and the base of the readers of all layouts.
 
 A reader opens fast, can be pickled and keeps no file open between calls. A row has an index in its shard (from 0) and a number in its
-file (`start + index`).
+file (`start + index`). Several rows may be one sample (`align.sources.samples`): it is read as its first row, with the others in it.
 """
 
 import os
@@ -10,47 +10,77 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from align.common.errors import DataError
 from align.common.reject_codes import Reject
+from align.sources.gate import gate_key
 from align.sources.safe_files import MAX_FILE_BYTES, UTF8_MARK, image_cell, read_below
+from align.sources.samples import Place, ShardSamples
 
 HEAD_ROWS = 100  # rows that decide which columns a JSONL file or an archive has
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+
+
+ALONE = ShardSamples()  # every row is a sample
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source. `reject` says why all of it is unusable; it does not depend on whether images are read."""
+    """A sample: one row of a source, or the first of several. `reject` says why it is unusable, whether images are read or not."""
 
     index: int  # within its shard
     key: str  # the file's name and row number if a rejected row has no usable key
     image: bytes | Reject | None  # encoded file, or why it is unreadable, or None if not requested
     fields: dict[str, Any]  # the other columns
     reject: Reject | None = None
+    others: tuple[dict[str, Any] | Reject, ...] = ()  # columns of the sample's other rows, or why one is unusable
+
+    def cell(self, column: str) -> Any:
+        """Return what the sample has in a column: the cell of its row, or a list of what is in the cells of all its rows.
+
+        Raise Reject if it has no such column. In the list a Reject stands for a row that is unusable or lacks the column.
+        """
+        lacking = Reject("missing_column", f"no {column!r}; the row has {', '.join(self.fields) or 'nothing'}")
+        cells = [row if isinstance(row, Reject) else row.get(column, lacking) for row in (self.fields, *self.others)]
+        if all(cell is lacking for cell in cells):
+            raise lacking
+        return [value for cell in cells for value in (cell if isinstance(cell, list | tuple) else [cell])] if self.others else cells[0]
+
+
+class Scan(NamedTuple):
+    """What one pass over a file finds."""
+
+    rows: int
+    offsets: list[int]  # the byte where each shard begins, 0 for parquet
+    keys: np.ndarray | None = None  # (rows,) int64 hashes of the keys, 0 for rejected rows; None: not looked at
+    notes: tuple[str, ...] = ()  # what the user should know about the file
 
 
 class ShardReader(ABC):
-    """Rows `start` to `stop` of one file or listing. Opening it finds duplicate keys among them."""
+    """Rows `start` to `stop` of one file or listing."""
 
-    def __init__(self, file: str, start: int, stop: int, offset: int, image: str, key: str, root: str) -> None:
+    def __init__(
+        self, file: str, start: int, stop: int, offset: int, image: str, key: str, root: str, samples: ShardSamples = ALONE
+    ) -> None:
         """`offset`: byte where row `start` begins; `image`, `key`: column names; `root`: folder that image paths must stay in."""
         self.file, self.start, self.stop, self.offset, self.image, self.key = file, start, stop, offset, image, key
-        self.root = os.path.realpath(root)
+        self.root, self.samples = os.path.realpath(root), samples
         self._open()
-        self._duplicates = self._find_duplicates()
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def rows(self, start: int = 0, stop: int | None = None, images: bool = True) -> Iterator[Row]:
-        """Yield the rows with indices start..stop. Raise DataError if the file changed, or if `images` and it has no image column."""
-        for row in self._read(start, len(self) if stop is None else min(stop, len(self)), images):
-            if row.index in self._duplicates and row.reject is None:
-                yield replace(row, image=None, fields={}, reject=Reject("duplicate_key", f"{row.key!r} in {self.file}"))
-            else:
-                yield row
+        """Yield the samples whose first row has an index in start..stop.
+
+        Raise DataError if the file changed, or if `images` and it has no image column.
+        """
+        for begin, end in self.samples.runs(start, len(self) if stop is None else min(stop, len(self))):
+            for row in self._read(begin, end, images):
+                yield self._sample(row, images)
 
     @cached_property
     def columns(self) -> list[str]:
@@ -65,8 +95,15 @@ class ShardReader(ABC):
         """Locate the rows."""
 
     @abstractmethod
-    def _keys(self) -> Iterator[str | None]:
-        """Yield each row's key in the file, None for a rejected row."""
+    def names(self, images: bool) -> Iterator[tuple[str | None, str | None]]:
+        """Yield what each row calls itself: its key in the file, and the image that it names (if `images`); None for nothing.
+
+        Rejected rows have neither. Image files that only have a place of their own have no name.
+        """
+
+    @abstractmethod
+    def begin(self, index: int) -> int:
+        """Return the byte where a row begins, or 0 if rows are not found by it."""
 
     @abstractmethod
     def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
@@ -76,14 +113,32 @@ class ShardReader(ABC):
         if found < len(self):
             raise DataError(f"{self.file} changed since it was planned: {len(self)} rows from row {self.start} on expected, {found} found")
 
-    def _find_duplicates(self) -> frozenset[int]:
-        seen, found = set[str](), list[int]()
-        for index, key in enumerate(self._keys()):
-            if key in seen:
-                found.append(index)
-            elif key is not None:
-                seen.add(key)
-        return frozenset(found)
+    def _sample(self, row: Row, images: bool) -> Row:
+        """Return a row as a sample: with its other rows and prefix, or rejected because an earlier sample has its key."""
+        samples = self.samples
+        places = samples.others.get(row.index, ())
+        if places and row.index not in samples.duplicates:
+            instead = images and row.reject is not None  # a later row takes the place of a first one that is unusable
+            rows = [row, *(other for place in places for other in self._rows_at(place, instead))]
+            first = next((one for one in rows if one.reject is None), row)
+            row = replace(first, index=row.index, others=tuple(one.reject or one.fields for one in rows if one is not first))
+        if row.reject is not None:
+            return row
+        try:
+            if samples.prefix:
+                row = replace(row, key=gate_key(f"{samples.prefix}:{row.key}"))
+            if row.index in samples.duplicates:
+                raise samples.duplicates[row.index]
+        except Reject as reject:
+            return replace(row, image=None, fields={}, reject=reject, others=())
+        return row
+
+    def _rows_at(self, place: Place, images: bool) -> Iterator[Row]:
+        """Yield rows of this file or another one."""
+        if place.file == self.file and self.start <= place.start and place.stop <= self.stop:
+            return self._read(place.start - self.start, place.stop - self.start, images)
+        reader = type(self)(place.file, place.start, place.stop, place.offset, self.image, self.key, self.root)
+        return reader._read(0, len(reader), images)
 
     def _row_name(self, index: int) -> str:
         return f"{Path(self.file).stem}-{self.start + index:09d}"

@@ -5,7 +5,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice, pairwise, repeat
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,19 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.common.errors import DataError
+from align.common.files import hash_bytes
 from align.common.reject_codes import Reject
 from align.sources.gate import gate_key
-from align.sources.row import HEAD_ROWS, Row, ShardReader, require_columns
-from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, json_line, text_start
+from align.sources.row import HEAD_ROWS, Row, Scan, ShardReader, require_columns
+from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, image_cell, json_line, text_start
 
+_HELD_BYTES = 1 << 18  # of a text file, read at once
 MAX_GROUP_BYTES = 1 << 30  # of one parquet row group, uncompressed: it is read whole
 
 
 def newline_blocks(descriptor: int, offset: int) -> Iterator[np.ndarray]:
-    """Yield the byte positions of newlines from `offset` on, as one array (n,) int64 per block of 4 MiB."""
-    while block := os.pread(descriptor, 1 << 22, offset):
+    """Yield the byte positions of newlines from `offset` on, as one array (n,) int64 per block of 16 KiB at first, later 4 MiB."""
+    size = 1 << 14  # a single row is read fast
+    while block := os.pread(descriptor, size, offset):
         yield np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10) + offset
         offset += len(block)
+        size = min(2 * size, 1 << 22)
 
 
 class TableReader(ShardReader):
@@ -33,24 +37,42 @@ class TableReader(ShardReader):
 
     @staticmethod
     @abstractmethod
-    def scan(file: str, step: int) -> tuple[int, list[int]]:
-        """Return the number of rows, and the byte where each `step`-th row begins (0 for parquet)."""
+    def scan(file: str, step: int) -> Scan:
+        """Return the places of the rows of a file; `step`: rows of a shard."""
 
     @abstractmethod
     def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
         """Yield the records with indices start..stop. `columns`: those that will be used; None: all."""
 
-    def _keys(self) -> Iterator[str | None]:
-        if self.key not in self.columns:
+    def names(self, images: bool) -> Iterator[tuple[str | None, str | None]]:
+        keyed, shown = self.key in self.columns, images and self.image in self.columns
+        if not keyed and not shown:
+            yield from repeat((None, None), len(self))
             return
-        for index, record in enumerate(self._records(0, len(self), {self.key})):
-            row = self._row(index, record, images=False)
-            yield None if row.reject else row.key
+        wanted = {self.key, self.image} if shown else {self.key}
+        for record in self._records(0, len(self), wanted):
+            if isinstance(record, Reject):
+                yield None, None
+                continue
+            try:
+                key = gate_key(record.get(self.key)) if keyed else None
+            except Reject:
+                yield None, None
+                continue
+            yield key, self._image_name(record.get(self.image)) if shown else None
+
+    def _image_name(self, value: Any) -> str | None:
+        """Return what an image cell names: the path, or the hash of its bytes."""
+        try:
+            found = image_cell(value)
+        except Reject:
+            return None
+        return hash_bytes(found) if isinstance(found, bytes) else os.path.normpath(f"{self.root}/{found}")
 
     def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
         if images:
             require_columns(self.file, self.columns, [self.image])
-        wanted = None if images else set(self.columns) - {self.image}
+        wanted = None if images else set(self.columns) - {self.image} | {self.key}  # the image may be the key
         for index, record in zip(range(start, stop), self._records(start, stop, wanted), strict=True):
             yield self._row(index, record, images)
 
@@ -76,7 +98,7 @@ class JsonlReader(TableReader):
     """Lines of JSON objects."""
 
     @staticmethod
-    def scan(file: str, step: int) -> tuple[int, list[int]]:
+    def scan(file: str, step: int) -> Scan:
         begin = text_start(file)
         size, last, rows = os.path.getsize(file), begin - 1, 0
         offsets = [begin]
@@ -87,7 +109,7 @@ class JsonlReader(TableReader):
                 rows += len(ends)
                 last = int(ends[-1]) if len(ends) else last
         rows += last + 1 < size  # a last line without its newline
-        return rows, offsets[: -(-rows // step)]
+        return Scan(rows, offsets[: -(-rows // step)])
 
     def _open(self) -> None:
         found = [np.array([self.offset - 1], dtype=np.int64)]
@@ -99,6 +121,9 @@ class JsonlReader(TableReader):
                     break
         self._ends = np.concatenate([*found, np.array([size], dtype=np.int64)])[: len(self) + 1]  # a last line may lack its newline
         self._require_rows(len(self._ends) - 1)
+
+    def begin(self, index: int) -> int:
+        return int(self._ends[index]) + 1
 
     @cached_property
     def columns(self) -> list[str]:
@@ -117,10 +142,15 @@ class JsonlReader(TableReader):
 
     def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
         with open(self.file, "rb") as file:
-            for index in range(start, stop):
-                begin, end = int(self._ends[index]) + 1, int(self._ends[index + 1])
-                line = os.pread(file.fileno(), end - begin, begin) if end - begin <= MAX_ROW_BYTES else b""
-                yield json_line(line, end - begin)
+            held, at = b"", 0  # neighboring lines are read together
+            for begin, end in pairwise(self._ends[start : stop + 1].tolist()):
+                begin, length = begin + 1, end - begin - 1
+                if length > MAX_ROW_BYTES:
+                    yield json_line(b"", length)
+                    continue
+                if not at <= begin <= end <= at + len(held):
+                    held, at = os.pread(file.fileno(), max(length, min(_HELD_BYTES, int(self._ends[stop]) - begin)), begin), begin
+                yield json_line(held[begin - at : end - at], length)
 
 
 class _Lines(Iterator[str]):
@@ -185,7 +215,7 @@ class CsvReader(TableReader):
     """Records of a CSV or TSV file with a header."""
 
     @staticmethod
-    def scan(file: str, step: int) -> tuple[int, list[int]]:
+    def scan(file: str, step: int) -> Scan:
         _, begin = csv_header(file)
         rows, offsets = 0, []
         with open(file, "rb") as opened:
@@ -194,7 +224,7 @@ class CsvReader(TableReader):
                 if rows % step == 0:
                     offsets.append(first)
                 rows += 1
-        return rows, offsets
+        return Scan(rows, offsets)
 
     def _open(self) -> None:
         with open(self.file, "rb") as file:
@@ -202,6 +232,9 @@ class CsvReader(TableReader):
             ends = (end for _, end, _ in islice(csv_records(file, csv_delimiter(self.file)), len(self)))
             self._edges = np.array([self.offset, *ends], dtype=np.int64)
         self._require_rows(len(self._edges) - 1)
+
+    def begin(self, index: int) -> int:
+        return int(self._edges[index])
 
     @cached_property
     def columns(self) -> list[str]:
@@ -229,7 +262,7 @@ class ParquetReader(TableReader):
     """Rows of a parquet file. The last row group is kept in memory, because neighboring batches need it."""
 
     @staticmethod
-    def scan(file: str, step: int) -> tuple[int, list[int]]:
+    def scan(file: str, step: int) -> Scan:
         metadata = pq.read_metadata(file)
         for number in range(metadata.num_row_groups):
             size = metadata.row_group(number).total_byte_size
@@ -238,7 +271,7 @@ class ParquetReader(TableReader):
                     f"{file}: row group {number} has {size} bytes, at most {MAX_GROUP_BYTES} are read at once; rewrite the file with "
                     "smaller ones, for example pyarrow.parquet.write_table(table, path, row_group_size=1000)"
                 )
-        return metadata.num_rows, [0] * -(-metadata.num_rows // step)
+        return Scan(metadata.num_rows, [0] * -(-metadata.num_rows // step))
 
     def _open(self) -> None:
         self._metadata = pq.read_metadata(self.file)
@@ -249,6 +282,9 @@ class ParquetReader(TableReader):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
+
+    def begin(self, index: int) -> int:
+        return 0
 
     @cached_property
     def columns(self) -> list[str]:

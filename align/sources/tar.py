@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from align.common.reject_codes import Reject
 from align.sources.gate import gate_key
-from align.sources.row import IMAGE_SUFFIXES, Row, ShardReader, text_captions
+from align.sources.row import IMAGE_SUFFIXES, Row, Scan, ShardReader, text_captions
 from align.sources.safe_files import MAX_FILE_BYTES, MAX_ROW_BYTES, parse_json
+from align.sources.samples import identities
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # payload of a pax or GNU long-name header
@@ -149,24 +152,28 @@ class TarReader(ShardReader):
     """Samples of a webdataset tar. Fields: the names in its .json, `txt` and `cls` (a whole number if it is one)."""
 
     @staticmethod
-    def scan(file: str, step: int) -> tuple[int, list[int]]:
-        """Return the number of samples, and the byte where each `step`-th begins."""
-        rows, offsets = 0, []
+    def scan(file: str, step: int) -> Scan:
+        """Return the places of the samples of a tar, and their keys; `step`: samples of a shard."""
+        rows, offsets, keys = 0, [], list[np.ndarray]()
         with open(file, "rb") as opened:
-            for sample in tar_samples(opened.fileno()):
-                if rows % step == 0:
-                    offsets.append(sample.offset)
-                rows += 1
-        return rows, offsets
+            samples = tar_samples(opened.fileno())
+            while some := list(islice(samples, step)):
+                offsets.append(some[0].offset)
+                keys.append(identities([(None if sample.reject else sample.key, None) for sample in some]).keys)
+                rows += len(some)
+        return Scan(rows, offsets, np.concatenate([np.zeros(0, dtype=np.int64), *keys]))
 
     def _open(self) -> None:
         with open(self.file, "rb") as file:
             self._samples = list(islice(tar_samples(file.fileno(), self.offset), len(self)))
         self._require_rows(len(self._samples))
 
-    def _keys(self) -> Iterator[str | None]:
+    def names(self, images: bool) -> Iterator[tuple[str | None, str | None]]:
         for sample in self._samples:
-            yield None if sample.reject else sample.key
+            yield None if sample.reject else sample.key, None
+
+    def begin(self, index: int) -> int:
+        return self._samples[index].offset
 
     def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
         with open(self.file, "rb") as file:

@@ -28,6 +28,7 @@ class TrainingData:
     held_out: PairedFeatures | OnlinePairs | None
     loaders: dict[str, dict[str, Any]]
     tokenizer: Path
+    remarks: tuple[str, ...] = ()  # what the user should know about how --data was read
 
     def list_rejects(self, folder: Path, rank: int, step: int) -> None:
         """From now on list rejected samples in files of `folder`. Entries of a killed run after `step` are removed."""
@@ -54,7 +55,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     assert config.data and vision_spec and text_spec
     vision, text = load_vision_encoder(vision_spec, state.device), load_text_encoder(text_spec, state.device)
     loaders = {"vision": vision.spec.stored(), "text": text.spec.stored()}
-    opened = []
+    opened, remarks = [], list[str]()
     for name, data in (("data", config.data), ("val-data", config.val_data)):
         source = config.source(str(data))
         folder = Path(config.output) / name
@@ -62,8 +63,10 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
             plan(source, SHARD_ROWS, config.captions).keep(folder, "files or columns")
         state.wait_for_everyone()
         if data:
+            made = Plan.load(folder)
+            remarks += [f"{data}: {made.counted()}", *made.notes]
             pairs = OnlinePairs(
-                source, Plan.load(folder), config.captions, vision, text, seed=config.seed, augment=config.augment and name == "data",
+                source, made, config.captions, vision, text, seed=config.seed, augment=config.augment and name == "data",
                 batch_size=config.encoder_batch_size, workers=config.workers, max_reject_fraction=config.max_reject_fraction,
                 positives=config.positives,
             )  # fmt: skip
@@ -71,7 +74,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     tokenizer = Path(config.output) / "tokenizer"
     if state.is_main_process:
         text.tokenizer.save_pretrained(tokenizer)
-    return TrainingData(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer)
+    return TrainingData(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer, tuple(remarks))
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> SailModel:

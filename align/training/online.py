@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DataError, UsageError
+from align.common.files import hash64
 from align.common.preemption import stay
 from align.common.reject_codes import Reject
 from align.common.runs import JsonLines
@@ -31,8 +32,7 @@ from align.common.seeds import generator
 from align.encoders.text import TextEncoder
 from align.encoders.transforms import PixelNormalizer, Transform, pixel_normalizer
 from align.encoders.vision import VisionEncoder
-from align.features.store import hash64
-from align.sources.gate import Limits, gate_captions, gate_image
+from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
 from align.training.config import Positives
@@ -86,6 +86,7 @@ class _Decoded:
     pixels: Tensor | None = None
     captions: list[list[Any]] = field(default_factory=list)  # per sample: one text a slot; in validation all texts of each column
     rejects: list[tuple[int, str, str, str]] = field(default_factory=list)  # row, key, code, detail
+    dropped: list[tuple[int, str, str, str]] = field(default_factory=list)  # the same for single captions of usable samples
 
 
 class _Samples(Dataset):
@@ -105,11 +106,16 @@ class _Samples(Dataset):
             key = ""
             try:
                 key, image, cells = self.read(row)
-                captions = [gate_captions(cell, self.limits) for cell in cells]
+                captions, unusable = zip(*(split_captions(cell, self.limits) for cell in cells), strict=True)
                 pixels = self._pixels(gate_image(image, self.limits), piece.step, row)
             except Reject as reject:
                 decoded.rejects.append((row, key or self.key(row), reject.code, reject.detail[:500]))
                 continue
+            decoded.dropped += [
+                (row, key, reject.code, reject.detail[:500])
+                for column in dict(zip(self.slots, unusable, strict=True)).values()
+                for reject in column
+            ]
             decoded.keys.append(key)
             good.append(pixels)
             columns = dict(zip(self.slots, captions, strict=True))
@@ -129,10 +135,7 @@ class _Samples(Dataset):
         found = next(self._readers[shard].rows(local, local + 1, images=images))
         if found.reject is not None:
             raise found.reject
-        for column in self.slots:
-            if column not in found.fields:
-                raise Reject("missing_column", f"no {column!r}; the row has {', '.join(found.fields) or 'nothing'}")
-        return found.key, found.image, [found.fields[column] for column in self.slots]
+        return found.key, found.image, [found.cell(column) for column in self.slots]
 
     def key(self, row: int) -> str:
         """Return the sample key of one row, or `row N` if it has none."""
@@ -176,7 +179,7 @@ class OnlinePairs:
         vision, text = self.vision, self.text
         augmentation = Augmentation(vision.image_size, pixel_normalizer(vision.transform)) if self.augment else None
         self._samples = _Samples(self.source, self.plan, self.slots, vision.transform, augmentation, self.seed)
-        self._rows = np.arange(self.plan.rows)
+        self._rows = np.concatenate([start + self.plan.sample_rows(n) for n, start in enumerate(self._samples.starts[:-1])])
         self.image_fingerprint, self.image_width = vision.fingerprint, vision.feature_width
         self.text_fingerprint, self.text_width = text.fingerprint, text.width
         self.rejects: JsonLines | None = None
@@ -288,10 +291,10 @@ class OnlinePairs:
                 if self._in_a_row >= IN_A_ROW:
                     raise DataError(f"{IN_A_ROW} samples in a row were rejected, the last: {one.rejects[-1]}; mend the data")
             self._last = one.rejects[-1] if one.rejects else self._last
-            for row, key, code, detail in one.rejects:
+            for row, key, code, detail in one.rejects + one.dropped:
                 if row not in self._listed and self.rejects is not None:
                     self.rejects.append({"step": step + 1, "row": row, "key": key, "code": code, "detail": detail})
-                self._listed.add(row)
+            self._listed |= {row for row, *_ in one.rejects + one.dropped}
         if self._seen >= MIN_ROWS_FOR_SHARE and self._rejected > self.max_reject_fraction * self._seen:
             raise DataError(
                 f"{self._rejected} of {self._seen} samples were rejected, for example {self._last}; "

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, compress, groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import xxhash
@@ -19,8 +19,9 @@ from PIL import Image
 from align.common.errors import DataError
 from align.common.recipes_yaml import nearest
 from align.common.reject_codes import Reject
-from align.sources.gate import Limits, gate_captions, gate_image
+from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard, plan
+from align.sources.samples import Group
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS, read_official
 from eval.tasks.prompts import TEMPLATES, read_lines, read_templates
@@ -71,6 +72,7 @@ class TaskData:
     digest: str  # of everything measured: images, labels, class names, captions
     groups: tuple[str, ...] = ()  # (N,) of compositional tasks: the group of each sample
     categories: tuple[str, ...] = ()  # (N,) of compositional tasks
+    remarks: tuple[str, ...] = ()  # what the user should know about how the data was read
 
     def keep(self, usable: np.ndarray, rejected: dict[str, int]) -> "TaskData":
         """Return the samples where `usable` (N,) bool is set, with the counts `rejected` added. Incomplete groups are dropped."""
@@ -110,9 +112,10 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         source, official = read_official(task.layout, place, task.id, cache or data_root / ".manifests")
         names = official.class_names
     else:
-        source = Source(str(place), cast(PlainLayout, task.layout), task.image, task.key)
+        source = _source(task, place)
         names = read_lines(folder / task.classes) if task.classes else ()
     made = plan(source, SHARD_ROWS, (task.column,))
+    grouped = f"{made.rows} rows name {made.samples} images: rows of one image are one sample." if made.samples != made.rows else ""
     layout_digest = b"" if task.layout in READERS else made.digest.encode()  # the size of a manifest depends on labels and pyarrow
     rows = list(_read(task, source, made))
     rejected, usable = _usable(rows)
@@ -133,7 +136,7 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
     captions_each = [len(texts) for texts in captions]
     content.update(repr((pixels.hexdigest(), names)).encode())
     return TaskData(
-        task=protocol_note(task, len(usable), captions_each),
+        task=protocol_note(replace(task, note=" ".join(filter(None, (grouped, task.note)))), len(usable), captions_each),
         folder=folder,
         source=source,
         plan=made,
@@ -148,7 +151,15 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         digest=content.hexdigest(),
         groups=tuple(row.group[0] for row in usable if row.group),
         categories=tuple(row.group[1] for row in usable if row.group),
+        remarks=(*made.notes, *filter(None, [grouped])),
     )
+
+
+def _source(task: Task, place: Path) -> Source:
+    """Return the source of a task in a plain layout. In retrieval, rows that name one image are one sample with several captions."""
+    group = task.group or ("image" if task.kind == "retrieval" else "none")
+    key_prefix = cast(Literal["none", "file"], task.key_prefix)
+    return Source(str(place), cast(PlainLayout, task.layout), task.image, task.key, group=cast(Group, group), key_prefix=key_prefix)
 
 
 def read_images(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, bytes | Reject | None]]:
@@ -180,6 +191,7 @@ class _Sample:
     value: Any
     code: str
     group: tuple[str, ...] = ()  # of compositional tasks: group and category
+    dropped: tuple[str, ...] = ()  # codes of its unusable captions
 
 
 def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
@@ -190,11 +202,9 @@ def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
             try:
                 if bad := row.reject or (row.image if isinstance(row.image, Reject) else None):
                     raise bad
-                if task.column not in row.fields:
-                    raise Reject("missing_column", f"no {task.column!r}")
-                value = row.fields[task.column]
+                value, dropped = row.cell(task.column), list[Reject]()
                 if task.kind != "classification":
-                    texts = gate_captions(value, Limits())
+                    texts, dropped = split_captions(value, Limits())
                     value = [task.prefix + text for text in texts[: task.captions_each or None]]
                 elif isinstance(value, bool) or not isinstance(value, int | str):
                     raise DataError(f"task {task.id!r}: {row.key!r} has the label {value!r}; expected a class number or name")
@@ -202,14 +212,13 @@ def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
                 yield _Sample(row.key, place, image, None, reject.code)
                 continue
             group = (str(row.fields["group"]), str(row.fields["category"])) if task.kind == "compositional" else ()
-            yield _Sample(row.key, place, image, value, "", group)
+            yield _Sample(row.key, place, image, value, "", group, tuple(reject.code for reject in dropped))
 
 
 def _usable(rows: Sequence[_Sample]) -> tuple[Counter[str], list[_Sample]]:
-    """Return reject counts by code, and the remaining samples. Incomplete groups are rejected."""
-    counts = Counter(row.key for row in rows if row.value is not None)
-    rejected = Counter(row.code if row.value is None else "duplicate_key" for row in rows if row.value is None or counts[row.key] > 1)
-    usable = [row for row in rows if row.value is not None and counts[row.key] == 1]
+    """Return reject counts by code, those of single captions included, and the remaining samples. Incomplete groups are rejected."""
+    rejected = Counter(row.code for row in rows if row.value is None) + Counter(code for row in rows for code in row.dropped)
+    usable = [row for row in rows if row.value is not None]
     sizes = Counter(row.group for row in usable)
     whole = [row for row in usable if not row.group or sizes[row.group] == 2]
     if len(whole) < len(usable):

@@ -57,6 +57,7 @@ class SegmentationData:
     rejected: dict[str, int]
     images_digest: str  # of keys and encoded images
     digest: str  # of everything measured: also of label maps and names
+    remarks: tuple[str, ...] = ()  # as of eval.tasks.data.TaskData
 
     def image(self, number: int) -> Image.Image:
         """Return image `number` as RGB; DataError if its file has changed."""

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from align.common.errors import UsageError
 from align.common.recipes_yaml import load_yaml, nearest
+from align.sources.samples import Group
 from eval.tasks.official.manifest import READERS
 
 PlainLayout = Literal["webdataset", "folder", "jsonl", "csv", "parquet"]
@@ -47,6 +48,10 @@ class Task:
     """Column of the image."""
     key: str = "key"
     """Column of the sample key."""
+    group: str = ""
+    """Rows of a table that are one sample: image, key or none, as `--group` of align/encode.py. Default: image for retrieval, else none."""
+    key_prefix: str = "none"
+    """file: put the path of a row's file before its key, as `--key-prefix` of align/encode.py."""
     protocol: str = ""
     """Compositional: winoground or mmvp. Segmentation: `background` if there is a background class (see eval.tasks.masks)."""
     prefix: str = ""
@@ -77,6 +82,9 @@ class Task:
             raise UsageError(f"task {self.id!r}: {self.kind} cannot be read from the layout {self.layout!r}; {', '.join(fitting)} can")
         if self.kind == "compositional" and self.protocol not in ("winoground", "mmvp"):
             raise UsageError(f"task {self.id!r}: protocol {self.protocol!r}; a compositional task is scored by winoground or mmvp")
+        for name, allowed in (("group", ("", *get_args(Group))), ("key_prefix", ("none", "file"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise UsageError(f"task {self.id!r}: unknown {name} {value!r}; {nearest(str(value), allowed)}")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.id):
             raise UsageError(f"task id {self.id!r}: use letters, digits, '.', '_' and '-' only")
 

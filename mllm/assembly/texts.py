@@ -68,7 +68,7 @@ def _lines(file: str) -> Iterator[str]:
 
 def _cells(data: str, columns: Sequence[str]) -> Iterator[str]:
     """Yield the texts in the columns of a table, tar, or pattern of such files; no image is read."""
-    source = Source(data)
+    source = Source(data, group="none", key_prefix="file")  # every row counts, and keys pair nothing here
     found = plan(source, rows_per_shard=10_000, columns=columns)
     for shard in range(len(found.shards)):
         for row in open_shard(source, found, shard).rows(images=False):

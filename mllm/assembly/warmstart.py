@@ -213,7 +213,7 @@ def _unlabelled(data: str | None, processor: SailLlavaProcessor) -> Iterator[Ten
     """Yield the pixels of the first MOST_UNLABELLED images of `data`, None where one cannot be read."""
     if data is None:
         return
-    source = Source(data)
+    source = Source(data, key_prefix="file")  # keys pair nothing here
     found = plan(source, rows_per_shard=1_000)
     rows = (row for shard in range(len(found.shards)) for row in open_shard(source, found, shard).rows())
     for row in islice(rows, MOST_UNLABELLED):

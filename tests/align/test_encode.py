@@ -14,11 +14,11 @@ from PIL import Image
 
 from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError
-from align.common.files import arm_failpoint
+from align.common.files import arm_failpoint, hash64
 from align.encode import main
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
-from align.features.store import FeatureStore, hash64
+from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
 from align.train import main as train
 from align.training.config import TrainConfig
@@ -91,6 +91,21 @@ def test_every_reject_is_listed_with_its_code(straight):
     assert [(r["key"], r["column"], r["code"], r["shard"], r["row"]) for r in images] == [("k7", "image", "image_damaged", 0, 7)]
     captions = pq.read_table(straight / "captions-short/rejects.parquet").to_pylist()
     assert [(r["key"], r["code"]) for r in captions] == [("k21", "caption_empty")]
+
+
+def test_one_caption_a_row_is_one_image_with_several_captions(world, straight, tmp_path):
+    """The rows of an image are not neighbors, and lie in other shards than their first."""
+    rows = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]
+    lines = [{"image": row["image"], "many": row["many"][turn] if turn < 2 else " "} for turn in range(3) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"data": tmp_path / "rows.jsonl", "image-root": world, "captions": ["many"]}
+    encode(world, tmp_path / "out", **changes, **{"shard-rows": 13})
+    images, captions = (FeatureStore(tmp_path / "out" / name) for name in ("images", "captions-many"))
+    assert len(images) == 39 and np.array_equal(all_features(images), all_features(FeatureStore(straight / "images")))
+    assert np.array_equal(captions.text_ids, FeatureStore(straight / "captions-many").text_ids)
+    dropped = pq.read_table(tmp_path / "out/captions-many/rejects.parquet").to_pylist()
+    assert {(row["column"], row["code"]) for row in dropped} == {("many[]", "caption_empty")} and len(dropped) == 40
+    assert len(pq.read_table(tmp_path / "out/images/rejects.parquet")) == 1, "a bad image is rejected once"
 
 
 @pytest.mark.parametrize("failpoint", ["write:1", "rename:6", "commit:2", "renamed:9", "commit:5", "rename:20", "renamed:33"])

@@ -31,7 +31,7 @@ def read_official(layout: str, place: Path, task_id: str, cache: Path) -> tuple[
     official = READERS[layout].read(place)
     path = write_manifest(official.rows, cache / "manifests", task_id)
     folder = place if place.is_dir() else place.parent
-    return Source(str(path), "parquet" if path.suffix == ".parquet" else "jsonl", image_root=str(folder)), official
+    return Source(str(path), "parquet" if path.suffix == ".parquet" else "jsonl", image_root=str(folder), group="none"), official
 
 
 def write_manifest(rows: Iterable[ManifestRow], folder: Path, name: str) -> Path:

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
-from align.common.files import arm_failpoint
+from align.common.files import arm_failpoint, hash64
 from align.common.reject_codes import RejectedRow
-from align.features.store import FeatureStore, StoreHeader, hash64
+from align.features.store import FeatureStore, StoreHeader
 from align.features.writer import StoreWriter
 from tests.support.stores import all_features
 

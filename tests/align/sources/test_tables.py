@@ -57,7 +57,7 @@ def test_bad_json_row_is_rejected_and_its_neighbors_survive(tmp_path, case):
     (tmp_path / "x.png").write_bytes(b"X")
     good = [b'{"key": "a", "image": "x.png"}', b'{"key": "z", "image": "x.png"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([good[0], line, good[1], b""]))
-    rows = all_rows(Source(str(tmp_path)))
+    rows = all_rows(Source(str(tmp_path), group="none"))
     assert codes(rows) == [None, code, None]
     assert [rows[0].image, rows[2].image] == [b"X", b"X"] and rows[1].key != "" and rows[1].key.isprintable()
 
@@ -85,8 +85,8 @@ def test_bad_csv_row_is_rejected_and_its_neighbors_survive(tmp_path, case, end):
     text = end.join(["key,image,text", 'a,x.png,"one\ntwo"', line, 'z,x.png,"quo""ted"', ""])
     (tmp_path / "a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
     for step in (1, 2, 10):
-        rows = all_rows(Source(str(tmp_path)), step)
-        assert codes(rows) == [None, None if step == 1 and code == "duplicate_key" else code, None]
+        rows = all_rows(Source(str(tmp_path), group="none"), step)
+        assert codes(rows) == [None, code, None]
         assert [row.fields["text"] for row in (rows[0], rows[2])] == ["one\ntwo", 'quo"ted']
 
 
@@ -112,9 +112,10 @@ def test_bad_parquet_cells_are_rejected(tmp_path):
     text = pa.Array.from_buffers(pa.string(), 4, pa.binary() and pa.array([b"t", b"\xff", b"t", b"t"], pa.binary()).buffers())
     table = pa.table({"key": ["a", "b", None, "a"], "image": [b"x", b"x", b"x", b"x"], "text": text})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert codes(all_rows(Source(str(tmp_path)))) == [None, "row_utf8", "key_missing", "duplicate_key"]
+    source = Source(str(tmp_path), group="none")
+    assert codes(all_rows(source)) == [None, "row_utf8", "key_missing", "duplicate_key"]
     pq.write_table(pa.table({"image": [b"x", None, b""]}), tmp_path / "a.parquet")
-    assert codes(all_rows(Source(str(tmp_path)))) == [None, "image_missing", None]  # no bytes at all is for the gate
+    assert codes(all_rows(source)) == [None, "image_missing", None]  # no bytes at all is for the gate
 
 
 def test_a_damaged_parquet_row_group_costs_its_rows(tmp_path):

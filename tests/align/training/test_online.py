@@ -18,7 +18,7 @@ from torchvision import transforms
 from align.common.checkpoints import newest_checkpoint
 from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, Preempted, UsageError
-from align.common.files import arm_failpoint
+from align.common.files import arm_failpoint, hash64
 from align.common.runs import JsonLines
 from align.encode import main as encode_main
 from align.encoders.spec import TextSpec, VisionSpec
@@ -26,7 +26,7 @@ from align.encoders.text import load_text_encoder
 from align.encoders.transforms import pixel_normalizer
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
-from align.features.store import FeatureStore, hash64
+from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
 from align.sources.plan import Source, plan
 from align.train import main
@@ -102,6 +102,21 @@ def encoders(world):
 def opened(world, encoders, slots=("short",), file="data.jsonl", **options):
     source = Source(str(world / file))
     return OnlinePairs(source, plan(source, 1024, slots), slots, *encoders, batch_size=3, workers=0, **options)
+
+
+def test_rows_of_one_image_are_one_sample_and_a_caption_left_out_is_listed(world, encoders, tmp_path):
+    lines = [{"image": f"images/{n}.png", "short": text} for text in ("one", " ", "two") for n in range(4)]
+    (world / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = opened(world, encoders, ("short", "short"), "rows.jsonl")
+    pairs.resume(JsonLines(tmp_path / "rejects.jsonl"), 0)
+    assert len(pairs) == 4
+    _, captions, owners = pairs.everything()
+    assert len(captions) == 8 and sorted(owners.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    order = BatchOrder(4, 4, 0)
+    (batch,) = pairs.batches(order, range(1), slice(None))
+    assert len(batch.images) == 4 and not torch.equal(*batch.captions), "two slots draw two captions of an image"
+    listed = [(row["row"], row["code"]) for row in JsonLines(tmp_path / "rejects.jsonl").rows()]
+    assert sorted(listed) == [(n, "caption_empty") for n in range(4)]
 
 
 def test_token_stores_hold_every_token_and_zeros_for_padding(world, stores):

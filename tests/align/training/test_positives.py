@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from align.common.commandline import parse
 from align.common.errors import UsageError
-from align.features.store import StoreHeader, hash64
+from align.common.files import hash64
+from align.features.store import StoreHeader
 from align.features.writer import StoreWriter
 from align.model.dual_encoder import SailConfig, SailModel
 from align.train import main

@@ -1,6 +1,7 @@
 """Tasks: exact ids, YAML of a user's own, the layouts on disk, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def test_retrieval_from_jsonl(tmp_path):
     for number in range(3):
         (folder / "images" / f"{number}.jpg").write_bytes(jpeg(number))
         rows.append({"key": f"k{number}", "image": f"images/{number}.jpg", "captions": [f"c{number}.{part}" for part in range(number + 1)]})
-    rows.append({"key": "bad", "image": "images/0.jpg", "captions": ["", " "]})
+    (folder / "images" / "3.jpg").write_bytes(jpeg(3))
+    rows.append({"key": "bad", "image": "images/3.jpg", "captions": ["", " "]})
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_task(Task("photos", "retrieval", "jsonl", "photos", "test.jsonl"), tmp_path)
     assert data.keys == ("k0", "k1", "k2")
@@ -95,11 +97,41 @@ def test_the_digest_changes_with_whatever_is_measured_and_with_nothing_else(tmp_
     assert load_task(task, tmp_path).images_digest != first.images_digest
 
 
-def test_a_key_that_occurs_twice_is_left_out_both_times(tmp_path):
+def test_keys_that_stand_in_two_files_are_refused_or_get_the_file_before_them(tmp_path):
     task = clip_benchmark(tmp_path / "wds")
+    whole = load_task(task, tmp_path)
     write_tar(tmp_path / "wds" / "test" / "2.tar", [("s0000000.jpg", jpeg(5)), ("s0000000.cls", b"1")])
-    data = load_task(task, tmp_path)
-    assert "s0000000" not in data.keys and data.rejected == {"duplicate_key": 2}
+    with pytest.raises(DataError, match=r"'s0000000': row 1 of .*0\.tar and row 1 of .*2\.tar.*key_prefix: file"):
+        load_task(task, tmp_path)
+    data = load_task(replace(task, key_prefix="file"), tmp_path)
+    assert len(data.keys) == len(whole.keys) + 1 and {"0:s0000000", "2:s0000000"} <= set(data.keys) and not data.rejected
+
+
+def test_one_caption_a_row_is_the_same_task_as_a_list_of_captions(tmp_path):
+    (tmp_path / "set").mkdir()
+    lines = ["image,captions"]
+    for number in range(4):
+        (tmp_path / "set" / f"{number}.jpg").write_bytes(jpeg(number))
+    for caption in ("one {}", " ", "two {}"):  # the rows of an image are not neighbors, and one has no words
+        lines += [f"{number}.jpg,{caption.format(number)}" for number in range(4)]
+    (tmp_path / "set" / "a.csv").write_text("\n".join(lines))
+    data = load_task(Task("a", "retrieval", "csv", "set", "a.csv"), tmp_path)
+    assert data.captions == tuple(f"{word} {number}" for number in range(4) for word in ("one", "two"))
+    assert data.caption_image.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and len(data.keys) == 4 and data.rejected == {"caption_empty": 4}
+    said = "12 rows name 4 images"
+    assert said in data.task.note and any(said in remark for remark in data.remarks)
+    assert [encoded for _, encoded in read_images(data, range(4))] == [jpeg(number) for number in range(4)]
+    apart = load_task(Task("a", "retrieval", "csv", "set", "a.csv", group="none"), tmp_path)
+    assert len(apart.keys) == 8 and apart.digest != data.digest
+    by_name = load_task(Task("a", "retrieval", "csv", "set", "a.csv", key="image"), tmp_path)
+    assert by_name.captions == data.captions and by_name.keys == ("0.jpg", "1.jpg", "2.jpg", "3.jpg")
+
+
+@pytest.mark.parametrize("field", ["group: images", "key_prefix: yes-please"])
+def test_unknown_ways_of_grouping_are_refused(tmp_path, field):
+    (tmp_path / "mine.yaml").write_text(f"id: a\nkind: retrieval\nlayout: csv\npath: x\n{field}\n")
+    with pytest.raises(UsageError, match=f"unknown {field.partition(':')[0]}"):
+        find_task(str(tmp_path / "mine.yaml"))
 
 
 def test_samples_can_be_left_out_together_with_their_captions(tmp_path):
