@@ -24,10 +24,11 @@ import xxhash
 from align.common.errors import DamagedError, DataError, UsageError
 from align.common.files import atomic_path
 from align.common.fingerprints import compare_fingerprints
+from align.sources.delimited import CsvReader
 from align.sources.folder import FolderReader, list_images
 from align.sources.row import Scan, ShardReader, require_columns
 from align.sources.samples import JOINED_SCHEMA, Group, Identities, Shards, joined_part, joined_rows, shard_samples
-from align.sources.tables import CsvReader, JsonlReader, ParquetReader, TableReader
+from align.sources.tables import JsonlReader, ParquetReader, TableReader
 from align.sources.tar import TarReader
 
 SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}

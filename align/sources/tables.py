@@ -1,12 +1,11 @@
-"""Rows of JSONL, CSV, TSV and parquet files: their places in the file, and random access to those of one shard."""
+"""Rows of JSONL and parquet files: their places in the file, and random access to those of one shard. CSV: `align.sources.delimited`."""
 
-import csv
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate, islice, pairwise, repeat
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -151,111 +150,6 @@ class JsonlReader(TableReader):
                 if not at <= begin <= end <= at + len(held):
                     held, at = os.pread(file.fileno(), max(length, min(_HELD_BYTES, int(self._ends[stop]) - begin)), begin), begin
                 yield json_line(held[begin - at : end - at], length)
-
-
-class _Lines(Iterator[str]):
-    """Lines of a file for `csv`, one character per byte, with their lengths."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.lines, self.position = bounded_lines(file), file.tell()
-        self.lengths: list[int] = []  # of the lines since it was last cleared
-
-    def __next__(self) -> str:
-        line, length = next(self.lines)
-        self.lengths.append(length)
-        self.position += length
-        if length > MAX_ROW_BYTES:
-            raise csv.Error(f"a line of {length} bytes")
-        return line.decode("latin-1")
-
-
-def csv_records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, int, list[str] | Reject]]:
-    """Yield (first byte, byte after the last, cells or Reject) of each record, from the position of an open binary file on.
-
-    Cells hold one character per byte: `cell.encode("latin-1")` gives the file's bytes. A record with bad quotes, or with a cell above
-    `csv.field_size_limit()`, ends at its first line end, so one open quote costs one row.
-    """
-    while True:
-        lines = _Lines(file)
-        begin = lines.position
-        try:
-            for cells in csv.reader(lines, delimiter=delimiter, strict=True):
-                yield begin, lines.position, cells or Reject("row_blank")
-                begin = lines.position
-                lines.lengths.clear()
-            return
-        except csv.Error as error:
-            end = begin + lines.lengths[0]
-            yield begin, end, Reject("row_syntax", str(error))
-            file.seek(end)
-
-
-def csv_delimiter(file: str) -> str:
-    """Return the cell delimiter: a tab in .tsv files, else a comma."""
-    return "\t" if file.lower().endswith(".tsv") else ","
-
-
-def csv_header(file: str) -> tuple[list[str], int]:
-    """Return (column names, byte of the first row) of a CSV or TSV file. Raise DataError if the names are unusable."""
-    with open(file, "rb") as opened:
-        opened.seek(text_start(file))
-        _, end, cells = next(csv_records(opened, csv_delimiter(file)), (0, 0, Reject("row_blank")))
-    if isinstance(cells, Reject):
-        raise DataError(f"{file}: its first line is not a header ({cells}); expected column names")
-    try:
-        names = [cell.encode("latin-1").decode("utf-8") for cell in cells]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: its header is not UTF-8 ({error}); convert the file") from error
-    if len(set(names)) != len(names):
-        raise DataError(f"{file}: a column name occurs twice in its header {names}; rename one")
-    return names, end
-
-
-class CsvReader(TableReader):
-    """Records of a CSV or TSV file with a header."""
-
-    @staticmethod
-    def scan(file: str, step: int) -> Scan:
-        _, begin = csv_header(file)
-        rows, offsets = 0, []
-        with open(file, "rb") as opened:
-            opened.seek(begin)
-            for first, _, _ in csv_records(opened, csv_delimiter(file)):
-                if rows % step == 0:
-                    offsets.append(first)
-                rows += 1
-        return Scan(rows, offsets)
-
-    def _open(self) -> None:
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            ends = (end for _, end, _ in islice(csv_records(file, csv_delimiter(self.file)), len(self)))
-            self._edges = np.array([self.offset, *ends], dtype=np.int64)
-        self._require_rows(len(self._edges) - 1)
-
-    def begin(self, index: int) -> int:
-        return int(self._edges[index])
-
-    @cached_property
-    def columns(self) -> list[str]:
-        return csv_header(self.file)[0]
-
-    def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
-        if start >= stop:
-            return
-        with open(self.file, "rb") as file:
-            file.seek(int(self._edges[start]))
-            for _, _, cells in islice(csv_records(file, csv_delimiter(self.file)), stop - start):
-                yield cells if isinstance(cells, Reject) else self._named(cells)
-
-    def _named(self, cells: list[str]) -> dict[str, Any] | Reject:
-        if len(cells) > len(self.columns):
-            return Reject("row_syntax", f"{len(cells)} cells under {len(self.columns)} column names")
-        try:
-            values = [cell.encode("latin-1").decode("utf-8") for cell in cells]
-        except UnicodeDecodeError as error:
-            return Reject("row_utf8", str(error))
-        return dict(zip(self.columns, values, strict=False))  # cells missing at the end are missing columns
 
 
 class ParquetReader(TableReader):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.common.errors import DataError
-from align.sources import safe_files, tables
+from align.sources import delimited, safe_files, tables
 from align.sources.plan import Source, plan
 from tests.support.captioned_pictures import ROWS, all_rows, codes, readers_of, write_parquet
 
@@ -97,7 +97,7 @@ def test_an_open_quote_in_the_last_row_costs_one_row(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_line_beyond_the_limit_is_not_read(tmp_path, monkeypatch, name):
-    for module in (safe_files, tables):
+    for module in (delimited, safe_files, tables):
         monkeypatch.setattr(module, "MAX_ROW_BYTES", 50)
     rows = (
         ['{"key": "a"}', '{"key": "b", "text": "' + "t" * 200 + '"}', '{"key": "c"}'] if name == "a.jsonl" else ["key", "a", "b" * 200, "c"]
