@@ -105,7 +105,7 @@ def opened(world, encoders, slots=("short",), file="data.jsonl", **options):
 
 
 def test_rows_of_one_image_are_one_sample_and_a_caption_left_out_is_listed(world, encoders, tmp_path):
-    lines = [{"image": f"images/{n}.png", "short": text} for text in ("one", " ", "two") for n in range(4)]
+    lines = [{"image": f"images/{n}.png", "short": text} for text in ("dog", " ", "red cat") for n in range(4)]
     (world / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pairs = opened(world, encoders, ("short", "short"), "rows.jsonl")
     pairs.resume(JsonLines(tmp_path / "rejects.jsonl"), 0)
