@@ -77,7 +77,10 @@ class BlockBackbone(nn.Module):
 
 
 class PyramidBackbone(nn.Module):
-    """A timm CNN, or a pyramid like Swin: layers 1..n are its stages' maps, layer n + 1 is what its `forward_features` gives."""
+    """A timm CNN, a pyramid like Swin, or a model of tokens without class token like MLP-Mixer.
+
+    Layers 1..n are its stages' maps, layer n + 1 is what its `forward_features` gives: a map, channels first or last, or patches.
+    """
 
     has_cls, prefix, cnn, first = False, 0, True, 1
     unused: tuple[str, ...] = ()
@@ -85,8 +88,8 @@ class PyramidBackbone(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.count = len(model.timm_model.feature_info) + 1
-        self.channels_last = hasattr(model.timm_model, "output_fmt") and model.timm_model.output_fmt == "NHWC"
+        staged = hasattr(model.timm_model, "forward_intermediates") and hasattr(model.timm_model, "feature_info")
+        self.count = len(model.timm_model.feature_info) + 1 if staged else 1
         self.fixed = hasattr(model.timm_model, "set_input_size")  # Swin: its windows are laid out for one size
 
     def truncate(self, layer: int) -> None:
@@ -105,8 +108,14 @@ class PyramidBackbone(nn.Module):
         else:
             final = timm_model.forward_features(pixels)
         if last:
-            maps[self.count] = final.permute(0, 3, 1, 2) if self.channels_last else final
+            maps[self.count] = self._channels_first(final)
         return [maps[layer].flatten(2).transpose(1, 2) for layer in layers]
+
+    def _channels_first(self, final: Any) -> Tensor:
+        """Return a map or tokens with the width as its second dimension: (B, D, h, w) or (B, D, P)."""
+        if final.ndim == 3:
+            return final.transpose(1, 2)
+        return final if final.shape[1] == self.model.timm_model.num_features != final.shape[3] else final.permute(0, 3, 1, 2)
 
 
 Backbone = BlockBackbone | PyramidBackbone
@@ -156,8 +165,7 @@ def _take_any_size(timm_model: Any) -> bool:
     """Make a plain timm ViT as if it were created with `dynamic_img_size=True`; return whether it is one. Its own size gives the same."""
     # timm is there if a timm model is; an import statement would make every exported model need it
     layers, models = (importlib.import_module(name) for name in ("timm.layers", "timm.models.vision_transformer"))
-    embed = timm_model.patch_embed
-    if not isinstance(timm_model, models.VisionTransformer) or type(embed) is not layers.PatchEmbed:
+    if not isinstance(timm_model, models.VisionTransformer) or type(embed := timm_model.patch_embed) is not layers.PatchEmbed:
         return False
     timm_model.dynamic_img_size = True
     embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, layers.Format.NHWC

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from align.common.errors import KitError, UsageError
+from align.encoders.agreement import require_agreement
 from align.encoders.families import DUAL_ENCODERS, VISION_ADAPTERS, Backbone
 from align.encoders.loading import VISION_FILES, autocast, first_line, hash_weights, opened, recorded_id, require_complete
 from align.encoders.spec import VisionSpec
@@ -155,6 +156,8 @@ def load_vision_encoder(spec: VisionSpec | str, device: str | torch.device = "cp
     size = output_size(spec.name, transform)
     if spec.image_size is not None and model_type == "timm_wrapper" and hasattr(model.timm_model, "set_input_size"):
         model.timm_model.set_input_size(img_size=size)
+    if model_type == "timm_wrapper":
+        require_agreement(spec.name, backbone, size)
     if backbone.cnn:
         backbone.to(memory_format=torch.channels_last)
     try:

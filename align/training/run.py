@@ -158,4 +158,7 @@ class Run:
         if self.data.held_out is None:
             self._save("best")
         self.process.wait_for_everyone()
-        self.console.print(f"done: {self.folder}/best (step {self.state['best_step'] or self.steps}) and {self.folder}/last")
+        best = f"step {self.state['best_step'] or self.steps}"
+        if self.data.held_out is not None and self.state["best_step"] == 0:
+            best = "step 0: NO validation was better than that of the untrained heads, which this folder holds"
+        self.console.print(f"done: {self.folder}/best ({best}) and {self.folder}/last")
