@@ -67,7 +67,7 @@ def conversation_problems(conversations: Conversations, index: ConversationIndex
     for number in conversations.distinct()[0].tolist():
         if index.status[number]:
             conversation = conversations[number]
-            problem = chat.encode_many([conversation.messages], index.max_length)[0]
+            problem = chat.encode_many([conversation.messages], index.max_length, seams=True)[0]
             assert isinstance(problem, Reject)
             yield RejectedRow.of(problem, number, conversation.id, "conversation", conversation.source)
 

@@ -102,7 +102,7 @@ def _measure_chunk(conversations: Conversations, chat: Chat, max_length: int, nu
     """Return (n, 5) int32 for n conversations: the columns of _ARRAYS."""
     measured = np.zeros((len(numbers), len(_ARRAYS)), dtype=np.int32)
     messages = [conversations[number].messages for number in numbers]
-    for line, encoded in zip(measured, chat.encode_many(messages, max_length), strict=True):
+    for line, encoded in zip(measured, chat.encode_many(messages, max_length, seams=True), strict=True):
         if isinstance(encoded, Reject):
             line[-1] = STATUS.index(encoded.code)
         else:
@@ -121,7 +121,7 @@ def _require_good(index: ConversationIndex, conversations: Conversations, chat: 
     codes = ", ".join(f"{code} {count}" for code, count in index.codes.most_common(5))
     if len(bad):
         found = conversations[int(bad[0])]
-        problem = chat.encode_many([found.messages], index.max_length)[0]
+        problem = chat.encode_many([found.messages], index.max_length, seams=True)[0]
         first = f"{found.source} (id {found.id!r}): {problem}"
     else:
         reject = next(conversations.rejects())

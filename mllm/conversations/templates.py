@@ -4,17 +4,19 @@
 {"type": "image"} and {"type": "text", "text": ...}.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.common.errors import UsageError
+from align.common.limits import bounded
 from align.common.reject_codes import Reject
 from mllm.conversations.messages import Message
 
@@ -90,6 +92,11 @@ _FLATTEN = f"""{_CONTENT}
 {{%- endfor -%}}
 {{%- set messages = flat.messages %}}
 """
+PINNED = datetime(2024, 7, 26)  # the date that templates see which ask for today's; a day that Llama 3's templates fall back on
+MAX_SECONDS, MAX_BYTES, MAX_CHARS = 5.0, 2 << 30, 20_000_000  # of a template for one conversation
+_PINNED_MARK = "{%- macro strftime_now(format) -%}"
+_CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: list[Message] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a question"}]}]
 
@@ -97,8 +104,8 @@ _PROBE: list[Message] = [{"role": "user", "content": [{"type": "image"}, {"type"
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>") -> str:
     """Return the Jinja text of a template: a name of TEMPLATES, "own" (the tokenizer's), a .jinja file, or Jinja itself.
 
-    A template that knows only texts gets a prologue that turns image parts into `image_token`. So the same string serves training
-    and a Hugging Face processor. UsageError for an unknown name or a tokenizer without a template.
+    Dates are pinned (see `pin_clock`). A template that knows only texts gets a prologue that turns image parts into `image_token`. So
+    the same string serves training and a Hugging Face processor. UsageError for an unknown name or a tokenizer without a template.
     """
     if template in TEMPLATES:
         return TEMPLATES[template].replace("<image>", image_token)
@@ -110,6 +117,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
         template = Path(template).read_text(encoding="utf-8")
     elif "{%" not in template and "{{" not in template:
         raise UsageError(f"chat template {template!r} is unknown; allowed: {', '.join(TEMPLATES)}, own, or a .jinja file that exists")
+    template = pin_clock(template)
     with suppress(Reject):
         if apply_template(tokenizer, template, _PROBE)[0].count(image_token) == 1:
             return template
@@ -126,16 +134,43 @@ def apply_template(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a conversation and the character spans of what is learned (none unless the template marks them).
 
-    `ask` adds the start of the model's next answer. Reject `template` if the template refuses the messages.
+    `ask` adds the start of the model's next answer. Reject `template` if the template refuses the messages, or takes more than
+    MAX_SECONDS, MAX_BYTES or MAX_CHARS.
     """
     marked = marks_answers(template)
     options: dict[str, Any] = {"return_assistant_tokens_mask": marked, "add_generation_prompt": ask, **tokenizer.special_tokens_map}
     try:
-        rendered: Any = render_jinja_template([list(messages)], chat_template=template, **options)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        with bounded(MAX_SECONDS, MAX_BYTES):
+            rendered: Any = render_jinja_template([list(messages)], chat_template=template, **options)
+    except Exception as error:
         raise Reject("template", f"{type(error).__name__}: {error}"[:300]) from error
     [text], spans = rendered
+    if len(text) > MAX_CHARS:
+        raise Reject("template", f"it writes {len(text)} characters")
     return text, spans[0] if marked else []
+
+
+def pin_clock(template: str) -> str:
+    """Return a template in which `strftime_now`, if it is used, always gives the date PINNED: training and answering see one date.
+
+    UsageError if it is called in another way than with a format in quotes, or if the template draws at random.
+    """
+    if drawn := _RANDOM.search(template):
+        raise UsageError(f"the chat template draws at random ({drawn[0].strip()!r}): prompts would not be what was trained; take it out")
+    if "strftime_now" not in template or _PINNED_MARK in template:
+        return template
+    formats = sorted({match[2] for match in _CLOCK.finditer(template)})
+    calls = len(re.findall(r"strftime_now\s*\(", template))
+    if calls != len(_CLOCK.findall(template)) or not formats:
+        raise UsageError("the chat template reads the clock with a computed format; write the date out, or give strftime_now a text")
+    cases = [
+        f"{{%- if format == {_quoted(one)} -%}}{{{{- {_quoted(PINNED.strftime(one))} -}}}}{{%- endif -%}}" for one in formats
+    ]  # fmt: skip
+    return f"{_PINNED_MARK}{''.join(cases)}{{%- endmacro %}}{template}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str) -> dict[str, int]:

@@ -18,6 +18,7 @@ from align.common.errors import UsageError
 from align.common.files import hash_bytes
 from align.common.reject_codes import Reject
 from mllm.conversations.messages import Message, change_texts, check_messages, count_images, texts_of
+from mllm.conversations.seams import Seam, Tokens, broken_seams
 from mllm.conversations.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
 
 IGNORED = -100  # the label of a token that is not learned
@@ -48,9 +49,6 @@ class _Rendered:
     spans: list[tuple[int, int]]  # what is learned
     images: int
     controls: int  # special tokens that the template wrote
-
-
-_Tokens = tuple[np.ndarray, np.ndarray]  # ids (T,) and character offsets (T, 2)
 
 
 class Chat:
@@ -99,16 +97,24 @@ class Chat:
             raise encoded
         return encoded
 
-    def encode_many(self, conversations: Sequence[Sequence[Message]], max_length: int | None = None) -> list[Encoded | Reject]:
-        """Return what `encode` returns or raises for each conversation. Faster, because the tokenizer takes all at once."""
+    def encode_many(
+        self, conversations: Sequence[Sequence[Message]], max_length: int | None = None, seams: bool = False
+    ) -> list[Encoded | Reject]:
+        """Return what `encode` returns or raises for each conversation. Faster, because the tokenizer takes all at once.
+
+        With `seams` a row also has to begin, token by token, with the prompt of each answer that it teaches (Reject `prompt_seam`).
+        """
         rendered = [self._render_or_error(messages) for messages in conversations]
-        tokens = iter(self._tokenize([one.pieces[0] for one in rendered if isinstance(one, _Rendered)]))
+        tokens = self._tokenize([one.pieces[0] if isinstance(one, _Rendered) else "" for one in rendered])
+        broken = self._broken_seams(conversations, rendered, tokens) if seams else {}
         results: list[Encoded | Reject] = []
-        for messages, one in zip(conversations, rendered, strict=True):
+        for number, (messages, one) in enumerate(zip(conversations, rendered, strict=True)):
             try:
                 if isinstance(one, Reject):
                     raise one
-                encoded = self._label(one, next(tokens))
+                encoded = self._label(one, tokens[number])
+                if number in broken:
+                    raise broken[number]
                 if max_length is not None and len(encoded.input_ids) > max_length:
                     encoded = self._shorten(messages, len(encoded.input_ids), max_length)
                 results.append(encoded)
@@ -143,6 +149,11 @@ class Chat:
                 f"{', '.join(TEMPLATES)}, or put {{% generation %}} and {{% endgeneration %}} around the answers"
             )
         end = said[-1].removeprefix(answers[-1]).strip()
+        if end and end not in self._controls and self._always_asks(probe):
+            raise UsageError(
+                f"the chat template writes {end!r} after every answer, also where no answer is asked for: put the beginning of the next "
+                "answer into {% if add_generation_prompt %}...{% endif %}, or use one of " + ", ".join(TEMPLATES)
+            )
         if end and end not in self._controls:
             raise UsageError(
                 f"the chat template ends answers with {end!r}, which is no special token of this tokenizer: a model would not "
@@ -150,6 +161,33 @@ class Chat:
             )
         stops = (self.tokenizer.eos_token_id, self._controls.get(end))
         return list(dict.fromkeys(index for index in stops if index is not None))
+
+    def _always_asks(self, messages: Sequence[Message]) -> bool:
+        """Return whether the template begins the next answer though none is asked for."""
+        texts = [apply_template(self.tokenizer, self.template, messages, ask=ask)[0] for ask in (False, True)]
+        return texts[0] == texts[1] and not texts[0].rstrip().endswith(str(messages[-1]["content"]))
+
+    def _broken_seams(
+        self, conversations: Sequence[Sequence[Message]], rendered: Sequence[_Rendered | Reject], tokens: Sequence[Tokens]
+    ) -> dict[int, Reject]:
+        """Return the Reject of each row that does not begin with the prompt of an answer that it teaches."""
+        seams, broken = list[Seam](), dict[int, Reject]()
+        for row, (messages, one) in enumerate(zip(conversations, rendered, strict=True)):
+            for turn, message in enumerate(messages if isinstance(one, _Rendered) else ()):
+                if message["role"] != "assistant" or not message.get("loss", True):
+                    continue
+                try:
+                    asked = self._render(messages[:turn], answered=False).pieces
+                except Reject as reject:
+                    broken[row] = reject
+                    break
+                place, own = len(asked) - 1, one.pieces  # type: ignore[union-attr]
+                if asked[:-1] != own[:place]:
+                    asked, place = ["".join(asked)], 0
+                before = "\n" if place else ""  # so that no tokenizer adds a space, as in `_continue`
+                text = before + own[place]
+                seams.append(Seam(row, before + asked[-1], text, self._tokenize([text])[0] if place else tokens[row]))
+        return broken_seams(seams, self._control, self._tokenize) | broken
 
     def _render_or_error(self, messages: Sequence[Message]) -> _Rendered | Reject:
         try:
@@ -199,14 +237,14 @@ class Chat:
             spans.append((len(before), len(before) + len(said)))
         return spans
 
-    def _tokenize(self, texts: list[str]) -> list[_Tokens]:
+    def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
         batch = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
         pairs = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
         return [(np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)) for ids, offsets in pairs]
 
-    def _continue(self, piece: str) -> _Tokens:
+    def _continue(self, piece: str) -> Tokens:
         """Tokenize the text after a cut. A line break is put before it, so that no tokenizer adds a space."""
         ids, offsets = self._tokenize(["\n" + piece])[0]
         if ((offsets[:, 0] < 1) & (offsets[:, 1] > 1)).any():  # one token spans the break and text
@@ -214,7 +252,7 @@ class Chat:
         kept = offsets[:, 1] > 1
         return ids[kept], offsets[kept] - 1
 
-    def _assemble(self, rendered: _Rendered, first: _Tokens) -> tuple[np.ndarray, np.ndarray]:
+    def _assemble(self, rendered: _Rendered, first: Tokens) -> tuple[np.ndarray, np.ndarray]:
         """Return ids (T,) with images expanded, and whether each is learned (T,). `first` are the tokens of the first piece."""
         chunks, begin = [first], len(rendered.pieces[0]) + 1
         for piece in rendered.pieces[1:]:
@@ -234,7 +272,7 @@ class Chat:
         learned = np.pad(np.repeat(learned, counts), (len(prefix), 0))
         return np.concatenate([np.array(prefix, dtype=np.int64), np.repeat(tokens, counts)]), learned
 
-    def _label(self, rendered: _Rendered, first: _Tokens) -> Encoded:
+    def _label(self, rendered: _Rendered, first: Tokens) -> Encoded:
         tokens, learned = self._assemble(rendered, first)
         learned[:1] = False  # nothing predicts the first token, and in a pack another conversation is before it
         if not learned.any():
