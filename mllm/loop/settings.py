@@ -9,8 +9,22 @@ import torch
 from transformers import TrainingArguments
 
 from align.common.checks import check
+from align.common.files import read_json
 from align.common.hardware import Arithmetic, choose_device
 from mllm.loop.config import FinetuneConfig
+
+FLAGS_OF_SECTIONS = {  # of a DeepSpeed JSON: who decides instead
+    "optimizer": "--optimizer, --lr-projector, --lr-llm, --betas and --weight-decay decide",
+    "scheduler": "--schedule, --warmup and the --lr flags decide",
+    "fp16": "--precision decides, and this kit trains in fp32 or bf16",
+    "amp": "--precision decides",
+    "torch_autocast": "--precision decides",
+    "data_efficiency": "the order of the data is that of --seed and --packing",
+    "curriculum_learning": "the order of the data is that of --seed and --packing",
+    "progressive_layer_drop": "the --lr flags decide what is trained",
+    "compression_training": "the --lr flags decide what is trained",
+    "quantize_training": "--precision decides",
+}
 
 
 def deepspeed_settings(name: str | None) -> str | None:
@@ -31,6 +45,33 @@ def deepspeed_settings(name: str | None) -> str | None:
     return str(path)
 
 
+def refuse_contradictions(settings: Any, config: FinetuneConfig, precision: Arithmetic, world: int) -> None:
+    """Raise UsageError if a DeepSpeed JSON decides what the flags decide: DeepSpeed would follow it without a word.
+
+    What is "auto" or equal to the flags is no contradiction.
+    """
+    given = f"--deepspeed {config.deepspeed}"
+    check(isinstance(settings, dict), given, "expected a JSON object of DeepSpeed's settings")
+    for section, flags in FLAGS_OF_SECTIONS.items():
+        value = settings.get(section)
+        on = value.get("enabled", True) if isinstance(value, dict) else value
+        check(not on, f"{given} has the section {section!r}", f"{flags}: take the section out of the JSON")
+    rows = config.micro_batch_size
+    decided = {
+        "gradient_clipping": (config.max_grad_norm, "--max-grad-norm"),
+        "train_micro_batch_size_per_gpu": (rows, "--micro-batch-size"),
+        "train_batch_size": (config.batch_size, "--batch-size"),
+        "gradient_accumulation_steps": (config.batch_size // (rows * world), "--batch-size / --micro-batch-size / processes"),
+        "bf16.enabled": (precision == "bf16", f"--precision {config.precision}"),
+    }
+    for name, (wanted, flag) in decided.items():
+        section, _, field = name.partition(".")
+        value = settings.get(section, "auto")
+        value = value.get(field, "auto") if field and isinstance(value, dict) else value
+        said = f"{given} says {name} {value!r}"
+        check(value == "auto" or value == wanted, said, f'{flag} says {wanted!r}: write "auto" in the JSON, or the same in both')
+
+
 def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int) -> TrainingArguments:
     """Return Trainer's arguments for `world` processes. Making them starts the process group, and zero.Init for ZeRO-3.
 
@@ -43,12 +84,15 @@ def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int
         f"--batch-size {config.batch_size}",
         f"not a multiple of {config.micro_batch_size} rows x {world} process(es); change --micro-batch-size",
     )
+    deepspeed_json = deepspeed_settings(config.deepspeed)
+    if deepspeed_json is not None:
+        refuse_contradictions(read_json(Path(deepspeed_json)), config, precision, world)
     settings = TrainingArguments(
         output_dir=config.output, max_steps=config.steps or 1, seed=config.seed,
         per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=config.batch_size // rows,
         lr_scheduler_type=config.schedule, warmup_steps=config.warmup,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        bf16=precision == "bf16", use_cpu=cpu, deepspeed=deepspeed_settings(config.deepspeed),
+        bf16=precision == "bf16", use_cpu=cpu, deepspeed=deepspeed_json,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         dataloader_num_workers=config.workers, remove_unused_columns=False, ddp_find_unused_parameters=False,

@@ -8,7 +8,7 @@ import torch
 
 from align.common.errors import UsageError
 from mllm.loop.config import FinetuneConfig
-from mllm.loop.settings import deepspeed_settings, make_optimizer, training_arguments
+from mllm.loop.settings import deepspeed_settings, make_optimizer, refuse_contradictions, training_arguments
 
 
 def config(folder, **changes):
@@ -39,3 +39,45 @@ def test_the_optimizer_is_the_one_asked_for(name, kind):
     made = make_optimizer(groups, name=name, betas=(0.8, 0.9), fused=False)
     assert type(made).__name__ == kind
     assert [made.param_groups[0][key] for key in ("lr", "weight_decay", "betas")] == [0.5, 0.1, (0.8, 0.9)]
+
+
+AGREEING = [
+    {}, {"optimizer": None}, {"fp16": {"enabled": False}}, {"gradient_clipping": "auto"}, {"gradient_clipping": 1.0},
+    {"train_batch_size": 12},
+    {"train_micro_batch_size_per_gpu": 2}, {"gradient_accumulation_steps": 3}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": True}},
+    {"zero_optimization": {"stage": 2}},
+]  # fmt: skip
+CONTRADICTING = [
+    ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "'optimizer'.*--optimizer.*--lr-llm"),
+    ({"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*--schedule"),
+    ({"fp16": {"enabled": "auto"}}, "'fp16'.*--precision"),
+    ({"amp": {"enabled": True}}, "'amp'.*--precision"),
+    ({"curriculum_learning": {"enabled": True}}, "order of the data"),
+    ({"gradient_clipping": 0.5}, "gradient_clipping 0.5.*--max-grad-norm says 1.0"),
+    ({"train_batch_size": 24}, "train_batch_size 24.*--batch-size says 12"),
+    ({"train_micro_batch_size_per_gpu": 4}, "--micro-batch-size says 2"),
+    ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2.*says 3"),
+    ({"bf16": {"enabled": False}}, "bf16.enabled False.*--precision bf16"),
+    ([1], "a JSON object"),
+    ("text", "a JSON object"),
+]
+
+
+@pytest.mark.parametrize("settings", AGREEING)
+def test_a_deepspeed_json_that_agrees_with_the_flags_is_taken(tmp_path, settings):
+    given = config(tmp_path, batch_size=12, micro_batch_size=2, precision="bf16", deepspeed="mine.json")
+    refuse_contradictions(settings, given, "bf16", world=2)
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTING)
+def test_a_deepspeed_json_that_contradicts_the_flags_is_refused_naming_both(tmp_path, settings, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(settings))
+    given = config(tmp_path, batch_size=12, micro_batch_size=2, precision="bf16", deepspeed=str(path))
+    with pytest.raises(UsageError, match=f"mine.json.*{message}"):
+        training_arguments(given, "bf16", world=2)
+
+
+def test_the_shipped_settings_contradict_no_flag(tmp_path):
+    for path in (Path(deepspeed_settings.__code__.co_filename).parents[1] / "zero").glob("*.json"):
+        refuse_contradictions(json.loads(path.read_text()), config(tmp_path, deepspeed=path.stem), "bf16", world=4)
