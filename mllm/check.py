@@ -34,6 +34,7 @@ def main(config: CheckConfig) -> None:
     from mllm.conversations.index import build_index
     from mllm.conversations.table import open_conversations, reject_line
     from mllm.conversations.tokens import Chat
+    from mllm.model.answer_ends import ROWS, answer_ends, ends_under_lora
     from mllm.model.saving import load_processor
 
     console = plain_console()
@@ -53,6 +54,8 @@ def main(config: CheckConfig) -> None:
     atomic_json(folder / "check.json", {**facts, "problems": dict(Counter(problem.code for problem in problems).most_common())})
     counts, edges = bins_of(index.lengths[index.good], config.max_length)
     show_epoch(console, facts, counts, edges)
+    ends = answer_ends(chat, (conversations[int(row)].messages for row in index.good[:ROWS]))
+    console.print(ends_under_lora(chat, ends, Path(config.model)))
     atomic_bytes(folder / "lengths.png", draw_histogram(counts, edges, config.max_length))
     if not problems:
         console.print("no problems")

@@ -60,9 +60,10 @@ def finetune(config: FinetuneConfig, settings: "TrainingArguments", console: "Co
     from mllm.conversations.packing import EpochPlan
     from mllm.loop.estimate import estimate
     from mllm.loop.flops import Collate, image_flops, step_cost
-    from mllm.loop.parameter_groups import group_table, load_trainable
+    from mllm.loop.parameter_groups import group_table, load_trainable, trained_rows
     from mllm.loop.run import train
     from mllm.loop.trainer import MicroBatches
+    from mllm.model.answer_ends import ROWS, answer_ends, require_ends
     from mllm.model.modeling import SailLlavaConfig
 
     rates, start, world = config.learning_rates(), Path(config.model), settings.world_size
@@ -75,6 +76,9 @@ def finetune(config: FinetuneConfig, settings: "TrainingArguments", console: "Co
     micro_batches = MicroBatches(plan.batches, steps, config.micro_batch_size, settings.process_index, world)
     collate = Collate(partial(dataset.collate, packed=config.packing), step_cost(model, image_cost))
     console.print(group_table(model, rates))
+    if config.stage == "instruct":
+        ends = answer_ends(dataset.chat, (dataset.conversations[int(row)].messages for row in dataset.index.good[:ROWS]))
+        console.print(require_ends(dataset.chat, ends, start, trained_rows(model)))
     pieces = f"{micro_batches.accumulate} x {config.micro_batch_size} x {world} process(es)"
     console.print(f"{dataset.index.summary()}; {steps} steps of {config.batch_size} ({pieces})")
     if config.dry_run:

@@ -99,7 +99,8 @@ def join(language: Language, vision: Sequence[AlignedEncoder], how: str, seed: i
     config = SailLlavaConfig(
         text_config=text_config, image_token_index=language.image_id,
         vision_feature_select_strategy="full", vision_feature_layer=-1, sail_beside=beside or None, sail_join=how,
-        tie_word_embeddings=language.tied, dtype=language.lm_head.weight.dtype, **first,
+        tie_word_embeddings=language.tied, dtype=language.lm_head.weight.dtype,
+        sail_untrained_tokens=list(language.untrained), **first,
     )  # fmt: skip
     with torch.device("meta"):
         model = SailLlavaForConditionalGeneration(config)
@@ -198,7 +199,7 @@ def _report(model: Any, language: Language, vision: Sequence[AlignedEncoder], te
     output = 0 if language.tied else language.lm_head.weight.numel()
     report = [Component("language model", "kept", _count(inner.language_model) + output - added, language.source)]
     if added:
-        report.append(Component("embedding rows", "new", added, f"mean of the others, for {', '.join(language.added)}"))
+        report.append(Component("embedding rows", "new", added, f"around the mean of the others, for {', '.join(language.added)}"))
     keeps = any(one.kept_projector for one in vision)
     for number, (tower, one) in enumerate(zip(inner.towers, vision, strict=True)):
         state: Literal["kept", "replaced", "new"] = "kept" if one.kept_projector else "new" if number or keeps else swapped

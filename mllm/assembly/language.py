@@ -21,7 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from align.common.errors import DamagedError, UsageError
 from align.common.reject_codes import Reject
 from align.encoders.loading import load_errors_named, recorded_id, require_complete, resolve_encoder
-from mllm.conversations.templates import apply_template, resolve_template
+from mllm.conversations.templates import apply_template, control_tokens, resolve_template
+from mllm.model.answer_ends import can_win
 
 IMAGE_TOKEN = "<image>"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -57,6 +58,7 @@ class Language:
     added: tuple[str, ...] = ()  # tokens that its tokenizer did not have
     new_rows: int = 0  # added to the embeddings
     image_processor: Any = None  # of a LLaVA
+    untrained: tuple[int, ...] = ()  # ids of the tokens of the template whose rows the LLM never trained
 
     @property
     def image_id(self) -> int:
@@ -154,6 +156,7 @@ def prepare_tokenizer(language: Language, template: str) -> tuple[str, str]:
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # for batched generation; training pads by itself
     _grow(language, max(tokenizer.get_vocab().values()) + 1)
     text = resolve_template(tokenizer, name, language.image_token)
+    language.untrained = _untrained(language, text)
     if not _shows_texts(tokenizer, text):
         text = _TO_PARTS + text
     tokenizer.chat_template = text
@@ -170,7 +173,11 @@ def _shows_texts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 @torch.no_grad()
 def _grow(language: Language, rows: int) -> None:
-    """Grow the embeddings to at least `rows` rows. Each new row is the mean of the old ones."""
+    """Grow the embeddings to at least `rows` rows.
+
+    Each new row is the mean of the old ones; but for the image token's, which nothing reads, a tenth of their spread is added to it,
+    drawn by a fixed seed, so that new tokens are not the same to the model.
+    """
     before = language.lm_head.weight.shape[0]
     if rows <= before:
         return
@@ -179,4 +186,20 @@ def _grow(language: Language, rows: int) -> None:
     language.lm_head = language.whole.get_output_embeddings()
     weights: list[Tensor] = [language.base.get_input_embeddings().weight, *([] if language.tied else [language.lm_head.weight])]
     for weight in weights:
-        weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+        old = weight[:before].float()
+        noise = torch.randn(rows - before, old.shape[1], generator=torch.Generator().manual_seed(before))
+        noise[[number == language.image_id for number in range(before, rows)]] = 0
+        weight[before:] = (old.mean(0) + 0.1 * old.std(0) * noise).to(weight.dtype)
+
+
+def _untrained(language: Language, template: str) -> tuple[int, ...]:
+    """Return the ids of tokens of the template that are new to the LLM, or whose output rows show that it never trained them."""
+    controls = control_tokens(language.tokenizer, template, language.image_token)
+    rows = language.lm_head.weight
+    return tuple(
+        token
+        for text, token in sorted(controls.items(), key=lambda item: item[1])
+        if text != language.image_token
+        and (text in template or token == language.tokenizer.eos_token_id)
+        and (text in language.added or not can_win(rows, token))
+    )

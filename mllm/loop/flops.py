@@ -4,7 +4,7 @@ FLOPs are the model's own (a multiplication and an addition are two). Recomputat
 count. Legend: `L` tokens of a row, `H` width, `V` vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from mllm.loop.parameter_groups import size, unwrapped
 from mllm.model.modeling import SailLlavaConfig, SailLlavaModel
 
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "L40S": 362.0, "RTX 4090": 165.0, "V100": 125.0}  # dense, 16 bit
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of config fields
+ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,28 @@ def step_cost(model: nn.Module, image: float) -> StepCost:
     """Return the cost of training `model`. `image` is from `image_flops`. Attention counts all L^2 pairs, though half are masked."""
     inner = unwrapped(model)
     text = inner.config.text_config
-    linear = [module for module in inner.model.language_model.modules() if isinstance(module, nn.Linear)]
-    token = sum(2.0 * size(layer.weight) * (2 + layer.weight.requires_grad) for layer in linear)
+    token = sum(2.0 * count * (2 + trained) for count, trained in _products(inner.model.language_model, text))
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     pair = 3 * 4.0 * heads * width * text.num_hidden_layers  # QK^T and AV, forward and twice backward
-    label = 2.0 * size(inner.lm_head.weight) * (2 + inner.lm_head.weight.requires_grad)
+    rows = hasattr(inner.lm_head, "token_adapter")  # peft trains some rows: the gradient of all is computed
+    output = inner.lm_head.token_adapter.base_layer.weight if rows else inner.lm_head.weight
+    label = 2.0 * size(output) * (2 + (rows or output.requires_grad))
     return StepCost(token, pair, label, image)
+
+
+def _products(language: nn.Module, config: Any) -> Iterator[tuple[float, bool]]:
+    """Yield, for each matrix that a token is multiplied with, its size and whether it is trained. Of experts only the active ones count."""
+    sizes = config.to_dict()
+    experts = next((sizes[name] for name in EXPERTS if sizes.get(name)), 0)
+    active = next((sizes[name] for name in ACTIVE if sizes.get(name)), experts) / max(1, experts)
+    for module in language.modules():
+        if isinstance(module, nn.Embedding | nn.ParameterDict | nn.Conv1d):
+            continue
+        for parameter in module.parameters(recurse=False):
+            shape = tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else tuple(parameter.shape)
+            if len(shape) == 2 or (len(shape) == 3 and shape[0] == experts):
+                yield size(parameter) * (active if len(shape) == 3 else 1), parameter.requires_grad
 
 
 def image_flops(config: SailLlavaConfig, rates: Mapping[str, float]) -> float:

@@ -4,6 +4,7 @@ Groups: `projector`, `raw` (the projector's weights for what lies beside its fir
 (language model and output layer, or its LoRA adapters), `vision`. Each has the parts of all encoders. A rate of 0 freezes a group.
 """
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,7 +64,8 @@ def set_trainable(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
     whole = {"multi_modal_projector": model.model.projectors, "sail_head": [place.sail_head for place in model.model.places]}
     saved = [name for name, modules in whole.items() if rates_of[name] > 0 and any(True for _ in nn.ModuleList(modules).parameters())]
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, modules_to_save=saved or None
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear, modules_to_save=saved or None,
+        trainable_token_indices=_new_rows(model),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws the adapters' weights from the global generator
@@ -72,6 +74,32 @@ def set_trainable(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
         for name, parameter in named_groups(wrapped)[group]:
             parameter.requires_grad_(rates[group] > 0 and ".original_module." not in name)
     return wrapped
+
+
+def _new_rows(model: SailLlavaForConditionalGeneration) -> dict[str, list[int]] | None:
+    """Return which rows of which embeddings are trained beside the adapters: tokens of the template that the LLM never saw."""
+    tokens = list(model.config.sail_untrained_tokens or ())
+    tied = model.config.tie_word_embeddings  # then peft shares them with the output layer
+    return dict.fromkeys(("embed_tokens", *(() if tied else ("lm_head",))), tokens) if tokens else None
+
+
+def trained_rows(model: nn.Module) -> list[int] | None:
+    """Return the ids of the tokens whose output rows are trained; None: all."""
+    inner = unwrapped(model)
+    if hasattr(model, "get_base_model"):
+        return list(inner.config.sail_untrained_tokens or ())
+    return None if inner.lm_head.weight.requires_grad else []
+
+
+def untouched(model: nn.Module) -> dict[str, int]:
+    """Return the matrices of the LLM's blocks that no adapter changes, by name without layer numbers, with their parameters."""
+    found: dict[str, int] = {}
+    if hasattr(model, "get_base_model"):
+        for name, parameter in unwrapped(model).model.language_model.named_parameters():
+            if _dimensions(parameter) > 1 and not any(part in name for part in ("lora_", "base_layer.", "embed_tokens.")):
+                short = re.sub(r"^layers\.\d+\.", "", name)
+                found[short] = found.get(short, 0) + size(parameter)
+    return found
 
 
 def load_trainable(
@@ -105,9 +133,12 @@ def optimizer_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
 
 
 def group_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return, per group, (parameters, trained parameters)."""
+    """Return, per group, (parameters, trained parameters). What peft keeps of a module that it trains a copy of does not count."""
     return {
-        group: (sum(size(each) for _, each in named), sum(size(each) for _, each in named if each.requires_grad))
+        group: (
+            sum(size(each) for name, each in named if ".original_module." not in name),
+            sum(size(each) for _, each in named if each.requires_grad),
+        )
         for group, named in named_groups(model).items()
     }
 
@@ -117,6 +148,8 @@ def group_table(model: nn.Module, rates: Mapping[str, float]) -> Table:
     table = Table("parameters", "in all", "trained", "learning rate")
     for group, (total, trained) in group_sizes(model).items():
         table.add_row(group, f"{total:,}", f"{trained:,}" if trained else "frozen", f"{rates[group]:g}" if trained else "-")
+    for name, count in untouched(model).items():
+        table.add_row(f"of llm, without adapters: {name}", f"{count:,}", "frozen", "-")
     return table
 
 

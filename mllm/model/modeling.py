@@ -60,6 +60,7 @@ class SailLlavaConfig(LlavaConfig):
     sail_patch_grid: list[int] | None = None  # [rows, columns] of the encoder
     sail_grid: list[int] | None = None  # [rows, columns] of the visual tokens; None: sail_patch_grid
     sail_unread: list[str] | None = None
+    sail_untrained_tokens: list[int] | None = None  # of the template, unknown to the LLM: LoRA trains their rows, too
     sail_fingerprint: dict[str, Any] | None = None
     sail_beside: list[dict[str, Any]] | None = None
     sail_join: str = "channel"  # channel | sequence: how the tokens of several towers come together

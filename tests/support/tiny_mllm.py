@@ -19,9 +19,11 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
 )
 
 from align.encoders.spec import VisionSpec
@@ -40,6 +42,14 @@ WORDS = [
     "and", "on", "in",
 ]  # fmt: skip
 TEXTS = [" ".join(random.Random(n).choices(WORDS, k=12)) + random.Random(n).choice(".?!:\n") for n in range(200)]
+LLMS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig}
+MOE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
 VISION = ("dinov2", "dinov2_with_registers", "resnet", "timm_cnn")
 
 
@@ -198,7 +208,7 @@ def tiny_model(
     second = tiny_tower("resnet", SIZE + 14)
     second |= {"vision_config": second["vision_config"].to_dict(), "sail_grid": (grid or [3, 3]) if join == "channel" else None}
     config = SailLlavaConfig(
-        text_config=(LlamaConfig if llm == "llama" else Qwen2Config)(**text),
+        text_config=LLMS[llm](**text, **(MOE if llm in ("mixtral", "qwen2_moe") else {})),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_select_strategy="full",
         sail_head="random",

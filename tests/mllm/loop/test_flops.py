@@ -13,11 +13,20 @@ from mllm.loop.parameter_groups import set_trainable
 from tests.support.tiny_mllm import tiny_model
 
 
-@pytest.mark.parametrize(("kind", "join"), [("dinov2", None), ("resnet", None), ("dinov2", "channel"), ("dinov2", "sequence")])
+@pytest.mark.parametrize(
+    ("kind", "join", "llm"),
+    [
+        ("dinov2", None, "llama"), ("resnet", None, "llama"), ("dinov2", "channel", "llama"), ("dinov2", "sequence", "llama"),
+        ("dinov2", None, "mixtral"), ("dinov2", None, "qwen2_moe"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("rates", "lora"), [((1, 1, 1, 1), None), ((1, 0, 0, 0), None), ((1, 1, 1, 0), Lora(4, 8))])
-def test_a_step_costs_what_torch_counts(kind, join, rates, lora):
-    model, _ = tiny_model(kind, join=join)
+@pytest.mark.parametrize("untrained", [None, [5, 7]])
+def test_a_step_costs_what_torch_counts(kind, join, llm, rates, lora, untrained):
+    model, _ = tiny_model(kind, llm, join=join)
+    model.config.sail_untrained_tokens = untrained
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")  # torch counts no grouped products
     rates = dict(zip(("projector", "head", "llm", "vision"), rates, strict=True))
     rates["raw"] = rates["projector"]
     prepared = set_trainable(model, rates, lora, seed=0).train()

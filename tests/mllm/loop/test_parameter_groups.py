@@ -1,20 +1,24 @@
 """Parameter groups hold every parameter once, rates decide which are trained, and what was trained goes in and out exactly."""
 
+from io import StringIO
 from itertools import product
 
 import pytest
 import torch
+from rich.console import Console
 
 from mllm.loop.config import Lora
 from mllm.loop.parameter_groups import (
     GROUPS,
     group_sizes,
+    group_table,
     load_trained,
     merged,
     named_groups,
     optimizer_groups,
     set_trainable,
     trained_tensors,
+    untouched,
 )
 from tests.support.tiny_mllm import tiny_model
 
@@ -64,3 +68,19 @@ def test_raw_patches_have_a_rate_of_their_own(lora, rate):
     assert all("original_module" not in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     groups = {group["name"]: group["lr"] for group in optimizer_groups(model, rates, 0.1)}
     assert groups.get("raw", 0.0) == rate and groups["projector"] == 1e-3
+
+
+def test_what_adapters_leave_alone_is_named_and_nothing_is_counted_twice():
+    assert untouched(set_trainable(tiny_model()[0], dict.fromkeys(GROUPS, 1.0), Lora(2, 4), seed=0)) == {}
+    for kind in ("mixtral", "qwen2_moe"):
+        model = tiny_model(llm=kind)[0]
+        before = {group: total for group, (total, _) in group_sizes(model).items()}
+        prepared = set_trainable(model, dict.fromkeys(GROUPS, 1.0) | {"vision": 0.0}, Lora(2, 4), seed=0)
+        experts = {name: count for name, count in untouched(prepared).items() if "experts" in name}
+        assert sum(experts.values()) > 10_000 and not any(name.startswith("layers") for name in experts), experts
+        sizes = group_sizes(prepared)
+        assert sizes["projector"][0] == before["projector"] == sizes["projector"][1] and sizes["head"][0] == before["head"]
+        assert sizes["llm"][0] - sizes["llm"][1] == before["llm"]
+        table = Console(width=150, file=StringIO())
+        table.print(group_table(prepared, dict.fromkeys(GROUPS, 1.0)))
+        assert "without adapters" in table.file.getvalue()
