@@ -41,33 +41,36 @@ def main(config: FinetuneConfig) -> None:
 
     from align.common.hardware import choose_device, resolve_precision
     from align.common.runs import run_folder
+    from align.encoders.loading import load_errors_named
+    from mllm.loop.flops import image_flops
     from mllm.loop.settings import training_arguments
-    from mllm.model.saving import require_mllm
+    from mllm.model.modeling import SailLlavaConfig
+    from mllm.model.saving import NEEDED, require_mllm
 
     set_verbosity_error()
     folder = Path(config.output)
     require_mllm(Path(config.model))
+    with load_errors_named(config.model, NEEDED):  # before DeepSpeed is set up, which would partition the copy that is counted
+        image_cost = image_flops(SailLlavaConfig.from_pretrained(config.model, trust_remote_code=False), config.learning_rates())
     precision = resolve_precision(config.precision, choose_device())
     settings = training_arguments(config, precision, int(os.environ.get("WORLD_SIZE", "1")))  # starts the process group: before the model
     console = set_up(quiet=settings.process_index != 0)
     refuse_other_config(config, folder, config.stage, FREE_ON_RESUME)
     with run_folder(folder, settings.process_index == 0 and not config.dry_run, console.print):
-        finetune(config, settings, console)
+        finetune(config, settings, image_cost, console)
 
 
-def finetune(config: FinetuneConfig, settings: "TrainingArguments", console: "Console") -> None:
+def finetune(config: FinetuneConfig, settings: "TrainingArguments", image_cost: float, console: "Console") -> None:
     """Load and freeze the model, read the data, train, export."""
     from mllm.conversations.packing import EpochPlan
     from mllm.loop.estimate import estimate
-    from mllm.loop.flops import Collate, image_flops, step_cost
+    from mllm.loop.flops import Collate, step_cost
     from mllm.loop.parameter_groups import group_table, load_trainable, trained_rows
     from mllm.loop.run import train
     from mllm.loop.trainer import MicroBatches
     from mllm.model.answer_ends import ROWS, answer_ends, require_ends
-    from mllm.model.modeling import SailLlavaConfig
 
     rates, start, world = config.learning_rates(), Path(config.model), settings.world_size
-    image_cost = image_flops(SailLlavaConfig.from_pretrained(start, trust_remote_code=False), rates)
     model, processor = load_trainable(start, rates, config.lora(), config.seed, bf16=settings.bf16, deepspeed=bool(config.deepspeed))
     with settings.main_process_first(desc="index of the data"):
         dataset = read_data(config, processor, console)

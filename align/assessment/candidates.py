@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel
 from align.common.errors import DataError, UsageError
 from align.common.folders import replaced_folder
 from align.common.seeds import generator
+from align.encoders.claims import within_weights
 from align.encoders.loading import VISION_FILES, load_errors_named, recorded_id, resolve_encoder
 from align.encoders.spec import VisionSpec
 from align.encoders.transforms import load_transform
@@ -70,7 +71,13 @@ def random_copy(name: str, folder: Path, seed: int) -> str:
         return str(folder)
     spec = VisionSpec(*split_revision(name))
     source = resolve_encoder(spec.name)
-    with replaced_folder(folder, "random") as temporary, load_errors_named(spec.name, VISION_FILES), torch.random.fork_rng(devices=[]):
+    guard = within_weights(spec.name, source)
+    with (
+        replaced_folder(folder, "random") as temporary,
+        load_errors_named(spec.name, VISION_FILES),
+        guard,
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(source, **spec.from_pretrained)
         model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)

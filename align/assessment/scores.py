@@ -16,7 +16,7 @@ from torch import Tensor
 from align.assessment import similarity
 from align.assessment.probing import CaptionedFeatures, Training, linear_probe_correct, probe_alignment, split_rows
 from align.common.errors import DataError
-from align.common.files import atomic_json, hash_bytes, read_json
+from align.common.files import atomic_json, hash_bytes, read_object
 from align.common.intervals import bootstrap_weights, percentiles
 from align.common.seeds import generator
 
@@ -69,7 +69,7 @@ def cached(folder: Path, facts: dict[str, Any], compute: Callable[[], dict[str, 
     method = METHODS.get(facts["kind"], 1)
     path = folder / f"{hash_bytes(repr((method, sorted(facts.items()))).encode())}.json"
     if path.exists():
-        return {name: Score(**values) for name, values in read_json(path)["scores"].items()}
+        return {name: Score(**values) for name, values in read_object(path)["scores"].items()}
     scores = compute()
     folder.mkdir(parents=True, exist_ok=True)
     atomic_json(path, {"facts": facts, "scores": {name: asdict(score) for name, score in scores.items()}})

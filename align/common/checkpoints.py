@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.common.errors import DamagedError
-from align.common.files import TEMPORARY, atomic_json, failpoint, read_json, sync_folder
+from align.common.files import TEMPORARY, atomic_json, failpoint, read_object, sync_folder
 from align.common.folders import RETIRED, damage, hashes_below, replaced_folder, sync_tree
 
 COMMIT = "COMMIT"
@@ -42,7 +42,7 @@ def commit_checkpoint(folder: Path) -> None:
 
 def verify_checkpoint(folder: Path) -> None:
     """Raise DamagedError unless every file of the checkpoint has its committed hash."""
-    record = read_json(folder / COMMIT) if (folder / COMMIT).is_file() else None
+    record = read_object(folder / COMMIT) if (folder / COMMIT).is_file() else None
     if not isinstance(record, dict) or not record:
         raise DamagedError(f"{folder} has no usable COMMIT record")
     for name, digest in record.items():

@@ -114,8 +114,28 @@ def read_json(path: Path) -> Any:
     """Return the JSON content of `path`. Raise DamagedError if it does not parse."""
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not valid JSON ({error}); restore it or delete the folder and run again") from error
+
+
+class Record(dict[str, Any]):
+    """A JSON object read from `path`. Asking for an entry that it lacks is a DamagedError."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise DamagedError(f"{self.path} has no entry {key!r}; restore it or delete the folder and run again")
+
+
+def read_object(path: Path) -> Record:
+    """Return the JSON object in `path`. Raise DamagedError if there is none."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        found = f"{path} holds a JSON {type(content).__name__}, expected an object"
+        raise DamagedError(f"{found}; restore it or delete the folder and run again")
+    record = Record(content)
+    record.path = path
+    return record
 
 
 def remove_temporaries(folder: Path, living: Callable[[], Collection[str]] = tuple) -> None:

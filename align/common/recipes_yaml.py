@@ -36,9 +36,15 @@ def load_yaml(path: Path) -> Any:
     """Return the content of a plain YAML file. UsageError gives the place of a syntax error, tag, alias or repeated key."""
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_PlainLoader)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise UsageError(f"no such file: {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise UsageError(f"{path} is not plain YAML: it is nested too deep; write it flat") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give a YAML file") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path} is not plain YAML: {error}") from error
 
 

@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from align.common.errors import KitError, UsageError
+from align.common.errors import DamagedError, KitError, UsageError
 from align.common.failures import explained
-from align.common.files import atomic_bytes, atomic_json, disk_full_named, read_json
+from align.common.files import atomic_bytes, atomic_json, disk_full_named, read_object
 from align.common.folders import WORK, clean_tree
 from align.common.locks import Lease
 
@@ -60,7 +61,7 @@ def add_launch(folder: Path, facts: dict[str, Any]) -> None:
     import torch  # imported here: result pages use `versions` without torch
 
     path = folder / "manifest.json"
-    manifest = read_json(path) if path.exists() else {"launches": []}
+    manifest = read_object(path) if path.exists() else {"launches": []}
     started, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [Path(sys.argv[0]).name, *sys.argv[1:]]
     launch = {"started": started, "command": command, "commit": git_commit(), "versions": versions()}
     manifest["launches"].append({**launch, "threads": torch.get_num_threads(), **facts})
@@ -109,27 +110,31 @@ class JsonLines:
 
     def cut(self, step: int) -> None:
         """Delete the rows after `step`, and a last line that a crash cut short."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or row["step"] > step:
-                break
-            kept.append(line)
-        atomic_bytes(self.path, b"".join(kept))
+        if self.path.exists():
+            kept = takewhile(lambda read: read[1].endswith(b"\n") and read[0]["step"] <= step, self._read(stepped=True))
+            atomic_bytes(self.path, b"".join([line for _, line in kept]))
 
     def append(self, row: dict[str, Any]) -> None:
         """Append one row. It reaches the operating system at once, so kill -9 does not lose it."""
         with disk_full_named(self.path), open(self.path, "ab") as file:
             file.write((json.dumps(row, allow_nan=False) + "\n").encode())
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return all rows."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+    def rows(self, stepped: bool = False) -> list[dict[str, Any]]:
+        """Return all rows but a last one that is cut short. DamagedError for a line that is no row; `stepped`: each needs a step."""
+        return [row for row, _ in self._read(stepped)]
+
+    def _read(self, stepped: bool = False) -> Iterator[tuple[dict[str, Any], bytes]]:
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else (), 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                if not line.endswith(b"\n"):
+                    return  # a crash cut it short, or it is being written
+                row = None
+            if not isinstance(row, dict) or (stepped and type(row.get("step")) is not int):
+                wanted = "a JSON object with a step" if stepped else "a JSON object"
+                raise DamagedError(f"{self.path}, line {number}: expected {wanted}, found {line[:80]!r}; take the line out")
+            yield row, line
 
 
 class RunLog:

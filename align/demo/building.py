@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from align.common.errors import UsageError
-from align.common.files import failpoint, hash_file, read_json, require_free
+from align.common.files import failpoint, hash_file, read_object, require_free
 from align.common.folders import COMMIT, check_folder, commit_folder, replaced_folder
 from align.common.locks import locked
 from align.demo.config import PrepareConfig
@@ -38,7 +38,7 @@ def is_done(output: Path, wanted: dict[str, Any]) -> bool:
         return False
     if not (output / COMMIT).is_file():
         raise UsageError(f"{output} is not empty and was not written by this command; choose another --output")
-    made = read_json(output / COMMIT)["settings"]
+    made = read_object(output / COMMIT)["settings"]
     pairs = {name: (made.get(name, 0), wanted.get(name, 0)) for name in {**wanted, **made}}
     differing = [f"{name} {there!r} there, {asked!r} asked" for name, (there, asked) in pairs.items() if there != asked]
     if differing:
@@ -68,7 +68,7 @@ def build(config: PrepareConfig, output: Path, world: World, wanted: dict[str, A
                     _write(config, folder, Renderer(world, pool, console))
                 commit_folder(folder, {"settings": wanted})
                 failpoint("prepare-rename")
-    return sum(entry["bytes"] for entry in read_json(output / COMMIT)["files"].values())
+    return sum(entry["bytes"] for entry in read_object(output / COMMIT)["files"].values())
 
 
 def _write(config: PrepareConfig, folder: Path, renderer: Renderer) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align.common.errors import DamagedError, OfflineError, UsageError
-from align.common.files import disk_full_named, hash_file, read_json, require_free
+from align.common.files import disk_full_named, hash_file, read_object, require_free
 from align.common.folders import COMMIT, check_folder, commit_folder, replaced_folder
 from align.common.locks import locked
 from align.embedded import conversions
@@ -88,7 +88,7 @@ def _origin(asset: Asset) -> dict[str, Any]:
 
 
 def _committed(folder: Path, asset: Asset) -> bool:
-    return (folder / COMMIT).is_file() and bool(read_json(folder / COMMIT)["origin"] == _origin(asset))
+    return (folder / COMMIT).is_file() and bool(read_object(folder / COMMIT)["origin"] == _origin(asset))
 
 
 def _build(asset_id: str, asset: Asset, folder: Path, report: Report) -> None:

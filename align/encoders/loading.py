@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from align.common.errors import DamagedError, KitError, OfflineError, UsageError
 from align.common.hardware import Arithmetic
+from align.encoders.claims import within_weights
 from align.encoders.spec import EncoderSpec
 
 CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "modules.json")
@@ -53,7 +54,7 @@ def resolve_encoder(name: str) -> str:
 def opened(spec: EncoderSpec, needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the folder or hub id that `spec` means and what `from_pretrained` is told besides; errors as `load_errors_named`."""
     source, remote = resolve_encoder(spec.name), spec.from_pretrained
-    with load_errors_named(spec.name, needed):
+    with load_errors_named(spec.name, needed), within_weights(spec.name, source, spec.revision):
         if remote["trust_remote_code"]:
             require_own_code(spec.name, source, spec.revision)
         yield source, remote
@@ -67,11 +68,11 @@ def load_errors_named(name: str, needed: str) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except KitError:
+    except (KitError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except SafetensorError as error:
         raise DamagedError(f"{name}: the weights cannot be read ({first_line(error)}); fetch or copy them again") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except BaseException as error:
         if any(sign in str(error) for sign in ("couldn't connect", "offline mode", "Cannot reach", "ConnectError")):
             raise OfflineError(
                 f"{name} is not a local folder, and the hub is out of reach ({first_line(error)}); give a downloaded folder"
@@ -109,9 +110,10 @@ def _elsewhere(value: Any, names_code: bool = False) -> set[str]:
     return set().union(*(_elsewhere(part, names_code or key in ("auto_map", "type")) for key, part in parts))
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its kind if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, with its kind where that says more, or its kind alone."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {line}"
 
 
 def recorded_id(name: str) -> str:

@@ -142,9 +142,17 @@ def _open(spec: TextSpec) -> Any:
         kwargs = {"config": language_model.config, "device_map": "meta", "use_safetensors": True, "output_loading_info": True}
         _, report = type(language_model).from_pretrained(language_model.name_or_path, **kwargs, **remote)
     require_complete(spec.name, report["missing_keys"], TEXT_UNUSED)
+    _set_padding(model.tokenizer, len(language_model.get_input_embeddings().weight))
     if isinstance(model[-1], Normalize):
         del model[-1]
     return model
+
+
+def _set_padding(tokenizer: Any, rows: int) -> None:
+    """Give a tokenizer a padding token among the `rows` of the embedding, as decoders often have none. The mask hides it from features."""
+    known = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0))
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = next(token for token in known if token and tokenizer.convert_tokens_to_ids(token) < rows)
 
 
 def _blocks(language_model: Any) -> nn.ModuleList | None:

@@ -55,6 +55,9 @@ class StoreHeader:
     format_version: int = FORMAT_VERSION
 
 
+HEADER_TYPES = {"kind": str, "fingerprint": dict, "loader": dict, "width": int, "data": str, "shards": int, "rows": int}
+
+
 def sealed_files(folder: Path) -> dict[str, Path]:
     """Return the files whose hashes are in a store's COMMIT.json, by relative path: all but the shards', and the plan beside the store."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -84,14 +87,20 @@ def read_header(folder: Path) -> StoreHeader:
     """Return the header of the store in `folder`; UsageError if there is no store, DamagedError if it is unreadable."""
     if not (folder / "store.json").exists():
         raise UsageError(f"{folder} is not a feature store (no store.json); make one with align/encode.py")
-    values = read_json(folder / "store.json")
-    version = values.get("format_version") if isinstance(values, dict) else None
+    values = read_object(folder / "store.json")
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise DamagedError(f"{folder} has store format {version!r}, this version reads {FORMAT_VERSION}; encode again")
     try:
-        return StoreHeader(**values)
+        header = StoreHeader(**values)
     except TypeError as error:
         raise DamagedError(f"{folder}/store.json is not a store header ({error}); restore it or encode again") from error
+    for name, kind in HEADER_TYPES.items():
+        value: Any = getattr(header, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            found = f"{folder}/store.json: {name} is {str(value)[:80]!r}, expected a {kind.__name__}"
+            raise DamagedError(f"{found}; restore it or encode again")
+    return header
 
 
 class FeatureStore:

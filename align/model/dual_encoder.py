@@ -31,6 +31,7 @@ from transformers.utils import ModelOutput
 from align.common.errors import DamagedError, UsageError
 from align.common.fingerprints import compare_encoders
 from align.common.hardware import Arithmetic
+from align.encoders.claims import within_weights
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import TextEncoder, load_text_encoder
 from align.encoders.transforms import load_transform
@@ -134,7 +135,8 @@ class SailModel(StrictModel):
         `trust_remote_code=True` lets code run that ships with its encoders, of local folders and of pinned commits.
         """
         trusted = bool(kwargs.pop("trust_remote_code", False))
-        loaded = super().from_pretrained(folder, *args, **kwargs)
+        with within_weights(str(folder), str(folder)):
+            loaded = super().from_pretrained(folder, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).trust_remote_code = trusted
         return loaded
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from align.common.errors import UsageError
-from align.common.files import read_json
+from align.common.files import read_object
 from align.common.folders import replaced_folder
 from align.encoders.loading import copy_encoder
 from align.model.dual_encoder import TEXT_FOLDER, VISION_FOLDER, SailConfig, SailImageProcessor, SailModel
@@ -15,7 +15,7 @@ from align.model.dual_encoder import TEXT_FOLDER, VISION_FOLDER, SailConfig, Sai
 def model_folder(path: Path) -> Path:
     """Return the aligned model's folder at `path`: itself, or the `best` or `last` model of a run; UsageError if there is none."""
     for place in (path, path / "best", path / "last"):
-        if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "sail":
+        if (place / "config.json").is_file() and read_object(place / "config.json").get("model_type") == "sail":
             return place
     raise UsageError(f"{path} is neither an aligned model (config.json) nor a run with best/ or last/; make one with align/train.py")
 

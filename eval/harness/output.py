@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from align.common.errors import DataError
-from align.common.files import hash_bytes, hash_file, read_json
+from align.common.files import hash_bytes, hash_file, read_object
 from align.common.intervals import wilson_interval
 from align.common.runs import git_commit, versions
 from align.common.seeds import generator
@@ -53,7 +53,7 @@ def read_run(folder: Path, tasks: Sequence[str], limit: int | None = None) -> li
     found = sorted(folder.rglob("*_results.json"))
     if len(found) != 1:
         raise DataError(f"{len(found)} results files of lmms-eval in {folder}, expected 1: the evaluation did not finish")
-    content = read_json(found[0])
+    content = read_object(found[0])
     sizes = content.get("n-samples", {})
     missing = [task for task in tasks if task not in sizes and task not in content.get("group_subtasks", {})]
     if missing or not sizes:
@@ -149,7 +149,7 @@ def answers_table(run: TaskRun) -> pa.Table:
 
 def model_record(name: str, folder: Path) -> ModelRecord:
     """Return the record of an MLLM folder: its parts and the hash of its weights; DataError if the folder is incomplete."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     head, text = str(config.get("sail_head", "none")), config.get("text_config") or {}
     files = {file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}
     if not files or head not in KINDS:

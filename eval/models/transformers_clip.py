@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from align.common.errors import UsageError
+from align.encoders.claims import within_weights
 from align.encoders.loading import hash_weights, load_errors_named, recorded_id, require_complete, resolve_encoder
 from align.encoders.text import hash_tokenizer
 from align.encoders.transforms import Transform
@@ -73,7 +74,7 @@ FAMILIES = {"clip": _CLIP, "metaclip_2": _CLIP, "siglip": Family("max_length", (
 def load_transformers_clip(source: str) -> TransformersClip:
     """Return the model of a local folder or hub id; UsageError unless its model_type is in FAMILIES."""
     place = resolve_encoder(source)
-    with load_errors_named(source, NEEDED):
+    with load_errors_named(source, NEEDED), within_weights(source, place):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             naflex = "; NaFlex models take no images of a fixed size: use the fixed-size one" if config.model_type == "siglip2" else ""

@@ -13,6 +13,7 @@ import pyarrow as pa
 from align.common.errors import DamagedError
 from align.common.files import atomic_bytes
 from align.common.intervals import wilson_interval
+from align.common.runs import JsonLines
 from eval.page import figures
 from eval.results.calibration import calibration
 from eval.results.compare import class_counts
@@ -65,7 +66,7 @@ def training(runs: Sequence[Path], drawn: Figures) -> list[dict[str, Any]]:
     """Return the training runs that have curves, with the names of their figures."""
     shown = []
     for number, run in enumerate(runs):
-        rows = _read_metrics(run / "metrics.jsonl")
+        rows = JsonLines(run / "metrics.jsonl").rows(stepped=True)
         slug = f"training-{number}" if len(runs) > 1 else "training"
         names = []
         for title, columns in (CURVES[0], ("validation recall", VALIDATION), *CURVES[1:]):
@@ -213,16 +214,6 @@ def _picture(folder: Path, path: str) -> str:
 def _color(given: str) -> str:
     """Return a color that is safe inside a style attribute."""
     return given if re.fullmatch(r"#[0-9a-fA-F]{6}", given) else "#808080"
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # still being written, or cut short: keep the rows before
-    return rows
 
 
 def _answers(results: Results, task: TaskRecord, folder: Path) -> Iterator[tuple[ModelRecord, pa.Table]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from align.common.files import atomic_bytes, atomic_json, hash_bytes, read_json
+from align.common.files import atomic_bytes, atomic_json, hash_bytes, read_object
 from eval.results.records import file_name
 
 THUMB_SIDE = 168  # pixels: twice the size shown, for sharp screens
@@ -90,4 +90,4 @@ def save_jpeg(path: Path, picture: Image.Image) -> None:
 def load_examples(folder: Path, task: str) -> dict[str, Any] | None:
     """Return a task's examples, or None if there are none."""
     path = folder / "examples" / f"{file_name(task)}.json"
-    return read_json(path) if path.is_file() else None
+    return read_object(path) if path.is_file() else None

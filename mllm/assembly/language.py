@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from align.common.errors import DamagedError, UsageError
 from align.common.reject_codes import Reject
+from align.encoders.claims import within_weights
 from align.encoders.loading import load_errors_named, recorded_id, require_complete, resolve_encoder
 from mllm.conversations.templates import apply_template, control_tokens, resolve_template
 from mllm.model.answer_ends import can_win
@@ -84,7 +85,7 @@ def load_llm(name: str, gguf_file: str | None = None, revision: str | None = Non
         remote |= {"gguf_file": gguf_file}
         # packed weights would be slow, and could not be trained or saved
         weights = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    with load_errors_named(name, LLM_FILES):
+    with load_errors_named(name, LLM_FILES), within_weights(name, source, revision, (gguf_file,) if gguf_file else ()):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **remote, **weights)
         tokenizer = AutoTokenizer.from_pretrained(source, **remote)
     whole, info = loaded
@@ -104,7 +105,7 @@ def load_llava(name: str, revision: str | None = None) -> Language:
     """Return the language half of a Hugging Face LLaVA (LlavaForConditionalGeneration), with the template of its processor."""
     source = resolve_encoder(name)
     remote: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
-    with load_errors_named(name, LLM_FILES.replace("tokenizer", "processor")):
+    with load_errors_named(name, LLM_FILES.replace("tokenizer", "processor")), within_weights(name, source, revision):
         config = AutoConfig.from_pretrained(source, **remote)
         if config.model_type != "llava":
             raise UsageError(f"{name} has model_type {config.model_type!r}; --llava takes a LlavaForConditionalGeneration ('llava')")

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from align.common.errors import DamagedError, DataError, UsageError
-from align.common.files import atomic_json, atomic_path, hash_bytes, hash_file, read_json, require_free
+from align.common.files import atomic_json, atomic_path, hash_bytes, hash_file, read_object, require_free
 from align.common.folders import damage
 from align.common.reject_codes import Reject, RejectedRow
 from align.common.seeds import generator
@@ -208,7 +208,7 @@ def _cached(path: str, weight: float, image_root: str | None, folder: Path, repo
 
 def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | None:
     with suppress(OSError, DamagedError, LookupError, TypeError):
-        facts = read_json(commit)
+        facts = read_object(commit)
         if facts["format"] == FORMAT and not damage(arrow, facts["arrow"]) and not damage(rejects, facts["rejects"]):
             return facts
     return None

@@ -93,7 +93,7 @@ _FLATTEN = f"""{_CONTENT}
 {{%- set messages = flat.messages %}}
 """
 PINNED = datetime(2024, 7, 26)  # the date that templates see which ask for today's; a day that Llama 3's templates fall back on
-MAX_SECONDS, MAX_BYTES, MAX_CHARS = 5.0, 2 << 30, 20_000_000  # of a template for one conversation
+MAX_SECONDS, MAX_BYTES, MAX_CHARS = 5.0, 1 << 29, 20_000_000  # of a template for one conversation
 _PINNED_MARK = "{%- macro strftime_now(format) -%}"
 _CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")

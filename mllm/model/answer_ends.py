@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from align.common.errors import DamagedError, UsageError
-from align.common.files import read_json
+from align.common.files import read_object
 from align.common.reject_codes import Reject
 from mllm.conversations.messages import Message
 from mllm.conversations.tokens import Chat
@@ -94,6 +94,6 @@ def require_ends(chat: Chat, ends: Sequence[int], folder: Path, trained: Sequenc
 def ends_under_lora(chat: Chat, ends: Sequence[int], folder: Path) -> str:
     """Return the sentence of `require_ends` for LoRA on the model in `folder`, or that it would be refused."""
     try:
-        return require_ends(chat, ends, folder, read_json(folder / "config.json").get("sail_untrained_tokens") or ())
+        return require_ends(chat, ends, folder, read_object(folder / "config.json").get("sail_untrained_tokens") or ())
     except UsageError as refused:
         return f"with LoRA or a frozen LLM, training would be refused: {refused}"

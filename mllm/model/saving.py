@@ -17,6 +17,7 @@ from align.common.errors import UsageError
 from align.common.files import read_json
 from align.common.folders import replaced_folder
 from align.encoders import families
+from align.encoders.claims import read_config, require_counts, within_weights
 from align.encoders.loading import load_errors_named
 from align.model import heads, strict_loading
 from mllm.model import modeling, processing, towers
@@ -62,7 +63,7 @@ def load_mllm(
     """
     folder = Path(folder)
     processor = load_processor(folder)
-    with load_errors_named(str(folder), NEEDED):
+    with load_errors_named(str(folder), NEEDED), within_weights(str(folder), str(folder)):
         model = SailLlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **from_pretrained
         )
@@ -77,14 +78,16 @@ def load_processor(folder: Path) -> SailLlavaProcessor:
 
 
 def require_mllm(folder: Path) -> None:
-    """Raise UsageError unless `folder` holds a SailLlava."""
+    """Raise UsageError unless `folder` holds a SailLlava; MemoryFullError if its config claims more layers than its weights can fill."""
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder} has no config.json; give a folder that mllm/upgrade.py or mllm/finetune.py wrote")
-    model_type = read_json(path).get("model_type")
+    config = read_config(str(folder), str(folder))
+    model_type = config.get("model_type")
     if model_type != "sail_llava":
         hint = "upgrade it: mllm/upgrade.py --llava" if model_type == "llava" else "make one with mllm/upgrade.py"
         raise UsageError(f"{folder} holds a model of type {model_type!r}, expected 'sail_llava'; {hint}")
+    require_counts(str(folder), config, str(folder))
 
 
 def require_free_place(folder: Path) -> None:

@@ -59,6 +59,9 @@ def test_print_config_is_a_recipe_for_the_same_config(tmp_path, capsys):
         ("train: !!python/object/apply:os.system ['true']\n", "not plain YAML"),
         ("- just\n- a list\n", "expected sections"),
         ("train: {", "not plain YAML"),
+        ("[" * 100_000, "nested too deep"),
+        ("a:\n" + "".join(" " * n + "a:\n" for n in range(1, 3000)), "nested too deep"),
+        ("train:\n  since: 2024-99-99\n", "not plain YAML"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_its_place(tmp_path, text, message):

@@ -16,6 +16,7 @@ from align.common.files import (
     hash_file,
     human_bytes,
     read_json,
+    read_object,
     remove_temporaries,
     require_free,
 )
@@ -94,3 +95,18 @@ def test_failpoints_are_checked():
 
 def test_bytes_are_readable():
     assert [human_bytes(n) for n in (0, 1023, 1536, 3 << 40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 TiB"]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", "7", "null", '"a"', "\xff", ""])
+def test_what_is_no_json_object_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DamagedError, match=r"a\.json"):
+        read_object(tmp_path / "a.json")
+
+
+def test_an_entry_that_a_record_lacks_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"b": 1}')
+    record = read_object(tmp_path / "a.json")
+    assert record["b"] == 1 and record.get("c") is None
+    with pytest.raises(DamagedError, match=r"a\.json has no entry 'c'"):
+        record["c"]

@@ -8,7 +8,7 @@ import pytest
 from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from align.common.errors import UsageError
+from align.common.errors import DamagedError, UsageError
 from align.common.runs import JsonLines, RunLog, add_launch
 
 
@@ -72,3 +72,18 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match="tracker wandb is not installed"):
         RunLog(tmp_path, trackers=["wandb"])
+
+
+@pytest.mark.parametrize(
+    "foreign", [b"loss = 3\n", b"[1, 2]\n", b'{"loss": 1}\n', b'{"step": "a"}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"7\n"]
+)
+def test_a_foreign_line_is_named_and_nothing_behind_it_is_lost(tmp_path, foreign):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n' + foreign + b'{"step": 2}\n'
+    path.write_bytes(content)
+    for read in (lambda lines: lines.rows(stepped=True), lambda lines: lines.cut(1), lambda lines: lines.cut(5)):
+        with pytest.raises(DamagedError, match="metrics.jsonl, line 2"):
+            read(JsonLines(path))
+    assert path.read_bytes() == content
+    path.write_bytes(b'{"step": 1}\n{"step": 2')
+    assert JsonLines(path).rows(stepped=True) == [{"step": 1}]

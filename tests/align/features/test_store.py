@@ -152,3 +152,15 @@ def test_kill_at_a_write_boundary_then_rerun_gives_the_uninterrupted_store(tmp_p
     assert forked(write_all, tmp_path / "killed", spec) == -9
     assert forked(write_all, tmp_path / "killed", None) == 0
     assert content(tmp_path / "killed") == content(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("field", ["kind", "fingerprint", "loader", "width", "data", "shards", "rows", "format_version"])
+@pytest.mark.parametrize("value", ["abc", 1.5, None, [], {}, -1, True])
+def test_a_header_of_other_types_is_refused_by_field(tmp_path, make_store, field, value):
+    make_store(tmp_path / "s", [rows(2)])
+    header = json.loads((tmp_path / "s/store.json").read_text())
+    if type(header[field]) is type(value) and value != -1:
+        return
+    (tmp_path / "s/store.json").write_text(json.dumps({**header, field: value}))
+    with pytest.raises(DamagedError, match="store"):
+        FeatureStore(tmp_path / "s")

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from unittest.mock import patch
 
 import pytest
 
@@ -11,8 +12,8 @@ from align.common.reject_codes import Reject
 from mllm.conversations import templates
 from mllm.conversations.rows import normalize
 from mllm.conversations.tokens import Chat
+from tests.support import tiny_mllm
 from tests.support.short_conversations import chat, conversation
-from tests.support.tiny_mllm import tiny_tokenizer
 
 BODY = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor -%}"
@@ -26,8 +27,12 @@ MARKED = (
 )
 
 
+WHITE = ["a\n\nb", "a\n\n\nb", "a\n\n\n b", "a  b"] * 200
+
+
 def made(template, chatml=True):
-    tokenizer = tiny_tokenizer(chatml=chatml)
+    with patch.object(tiny_mllm, "TEXTS", [*tiny_mllm.TEXTS, *WHITE]):  # a tokenizer that merges white space
+        tokenizer = tiny_mllm.tiny_tokenizer(chatml=chatml)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     return Chat(tokenizer, template, image_tokens=4)
 
@@ -63,8 +68,7 @@ def test_a_row_is_taken_only_if_its_prompts_begin_it(template):
                 wanted = "good" if composes(one, messages) else "prompt_seam"
                 assert outcome(one, messages) == wanted, messages
                 found[wanted] = found.get(wanted, 0) + 1
-    assert found.get("good", 0) if template != SPACED else found == {"prompt_seam": found["prompt_seam"]}
-    assert "prompt_seam" in found or template in ("vicuna_v1", "brief"), found
+    assert found["good"] > 10 and ("prompt_seam" in found or template in ("vicuna_v1", "brief")), found
 
 
 def test_rows_that_spell_special_tokens_compose_alike():
@@ -150,6 +154,7 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_that_takes_too_much_is_refused(name, monkeypatch):
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(templates, "MAX_BYTES", 64 << 20)
     with pytest.raises(UsageError, match="chat template cannot be used"):
         made(ENDLESS[name] + BODY)
 
@@ -165,7 +170,8 @@ def test_limits_end_with_their_block():
 
 
 def test_a_template_that_always_asks_is_told_so():
-    always = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    one = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}"
+    always = "{% for m in messages %}" + one + "{% endfor %}{{ '<|im_start|>assistant\\n' }}"
     with pytest.raises(UsageError, match="add_generation_prompt"):
         made(always)
 

@@ -27,7 +27,7 @@ def parts(tmp_path_factory):
     for name, tie in (("llama", False), ("tied", True)):
         tiny_llm(folder / name, tie=tie)
         for template in ("chatml", "vicuna_v1"):
-            fields = {"llm": str(folder / name), "vision": str(vision), "sail_head": "random", "template": template}
+            fields = {"llm": str(folder / name), "vision": (str(vision),), "sail_head": "random", "template": template}
             model, processor, _ = assembled(UpgradeConfig(**fields))
             save_mllm(model, processor, folder / f"{name}-{template}")
     return folder
@@ -116,7 +116,7 @@ def test_a_known_token_that_was_never_trained_is_found_when_the_model_is_made(pa
     with torch.no_grad():
         base.lm_head.weight[4:6] = base.lm_head.weight[4:6].mean(0)
     base.save_pretrained(tmp_path / "base")
-    fields = {"llm": str(tmp_path / "base"), "vision": str(parts / "vision"), "sail_head": "random", "template": "chatml"}
+    fields = {"llm": str(tmp_path / "base"), "vision": (str(parts / "vision"),), "sail_head": "random", "template": "chatml"}
     model, _, _ = assembled(UpgradeConfig(**fields))
     assert set(model.config.sail_untrained_tokens) >= {4, 5}
 
