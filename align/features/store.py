@@ -55,7 +55,16 @@ class StoreHeader:
     format_version: int = FORMAT_VERSION
 
 
-HEADER_TYPES = {"kind": str, "fingerprint": dict, "loader": dict, "width": int, "data": str, "shards": int, "rows": int}
+HEADER_TYPES = {
+    "kind": str,
+    "fingerprint": dict,
+    "loader": dict,
+    "width": int,
+    "data": str,
+    "shards": int,
+    "rows": int,
+    "format_version": int,
+}
 
 
 def sealed_files(folder: Path) -> dict[str, Path]:

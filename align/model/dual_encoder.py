@@ -32,6 +32,7 @@ from align.common.errors import DamagedError, UsageError
 from align.common.fingerprints import compare_encoders
 from align.common.hardware import Arithmetic
 from align.encoders.claims import within_weights
+from align.encoders.loading import load_errors_named
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import TextEncoder, load_text_encoder
 from align.encoders.transforms import load_transform
@@ -135,7 +136,8 @@ class SailModel(StrictModel):
         `trust_remote_code=True` lets code run that ships with its encoders, of local folders and of pinned commits.
         """
         trusted = bool(kwargs.pop("trust_remote_code", False))
-        with within_weights(str(folder), str(folder)):
+        needed = "needed are config.json and model.safetensors, as align/train.py writes them"
+        with load_errors_named(str(folder), needed), within_weights(str(folder), str(folder)):
             loaded = super().from_pretrained(folder, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).trust_remote_code = trusted
         return loaded

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from align.common.errors import DamagedError, FingerprintError, UsageError
+from align.common.errors import DamagedError, FingerprintError, KitError, UsageError
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
@@ -283,3 +284,15 @@ def test_an_encoder_without_cls_gets_a_token_head_without_tp_cls(encoders, tmp_p
     expected = model.vision_head.local(patches).mean(1)
     expected = expected / expected.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("width", "abc"), ("width", 10**12), ("head", 7), ("vision", []), ("expansion", "x"), ("bias", {})]
+)
+def test_a_config_that_no_model_has_is_refused_in_one_line(saved, tmp_path, field, value):
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(KitError) as refused:
+        _ = SailModel.from_pretrained(folder).vision_encoder
+    assert "\n" not in str(refused.value)
