@@ -30,6 +30,7 @@ from align.common.files import (
     hash_bytes,
     human_bytes,
     read_json,
+    read_object,
 )  # fmt: skip
 from align.common.folders import COMMIT, WORK, read_sealed, require_intact
 
