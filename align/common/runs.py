@@ -94,7 +94,8 @@ def run_folder(
 def _write_status(folder: Path, end: BaseException | None) -> None:
     """Write .work/status.json: the run goes on (None), or how it ended."""
     ended = None if end is None or isinstance(end, SystemExit | KeyboardInterrupt) else explained(end)
-    code = ended.exit_code if ended else {SystemExit: 0, KeyboardInterrupt: 130}.get(type(end))
+    codes: dict[type, int] = {SystemExit: 0, KeyboardInterrupt: 130}
+    code = ended.exit_code if ended else codes.get(type(end))
     state = {None: "running", 0: "done", 75: "preempted"}.get(code, "failed")
     process = {"pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     message = str(ended) if ended else ""
