@@ -84,6 +84,7 @@ READY |= {
     "mllm.loop.flops.Collate": None,
     "mllm.loop.flops.step_cost": None,
     "mllm.loop.parameter_groups.group_table": "",
+    "mllm.loop.parameter_groups.trained_rows": None,
 }
 READY |= {"mllm.loop.run.add_launch": None, "mllm.loop.run.RunLog": None}
 

@@ -97,3 +97,5 @@ def ends_under_lora(chat: Chat, ends: Sequence[int], folder: Path) -> str:
         return require_ends(chat, ends, folder, read_object(folder / "config.json").get("sail_untrained_tokens") or ())
     except UsageError as refused:
         return f"with LoRA or a frozen LLM, training would be refused: {refused}"
+    except DamagedError:
+        return "whether the tokens that end answers can win is not known: the folder has no weights"
