@@ -17,11 +17,11 @@ import xxhash
 from PIL import Image
 
 from align.common.errors import DataError
-from align.common.recipes_yaml import nearest
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard, plan
 from align.sources.samples import Group
+from eval.tasks.labels import class_labels, class_remarks, refuse_lost_classes
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS, read_official
 from eval.tasks.prompts import TEMPLATES, read_lines, read_templates
@@ -128,9 +128,12 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         linked = "; link the whole folder, not folders in it" if "unsafe_path" in rejected else ""
         shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common())
         raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({shown}){linked}")
-    labels, captions, values = np.zeros(0, dtype=np.int64), list[list[str]](), [row.value for row in usable]
+    labels, captions, values, said = np.zeros(0, dtype=np.int64), list[list[str]](), [row.value for row in usable], list[str]()
     if task.kind == "classification":
-        labels, names = _labels(task, names, values)
+        labels, names = class_labels(task, names, values)
+        if task.layout not in READERS:
+            refuse_lost_classes(task, place, [row.lost for row in rows if row.value is None], values, labels, names)
+            said = class_remarks(task, place, labels, names)
     else:
         captions, names = values, ()
     captions_each = [len(texts) for texts in captions]
@@ -151,7 +154,7 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         digest=content.hexdigest(),
         groups=tuple(row.group[0] for row in usable if row.group),
         categories=tuple(row.group[1] for row in usable if row.group),
-        remarks=(*made.notes, *filter(None, [grouped])),
+        remarks=(*made.notes, *filter(None, [grouped]), *said),
     )
 
 
@@ -192,6 +195,7 @@ class _Sample:
     code: str
     group: tuple[str, ...] = ()  # of compositional tasks: group and category
     dropped: tuple[str, ...] = ()  # codes of its unusable captions
+    lost: Any = None  # the label of a rejected row, if it is known
 
 
 def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
@@ -209,7 +213,7 @@ def _read(task: Task, source: Source, made: Plan) -> Iterator[_Sample]:
                 elif isinstance(value, bool) or not isinstance(value, int | str):
                     raise DataError(f"task {task.id!r}: {row.key!r} has the label {value!r}; expected a class number or name")
             except Reject as reject:
-                yield _Sample(row.key, place, image, None, reject.code)
+                yield _Sample(row.key, place, image, None, reject.code, lost=row.fields.get(task.column))
                 continue
             group = (str(row.fields["group"]), str(row.fields["category"])) if task.kind == "compositional" else ()
             yield _Sample(row.key, place, image, value, "", group, tuple(reject.code for reject in dropped))
@@ -224,30 +228,6 @@ def _usable(rows: Sequence[_Sample]) -> tuple[Counter[str], list[_Sample]]:
     if len(whole) < len(usable):
         rejected[_GROUP_LOST] = len(usable) - len(whole)
     return rejected, whole
-
-
-def _labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return class numbers (N,) and class names. Numeric labels need `lines`, the file of class names; text labels do not."""
-    if any(numeric := [isinstance(value, int) for value in values]):
-        if not all(numeric):
-            raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
-        if not lines:
-            raise DataError(f"task {task.id!r}: labels are numbers, so it needs `classes`, a file with the names of class 0, 1, ...")
-        numbers = np.array(values, dtype=np.int64)
-        if not 0 <= numbers.min() <= numbers.max() < len(lines):
-            found = f"labels from {numbers.min()} to {numbers.max()}"
-            raise DataError(f"task {task.id!r}: {found}, but {task.classes or OWN_NAMES} names classes 0 to {len(lines) - 1}")
-        return numbers, lines
-    found_labels = sorted({str(value) for value in values})
-    pairs = [line.partition("\t") for line in lines] or [(label, "\t", label.replace("_", " ")) for label in found_labels]
-    known = {label: number for number, (label, _, _) in enumerate(pairs)}
-    if len(known) < len(pairs):
-        raise DataError(f"task {task.id!r}: {task.classes or OWN_NAMES} names a class twice; labels that are names must differ")
-    for value in values:
-        if value not in known:
-            raise DataError(f"task {task.id!r}: label {value!r} is not in {task.classes}; {nearest(str(value), sorted(known))}")
-    numbers = np.array([known[str(value)] for value in values], dtype=np.int64)
-    return numbers, tuple(name if tab else label for label, tab, name in pairs)
 
 
 def _found(task: Task, data_root: Path) -> Task:

@@ -1,0 +1,107 @@
+"""Labels of classification in plain layouts: class numbers and names, and what makes them wrong without looking wrong."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.common.errors import DataError
+from align.common.recipes_yaml import nearest
+from align.sources.row import IMAGE_SUFFIXES
+from eval.tasks.official.layout import OWN_NAMES
+from eval.tasks.task import Task
+
+_SHOWN = 8  # names in a message
+_ID = re.compile(r"n\d{8}|\d+")  # a synset id or a number: no name
+
+
+def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return class numbers (N,) and class names. Numeric labels need `lines`, the file of class names; text labels do not."""
+    if lines and all("\t" in line for line in lines):  # `label<TAB>name`, where a label may be a number
+        values = [str(value) for value in values]
+    elif (lines or task.layout != "folder") and all(isinstance(value, str) and value.isdecimal() for value in values):
+        if not set(map(str, values)) <= set(lines):  # class numbers in a text file
+            values = [int(value) for value in values]
+    if any(numeric := [isinstance(value, int) for value in values]):
+        if not all(numeric):
+            raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
+        if not lines:
+            raise DataError(f"task {task.id!r}: labels are numbers, so it needs `classes`, a file with the names of class 0, 1, ...")
+        numbers = np.array(values, dtype=np.int64)
+        if not 0 <= numbers.min() <= numbers.max() < len(lines):
+            found = f"labels from {numbers.min()} to {numbers.max()}"
+            raise DataError(f"task {task.id!r}: {found}, but {task.classes or OWN_NAMES} names classes 0 to {len(lines) - 1}")
+        return numbers, lines
+    found_labels = sorted({str(value) for value in values})
+    pairs = [line.partition("\t") for line in lines] or [(label, "\t", label.replace("_", " ")) for label in found_labels]
+    known = {label: number for number, (label, _, _) in enumerate(pairs)}
+    if len(known) < len(pairs):
+        raise DataError(f"task {task.id!r}: {task.classes or OWN_NAMES} names a class twice; labels that are names must differ")
+    for value in values:
+        if value not in known:
+            raise DataError(f"task {task.id!r}: label {value!r} is not in {task.classes}; {nearest(str(value), sorted(known))}")
+    numbers = np.array([known[str(value)] for value in values], dtype=np.int64)
+    return numbers, tuple(name if tab else label for label, tab, name in pairs)
+
+
+def refuse_lost_classes(
+    task: Task, place: Path, lost: Sequence[Any], values: Sequence[Any], labels: np.ndarray, names: Sequence[str]
+) -> None:
+    """Raise DataError if all images have one class, or if a class has images but none that can be used: chance would rise silently.
+
+    `lost` are the labels of rejected rows, `values` and `labels` (N,) those of usable ones.
+    """
+    if len(np.unique(labels)) < 2:
+        deeper = ". A class is the folder an image lies in: class/1.jpg, not class/images/1.jpg" if task.layout == "folder" else ""
+        raise DataError(f"task {task.id!r}: all {len(labels)} images have the class {names[labels[0]]!r}, so any answer is right{deeper}")
+    usable = set(map(str, values))
+    gone = Counter(str(value) for value in lost if value is not None and str(value) not in usable)
+    empty = _unread(place)[0] if task.layout == "folder" else {}
+    if gone or empty:
+        without = [f"{name} ({count} rejected)" for name, count in gone.items()]
+        without += [f"{name} ({_counted(counts) or 'empty'})" for name, counts in empty.items()]
+        raise DataError(
+            f"task {task.id!r}: classes without a usable image: {_listed(without)}. Without them the others are easier to tell apart: "
+            f"convert their files ({', '.join(IMAGE_SUFFIXES)} are read), or remove them from the data"
+        )
+
+
+def class_remarks(task: Task, place: Path, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Return what the user should know: the names in use, names without images, names that are ids, and files that are not read."""
+    used = len(np.unique(labels))
+    said = [f"{used} classes in use: {_listed([names[number] for number in np.unique(labels)])}"]
+    if used < len(names):
+        said.append(f"{len(names) - used} of {len(names)} class names have no image")
+    if ids := [name for name in names if _ID.fullmatch(name)]:
+        said.append(f"{len(ids)} class names are ids, not words: {_listed(ids)}. Give `classes`, a file of `id<TAB>name` lines")
+    if task.layout == "folder" and (unread := _unread(place)[1]):
+        said.append(f"files that are not read: {_counted(unread)}")
+    return said
+
+
+def _unread(place: Path) -> tuple[dict[str, Counter[str]], Counter[str]]:
+    """Return the folders below `place` without an image that is read, with their files by suffix; and all such files by suffix."""
+    images = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+    empty, others = dict[str, Counter[str]](), Counter[str]()
+    for folder, inside, files in os.walk(place):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        seen = [name for name in files if not name.startswith(".")]
+        rest = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in seen if not name.lower().endswith((*images, ".txt")))
+        if Path(folder) == place:  # task files, lists and read-mes lie here
+            continue
+        others += rest
+        if not inside and not any(name.lower().endswith(images) for name in seen):
+            empty[os.path.relpath(folder, place)] = rest
+    return empty, others
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
