@@ -22,7 +22,8 @@ def require_agreement(name: str, backbone: Backbone, size: tuple[int, int]) -> N
     Compared with `forward_features`: number, order and values of the tokens, and the width (`num_features`). Of models that give tokens
     and no map, every layer must have the same tokens, and a changed patch of an image must change its own token more than the next ones.
     """
-    timm_model: Any = backbone.model.timm_model
+    model: Any = backbone.model
+    timm_model = model.timm_model
     family = type(timm_model).__module__.rpartition(".")[2]
     try:
         why = _disagreement(timm_model, backbone, size)
@@ -30,7 +31,7 @@ def require_agreement(name: str, backbone: Backbone, size: tuple[int, int]) -> N
         why = f"its forward pass fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     if why:
         raise UsageError(
-            f"{name}: timm's family {family!r} (architecture {backbone.model.config.architecture!r}) cannot be read: {why}. "
+            f"{name}: timm's family {family!r} (architecture {model.config.architecture!r}) cannot be read: {why}. "
             "Choose another architecture, or one that transformers has itself"
         )
 

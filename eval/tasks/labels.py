@@ -23,9 +23,9 @@ def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) ->
     """Return class numbers (N,) and class names. Numeric labels need `lines`, the file of class names; text labels do not."""
     if lines and all("\t" in line for line in lines):  # `label<TAB>name`, where a label may be a number
         values = [str(value) for value in values]
-    elif (lines or task.layout != "folder") and all(isinstance(value, str) and value.isdecimal() for value in values):
-        if not set(map(str, values)) <= set(lines):  # class numbers in a text file
-            values = [int(value) for value in values]
+    elif (lines or task.layout != "folder") and not set(map(str, values)) <= set(lines):
+        numbered = all(isinstance(value, str) and value.isdecimal() for value in values)  # class numbers in a text file
+        values = [int(value) for value in values] if numbered else values
     if any(numeric := [isinstance(value, int) for value in values]):
         if not all(numeric):
             raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
