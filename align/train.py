@@ -101,6 +101,7 @@ def open_data(config: TrainConfig, state: "PartialState", console: "Console") ->
     if config.keys:
         chosen = read_keys(config.keys)
         missing = data.pairs.only(chosen)
+        data.inputs["keys"] = hash_file(Path(config.keys))
         console.print(f"{config.keys}: {len(chosen)} chosen, {missing} of them are no pair here")
     if config.val_rows:
         data.held_out = data.pairs.split(config.val_rows, config.seed)
@@ -126,7 +127,7 @@ def write_manifest(config: TrainConfig, data: "TrainingData", processes: int) ->
     folder.mkdir(parents=True, exist_ok=True)
     settings = write_recipe(config, folder, "train")
     facts = {"pairs": len(pairs), "vision": pairs.image_fingerprint, "text": pairs.text_fingerprint, "processes": processes}
-    facts |= {"keys": hash_file(Path(config.keys))} if config.keys else {}
+    facts["inputs"] = data.inputs
     add_launch(folder, {"config": settings, **facts})
 
 

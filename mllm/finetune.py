@@ -39,6 +39,7 @@ def main(config: FinetuneConfig) -> None:
     """Start the process group, refuse other settings, take the run's folder, train."""
     from transformers.utils.logging import set_verbosity_error
 
+    from align.common.folders import check_model_folder
     from align.common.hardware import choose_device, resolve_precision
     from align.common.runs import run_folder
     from align.encoders.loading import load_errors_named
@@ -50,6 +51,7 @@ def main(config: FinetuneConfig) -> None:
     set_verbosity_error()
     folder = Path(config.output)
     require_mllm(Path(config.model))
+    check_model_folder(Path(config.model))
     with load_errors_named(config.model, NEEDED):  # before DeepSpeed is set up, which would partition the copy that is counted
         image_cost = image_flops(SailLlavaConfig.from_pretrained(config.model, trust_remote_code=False), config.learning_rates())
     precision = resolve_precision(config.precision, choose_device())

@@ -15,6 +15,21 @@ def compare_fingerprints(given: dict[str, Any], stored: dict[str, Any], place: s
         raise FingerprintError(f"{place} was made differently ({lines}). Use the same settings or another folder.")
 
 
+def compare_inputs(given: dict[str, Any], stored: dict[str, Any] | None, checkpoint: str) -> None:
+    """Raise FingerprintError, naming each field, unless a run's inputs are those of its checkpoint. None: of an older version.
+
+    Inputs are hashes of what files and folders hold, by field of the config: a path says nothing about them.
+    """
+    stored = given if stored is None else stored
+    differing = [name for name in sorted(given.keys() | stored.keys()) if given.get(name) != stored.get(name)]
+    if differing:
+        lines = "; ".join(f"{name}: {stored.get(name)} there, {given.get(name)} now" for name in differing)
+        raise FingerprintError(
+            f"{checkpoint} was trained on other inputs ({lines}). The files changed under the same path: restore them, "
+            "or give another --output to train anew."
+        )
+
+
 def without_name(fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Return an encoder's fingerprint without its name: the weights hash identifies a copied or renamed folder."""
     return {**fingerprint, "encoder": ""}

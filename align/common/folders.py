@@ -132,6 +132,21 @@ def check_folder(folder: Path, contents: bool, advice: str) -> None:
         raise DamagedError(f"{error}; {advice}") from error
 
 
+def check_model_folder(folder: Path) -> None:
+    """Raise DamagedError if a saved model has COMMIT.json and a file is not as it was saved. Folders of other programs have none."""
+    if (folder / COMMIT).is_file():
+        check_folder(folder, True, f"restore it, or make the model again; if it was changed on purpose, delete {folder / COMMIT}")
+
+
+def folder_digest(folder: Path) -> str:
+    """Return the xxh3-128 of the names and hashes of all files of a folder: those in its COMMIT.json, which opening it compares."""
+    if (folder / COMMIT).is_file():
+        hashes = {name: entry["xxh3"] for name, entry in read_sealed(folder / COMMIT)["files"].items()}
+    else:
+        hashes = hashes_below(folder, COMMIT)
+    return hash_bytes(json.dumps(hashes, sort_keys=True).encode())
+
+
 def require_intact(path: Path, digest: str, advice: str = "") -> None:
     """Raise DamagedError unless a file has the hash `digest`. This process reads a file for it only once, while it does not change."""
     state = path.stat() if path.is_file() else None

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from align.common.errors import DamagedError, UsageError
 from align.common.fingerprints import compare_encoders
+from align.common.folders import check_model_folder
 from align.common.hardware import Arithmetic
 from align.encoders.claims import within_weights
 from align.encoders.loading import load_errors_named
@@ -131,11 +132,12 @@ class SailModel(StrictModel):
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Return the model saved in `folder`; DamagedError if a weight is missing, unexpected or of another shape.
+        """Return the model saved in `folder`; DamagedError if a file is not as saved, or a weight missing, unexpected or of another shape.
 
         `trust_remote_code=True` lets code run that ships with its encoders, of local folders and of pinned commits.
         """
         trusted = bool(kwargs.pop("trust_remote_code", False))
+        check_model_folder(Path(folder))
         needed = "needed are config.json and model.safetensors, as align/train.py writes them"
         with load_errors_named(str(folder), needed), within_weights(str(folder), str(folder)):
             loaded = super().from_pretrained(folder, *args, **kwargs)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from align.common.errors import UsageError
 from align.common.files import read_object
-from align.common.folders import replaced_folder
+from align.common.folders import commit_folder, replaced_folder
 from align.encoders.loading import copy_encoder
 from align.model.dual_encoder import TEXT_FOLDER, VISION_FOLDER, SailConfig, SailImageProcessor, SailModel
 
@@ -26,7 +26,8 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
     `tokenizer` is a folder with the text encoder's tokenizer files, which are copied; `embed_encoders` copies the encoders
     themselves, so that the folder can be moved to a machine that has neither.
     """
-    with replaced_folder(folder, "model") as temporary:
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with replaced_folder(folder, "model", size) as temporary:
         config = SailConfig.from_dict(model.config.to_dict())
         if tokenizer is not None and tokenizer.is_dir():
             shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
@@ -42,3 +43,4 @@ def save_model(model: SailModel, folder: Path, tokenizer: Path | None = None, em
         save_file(weights, temporary / "model.safetensors", {"format": "pt"})
         if config.vision:
             SailImageProcessor(config.vision).save_pretrained(temporary)
+        commit_folder(temporary, {})

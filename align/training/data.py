@@ -1,12 +1,14 @@
 """Opens the data of a training run, from stores or from images with the encoders in the loop, and builds the model."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from align.common.errors import UsageError
+from align.common.fingerprints import fingerprint_digest
 from align.common.hardware import resolve_precision
 from align.common.runs import JsonLines
 from align.encoders.text import load_text_encoder
@@ -29,6 +31,7 @@ class TrainingData:
     loaders: dict[str, dict[str, Any]]
     tokenizer: Path
     remarks: tuple[str, ...] = ()  # what the user should know about how --data was read
+    inputs: dict[str, str] = field(default_factory=dict)  # by field of the config: hashes of what its paths hold
 
     def list_rejects(self, folder: Path, rank: int, step: int) -> None:
         """From now on list rejected samples in files of `folder`. Entries of a killed run after `step` are removed."""
@@ -43,7 +46,14 @@ def from_stores(config: TrainConfig) -> TrainingData:
     held_out = open_pairs((config.val_images,), config.val_captions) if config.val_images else None
     loaders = {"vision": FeatureStore(images).header.loader, "text": FeatureStore(captions).header.loader}
     pairs = open_pairs(config.images, config.captions, config.positives)
-    return TrainingData(pairs, held_out, loaders, Path(captions) / "tokenizer")
+    named = {"images": config.images, "captions": _stores(config.captions)}
+    named |= {"val_images": (config.val_images,), "val_captions": _stores(config.val_captions)} if config.val_images else {}
+    inputs = {f"{name}[{number}]": FeatureStore(store).digest for name, stores in named.items() for number, store in enumerate(stores)}
+    return TrainingData(pairs, held_out, loaders, Path(captions) / "tokenizer", inputs=inputs)
+
+
+def _stores(slots: Sequence[str]) -> list[str]:
+    return [store for slot in slots for store in slot.split("+")]
 
 
 def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
@@ -56,6 +66,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     vision, text = load_vision_encoder(vision_spec, state.device), load_text_encoder(text_spec, state.device)
     loaders = {"vision": vision.spec.stored(), "text": text.spec.stored()}
     opened, remarks = [], list[str]()
+    inputs = {"vision": fingerprint_digest(vision.fingerprint), "text": fingerprint_digest(text.fingerprint)}
     for name, data in (("data", config.data), ("val-data", config.val_data)):
         source = config.source(str(data))
         folder = Path(config.output) / name
@@ -71,10 +82,12 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
                 positives=config.positives,
             )  # fmt: skip
             opened.append(pairs)
+            if state.is_main_process:  # which alone compares
+                inputs[name.replace("-", "_")] = pairs.digest()
     tokenizer = Path(config.output) / "tokenizer"
     if state.is_main_process:
         text.tokenizer.save_pretrained(tokenizer)
-    return TrainingData(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer, tuple(remarks))
+    return TrainingData(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer, tuple(remarks), inputs)
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> SailModel:

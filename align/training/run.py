@@ -13,6 +13,7 @@ from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_
 from align.common.console import Progress
 from align.common.errors import NonFiniteError, Preempted
 from align.common.files import atomic_json
+from align.common.fingerprints import compare_inputs
 from align.common.preemption import noted, reason
 from align.common.processes import any_rank
 from align.common.runs import RunLog
@@ -77,11 +78,13 @@ class Run:
         self._finish()
 
     def _resume(self) -> int:
-        """Load the newest checkpoint that verifies. Return its step, or 0 without one."""
+        """Load the newest checkpoint that verifies. Return its step, or 0 without one. FingerprintError if an input is another one."""
         path, tensors, values, problems = newest_checkpoint(self.folder / "checkpoints")
         for problem in problems:
             self.console.print(f"passed over a checkpoint: {problem}")
         if path is not None:
+            if self.process.is_main_process:
+                compare_inputs(self.data.inputs, values.get("inputs"), str(path))
             self.stepper.load_state(tensors, values["optimizer"])
             self.state = values["run"]
             self.console.print(f"going on from {path} (step {values['step']})")
@@ -146,7 +149,8 @@ class Run:
     def _checkpoint(self, step: int) -> None:
         if self.process.is_main_process:
             tensors, values = self.stepper.state()
-            save_checkpoint(self.folder / "checkpoints", step, tensors, {"optimizer": values, "run": self.state}, self.keep)
+            state = {"optimizer": values, "run": self.state, "inputs": self.data.inputs}
+            save_checkpoint(self.folder / "checkpoints", step, tensors, state, self.keep)
 
     def _save(self, name: str) -> None:
         if self.process.is_main_process:

@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
 )
 _BATCH, _BATCH_BYTES = 1024, 64 << 20
 _REPORT = 10_000  # rows
+DIGEST_IMAGES = 1024  # conversations whose images are read for a digest
 Report = Callable[[str], None]
 
 
@@ -121,6 +122,18 @@ class Conversations:
         if image.path is None:
             return self._table(image.file)["blobs"][image.place].values[image.item].as_py()
         return read_below(self.files[image.file].root, image.path, MAX_FILE_BYTES)
+
+    def images_digest(self) -> str:
+        """Return the xxh3-128 of DIGEST_IMAGES images, of conversations that are spread evenly; of all images if there are no more."""
+        found: dict[str, str] = {}
+        numbers, _ = self.distinct()
+        for number in np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), DIGEST_IMAGES)).astype(np.int64)).tolist():
+            for image in self[int(numbers[number])].images:
+                try:
+                    found[f"{image.place} {image.item} {image.path}"] = hash_bytes(self.read_image(image))
+                except Reject as reject:
+                    found[f"{image.place} {image.item} {image.path}"] = reject.code
+        return hash_bytes(repr(found).encode())
 
     def rejects(self) -> Iterator[RejectedRow]:
         """Yield the rows that are not conversations."""

@@ -25,7 +25,7 @@ from align.common.processes import any_rank
 from mllm.loop.log import TrainingLog
 from mllm.loop.parameter_groups import load_trained, optimizer_groups, trained_tensors
 
-TRAINED = "trained.safetensors"
+TRAINED, INPUTS = "trained.safetensors", "inputs.json"
 Item = int | Sequence[int]  # a row, or the rows of a pack
 
 
@@ -65,11 +65,12 @@ class SailTrainer(Trainer):
     def __init__(
         self, *, micro_batches: MicroBatches, rates: dict[str, float],
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], log: TrainingLog, log_every: int, save_every: int,
-        max_nonfinite: int, keep: int, stopping: Callable[[], bool], train_dataset: Dataset[Any], **options: Any,
+        max_nonfinite: int, keep: int, stopping: Callable[[], bool], inputs: dict[str, Any],
+        train_dataset: Dataset[Any], **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(train_dataset=train_dataset, **options)
         self.micro_batches, self.rates, self.make_optimizer = micro_batches, rates, make_optimizer
-        self.max_nonfinite, self.keep, self.stopping = max_nonfinite, keep, stopping
+        self.max_nonfinite, self.keep, self.stopping, self.inputs = max_nonfinite, keep, stopping, inputs
         self.step_loss: Tensor = torch.zeros((), device=self.args.device)  # of this process, summed over its micro-batches
         self.grad_norm = 0.0
         self.nonfinite_in_a_row = 0
@@ -167,6 +168,7 @@ class SailTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            atomic_json(folder / INPUTS, self.inputs)
             failpoint("mllm-written")
             commit_checkpoint(folder)
             failpoint("mllm-committed")

@@ -15,7 +15,7 @@ import torch
 from align.common import errors
 from align.common.errors import UsageError
 from align.common.files import read_json
-from align.common.folders import replaced_folder
+from align.common.folders import check_model_folder, commit_folder, replaced_folder
 from align.encoders import families
 from align.encoders.claims import read_config, require_counts, within_weights
 from align.encoders.loading import load_errors_named
@@ -45,12 +45,14 @@ def save_mllm(model: SailLlavaForConditionalGeneration, processor: SailLlavaProc
     Weights keep their dtypes; shards hold at most 5 GB. UsageError if `folder` holds something else; DiskFullError.
     """
     require_free_place(folder)
-    with replaced_folder(folder, "mllm") as temporary:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with replaced_folder(folder, "mllm", size) as temporary:
         model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(temporary)
         _describe(temporary, model.model.language_model.embed_tokens.weight.dtype)
         for name, module in CODE.items():
             (temporary / name).write_text(portable_source(module), encoding="utf-8")
+        commit_folder(temporary, {})
 
 
 def load_mllm(
@@ -59,9 +61,10 @@ def load_mllm(
     """Return (model in eval mode, processor) of a folder that `save_mllm` wrote, with the kit's own classes.
 
     `dtype` "auto" keeps the saved one; other arguments go to `from_pretrained`. UsageError if it is not such a folder, DamagedError
-    if a weight is missing, unexpected or of another shape.
+    if a file is not as it was saved, or a weight is missing, unexpected or of another shape.
     """
     folder = Path(folder)
+    check_model_folder(folder)
     processor = load_processor(folder)
     with load_errors_named(str(folder), NEEDED), within_weights(str(folder), str(folder)):
         model = SailLlavaForConditionalGeneration.from_pretrained(

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from align.common.checkpoints import newest_checkpoint
 from align.common.commandline import parse
-from align.common.errors import LeaseError, NonFiniteError, UsageError
+from align.common.errors import FingerprintError, LeaseError, NonFiniteError, UsageError
 from align.common.files import arm_failpoint
 from align.train import main
 from align.training.config import TrainConfig
@@ -156,6 +159,34 @@ def test_a_second_run_on_the_folder_is_refused_and_a_killed_one_is_taken_over(pa
     assert forked(train, paired_folders, output) == 0
     assert evidence(output) == straight and not list(output.rglob("*.partial"))
     assert json.loads((output / ".work/status.json").read_text())["exit_code"] == 0
+
+
+def change(place, folder):
+    """Change one input of a run under the same path."""
+    if place == "keys":
+        pq.write_table(pa.table({"key": [f"k{n:03d}" for n in range(48, 96)]}), folder / "keys.parquet")
+    else:
+        other = folder / "other"
+        build_paired_stores(other, seed=1)
+        shutil.rmtree(folder / place)
+        shutil.copytree(other / place, folder / place)
+
+
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [("images", r"images\[0\]: "), ("captions-long", r"captions\[1\]: "), ("captions-short", r"val_captions\[0\]: "), ("keys", "keys: ")],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_content_under_the_same_path_is_refused_by_field(tmp_path, forked, capfd, place, field, finished):
+    build_paired_stores(tmp_path)
+    pq.write_table(pa.table({"key": [f"k{n:03d}" for n in range(64)]}), tmp_path / "keys.parquet")
+    run = partial(train, tmp_path, tmp_path / "run", keys=tmp_path / "keys.parquet", steps=6)
+    assert forked(run) == 0 if finished else forked(partial(run, failpoint="checkpoint-saved:1")) == -signal.SIGKILL
+    before = evidence(tmp_path / "run") if finished else None
+    change(place, tmp_path)
+    with pytest.raises(FingerprintError, match=f"was trained on other inputs .*{field}"):
+        run()
+    assert not finished or evidence(tmp_path / "run") == before
 
 
 def test_another_config_in_the_same_folder_is_refused_by_field(paired_folders, straight):

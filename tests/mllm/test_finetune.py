@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from align.common.checkpoints import checkpoints, newest_committed
 from align.common.commandline import parse
-from align.common.errors import NonFiniteError, UsageError
+from align.common.errors import FingerprintError, NonFiniteError, UsageError
 from align.common.files import arm_failpoint
 from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import main, section
@@ -124,6 +124,34 @@ def test_a_run_that_is_complete_is_left_alone_and_one_without_its_model_is_expor
     shutil.rmtree(tmp_path / "run/model")
     assert forked(train, world, tmp_path / "run") == 0
     same(result(tmp_path / "run")[0], straight[0])
+
+
+def change(what, world):
+    """Change one input of a run under the same path."""
+    rows = json.loads((world / "instruct.json").read_text())
+    if what == "data":
+        rows[3]["conversations"][-1]["value"] = "blue cat"
+        (world / "instruct.json").write_text(json.dumps(rows))
+    elif what == "images":
+        Image.new("RGB", (40, 56), "red").save(world / "images/3.png")
+    else:
+        model, processor = tiny_model(seed=1 if what == "model" else 0)
+        processor.chat_template = TEMPLATES["vicuna_v1"] if what == "model" else TEMPLATES["vicuna_v1"].replace("USER", "ASKS")
+        save_mllm(model, processor, world / "init")
+
+
+@pytest.mark.parametrize("what", ["data", "images", "model", "template"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_content_under_the_same_path_is_refused_by_field(world, straight, forked, tmp_path, what, finished):
+    mine = tmp_path / "world"
+    for name in ("init", "images"):
+        shutil.copytree(world / name, mine / name)
+    shutil.copy(world / "instruct.json", mine)
+    run = partial(train, mine, mine / "run", steps=4)
+    assert forked(run) == 0 if finished else forked(partial(run, failpoint="mllm-committed:1")) == -signal.SIGKILL
+    change(what, mine)
+    with pytest.raises(FingerprintError, match=f"checkpoint-. was trained on other inputs .*{what}: "):
+        run()
 
 
 def test_a_damaged_checkpoint_is_passed_over(world, straight, forked, tmp_path):

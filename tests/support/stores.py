@@ -17,9 +17,9 @@ def build_store(folder, shards, kind="image", width=8, fingerprint=None, data="p
     return FeatureStore(folder)
 
 
-def build_paired_stores(folder):
+def build_paired_stores(folder, seed=0):
     """Write image and caption stores of 96 samples in 3 shards whose captions are a linear map of the images, plus noise."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     images = random.normal(size=(96, 12)).astype(np.float32)
     mix = random.normal(size=(12, 8)).astype(np.float32)
     captions = images @ mix + 0.1 * random.normal(size=(96, 8)).astype(np.float32)

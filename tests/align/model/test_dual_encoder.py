@@ -1,6 +1,7 @@
 """The dual encoder is a Hugging Face model: strict to load, equal after a reload, usable in a pipeline."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -296,3 +297,21 @@ def test_a_config_that_no_model_has_is_refused_in_one_line(saved, tmp_path, fiel
     with pytest.raises(KitError) as refused:
         _ = SailModel.from_pretrained(folder).vision_encoder
     assert "\n" not in str(refused.value)
+
+
+def test_a_flipped_bit_in_any_file_of_the_folder_never_loads(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "m")
+    draw = random.Random(0)
+    files = sorted(path for path in (tmp_path / "m").rglob("*") if path.is_file())
+    assert "COMMIT.json" in [path.name for path in files]
+    for path in [*files, *draw.choices(files, k=20)]:
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(DamagedError):
+            SailModel.from_pretrained(tmp_path / "m")
+        path.write_bytes(good)
+    SailModel.from_pretrained(tmp_path / "m")
+    (tmp_path / "m/COMMIT.json").unlink()  # changed on purpose, or of an older version
+    SailModel.from_pretrained(tmp_path / "m")

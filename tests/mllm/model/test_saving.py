@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -204,3 +205,21 @@ def test_folders_of_something_else_are_left_alone(saved, tmp_path):
         (tmp_path / model_type / "config.json").write_text(json.dumps({"model_type": model_type}))
         with pytest.raises(UsageError, match="--llava" if model_type == "llava" else "make one with"):
             load_mllm(tmp_path / model_type)
+
+
+def test_a_flipped_bit_in_any_file_of_the_folder_never_loads(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "m")
+    draw = random.Random(0)
+    files = sorted(path for path in (tmp_path / "m").rglob("*") if path.is_file())
+    assert "COMMIT.json" in [path.name for path in files]
+    for path in [*files, *draw.choices(files, k=20)]:
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(DamagedError):
+            load_mllm(tmp_path / "m")
+        path.write_bytes(good)
+    load_mllm(tmp_path / "m")
+    (tmp_path / "m/COMMIT.json").unlink()  # changed on purpose, or of an older version
+    load_mllm(tmp_path / "m")
