@@ -135,7 +135,7 @@ def test_auto_model_opens_it_and_saving_again_changes_nothing(saved, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
 def test_weights_that_do_not_fit_are_refused(saved, tmp_path, damage):
     folder = tmp_path / "model"
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved, folder, ignore=shutil.ignore_patterns("COMMIT.json"))
     weights = load_file(folder / "model.safetensors")
     name = "vision_head.gate.weight"
     if damage == "missing":
