@@ -23,7 +23,7 @@ class OfflineError(KitError, exit_code=4):
 
 
 class FingerprintError(KitError, exit_code=5):
-    """Features come from another encoder or setting than requested."""
+    """Features come from another encoder or setting than requested, or a run's inputs changed under the same path."""
 
 
 class LeaseError(KitError, exit_code=6):
@@ -47,4 +47,4 @@ class MemoryFullError(KitError, exit_code=10):
 
 
 class Preempted(KitError, exit_code=75):
-    """SIGTERM stopped the process after it saved its state. Run the same command to resume."""
+    """SIGTERM, or the end of the launcher, stopped the process; what it had to save is saved. Run the same command to resume."""
