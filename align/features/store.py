@@ -25,13 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.common.errors import DamagedError, DataError, UsageError
-from align.common.files import (
-    hash64,
-    hash_bytes,
-    human_bytes,
-    read_json,
-    read_object,
-)  # fmt: skip
+from align.common.files import TEMPORARY, hash64, hash_bytes, human_bytes, read_json, read_object
 from align.common.folders import COMMIT, WORK, read_sealed, require_intact
 
 FORMAT_VERSION = 1
@@ -71,7 +65,8 @@ HEADER_TYPES = {
 def sealed_files(folder: Path) -> dict[str, Path]:
     """Return the files whose hashes are in a store's COMMIT.json, by relative path: all but the shards', and the plan beside the store."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    inner = {name: path for name, path in found.items() if name != COMMIT and name.split("/")[0] not in ("shards", WORK)}
+    kept = {name: path for name, path in found.items() if name != COMMIT and not name.endswith(TEMPORARY)}
+    inner = {name: path for name, path in kept.items() if name.split("/")[0] not in ("shards", WORK)}
     return inner | {f"../{name}": path for name in PLAN_FILES if (path := folder.parent / name).is_file()}
 
 

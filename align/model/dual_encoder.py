@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 
 from align.common.errors import DamagedError, UsageError
 from align.common.fingerprints import compare_encoders
-from align.common.folders import check_model_folder
+from align.common.folders import COMMIT, check_model_folder
 from align.common.hardware import Arithmetic
 from align.encoders.claims import within_weights
 from align.encoders.loading import load_errors_named
@@ -143,6 +143,11 @@ class SailModel(StrictModel):
             loaded = super().from_pretrained(folder, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).trust_remote_code = trusted
         return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does. Hashes of an older model in the folder (see `align.model.saving`) are deleted."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / COMMIT).unlink(missing_ok=True)
 
     def encoder_spec(self, side: Literal["vision", "text"]) -> Any:
         """Return the VisionSpec or TextSpec that loads one encoder; a copy inside the model folder is found relative to it."""

@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.common.checkpoints import checkpoints, clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.common.console import Progress
 from align.common.errors import NonFiniteError, Preempted
-from align.common.files import atomic_json
+from align.common.files import atomic_json, require_free
 from align.common.fingerprints import compare_inputs
 from align.common.preemption import noted, reason
 from align.common.processes import any_rank
@@ -44,11 +46,14 @@ class Run:
     def __post_init__(self) -> None:
         self.state: dict[str, Any] = {"best": -1.0, "best_step": 0, "skipped": 0, "block_rows": self.data.pairs.block_rows}
         self._nonfinite_in_a_row = self._logged = 0
+        self._done = 0
+        self._due = False  # a checkpoint, once a step updates the weights
 
     def train(self) -> None:
         """Run the remaining steps. On SIGTERM save a checkpoint and raise Preempted. NonFiniteError after too many non-finite steps."""
         first = self._resume()
-        with noted() as stopping:
+        self._require_space()
+        with closing(self.log), noted() as stopping:
             self._train(first, stopping)
 
     def _train(self, first: int, stopping: Callable[[], bool]) -> None:
@@ -62,6 +67,7 @@ class Run:
         for step, batch in enumerate(self._timed(self.data.pairs.batches(self.order, range(first, self.steps), part)), first):
             result = self.stepper.step(batch, step)
             done, final = step + 1, step + 1 == self.steps
+            self._done = done
             if not result.updated:
                 self._skip(result, done)
             else:
@@ -71,8 +77,11 @@ class Run:
             if done % self.every["val"] == 0 or final:
                 self._validate(done)
             stop = any_rank(stopping(), self.process.device)
-            if done % self.every["save"] == 0 or final or stop:
+            self._due = self._due or done % self.every["save"] == 0
+            if final:
                 self._checkpoint(done)
+            elif stop or (self._due and result.updated):  # a series of non-finite steps begins anew when it is resumed
+                self._checkpoint(done - self._nonfinite_in_a_row)
             if stop and not final:
                 raise Preempted(f"stopped by {reason()} at step {done}, state saved; run the same command to go on")
         self._finish()
@@ -94,6 +103,16 @@ class Run:
         step = values.get("step", 0)
         self.data.list_rejects(self.folder, self.process.process_index, step)
         return step
+
+    def _require_space(self) -> None:
+        """Raise DiskFullError unless checkpoints and models that the run will write fit on the disk."""
+        if not self.process.is_main_process:
+            return
+        weights = sum(tensor.nbytes for tensor in self.stepper.model.state_dict().values())
+        moments = 2 if isinstance(self.stepper.optimizer, torch.optim.AdamW) else 1
+        missing = max(1, self.keep + 1 - len(checkpoints(self.folder / "checkpoints")))
+        models = 3 - sum((self.folder / name).is_dir() for name in ("best", "last"))
+        require_free(self.folder, missing * (1 + moments) * weights + models * weights)
 
     def _timed(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
         """Yield batches and record the time waited for each. Time of encoders in the loop is recorded separately."""
@@ -147,9 +166,12 @@ class Run:
             raise NonFiniteError(f"{count} non-finite steps in a row; the last good state and the batches' keys are in {self.folder}")
 
     def _checkpoint(self, step: int) -> None:
+        """Save the state at `step`: the last step done, or the one before a series of non-finite steps, which changed nothing."""
+        self._due = False
         if self.process.is_main_process:
             tensors, values = self.stepper.state()
-            state = {"optimizer": values, "run": self.state, "inputs": self.data.inputs}
+            counted = self.state | ({} if step >= self._done else {"skipped": self.state["skipped"] - (self._done - step)})
+            state = {"optimizer": values, "run": counted, "inputs": self.data.inputs}
             save_checkpoint(self.folder / "checkpoints", step, tensors, state, self.keep)
 
     def _save(self, name: str) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from align.common.checkpoints import clean_checkpoints, newest_committed
-from align.common.errors import Preempted
-from align.common.files import hash_file, read_json
+from align.common.checkpoints import checkpoints, clean_checkpoints, newest_committed
+from align.common.errors import FingerprintError, Preempted
+from align.common.files import hash_file, read_json, require_free
 from align.common.fingerprints import compare_inputs
 from align.common.folders import commit_folder, folder_digest, replaced_folder
 from align.common.preemption import noted, reason
@@ -23,7 +23,7 @@ from mllm.conversations.batches import ConversationDataset
 from mllm.loop.config import FinetuneConfig, Lora
 from mllm.loop.flops import Collate, peak_tflops
 from mllm.loop.log import TrainingLog
-from mllm.loop.parameter_groups import load_trained, merged, set_trainable, trained_tensors
+from mllm.loop.parameter_groups import load_trained, merged, set_trainable, size, trained_tensors
 from mllm.loop.settings import make_optimizer
 from mllm.loop.trainer import INPUTS, MicroBatches, SailTrainer
 from mllm.model.saving import load_mllm, save_mllm
@@ -39,14 +39,7 @@ def train(
     """
     folder, steps, writing = Path(config.output), settings.max_steps, settings.process_index == 0
     inputs = inputs_of(config, dataset, settings) if writing else {}  # the first process compares and saves
-    checkpoint, first, problems = newest_committed(folder)
-    for problem in problems:
-        console.print(f"passed over a checkpoint: {problem}")
-    if checkpoint is not None:
-        if writing:
-            known = (checkpoint / INPUTS).is_file()  # older versions wrote none
-            compare_inputs(inputs, read_json(checkpoint / INPUTS) if known else None, str(checkpoint))
-        console.print(f"going on from {checkpoint}")
+    checkpoint, first, universal = resume_point(folder, inputs, settings, console)
     if writing:
         folder.mkdir(parents=True, exist_ok=True)
         clean_checkpoints(folder, uncommitted=True)
@@ -56,6 +49,10 @@ def train(
     if first >= steps and (folder / "model" / "config.json").is_file():
         console.print(f"{folder}/model is complete; nothing to do")
         return
+    needed = checkpoint_bytes(model, config)
+    if writing:
+        missing = max(1, config.keep + 1 - len(checkpoints(folder, committed=True)))
+        require_free(folder, missing * needed + 4 * sum(size(parameter) for parameter in model.parameters()))  # and model/, in float32
     peak = config.peak_tflops or peak_tflops(settings.device)
     run_log = RunLog(folder, first or None, config.report_to, writing)
     fused = settings.device.type == "cuda" and config.deepspeed is None
@@ -65,7 +62,10 @@ def train(
             rates=config.learning_rates(), make_optimizer=partial(make_optimizer, name=config.optimizer, betas=config.betas, fused=fused),
             log=TrainingLog(run_log, console, peak and peak * settings.world_size), log_every=config.log_every,
             save_every=config.save_every, max_nonfinite=config.max_nonfinite, keep=config.keep, stopping=stopping, inputs=inputs,
+            checkpoint_bytes=needed,
         )  # fmt: skip
+        if universal:
+            trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config["checkpoint"] = {"load_universal": True}
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)  # also loads the weights if no step is left
     if trainer.stopped and trainer.state.global_step < steps:
         raise Preempted(f"stopped by {reason()} at step {trainer.state.global_step}, state saved; run the same command to go on")
@@ -77,6 +77,48 @@ def train(
         export(Path(config.model), tensors, config.learning_rates(), config.lora(), folder)
     trainer.accelerator.wait_for_everyone()
     console.print(f"done: {folder}/model")
+
+
+def resume_point(folder: Path, inputs: dict[str, Any], settings: TrainingArguments, console: Console) -> tuple[Path | None, int, bool]:
+    """Return (newest checkpoint that verifies, its step, whether DeepSpeed reads its universal form); (None, 0, False) without one.
+
+    FingerprintError if it was trained on other `inputs`, which only the first process knows.
+    """
+    checkpoint, first, problems = newest_committed(folder)
+    for problem in problems:
+        console.print(f"passed over a checkpoint: {problem}")
+    if checkpoint is None:
+        return None, 0, False
+    stored = read_json(checkpoint / INPUTS) if (checkpoint / INPUTS).is_file() else None  # older versions wrote none
+    universal = settings.deepspeed is not None and converted(checkpoint, stored or {}, settings.world_size)
+    if inputs:
+        compare_inputs(inputs, stored and stored | ({"processes": settings.world_size} if universal else {}), str(checkpoint))
+    console.print(f"going on from {checkpoint}")
+    return checkpoint, first, universal
+
+
+def converted(checkpoint: Path, stored: Mapping[str, Any], processes: int) -> bool:
+    """Return whether a DeepSpeed checkpoint has to be read in its universal form: it is of another number of processes.
+
+    FingerprintError, with the command that converts it, if it is and has no such form.
+    """
+    written = stored.get("processes", processes)
+    if written == processes:
+        return False
+    if (checkpoint / "latest_universal").is_file():
+        return True
+    state = checkpoint / (checkpoint / "latest").read_text().strip() if (checkpoint / "latest").is_file() else checkpoint
+    raise FingerprintError(
+        f"{checkpoint} is of {written} DeepSpeed processes (processes: {written} there, {processes} now): start {written}, or convert it "
+        f"with `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {state} --output_folder "
+        f"{state}_universal` and run the same command again"
+    )
+
+
+def checkpoint_bytes(model: nn.Module, config: FinetuneConfig) -> int:
+    """Return the size of a checkpoint: trained weights and the optimizer's moments in float32, under DeepSpeed the bf16 weights, too."""
+    trained = sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return trained * ({"lion": 8, "adamw": 12}[config.optimizer] + (2 if config.deepspeed else 0))
 
 
 def inputs_of(config: FinetuneConfig, dataset: ConversationDataset, settings: TrainingArguments) -> dict[str, Any]:

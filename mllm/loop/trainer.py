@@ -4,13 +4,16 @@ A checkpoint is Trainer's own folder, with the trained tensors instead of the wh
 only once COMMIT, the hashes of all its files, is written.
 """
 
+import copy
 import math
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from align.common.checkpoints import checkpoints, commit_checkpoint, delete_all_but
-from align.common.errors import NonFiniteError
-from align.common.files import atomic_json, failpoint
+from align.common.errors import DiskFullError, NonFiniteError
+from align.common.files import atomic_json, disk_full_named, failpoint, require_free
 from align.common.preemption import stay
 from align.common.processes import any_rank
 from mllm.loop.log import TrainingLog
@@ -65,15 +68,17 @@ class SailTrainer(Trainer):
     def __init__(
         self, *, micro_batches: MicroBatches, rates: dict[str, float],
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], log: TrainingLog, log_every: int, save_every: int,
-        max_nonfinite: int, keep: int, stopping: Callable[[], bool], inputs: dict[str, Any],
+        max_nonfinite: int, keep: int, stopping: Callable[[], bool], inputs: dict[str, Any], checkpoint_bytes: int,
         train_dataset: Dataset[Any], **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(train_dataset=train_dataset, **options)
         self.micro_batches, self.rates, self.make_optimizer = micro_batches, rates, make_optimizer
-        self.max_nonfinite, self.keep, self.stopping, self.inputs = max_nonfinite, keep, stopping, inputs
+        self.max_nonfinite, self.keep, self.stopping = max_nonfinite, keep, stopping
+        self.inputs, self.checkpoint_bytes = inputs, checkpoint_bytes
         self.step_loss: Tensor = torch.zeros((), device=self.args.device)  # of this process, summed over its micro-batches
         self.grad_norm = 0.0
         self.nonfinite_in_a_row = 0
+        self._good: tuple[Any, ...] | None = None
         self.seen: dict[str, float] = {}
         self.waited = 0.0
         self.stopped = False
@@ -134,17 +139,46 @@ class SailTrainer(Trainer):
             norm, skipped = engine.get_global_grad_norm(), bool(getattr(engine.optimizer, "overflow", False))
             self._judge(math.inf if skipped else float(norm if norm is not None else 0.0))
         if not self.nonfinite_in_a_row:
+            self.remember()
             return True
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.is_world_process_zero():
             atomic_json(folder / f"nonfinite-step-{step:08d}.json", {"step": step, "rows": self.micro_batches.items(step - 1)})
         if self.nonfinite_in_a_row >= self.max_nonfinite:
-            self._save_checkpoint(self.model_wrapped, None)
+            if self.rewind():
+                self._save_checkpoint(self.model_wrapped, None)
             raise NonFiniteError(
                 f"{self.nonfinite_in_a_row} steps in a row without finite gradients (rows in {folder}/nonfinite-*.json); "
                 "weights are those before them; lower the learning rates or look at these rows"
             )
         return False
+
+    def remember(self) -> None:
+        """Remember the counters, rates and random states of this step: a non-finite step changes nothing else."""
+        if self.is_deepspeed_enabled or self.lr_scheduler is None or self.optimizer is None:
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        counted = self.state.global_step, self.state.epoch, copy.deepcopy(self.lr_scheduler.state_dict()), rates
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._good = *counted, random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+
+    def rewind(self) -> bool:
+        """Go back to the last step that updated the weights, before the current series of non-finite ones.
+
+        Return False where that is impossible (DeepSpeed counts in its engine): then the checkpoint before the series stays the newest.
+        """
+        if self._good is None or self.lr_scheduler is None or self.optimizer is None:
+            return False
+        self.state.global_step, self.state.epoch, schedule, rates, plain, numpy, cpu, devices = self._good
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        random.setstate(plain)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        for number, state in enumerate(devices):
+            torch.cuda.set_rng_state(state, number)
+        return True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained tensors in a checkpoint. DeepSpeed writes its own files with the optimizer."""
@@ -160,14 +194,21 @@ class SailTrainer(Trainer):
         load_trained(chosen, load_file(Path(resume_from_checkpoint) / TRAINED), resume_from_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero() and folder.exists():
+        folder, writing = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.is_world_process_zero()
+        if writing and folder.exists():
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         failpoint("mllm-checkpoint")
-        super()._save_checkpoint(model, trial)
+        try:
+            with disk_full_named(folder, self.checkpoint_bytes):
+                if writing:
+                    require_free(folder, self.checkpoint_bytes)
+                super()._save_checkpoint(model, trial)
+        except DiskFullError:
+            shutil.rmtree(folder, ignore_errors=True)  # half-written
+            raise
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
+        if writing:
             atomic_json(folder / INPUTS, self.inputs)
             failpoint("mllm-written")
             commit_checkpoint(folder)
@@ -181,9 +222,11 @@ class Watch(TrainerCallback):
 
     def __init__(self, trainer: SailTrainer, log: TrainingLog, every: int, save_every: int) -> None:
         self.trainer, self.log, self.every, self.save_every = trainer, log, every, save_every
+        self._due = False  # a checkpoint, once a step updates the weights
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
+        self.trainer.remember()
         self.log.start(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -193,5 +236,8 @@ class Watch(TrainerCallback):
             self.log.write(self.trainer, updated)
         stopped = self.trainer.stopped = any_rank(self.trainer.stopping(), args.device)
         final = state.global_step >= state.max_steps
-        control.should_save = stopped or final or state.global_step % self.save_every == 0
+        self._due = self._due or state.global_step % self.save_every == 0
         control.should_training_stop = stopped or final
+        # a series of non-finite steps begins anew when it is resumed
+        control.should_save = final or (stopped and (updated or self.trainer.rewind())) or (self._due and updated)
+        self._due = self._due and not control.should_save

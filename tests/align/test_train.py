@@ -14,7 +14,7 @@ import pytest
 
 from align.common.checkpoints import newest_checkpoint
 from align.common.commandline import parse
-from align.common.errors import FingerprintError, LeaseError, NonFiniteError, UsageError
+from align.common.errors import DiskFullError, FingerprintError, KitError, LeaseError, UsageError
 from align.common.files import arm_failpoint
 from align.train import main
 from align.training.config import TrainConfig
@@ -286,19 +286,46 @@ def test_encoders_are_embedded_in_saved_models_if_asked_for(paired_folders, monk
     assert saved[-1] == ("last", True) and ("best", True) in saved
 
 
-def poisoned(folder, output, limit=3):
+def poisoned(folder, output, limit=3, stop=None, bad=range(6, 99), **changes):
+    """Train with steps `bad` (from 0) on an infinite feature; SIGTERM in step number `stop`."""
     original = Stepper.step
 
     def step(self, batch, number):
-        if number >= 6:
+        if number == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if number in bad:
             batch.images[0] = np.inf
         return original(self, batch, number)
 
     Stepper.step = step
     try:
-        train(folder, output, **{"max-nonfinite": limit})
-    except NonFiniteError as error:
+        train(folder, output, **{"max-nonfinite": limit, **changes})
+    except KitError as error:
         raise SystemExit(error.exit_code) from error
+
+
+def test_no_checkpoint_inside_a_series_of_non_finite_steps_is_resumed_from(paired_folders, forked):
+    """Saved at every step, killed or stopped inside the series: the series begins anew, with the count that an unbroken run has."""
+    often, output = {"save-every": 1, "keep": 9}, paired_folders / "series"
+    assert forked(partial(poisoned, paired_folders, output, **often)) == 8
+    assert newest_checkpoint(output / "checkpoints")[2]["step"] == 6
+    assert newest_checkpoint(output / "checkpoints")[2]["run"]["skipped"] == 0
+    assert forked(partial(poisoned, paired_folders, output, **often)) == 8  # it does not get past the series by being started again
+    assert forked(partial(poisoned, paired_folders, paired_folders / "stopped", stop=7, **often)) == 75
+    _, _, state, _ = newest_checkpoint(paired_folders / "stopped/checkpoints")
+    assert (state["step"], state["run"]["skipped"]) == (6, 0)
+    two = {"bad": (6, 7), "limit": 3, **often}
+    assert forked(partial(poisoned, paired_folders, paired_folders / "whole", **two)) == 0
+    assert forked(partial(poisoned, paired_folders, paired_folders / "broken", stop=7, **two)) == 75
+    assert forked(partial(poisoned, paired_folders, paired_folders / "broken", **two)) == 0
+    assert evidence(paired_folders / "broken") == evidence(paired_folders / "whole")
+
+
+def test_space_for_checkpoints_and_models_is_asked_for_beforehand(paired_folders, monkeypatch):
+    monkeypatch.setattr("align.common.files.free_bytes", lambda path: 1000)
+    with pytest.raises(DiskFullError, match=r"KiB needed, 1000 B free"):
+        train(paired_folders, paired_folders / "full")
+    assert not (paired_folders / "full/metrics.jsonl").exists()
 
 
 def test_three_non_finite_steps_stop_the_run_with_state_and_keys(paired_folders, forked):

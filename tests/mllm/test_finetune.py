@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from align.common.checkpoints import checkpoints, newest_committed
 from align.common.commandline import parse
-from align.common.errors import FingerprintError, NonFiniteError, UsageError
+from align.common.errors import DiskFullError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
 from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import main, section
@@ -226,20 +227,23 @@ def test_lora_merged_and_exported_equals_the_trained_model(world, forked, tmp_pa
     assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5) and not torch.allclose(ours, plain, atol=1e-2)
 
 
-def poisoned(world, output, persistent):
+def poisoned(world, output, persistent, stop=None, **changes):
+    from align.common.errors import KitError
     from mllm.loop.trainer import SailTrainer
 
     original = SailTrainer.training_step
 
     def step(self, model, inputs, *rest):
+        if self.state.global_step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.state.global_step == 4 or (persistent and self.state.global_step > 4):
             inputs["pixel_values"][:] = float("nan")
         return original(self, model, inputs, *rest)
 
     SailTrainer.training_step = step
     try:
-        train(world, output)
-    except NonFiniteError as error:
+        train(world, output, **changes)
+    except KitError as error:
         raise SystemExit(error.exit_code) from error
 
 
@@ -250,7 +254,57 @@ def test_a_non_finite_step_is_skipped_and_three_in_a_row_stop_the_run(world, for
     assert json.loads((tmp_path / "once/nonfinite-step-00000005.json").read_text())["rows"]
     assert forked(poisoned, world, tmp_path / "always", True) == 8
     path, step, _ = newest_committed(tmp_path / "always")
-    assert step == 7 and all(torch.isfinite(value).all() for value in load_file(path / "trained.safetensors").values())
+    assert step == 4 and all(torch.isfinite(value).all() for value in load_file(path / "trained.safetensors").values())
+
+
+def test_a_series_of_non_finite_steps_begins_anew_when_it_is_resumed(world, forked, tmp_path):
+    often = {"save-every": 1, "keep": 9}
+    assert forked(partial(poisoned, world, tmp_path / "always", True, **often)) == 8
+    assert newest_committed(tmp_path / "always")[1] == 4
+    assert forked(partial(poisoned, world, tmp_path / "always", True, **often)) == 8
+    assert forked(partial(poisoned, world, tmp_path / "whole", False, **often)) == 0
+    assert forked(partial(poisoned, world, tmp_path / "broken", False, stop=4, **often)) == 75
+    assert newest_committed(tmp_path / "broken")[1] == 4
+    assert forked(partial(poisoned, world, tmp_path / "broken", False, **often)) == 0
+    (one, log), (other, log_of_other) = result(tmp_path / "whole"), result(tmp_path / "broken")
+    same(one, other)
+    assert log == log_of_other
+
+
+def out_of_space(world, output):
+    """Fail like torch's writer on a full disk, in the second checkpoint."""
+    from align.common.errors import KitError
+
+    original, calls = torch.save, []
+
+    def save(*arguments, **named):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing file data/0: file write failed"
+            )
+        return original(*arguments, **named)
+
+    torch.save = save
+    try:
+        train(world, output)
+    except KitError as error:
+        sys.stderr.write(str(error))
+        raise SystemExit(error.exit_code) from error
+
+
+def test_a_full_disk_in_a_checkpoint_is_named_and_the_one_before_is_resumed_from(world, straight, forked, tmp_path, capfd):
+    assert forked(out_of_space, world, tmp_path / "run") == 7
+    assert "disk full while writing" in capfd.readouterr().err
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3"]  # nothing half-written
+    assert forked(train, world, tmp_path / "run") == 0
+    assert result(tmp_path / "run")[1] == straight[1]
+
+
+def test_space_for_checkpoints_and_the_model_is_asked_for_beforehand(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("align.common.files.free_bytes", lambda path: 100_000)
+    with pytest.raises(DiskFullError, match=r"MiB needed, 97.7 KiB free"):
+        train(world, tmp_path / "run")
 
 
 def tracked(world, output):

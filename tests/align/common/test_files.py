@@ -56,6 +56,21 @@ def test_a_really_full_device_is_named(tmp_path):
             device.write(b"x" * 100_000)
 
 
+def test_a_full_disk_is_seen_whichever_library_met_it(tmp_path):
+    for error in (
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.EDQUOT, "x"),
+    ):
+        with pytest.raises(DiskFullError, match="disk full while writing .*file: .* free"), disk_full_named(tmp_path / "file"):
+            try:
+                raise error
+            except type(error) as cause:
+                raise RuntimeError("the writer failed") from cause
+    with pytest.raises(DamagedError), disk_full_named(tmp_path / "file"):
+        raise DamagedError("not a full disk")
+
+
 def test_space_is_asked_for_beforehand(tmp_path):
     require_free(tmp_path, 1)
     with pytest.raises(DiskFullError, match="TiB needed"):
