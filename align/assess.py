@@ -11,7 +11,7 @@ Interrupted runs resume with the same command, also with more encoders or layers
 heat-TEXT.png and scatter-TEXT.png. `bash scripts/assess.sh` repeats the experiments of docs/LOG.md.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,8 +76,21 @@ def report(config: AssessConfig, texts: list[str], results: list["Assessed"], we
 
 
 def main(config: AssessConfig) -> None:
-    """Sample the pairs, encode them with every encoder, score every candidate, report."""
+    """Take the output folder, or for a dry run a view of it, and assess."""
+    from align.common.folders import dry_view
+    from align.common.runs import run_folder
 
+    console, folder = set_up(), Path(config.output)
+    if config.dry_run:
+        with dry_view(folder) as view:
+            assess(replace(config, output=str(view)), console)
+        return
+    with run_folder(folder, waiting=console.print):
+        assess(config, console)
+
+
+def assess(config: AssessConfig, console: "Console") -> None:
+    """Sample the pairs, encode them with every encoder, score every candidate, report."""
     from align.assessment.assessment import Assessment
     from align.assessment.candidates import folder_name
     from align.assessment.encoding import draw_samples, encode_texts, encode_visions, refuse_equal_names
@@ -86,8 +99,7 @@ def main(config: AssessConfig) -> None:
     from align.common.hardware import choose_device, resolve_precision
     from align.common.runs import add_launch
 
-    console, folder = set_up(), Path(config.output)
-    device = choose_device()
+    device, folder = choose_device(), Path(config.output)
     precision = resolve_precision(config.precision, device)
     refuse_equal_names([folder_name(name) for name in (*config.vision, *config.text)])
 

@@ -23,6 +23,8 @@ from align.curation.config import CurateConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from rich.console import Console
     from torch import Tensor
 
     from align.curation.scoring import ConceptSpace
@@ -61,13 +63,12 @@ def main(config: CurateConfig) -> None:
     """Open candidates and concepts, score what is missing, assign, report coverage."""
     from rich.panel import Panel
 
-    from align.common.files import remove_temporaries
     from align.common.hardware import choose_device
-    from align.common.recipes_yaml import refuse_other_config, write_recipe
-    from align.common.runs import add_launch
-    from align.curation.concepts import concept_names, evaluation_note, evaluation_sets, inputs_of, kept_prototypes, make_prototypes
+    from align.common.recipes_yaml import refuse_other_config
+    from align.common.runs import run_folder
+    from align.curation.concepts import concept_names, evaluation_note, evaluation_sets
     from align.curation.pool import CandidatePool
-    from align.curation.scoring import ConceptSpace, score_shards
+    from align.curation.scoring import ConceptSpace
     from align.model.dual_encoder import SailModel
 
     console, folder = set_up(), Path(config.output)
@@ -83,11 +84,23 @@ def main(config: CurateConfig) -> None:
     if config.dry_run:
         return
 
+    with run_folder(folder, config.part is None, console.print):  # parts, which may be started at once, have leases of their own
+        curate(config, space, names, note, device, console)
+
+
+def curate(
+    config: CurateConfig, space: "ConceptSpace", names: tuple[str, ...], note: str, device: "torch.device", console: "Console"
+) -> None:  # fmt: skip
+    """Score what is missing, assign, report coverage."""
+    from align.common.recipes_yaml import write_recipe
+    from align.common.runs import add_launch
+    from align.curation.concepts import inputs_of, kept_prototypes, make_prototypes
+    from align.curation.scoring import score_shards
+
+    folder, candidates = Path(config.output), space.candidates
     parts = [folder / "lists" / f"part-{part}-of-{config.parts}" for part in range(config.parts)]
     launched = folder if config.part is None else parts[config.part]  # parts may be started at once
     launched.mkdir(parents=True, exist_ok=True)
-    if config.part is None:
-        remove_temporaries(folder)
     inputs = inputs_of(config, candidates, names)
     add_launch(launched, {"config": write_recipe(config, folder, "curate"), "inputs": inputs, "note": note})
     prototypes = kept_prototypes(folder / "prototypes", inputs, lambda: make_prototypes(config, space, names)).to(device)

@@ -14,6 +14,7 @@ run saves a checkpoint and exits with code 75.
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ def main(config: TrainConfig) -> None:
     """Refuse other settings, take the run's folder, train."""
     from accelerate import PartialState
 
+    from align.common.folders import dry_view
     from align.common.hardware import choose_device
     from align.common.runs import run_folder
 
@@ -45,7 +47,11 @@ def main(config: TrainConfig) -> None:
         raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")
     folder = Path(config.output)
     refuse_other_config(config, folder, "train", FREE_ON_RESUME)
-    with run_folder(folder, state.is_main_process and not config.dry_run, console.print):
+    if config.dry_run:
+        with dry_view(folder) as view:
+            train(replace(config, output=str(view)), state, console)
+        return
+    with run_folder(folder, state.is_main_process, console.print):
         state.wait_for_everyone()  # only once the first process has the folder
         train(config, state, console)
 

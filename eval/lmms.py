@@ -14,29 +14,46 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.common.commandline import run
 from align.common.console import plain_console
 from align.common.errors import DataError
 from eval.harness.config import LmmsConfig
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eval.harness.local import LocalTask
+
 
 def main(config: LmmsConfig) -> None:
-    """Check, ask every model, merge, report."""
-    from eval.harness.launch import ask, asked_models, check_ready
-    from eval.harness.local import local_tasks, write_wrappers
-    from eval.harness.output import collect, write_examples
-    from eval.page.page import write_report
-    from eval.results.records import RESULTS, load_results, merge_results, save_results
-    from eval.results.tables import results_table
+    """List the tasks; or check, take the output folder and measure."""
+    from align.common.runs import run_folder
+    from eval.harness.launch import check_ready
+    from eval.harness.local import local_tasks
 
-    console, output = plain_console(), Path(config.output)
+    console = plain_console()
     known = local_tasks(config.include, config.data)
     if config.list_tasks:
         for task in known.values():
             console.print(f"{task.name}: {', '.join(map(str, task.data)) or 'lmms-eval downloads it'}")
         return
     check_ready(config, known)
+    with run_folder(Path(config.output), waiting=console.print):
+        measure(config, known, console)
+
+
+def measure(config: LmmsConfig, known: "dict[str, LocalTask]", console: "Console") -> None:
+    """Ask every model, merge, report."""
+    from eval.harness.launch import ask, asked_models
+    from eval.harness.local import write_wrappers
+    from eval.harness.output import collect, write_examples
+    from eval.page.page import write_report
+    from eval.results.records import RESULTS, load_results, merge_results, save_results
+    from eval.results.tables import results_table
+
+    output = Path(config.output)
     models = asked_models(config.mllm)
     tasks = write_wrappers(output / "lmms" / "tasks", [known[task] for task in config.tasks if task in known])
     began = time.monotonic()

@@ -17,20 +17,28 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.common.commandline import run, set_up
 from align.common.console import plain_console
 from eval.measures.config import EvalConfig
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def main(config: EvalConfig) -> None:
     """List the tasks, compare two results, or measure."""
+    from align.common.runs import run_folder
+
     if config.list_tasks:
         list_tasks()
     elif config.compare:
         compare_results(config)
     else:
-        measure(config)
+        console = set_up()
+        with run_folder(Path(config.output), waiting=console.print):
+            measure(config, console)
 
 
 def list_tasks() -> None:
@@ -55,7 +63,7 @@ def compare_results(config: EvalConfig) -> None:
     console.print(f"report: {write_comparison(comparison, saved.parent)}")
 
 
-def measure(config: EvalConfig) -> None:
+def measure(config: EvalConfig, console: "Console") -> None:
     """Read the tasks, load the models, measure, save, report."""
     from align.common.hardware import choose_device
     from eval.measures.measurement import Measurement, read_task
@@ -67,7 +75,7 @@ def measure(config: EvalConfig) -> None:
     from eval.results.tables import results_table
     from eval.tasks.registry import find_task
 
-    console, output = set_up(), Path(config.output)
+    output = Path(config.output)
     cache = Path(config.cache) if config.cache else output / "cache"
     tasks = [find_task(name) for name in config.tasks]
     # read all tasks first, so that wrong data fails before hours of encoding

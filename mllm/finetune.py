@@ -12,6 +12,7 @@ checkpoint and exits with code 75.
 """
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def main(config: FinetuneConfig) -> None:
     """Start the process group, refuse other settings, take the run's folder, train."""
     from transformers.utils.logging import set_verbosity_error
 
-    from align.common.folders import check_model_folder
+    from align.common.folders import check_model_folder, dry_view
     from align.common.hardware import choose_device, resolve_precision
     from align.common.runs import run_folder
     from align.encoders.loading import load_errors_named
@@ -58,7 +59,11 @@ def main(config: FinetuneConfig) -> None:
     settings = training_arguments(config, precision, int(os.environ.get("WORLD_SIZE", "1")))  # starts the process group: before the model
     console = set_up(quiet=settings.process_index != 0)
     refuse_other_config(config, folder, config.stage, FREE_ON_RESUME)
-    with run_folder(folder, settings.process_index == 0 and not config.dry_run, console.print):
+    if config.dry_run:
+        with dry_view(folder) as view, dry_view(Path(config.cache) if config.cache else folder / "cache") as cache:
+            finetune(replace(config, output=str(view), cache=str(cache)), settings, image_cost, console)
+        return
+    with run_folder(folder, settings.process_index == 0, console.print):
         finetune(config, settings, image_cost, console)
 
 

@@ -29,15 +29,24 @@ if TYPE_CHECKING:
 
 
 def main(config: UpgradeConfig) -> None:
+    """Take the place of the model's folder, which is replaced as a whole, and upgrade."""
+    from align.common.locks import locked
+    from mllm.model.saving import require_free_place
+
+    console, folder = set_up(), Path(config.output)
+    require_free_place(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f"{folder.name}.lock"), keep=False):
+        upgrade(config, folder, console)
+
+
+def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     """Load the components, join them, start the projector, save the model and say what was kept."""
     from align.common.recipes_yaml import write_recipe
     from align.common.runs import add_launch
     from mllm.assembly.join import load_projector, report_table
-    from mllm.model.saving import require_free_place, save_mllm
+    from mllm.model.saving import save_mllm
 
-    console = set_up()
-    folder = Path(config.output)
-    require_free_place(folder)
     model, processor, report = assembled(config)
     weights = {}
     if config.projector:

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -68,6 +69,8 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
         arm_failpoint(os.environ["SAIL_FAILPOINT"])
     flags = [flag for flag in sys.argv[1:] if flag != "--debug"]
     debug = len(flags) < len(sys.argv) - 1
+    if not debug:
+        threading.excepthook = _tell_of_thread
     try:
         with ended_by_sigterm():
             name = section if isinstance(section, str) else section(flags)  # some entries have several sections
@@ -83,6 +86,11 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
         _leave("interrupted; run the same command again to go on", 130)
     except BaseException as error:  # noqa: BLE001 - the outermost guard; panics of Rust libraries are no Exception
         _leave(*_told(error, debug))
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Write one line: such an error is raised again where the thread is used, TensorBoard's for example."""
+    sys.stderr.write(f"in a thread: {explained(failed.exc_value or failed.exc_type())}\n")
 
 
 def _told(error: BaseException, debug: bool) -> tuple[str, int]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from align.common.errors import DamagedError
@@ -55,6 +56,23 @@ def replaced_folder(folder: Path, name: str, needed: int | None = None) -> Itera
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def dry_view(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that looks like `folder`: for dry runs, which read what is there and write nothing.
+
+    Its files are links. Whoever replaces or deletes one changes only the view.
+    """
+    with TemporaryDirectory() as scratch:
+        view = Path(scratch) / folder.name
+        view.mkdir()
+        for place, _, files in os.walk(folder):
+            here = view / Path(place).relative_to(folder)
+            here.mkdir(exist_ok=True)
+            for name in files:
+                (here / name).symlink_to((Path(place) / name).resolve())
+        yield view
 
 
 def clean_tree(folder: Path) -> None:

@@ -24,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from align.common.errors import DamagedError, KitError, UsageError
+from align.common.errors import DamagedError, KitError, LeaseError, UsageError
 from align.common.failures import explained
 from align.common.files import atomic_bytes, atomic_json, disk_full_named, read_object
 from align.common.folders import WORK, clean_tree
@@ -86,7 +86,8 @@ def run_folder(
         try:
             yield lease
         except BaseException as error:
-            _write_status(folder, error)
+            if not isinstance(error, LeaseError):  # another job has the folder now
+                _write_status(folder, error)
             raise
         _write_status(folder, SystemExit(0))
 
@@ -94,8 +95,7 @@ def run_folder(
 def _write_status(folder: Path, end: BaseException | None) -> None:
     """Write .work/status.json: the run goes on (None), or how it ended."""
     ended = None if end is None or isinstance(end, SystemExit | KeyboardInterrupt) else explained(end)
-    codes: dict[type, int] = {SystemExit: 0, KeyboardInterrupt: 130}
-    code = ended.exit_code if ended else codes.get(type(end))
+    code = ended.exit_code if ended else 130 if isinstance(end, KeyboardInterrupt) else None if end is None else 0
     state = {None: "running", 0: "done", 75: "preempted"}.get(code, "failed")
     process = {"pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     message = str(ended) if ended else ""
