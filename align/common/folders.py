@@ -66,7 +66,7 @@ def dry_view(folder: Path) -> Iterator[Path]:
     """
     with TemporaryDirectory() as scratch:
         view = Path(scratch) / folder.name
-        view.mkdir()
+        view.mkdir(exist_ok=True)
         for place, _, files in os.walk(folder):
             here = view / Path(place).relative_to(folder)
             here.mkdir(exist_ok=True)

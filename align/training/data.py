@@ -70,7 +70,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     for name, data in (("data", config.data), ("val-data", config.val_data)):
         source = config.source(str(data))
         folder = Path(config.output) / name
-        if state.is_main_process and data:
+        if data and (state.is_main_process or config.dry_run):  # each process of a dry run has a view of its own
             plan(source, SHARD_ROWS, config.captions).keep(folder, "files or columns")
         state.wait_for_everyone()
         if data:
