@@ -44,7 +44,7 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     """Load the components, join them, start the projector, save the model and say what was kept."""
     from align.common.recipes_yaml import write_recipe
     from align.common.runs import add_launch
-    from mllm.assembly.join import load_projector, report_table
+    from mllm.assembly.join import PROJECTORS, load_projector, parameter_count, report_table
     from mllm.model.saving import save_mllm
 
     model, processor, report = assembled(config)
@@ -54,7 +54,10 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
         weights = {"projector": f"trained, from {config.projector}"}
     elif config.captions or config.texts:
         weights = {name: fit.weights() for name, fit in solved(config, model, processor, console).items()}
-    report = [replace(line, weights=weights.get(line.name, line.weights)) for line in report]
+    sizes = dict(zip(PROJECTORS, map(parameter_count, model.model.projectors), strict=False))  # solving makes new ones
+    report = [
+        replace(line, weights=weights[line.name], parameters=sizes[line.name]) if line.name in weights else line for line in report
+    ]
     save_mllm(model, processor, folder)
     write_recipe(config, folder, "upgrade")
     add_launch(folder, {"parts": [vars(line) for line in report]})
@@ -114,6 +117,7 @@ def solved(
                 conversations=conversations,
                 rows=config.caption_rows,
                 texts=texts if run else None,
+                most_words=config.words,
                 sail=run,
                 images=config.images,
                 seed=config.seed,

@@ -16,9 +16,9 @@ from align.demo.config import PrepareConfig
 from align.demo.rendering import OPTIONAL, Renderer, World, end_with_parent
 from align.demo.writing import write_captioned, write_classification, write_mllm, write_retrieval, write_segmentation, write_swapped
 
-FORMAT = 1
+FORMAT = 2
 BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
-TEST_COPIES = 3  # of a test picture: one per file of questions
+TEST_COPIES = 7  # pictures of a test scene: one per file of questions, over all groups
 PNG_COPIES = 2  # times BYTES_PER_SCENE for a PNG and its label map; measured 1.4 on average
 
 

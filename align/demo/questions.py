@@ -19,7 +19,7 @@ from align.demo.wording import Box, article, relation, where
 
 _SEVERAL = {"of", "and", "with", "couple", "family", "on", "in", "behind"}
 DESCRIBE = "Describe the picture."
-MOST_EXISTS = 6  # existence questions in one conversation
+MOST_EXISTS = 2  # existence questions in one conversation; more would crowd out the other kinds
 Pair = tuple[str, str, str]  # name, relation, name
 
 
@@ -57,7 +57,7 @@ def is_one_thing(sprite: Sprite) -> bool:
 def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
     """Return for each scene the turns of a conversation, its caption last.
 
-    Existence questions go on until every sprite that can be has been named, six at most. Each answer is yes or no with equal chance,
+    Existence questions go on until every sprite that can be has been named, two at most. Each answer is yes or no with equal chance,
     independent of earlier ones. Absent names are drawn from the other scenes. Relation, what and where give each other away, so a scene
     gets one kind (or what and where, if it has one sprite). A sprite that is the answer of a what question is not asked about.
 
@@ -74,13 +74,13 @@ def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
         open_ended += [(number, question) for question in _count(scene)]
         pair, places, chance = _pair(scene, rng), _places(scene, rng), rng.random()
         hidden = None
-        if pair is not None and chance < 0.4:
+        if pair is not None and chance < 0.2:
             related.append((number, pair))
-        elif pair is not None and len(scene.sprites) == 2 and (chance < 0.6 or not places):
+        elif pair is not None and len(scene.sprites) == 2 and (chance < 0.65 or not places):
             turns[number].append(_what(*pair))
             hidden = pair[0]
         else:
-            if len(scene.sprites) == 1 and chance < 0.25:
+            if len(scene.sprites) == 1 and chance < 0.6:
                 turns[number].append(_what(scene.sprites[0].name))
                 hidden = scene.sprites[0].name
             open_ended += [(number, question) for question in places[: max(1, len(scene.sprites) - 1)]]

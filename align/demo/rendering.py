@@ -18,13 +18,14 @@ from rich.console import Console
 from align.common.console import Progress
 from align.common.errors import UsageError
 from align.demo.questions import Shown
-from align.demo.scenes import Sprite, SpriteScenes, read_sprites, split_sprites
+from align.demo.scenes import OBJECT_COUNTS, Sprite, SpriteScenes, read_sprites, split_sprites
 from align.demo.wording import relation
 
 SCENES_PER_JOB = 50
 JPEG_QUALITY = 90
 OPTIONAL = ("mllm_pretrain", "mllm_instruct", "mllm_test", "swapped", "segmentation")  # parts that may be left out
-PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL)  # append new ones: the place decides the scenes
+GROUPS = ("aligned", "unseen")  # test scenes of sprites that conversations never show: training scenes do, or none does
+PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL, *(f"mllm_{group}" for group in GROUPS))  # the place decides the scenes
 FIRST_INDEX = {part: number << 33 for number, part in enumerate(PARTS)}  # never the same scene twice
 SEGMENTATION_SPRITES = 24  # at most: few classes, so that each has some scenes
 NO_OBJECT = 255  # in label maps
@@ -40,7 +41,7 @@ class World:
     size: int
     held_out: int
     per_class: int
-    mllm_sprites: int = 0  # 0: all
+    mllm_sprites: int = 0  # in conversations and the questions of their test; 0: all
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,35 @@ def mllm_subset(sprites: Sequence[Sprite], world: World) -> list[Sprite]:
     return [sprites[int(number)] for number in rng.permutation(len(sprites))[: world.mllm_sprites]]
 
 
+def sprites_of(world: World, part: str) -> list[Sprite]:
+    """Return the sprites that a part's scenes show."""
+    sprites, unseen = split_sprites(read_sprites(Path(world.folder)), world.seed, world.held_out)
+    if part in ("unseen", "mllm_unseen"):
+        return unseen
+    if part == "seen":
+        return split_sprites(sprites, world.seed + 1, world.held_out)[1]
+    if part == "segmentation":
+        return mllm_subset(sprites, replace(world, mllm_sprites=min(SEGMENTATION_SPRITES, len(sprites))))
+    if part in ("mllm_instruct", "mllm_test"):
+        return mllm_subset(sprites, world)
+    if part == "mllm_aligned":
+        taught = set(mllm_subset(sprites, world))
+        return [sprite for sprite in sprites if sprite not in taught]
+    return sprites
+
+
+def question_groups(world: World) -> list[str]:
+    """Return the groups that have sprites enough for scenes."""
+    return [group for group in GROUPS if len(sprites_of(world, f"mllm_{group}")) >= 2 * len(OBJECT_COUNTS)]
+
+
 @lru_cache(maxsize=4)
 def generator(world: World, part: str) -> tuple[SpriteScenes, list[str]]:
     """Return a part's scene generator and, for classification and segmentation, its class names in order (else [])."""
-    folder = Path(world.folder)
-    sprites, unseen = split_sprites(read_sprites(folder), world.seed, world.held_out)
-    if part == "unseen":
-        sprites = unseen
-    elif part == "seen":
-        sprites = split_sprites(sprites, world.seed + 1, world.held_out)[1]
-    elif part == "segmentation":
-        few = mllm_subset(sprites, replace(world, mllm_sprites=min(SEGMENTATION_SPRITES, len(sprites))))
-        return SpriteScenes(folder, world.seed, world.size, few), sorted(sprite.name for sprite in few)
-    else:
-        shown = mllm_subset(sprites, world) if part.startswith("mllm") else sprites
-        return SpriteScenes(folder, world.seed, world.size, shown), []
-    return SpriteScenes(folder, world.seed, world.size, sprites, max_objects=1), sorted(sprite.name for sprite in sprites)
+    sprites = sprites_of(world, part)
+    single = part in ("seen", "unseen")
+    classes = sorted(sprite.name for sprite in sprites) if single or part == "segmentation" else []
+    return SpriteScenes(Path(world.folder), world.seed, world.size, sprites, max_objects=1 if single else len(OBJECT_COUNTS)), classes
 
 
 def render(job: Job) -> list[Rendered]:

@@ -17,10 +17,11 @@ from PIL import Image
 from align.common.errors import DataError
 from align.common.files import failpoint
 from align.demo.questions import conversations, single_questions
-from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, render_segmented, render_swapped
+from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, render_segmented, render_swapped, question_groups
 
 SCENES_PER_TAR = 1000
 TEST_FILES = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
+GROUP_FILES = {"yesno": ("exists",), "open": ("what",)}  # what can be asked about sprites that conversations never showed
 TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
 
 
@@ -116,7 +117,7 @@ def write_segmentation(renderer: Renderer, folder: Path, count: int) -> None:
 
 
 def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, test: int) -> None:
-    """Write `pretrain` captions and `instruct` conversations to train an MLLM, and questions about `test` scenes."""
+    """Write `pretrain` captions and `instruct` conversations to train an MLLM, and questions about `test` scenes of each group."""
     seed = renderer.world.seed
 
     def kept(part: str, count: int) -> Iterator[Rendered]:
@@ -136,16 +137,23 @@ def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, t
         rows = [row(scene, [(turn.question, turn.answer) for turn in turns]) for scene, turns in zip(scenes, asked, strict=True)]
         write_conversations(folder / "instruct.json", rows)
     if test:
-        scenes = list(renderer.scenes("mllm_test", 0, test))
-        pairs = list(zip(scenes, single_questions([scene.shown for scene in scenes], seed), strict=True))
-        for name, kinds in TEST_FILES.items():
-            rows = [
-                question_row(f"{scene.key}-{number}", (f"{scene.key}.jpg", scene.jpeg), turn.question, turn.answer, turn.kind)
-                for scene, turns in pairs
-                for number, turn in enumerate(turn for turn in turns if turn.kind in kinds)
-            ]
-            write_questions(folder / f"{name}.parquet", rows)
+        _write_tests(renderer, folder, "mllm_test", "", test, TEST_FILES)
+        for group in question_groups(renderer.world):
+            _write_tests(renderer, folder, f"mllm_{group}", f"-{group}", test, GROUP_FILES)
     failpoint("prepare-mllm")
+
+
+def _write_tests(renderer: Renderer, folder: Path, part: str, suffix: str, count: int, files: dict[str, tuple[str, ...]]) -> None:
+    """Write the questions about `count` scenes of a part, a table for each group of kinds."""
+    scenes = list(renderer.scenes(part, 0, count))
+    pairs = list(zip(scenes, single_questions([scene.shown for scene in scenes], renderer.world.seed), strict=True))
+    for name, kinds in files.items():
+        rows = [
+            question_row(f"{scene.key}-{number}", (f"{scene.key}.jpg", scene.jpeg), turn.question, turn.answer, turn.kind)
+            for scene, turns in pairs
+            for number, turn in enumerate(turn for turn in turns if turn.kind in kinds)
+        ]
+        write_questions(folder / f"{name}{suffix}.parquet", rows)
 
 
 def conversation_row(key: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

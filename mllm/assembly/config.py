@@ -49,7 +49,8 @@ class UpgradeConfig:
     normalized and with its own learning rate). None: raw with --sail-head none; both where --captions or --texts solve the projector;
     head, as in the paper, where it starts at random or from --projector."""
     captions: tuple[str, ...] = ()
-    """Conversation files of captioned images: start the projector in closed form from them instead of at random."""
+    """Conversation files of captioned images: start the projector in closed form from them instead of at random: it
+    then mixes each visual token of words that the LLM reads."""
     texts: tuple[str, ...] = ()
     """Text files (a text a line), tables or tars with captions that need no images: start the projector in closed form from them, alone
     or beside --captions. Only with the trained head of --sail."""
@@ -59,6 +60,8 @@ class UpgradeConfig:
     """How many texts of --texts are used."""
     images: str | None = None
     """Images without captions for --texts, as encode.py's --data: they show where images lie in the aligned space (2,000 are read)."""
+    words: int = 4_096
+    """Most words that a projector solved from --captions or --texts mixes its visual tokens of: the most frequent ones."""
     projector: str | None = None
     """Safetensors file with the weights of a trained projector (align/convert.py --projector makes it from LLaVA's mm_projector.bin)."""
     image_root: str | None = None
@@ -78,7 +81,7 @@ class UpgradeConfig:
         self._read_only_with("--llm", self.llm, "gguf_file")
         self._read_only_with("--captions", self.captions or None, "image_root", "caption_rows")
         self._read_only_with("--texts", self.texts or None, "text_columns", "text_rows", "images")
-        check_least(self, caption_rows=1, text_rows=1)
+        check_least(self, caption_rows=1, text_rows=1, words=2)
         given = f"--projector {self.projector} --captions {' '.join(self.captions)} --texts {' '.join(self.texts)}"
         solved = bool(self.captions or self.texts)
         check(not (self.projector and solved), given, "give weights of a trained projector or data to solve it, not both")

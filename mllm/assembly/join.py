@@ -197,7 +197,7 @@ def _report(model: Any, language: Language, vision: Sequence[AlignedEncoder], te
     swapped: Literal["replaced", "new"] = "replaced" if language.is_llava else "new"
     added = language.new_rows * config.text_config.hidden_size * (1 if language.tied else 2)
     output = 0 if language.tied else language.lm_head.weight.numel()
-    report = [Component("language model", "kept", _count(inner.language_model) + output - added, language.source)]
+    report = [Component("language model", "kept", parameter_count(inner.language_model) + output - added, language.source)]
     if added:
         report.append(Component("embedding rows", "new", added, f"around the mean of the others, for {', '.join(language.added)}"))
     keeps = any(one.kept_projector for one in vision)
@@ -205,13 +205,13 @@ def _report(model: Any, language: Language, vision: Sequence[AlignedEncoder], te
         state: Literal["kept", "replaced", "new"] = "kept" if one.kept_projector else "new" if number or keeps else swapped
         ordinal = "second " if number else ""
         weights = f"{one.source}, layer {tower.fields.sail_layer}"
-        report.append(Component(f"{ordinal}vision tower", state, _count(tower.place.vision_tower), weights))
+        report.append(Component(f"{ordinal}vision tower", state, parameter_count(tower.place.vision_tower), weights))
         if tower.fields.sail_head != "none":
-            report.append(Component(f"{ordinal}alignment head", "new", _count(tower.place.sail_head), one.head_weights))
+            report.append(Component(f"{ordinal}alignment head", "new", parameter_count(tower.place.sail_head), one.head_weights))
     for number, (name, projector) in enumerate(zip(PROJECTORS, inner.projectors, strict=False)):
         kept = any(projector is one.kept_projector for one in vision)
         state = "kept" if kept else "new" if number or (keeps and len(inner.projectors) > 1) else swapped
-        report.append(Component(name, state, _count(projector), language.source if kept else f"random, seed {seed}"))
+        report.append(Component(name, state, parameter_count(projector), language.source if kept else f"random, seed {seed}"))
     state = "kept" if template == "own" else "replaced" if language.template else "new"
     note = "" if stops else "; a model trained with it does not learn to end answers"
     report.append(Component("chat template", state, 0, ("its own" if state == "kept" else template) + note))
@@ -230,5 +230,6 @@ def report_table(report: list[Component]) -> Table:
     return table
 
 
-def _count(module: nn.Module) -> int:
+def parameter_count(module: nn.Module) -> int:
+    """Return how many parameters a module has."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,9 +1,10 @@
-"""A linear map from visual features to the LLM's word space, by ridge regression on captioned images, on texts alone, or on both.
+"""A linear map from visual features to words, by ridge regression on captioned images, on texts alone, or on both.
 
-METHOD.md section 10. Texts and images lie apart in an aligned space: each is centered on its own mean, and images are given the
+METHOD.md section 10. The targets are which words are in a caption, each word on its own scale (standardized, so that rare ones count
+as much as frequent ones). Texts and images lie apart in an aligned space: each is centered on its own mean, and images are given the
 covariance of the texts (CORAL, Sun et al., arXiv 1511.05547). Text rows then have the coordinates of image rows and join the same
 normal equations, with zeros where images have a raw block. How much the texts count and how strong each block's ridge is are chosen
-by cross-validation on the captioned images. Shapes: `n` rows, `E` head width, `D` width of all blocks, `H` LLM width.
+by cross-validation on the captioned images. Shapes: `n` rows, `E` head width, `D` width of all blocks, `V` words.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +17,16 @@ from torch.nn import functional
 FOLDS = 5
 LEAST_JUDGED = 20  # captioned images for a choice by cross-validation
 MOST_JUDGED = 2_000
-TEXT_WEIGHTS = (1_000.0, 0.0, 250.0, 4_000.0, 16_000.0)  # captioned images that all texts together count as; the first is the default
+TEXT_WEIGHTS = (16_000.0, 1_000.0, 4_000.0, 64_000.0)  # captioned images that all texts together count as; the first is the default
 RIDGES = ((0.1, 0.01, 1.0), (10.0, 1.0, 0.1, 100.0, 10_000.0))  # of the first block (head or raw alone), and of each block beside it
+BESIDE_TEXTS = 10_000.0  # ridge of further blocks at first where there are texts: left out until captions show that they help
 SHRINKAGE = 1.0  # of both covariances, relative to their mean eigenvalue
 LEAST_SPREAD = 0.3  # of the typical spread: channels that hardly vary (CNNs have many) would drown all others once they do
+ROWS = 2_048  # rows whose words are unpacked at a time
 
 
 class Moments:
-    """Sums over rows (x, e) from which means, covariances and normal equations follow: memory O(D (D + H))."""
+    """Sums over rows (x, e) from which means, covariances and normal equations follow: memory O(D (D + V))."""
 
     def __init__(self, width: int, targets: int, device: torch.device | None = None) -> None:
         self.count = 0
@@ -32,7 +35,7 @@ class Moments:
         self.gram, self.cross = torch.zeros(width, width, **options), torch.zeros(width, targets, **options)  # type: ignore[arg-type]
 
     def add(self, rows: Tensor, targets: Tensor) -> None:
-        """Add rows (n, D) and targets (n, H)."""
+        """Add rows (n, D) and targets (n, V)."""
         rows, targets = rows.to(self.sum), targets.to(self.sum)
         self.count += len(rows)
         self.sum += rows.sum(0)
@@ -52,11 +55,11 @@ class Moments:
 
     @property
     def target_mean(self) -> Tensor:
-        """The mean target (H)."""
+        """The mean target (V)."""
         return self.target_sum / self.count
 
     def centered(self) -> tuple[Tensor, Tensor]:
-        """Return (D, D) and (D, H): gram and cross products of rows and targets around their means."""
+        """Return (D, D) and (D, V): gram and cross products of rows and targets around their means."""
         mean = self.mean
         return self.gram - self.count * torch.outer(mean, mean), self.cross - self.count * torch.outer(mean, self.target_mean)
 
@@ -67,51 +70,77 @@ class Choice:
 
     text_weight: float
     ridges: tuple[float, ...]
-    rank: float = 0.0  # mean reciprocal rank of a held-out image's own caption among the judged ones
-    found: float = float("nan")  # share of held-out images that are nearest to their own caption
+    ranks: Tensor | None = None  # (judged) reciprocal rank of each held-out image's own caption among the judged ones
+
+    @property
+    def found(self) -> float:
+        """Share of held-out images that are nearest to their own caption."""
+        return float((self.ranks == 1).double().mean()) if self.ranks is not None else float("nan")
+
+    def beats(self, other: "Choice") -> bool:
+        """Return whether the mean reciprocal rank is higher by more than the standard error of the difference."""
+        assert self.ranks is not None and other.ranks is not None
+        gain = self.ranks - other.ranks
+        return float(gain.mean()) > float(gain.std(correction=0)) / len(gain) ** 0.5
 
 
 @dataclass
-class LinearMap:
-    """`offset + sum of (block - mean) @ weight` over the blocks: float64 means (D_b), weights (D_b, H) and offset (H)."""
+class WordMap:
+    """`sum of (block - mean) @ weight` over the blocks: float64 means (D_b) and weights (D_b, V)."""
 
     means: list[Tensor]
     weights: list[Tensor]
-    offset: Tensor
     choice: Choice
 
     def __call__(self, blocks: list[Tensor]) -> Tensor:
-        """Return (..., H) for one tensor (..., D_b) a block."""
-        moved = (block.to(self.offset) - mean for block, mean in zip(blocks, self.means, strict=True))
-        return self.offset + sum(block @ weight for block, weight in zip(moved, self.weights, strict=True))
+        """Return the words' scores (..., V) for one tensor (..., D_b) a block: about how many standard deviations they are present."""
+        moved = (block.to(mean) - mean for block, mean in zip(blocks, self.means, strict=True))
+        return torch.stack([block @ weight for block, weight in zip(moved, self.weights, strict=True)]).sum(0)
 
 
 @dataclass
 class Fitting:
-    """What there is to fit to: image rows (n, D) of `widths` blocks with targets (n, H), unlabelled image rows, text rows of E."""
+    """What there is to fit to: image rows (n, D) of `widths` blocks with their captions' words, unlabelled image rows, text rows of E.
+
+    `shares` (V) are the words' shares of all captions and texts, above 0 and below 1: they give each word its scale.
+    """
 
     widths: list[int]
     images: Tensor  # (n, D) float32
-    targets: Tensor  # (n, H) float32
+    said: Tensor  # (n, V) bool
+    shares: Tensor  # (V)
     unlabelled: Tensor | None = None  # (m, D) float32
     texts: Moments | None = None
     seed: int = 0
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
-    def solve(self) -> LinearMap:
+    def solve(self) -> WordMap:
         """Return the map that predicts held-out captions best; without enough captions, the defaults."""
         seen = self.images if self.unlabelled is None else torch.cat([self.images, self.unlabelled])
         mean = seen.double().mean(0)
         changes = self._coordinates(seen.double() - mean)
         centered = (self.images.double() - mean).split(self.widths, 1)
         rows = torch.cat([block @ change for block, change in zip(centered, changes, strict=True)], 1)
-        targets = self.targets.double()
-        center = targets.mean(0) if len(rows) >= LEAST_JUDGED or self.texts is None else self.texts.target_mean
-        targets = targets - center
-        choice = self._choose(rows, targets)
-        solved = self._ridge(rows.T @ rows, rows.T @ targets, choice).split(self.widths)
-        weights = [change @ weight for change, weight in zip(changes, solved, strict=True)]
-        return LinearMap(list(mean.split(self.widths)), weights, center, choice)
+        choice = self._choose(rows)
+        gram, cross = self._with_texts(rows.T @ rows, self._cross(rows, torch.arange(len(rows))), choice)
+        solved = torch.cholesky_solve(cross, _factor(gram, choice, self.widths)).split(self.widths)
+        return WordMap(list(mean.split(self.widths)), [change @ weight for change, weight in zip(changes, solved, strict=True)], choice)
+
+    @property
+    def _center(self) -> Tensor:
+        """How often each word is said of an image (V)."""
+        if len(self.said) >= LEAST_JUDGED or self.texts is None:
+            return self.said.double().mean(0)
+        return self.texts.target_mean
+
+    def targets(self, numbers: Tensor) -> Tensor:
+        """Return the standardized words (n, V) float64 of some captions."""
+        return (self.said[numbers].double() - self._center) / self._scale
+
+    @property
+    def _scale(self) -> Tensor:
+        shares = self.shares.double()
+        return (shares * (1 - shares)).sqrt()
 
     def _coordinates(self, seen: Tensor) -> list[Tensor]:
         """Return, for each block, the matrix that centered image rows are multiplied by before the regression."""
@@ -126,68 +155,81 @@ class Fitting:
                 changes.append(torch.diag(1 / (torch.maximum(spread, LEAST_SPREAD * typical) + 1e-9)))
         return changes
 
-    def _ridge(self, gram: Tensor, cross: Tensor, choice: Choice) -> Tensor:
-        """Return the matrix (D, H) of the regression on image rows with these products, and on the texts."""
-        gram, cross = gram.clone(), cross.clone()
-        if self.texts is not None:
-            text_gram, text_cross = self.texts.centered()
-            share = (choice.text_weight if len(self.images) else 1.0) / self.texts.count
-            gram[: self.widths[0], : self.widths[0]] += share * text_gram
-            cross[: self.widths[0]] += share * text_cross
-        blocks = zip(choice.ridges, gram.diagonal().split(self.widths), strict=True)
-        penalty = torch.cat([ridge * (block.mean() + 1e-9).expand(len(block)) for ridge, block in blocks])
-        return torch.linalg.solve(gram + torch.diag(penalty), cross)
+    def _cross(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Return rows.T @ targets (D, V) of some captions, a block of rows at a time."""
+        cross = torch.zeros(rows.shape[1], self.said.shape[1], dtype=torch.float64)
+        for some in numbers.split(ROWS):
+            cross.addmm_(rows[some].T, self.targets(some))
+        return cross
 
-    def _choose(self, rows: Tensor, targets: Tensor) -> Choice:
-        """Return the best choice, one setting varied after the other; earlier candidates win ties."""
-        best = Choice(
-            TEXT_WEIGHTS[0] if self.texts is not None else 0.0, tuple(RIDGES[min(number, 1)][0] for number in range(len(self.widths)))
-        )
+    def _with_texts(self, gram: Tensor, cross: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Return the products of image rows with those of the texts added."""
+        if self.texts is None:
+            return gram, cross
+        gram, cross = gram.clone(), cross.clone()
+        text_gram, text_cross = self.texts.centered()
+        share = (choice.text_weight if len(self.images) else 1.0) / self.texts.count
+        gram[: self.widths[0], : self.widths[0]] += share * text_gram
+        cross[: self.widths[0]] += share * text_cross / self._scale
+        return gram, cross
+
+    def _choose(self, rows: Tensor) -> Choice:
+        """Return the best choice, one setting varied after the other; earlier candidates win ties and what is within the noise."""
+        ridges = [RIDGES[min(number, 1)][0] for number in range(len(self.widths))]
+        if self.texts is not None:
+            ridges[1:] = [BESIDE_TEXTS] * len(ridges[1:])
+        best = Choice(TEXT_WEIGHTS[0] if self.texts is not None else 0.0, tuple(ridges))
         if len(rows) < LEAST_JUDGED:
             return best
-        folds = self._folds(rows, targets)
+        folds = self._folds(rows)
         tried = list(self._candidates(best))
         steps = len(tried) + 1
-        best = self._judged(best, folds, targets)
+        best = self._judged(best, rows, folds)
         for number, (name, value) in enumerate(tried, 1):
             self.progress(number, steps)
-            ridges = tuple(value if place == name else ridge for place, ridge in enumerate(best.ridges))
-            other = replace(best, text_weight=value) if name == "texts" else replace(best, ridges=ridges)
-            if other.text_weight == 0 and len(rows) < self.widths[0] // 10 and self.texts is not None:
-                continue  # hardly any rows: a fit without texts cannot be judged on so few
-            other = self._judged(other, folds, targets)
-            best = other if other.rank > best.rank else best
+            ridges_now = tuple(value if place == name else ridge for place, ridge in enumerate(best.ridges))
+            other = replace(best, text_weight=value) if name == "texts" else replace(best, ridges=ridges_now)
+            other = self._judged(other, rows, folds)
+            best = other if other.beats(best) else best
         self.progress(steps, steps)
         return best
 
     def _candidates(self, start: Choice) -> Iterator[tuple[str | int, float]]:
-        """Yield the settings to try: the texts' weight, then each block's ridge, the last block's first."""
+        """Yield the settings to try: each block's ridge, the last block's first, and the texts' weight before and after."""
         if self.texts is not None:
             yield from (("texts", weight) for weight in TEXT_WEIGHTS[1:])
         for block in reversed(range(len(start.ridges))):
-            yield from ((block, ridge) for ridge in RIDGES[min(block, 1)][1:])
+            yield from ((block, ridge) for ridge in RIDGES[min(block, 1)] if ridge != start.ridges[block])
 
-    def _folds(self, rows: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Return, for each fold, its row numbers, its rows, and the gram and cross products of all other rows."""
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).to(rows.device)
-        gram, cross = rows.T @ rows, rows.T @ targets
-        folds = []
-        for numbers in order.chunk(FOLDS):
-            held, wanted = rows[numbers], targets[numbers]
-            folds.append((numbers, held, gram - held.T @ held, cross - held.T @ wanted))
-        return folds
+    def _folds(self, rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return, for each fold, its row numbers, and the gram and cross products of all other rows."""
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        parts = [(numbers, rows[numbers].T @ rows[numbers], self._cross(rows, numbers)) for numbers in order.chunk(FOLDS)]
+        gram = torch.stack([part[1] for part in parts]).sum(0)
+        cross = torch.stack([part[2] for part in parts]).sum(0)
+        return [(numbers, gram - own_gram, cross - own_cross) for numbers, own_gram, own_cross in parts]
 
-    def _judged(self, choice: Choice, folds: list[tuple[Tensor, Tensor, Tensor, Tensor]], targets: Tensor) -> Choice:
+    def _judged(self, choice: Choice, rows: Tensor, folds: list[tuple[Tensor, Tensor, Tensor]]) -> Choice:
         """Return the choice with its score: how high each held-out image finds its own caption among (MOST_JUDGED of) all."""
-        candidates = functional.normalize(targets[:MOST_JUDGED], dim=1)
-        ranks = []
-        for numbers, held, gram, cross in folds:
-            chosen = numbers < len(candidates)
-            predicted = functional.normalize(held[chosen] @ self._ridge(gram, cross, choice), dim=1)
-            scores, own = predicted @ candidates.T, (predicted * candidates[numbers[chosen]]).sum(1)
-            ranks.append((scores > own[:, None] + 1e-9).sum(1) + 1)  # equal captions are no competitors
-        rank = torch.cat(ranks).double()
-        return replace(choice, rank=float((1 / rank).mean()), found=float((rank == 1).double().mean()))
+        judged = torch.arange(min(len(rows), MOST_JUDGED))
+        candidates = functional.normalize(self.targets(judged).float(), dim=1)
+        ranks = torch.zeros(len(judged), dtype=torch.float64)
+        for numbers, own_gram, own_cross in folds:
+            held = numbers[numbers < len(judged)]
+            gram, cross = self._with_texts(own_gram, own_cross, choice)
+            # (held, D) times the inverse first: fewer columns to solve for than words
+            inverse = torch.cholesky_solve(rows[held].T, _factor(gram, choice, self.widths)).T
+            scores = functional.normalize((inverse @ cross).float(), dim=1) @ candidates.T
+            own = scores[torch.arange(len(held)), held]
+            ranks[held] = 1 / ((scores > own[:, None] + 1e-6).sum(1) + 1).double()  # equal captions are no competitors
+        return replace(choice, ranks=ranks)
+
+
+def _factor(gram: Tensor, choice: Choice, widths: list[int]) -> Tensor:
+    """Return the Cholesky factor of a gram matrix (D, D) with the choice's ridges, relative to each block's mean diagonal."""
+    blocks = zip(choice.ridges, gram.diagonal().split(widths), strict=True)
+    penalty = torch.cat([(ridge * (block.mean() + 1e-9)).expand(len(block)) for ridge, block in blocks])
+    return torch.linalg.cholesky(gram + torch.diag(penalty))
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""Texts without images: read from files, embedded in the aligned space, and told in the LLM's own word embeddings.
+"""Texts without images: read from files, embedded in the aligned space, and cut into the LLM's own words.
 
-Shapes: `n` texts, `E` head width, `H` LLM width, `V` vocabulary.
+Shapes: `n` texts, `E` head width, `V` words.
 """
 
 import glob
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
@@ -80,44 +79,54 @@ def _cells(data: str, columns: Sequence[str]) -> Iterator[str]:
 
 
 class Words:
-    """What a text is in the LLM's word space: the mean input embedding of its tokens, each weighted by its rarity.
+    """The words of a projector: the tokens that texts use, as the LLM's tokenizer cuts them.
 
-    `table` (V, H) are the embeddings. Rarity is log(texts / texts with the token), over all texts that `count` was given; a text whose
-    tokens are all in every text gets the plain mean.
+    First `count` all texts, then `choose`; `presence` tells which of the chosen words are in a text. Tokens that are in every text
+    tell nothing and are left out.
     """
 
-    def __init__(self, tokenizer: Any, table: Tensor) -> None:
-        self.tokenizer, self.table = tokenizer, table.detach()
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        """`size`: rows of the LLM's embedding matrix."""
+        self.tokenizer = tokenizer
         self.special = torch.tensor(sorted(tokenizer.all_special_ids))
         self.texts = 0
-        self.counts = torch.zeros(len(table), dtype=torch.int64)
+        self.counts = torch.zeros(size, dtype=torch.int64)
+        self.chosen = torch.zeros(0, dtype=torch.int64)  # token ids (V)
 
     def ids(self, texts: Sequence[str]) -> list[Tensor]:
-        """Return the token ids of each text as it stands within a sentence, without special tokens."""
+        """Return the token ids of each text as it stands within a sentence, each once, without special tokens."""
         encoded = self.tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
-        found = [torch.tensor(ids, dtype=torch.int64) for ids in encoded]
+        found = [torch.tensor(ids, dtype=torch.int64).unique() for ids in encoded]
         return [ids[~torch.isin(ids, self.special)] for ids in found]
 
     def count(self, ids: Sequence[Tensor]) -> None:
         """Count in how many texts each token is."""
         self.texts += len(ids)
         for one in ids:
-            self.counts[one.unique()] += 1
+            self.counts[one] += 1
 
-    def rarity(self) -> Tensor:
-        """Return (V,) float32 weights; 0 for tokens of every text and of none."""
-        counts = self.counts.float()
-        return torch.where(counts > 0, (self.texts / counts.clamp(min=1)).log(), torch.zeros(()))
+    def choose(self, most: int) -> None:
+        """Choose the `most` most frequent tokens as words. DataError if all texts are of the same words."""
+        usable = (self.counts > 0) & (self.counts < self.texts)
+        if not usable.any():
+            raise DataError(f"{self.texts} texts that all use the same words; a projector cannot be solved from them")
+        order = self.counts.masked_fill(~usable, 0).sort(descending=True, stable=True).indices
+        self.chosen = order[: min(most, int(usable.sum()))].sort().values
 
-    def targets(self, ids: Sequence[Tensor], rarity: Tensor) -> Tensor:
-        """Return (n, H) float32; no text may be without tokens."""
-        if not ids:
-            return self.table.new_zeros(0, self.table.shape[1], dtype=torch.float32)
-        shares = [rarity[one] for one in ids]
-        shares = [share / share.sum() if float(share.sum()) > 0 else torch.full_like(share, 1 / len(share)) for share in shares]
-        starts = torch.tensor([0, *(len(one) for one in ids[:-1])]).cumsum(0)
-        flat, starts, weights = (each.to(self.table.device) for each in (torch.cat(list(ids)), starts, torch.cat(shares)))
-        return functional.embedding_bag(flat, self.table.float(), starts, mode="sum", per_sample_weights=weights)
+    @property
+    def shares(self) -> Tensor:
+        """Shares of the texts that have each word (V), float64."""
+        return self.counts[self.chosen].double() / self.texts
+
+    def presence(self, ids: Sequence[Tensor]) -> Tensor:
+        """Return which words are in each text: (n, V) bool."""
+        places = torch.full_like(self.counts, -1)
+        places[self.chosen] = torch.arange(len(self.chosen))
+        said = torch.zeros(len(ids), len(self.chosen), dtype=torch.bool)
+        for row, one in zip(said, ids, strict=True):
+            found = places[one]
+            row[found[found >= 0]] = True
+        return said
 
 
 class TextSide:

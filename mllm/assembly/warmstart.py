@@ -1,39 +1,40 @@
-"""A projector that starts near the words: solved in closed form from texts alone, from captioned images, or from both.
+"""A projector that speaks in words: solved in closed form from texts alone, from captioned images, or from both.
 
-The mean of an image's projected tokens is regressed onto the mean LLM input embedding of its caption's words (`mllm.assembly.solve`);
-with a trained head, the aligned embeddings of texts that no image belongs to join the same equations. The mean passes through a linear
-layer, so a map for the mean is one for the tokens. The map is written into the projector's two layers in the straight part of GELU;
-training bends it where that helps. One pass over the images through encoder and head. A choice of this kit, not of the papers
-(docs/decisions.md; literature: CapDec 2211.00575, LiMBeR 2209.15162). Shapes: `N` visual tokens, `D` width given to the projector
-(`E` of the head, `F` raw), `H` LLM width.
+Which words a caption has is regressed on the mean of its image's visual tokens (`mllm.assembly.solve`); with a trained head, the
+aligned embeddings of texts that no image belongs to join the same equations. The projector then mixes, for every visual token, the
+LLM's input embeddings of those words by a softmax over their scores. One pass over the images through encoder and head. A choice of
+this kit, not of the papers (docs/decisions.md; literature: AlignVLM 2502.01341, CapDec 2211.00575, LiMBeR 2209.15162). Shapes: `N`
+visual tokens, `D` width given to the projector (`E` of the head, `F` raw), `V` words.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image
 from align.sources.plan import Source, open_shard, plan
-from mllm.assembly.solve import Fitting, LinearMap, Moments
+from mllm.assembly.solve import Choice, Fitting, Moments, WordMap
 from mllm.assembly.texts import Texts, TextSide, Words, require_texts
 from mllm.conversations.messages import texts_of
 from mllm.conversations.table import Conversations
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
+from mllm.model.towers import SailProjector, count_tokens
 
 BATCH = 32  # images a forward pass
 MIN_IMAGES = 50  # captioned ones without texts, unlabelled ones without captions
 MIN_TEXTS = 200
 MOST_UNLABELLED = 2_000
 TOKEN_SAMPLE = 4_096  # visual tokens that show how far they spread
-BEND, SPREAD = 3.0, 0.5  # hidden units are BEND + SPREAD times a unit of variance 1: GELU is nearly straight there
+PLACES = (("top", "middle", "bottom"), ("left", "center", "right"))  # words for rows and columns, at their beginning, half way and end
+PLACE_SHARE = 0.5  # length of the vectors that tell the place, relative to the visual tokens'
+SHARPNESS = 2.5  # standard deviation of the logits of all words over visual tokens: how sure the softmax is
 Progress = Callable[[str], Callable[[int, int], None]]
 
 
@@ -44,32 +45,31 @@ def silent(what: str) -> Callable[[int, int], None]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well it went: images and texts used, images left out, what was chosen, and how many of `judged` held-out images are found."""
+    """How well it went: images and texts used, images left out, words chosen, what was chosen, and how many images it was judged by."""
 
     captioned: int
     unlabelled: int
     rejected: int
     texts: int
-    text_weight: float
-    ridges: tuple[float, ...]
-    judged: int
-    found: float
+    words: int
+    choice: Choice
 
     def weights(self) -> str:
         """Return where the projector's weights are from, in a few words."""
         sources = [f"{self.texts:,} texts" if self.texts else "", f"{self.captioned:,} captioned images" if self.captioned else ""]
-        return "solved from " + " and ".join(filter(None, sources))
+        return f"{self.words:,} words, solved from " + " and ".join(filter(None, sources))
 
     def summary(self) -> str:
         """Return the fit as sentences."""
         beside = f", with {self.unlabelled:,} images without captions" if self.unlabelled else ""
-        said = f"projector {self.weights()}{beside} ({self.rejected} images unusable)"
-        if not self.judged:
-            return f"{said}; too few captions to judge it, ridge {' and '.join(map(str, self.ridges))} by default"
-        chosen = f"ridge {' and '.join(map(str, self.ridges))}"
+        ridges = f"ridge {' and '.join(map(str, self.choice.ridges))}"
+        said = f"projector of {self.weights()}{beside} ({self.rejected} images unusable)"
+        if self.choice.ranks is None:
+            return f"{said}; too few captions to judge it, {ridges} by default"
         if self.texts:
-            chosen += f", all texts together count as {self.text_weight:g} captioned images"
-        return f"{said}; chosen on held-out captions: {chosen}; {self.found:.0%} of {self.judged} held-out images are nearest to their own"
+            ridges += f", all texts together count as {self.choice.text_weight:g} captioned images"
+        judged = f"{self.choice.found:.0%} of {len(self.choice.ranks)} held-out images are nearest to their own"
+        return f"{said}; chosen on held-out captions: {ridges}; {judged}"
 
 
 @dataclass
@@ -89,54 +89,69 @@ def fit_projector(
     conversations: Conversations | None = None,
     rows: int = 0,
     texts: Texts | None = None,
+    most_words: int = 4_096,
     sail: str | None = None,
     images: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Fit:
-    """Set the weights of projector `number`; return the fit. `progress(what)` gives a function of (done, total).
+    """Replace projector `number` by one of words; return the fit. `progress(what)` gives a function of (done, total).
 
     `conversations`: the first `rows` rows with one image, their answers are the captions. `texts` are aligned by the text side of the
     stage-one run `sail`. `images` are image data without captions (a folder, files, a pattern) that show where images lie. DataError if
     fewer than MIN_IMAGES images or MIN_TEXTS texts can be used, UsageError if the projector has no biases.
     """
-    projector: Any = model.model.projectors[number]
-    if projector.linear_1.bias is None or projector.linear_2.bias is None:
-        raise UsageError("a solved projector needs biases (multimodal_projector_bias in the config)")
-    table: Any = model.get_input_embeddings()
-    words = Words(processor.tokenizer, table.weight)
+    table: Any = model.get_input_embeddings().weight.detach()  # type: ignore[union-attr]
+    words = Words(processor.tokenizer, len(table))
     used, ids = captions(conversations, words, rows) if conversations is not None else ([], [])
     words.count(ids)
     count = 0
     if texts is not None:
         count = _counted(texts, words, progress("texts read"))
         require_texts(count, texts.files, MIN_TEXTS)
-    rarity = words.rarity()
+    words.choose(most_words)
+    fields = model.config.by_projector(model.config.towers)[number][0]
+    projector = _projector_of_words(model, number, fields, table[words.chosen.to(table.device)])
     captioned = _features(model, number, _captioned(conversations, used, processor), len(used), progress("images"))
     unlabelled = _features(model, number, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
     _require_images(captioned, unlabelled, len(used), texts)
     with torch.no_grad():
         moments = None
         if texts is not None:
-            side = TextSide(str(sail), model.device)
-            moments = _text_moments(projector, texts, count, side, words, rarity, progress("texts"))
+            moments = _text_moments(projector, texts, count, TextSide(str(sail), model.device), words, progress("texts"))
         fitting = Fitting(
             widths=projector.widths,
             images=captioned.means,
-            targets=words.targets([ids[place] for place in captioned.places], rarity).cpu(),
+            said=words.presence([ids[place] for place in captioned.places]),
+            shares=words.shares,
             unlabelled=unlabelled.means,
             texts=moments,
             seed=seed,
             progress=progress("settings tried"),
         )
         solved = fitting.solve()
-        write_map(projector, solved, torch.cat([captioned.tokens, unlabelled.tokens])[:TOKEN_SAMPLE])
-    choice, judged = solved.choice, len(captioned.places) if solved.choice.rank else 0
-    rejected = len(used) - len(captioned.places)
+        tokens = torch.cat([captioned.tokens, unlabelled.tokens])[:TOKEN_SAMPLE]
+        write_scores(projector, solved, tokens)
+        write_places(projector, fields.sail_grid or fields.sail_patch_grid, words, table, tokens)
     return Fit(
-        len(captioned.places), len(unlabelled.places), rejected, moments.count if moments else 0, choice.text_weight, choice.ridges,
-        judged, choice.found,
+        captioned=len(captioned.places), unlabelled=len(unlabelled.places), rejected=len(used) - len(captioned.places),
+        texts=moments.count if moments else 0, words=len(words.chosen), choice=solved.choice,
     )  # fmt: skip
+
+
+def _projector_of_words(model: Any, number: int, fields: Any, embeddings: Tensor) -> SailProjector:
+    """Put a projector whose second layer holds `embeddings` (V, H) in the place of projector `number`; return it."""
+    old = model.model.projectors[number]
+    if old.linear_1.bias is None:
+        raise UsageError("a solved projector needs biases (multimodal_projector_bias in the config)")
+    fields.sail_words, fields.sail_positions = len(embeddings), True
+    new = SailProjector(old.widths, embeddings.shape[1], "gelu", bias=True, words=len(embeddings), positions=count_tokens(fields))
+    new = new.to(old.linear_1.weight)
+    with torch.no_grad():
+        new.linear_2.weight.copy_(embeddings.T)
+        new.linear_2.bias.zero_()
+    model.model.places[number].multi_modal_projector = new
+    return new
 
 
 def captions(conversations: Conversations, words: Words, rows: int) -> tuple[list[int], list[Tensor]]:
@@ -154,25 +169,31 @@ def captions(conversations: Conversations, words: Words, rows: int) -> tuple[lis
     return used, found
 
 
-def write_map(projector: Any, solved: LinearMap, tokens: Tensor) -> None:
-    """Write a linear map into the projector: hidden units are the principal directions of what it gives for `tokens` (t, D)."""
-    blocks = [block.double() for block in tokens.split(projector.widths, 1)]
-    predicted = solved(blocks)  # (t, H)
-    mean = predicted.mean(0)
-    values, directions = torch.linalg.eigh(torch.cov((predicted - mean).T))
-    scale = values.clamp(min=0).sqrt()
-    scale = scale.clamp(min=float(scale.max()) * 1e-3 + 1e-9)
-    inward = SPREAD * directions / scale  # (H, K): from words to hidden units
-    height = functional.gelu(torch.tensor(BEND, dtype=torch.float64))
-    slope = 0.5 * (1 + torch.erf(torch.tensor(BEND / 2**0.5))) + BEND * torch.exp(torch.tensor(-(BEND**2) / 2)) / (2 * torch.pi) ** 0.5
-    outward = (directions * scale / (SPREAD * slope)).T  # (K, H)
-    still = solved([torch.zeros_like(block[:1]) for block in blocks])[0]
-    projector.linear_1.weight.copy_((solved.weights[0] @ inward).T)
-    projector.linear_1.bias.copy_(BEND + (still - mean) @ inward)
-    if len(blocks) > 1:
-        projector.linear_raw.weight.copy_((torch.cat(solved.weights[1:]) @ inward).T)
-    projector.linear_2.weight.copy_(outward.T)
-    projector.linear_2.bias.copy_(mean - height * outward.sum(0))
+def write_scores(projector: SailProjector, solved: WordMap, tokens: Tensor) -> None:
+    """Write the map into the first layers, scaled so that the logits of `tokens` (t, D) have the standard deviation SHARPNESS."""
+    scale = SHARPNESS / float(solved(list(tokens.double().split(projector.widths, 1))).std())
+    first, *further = (scale * weight.T for weight in solved.weights)
+    projector.linear_1.weight.copy_(first)
+    if further:
+        projector.linear_raw.weight.copy_(torch.cat(further, dim=1))
+    still = solved([torch.zeros_like(mean) for mean in solved.means])  # the scores of an image of zeros
+    projector.linear_1.bias.copy_(scale * still)
+
+
+def write_places(projector: SailProjector, grid: Sequence[int], words: Words, table: Tensor, tokens: Tensor) -> None:
+    """Set the vectors that tell where a visual token is: the embeddings of PLACES, mixed by how near its row and column are to each.
+
+    They have mean 0 over the grid (rows, columns), and PLACE_SHARE of the length that the projector gives `tokens` (t, D).
+    """
+    axes = []
+    for names, count in zip(PLACES, grid, strict=True):
+        said = torch.stack([table[ids.to(table.device)].float().mean(0) for ids in words.ids(names)])  # (3, H)
+        at = (2 * torch.arange(count, device=said.device) + 1) / count - 1  # -1: the beginning, 1: the end
+        axes.append(torch.stack([(-at).clamp(min=0), 1 - at.abs(), at.clamp(min=0)], 1) @ said)  # (count, H)
+    places = (axes[0][:, None] + axes[1][None]).flatten(0, 1)
+    places = places - places.mean(0)
+    length = projector.linear_2(projector.act(projector.scores(tokens.to(said)))).norm(dim=1).mean()
+    projector.positions.copy_(PLACE_SHARE * length / places.norm(dim=1).mean().clamp(min=1e-6) * places)  # type: ignore[union-attr]
 
 
 def _counted(texts: Texts, words: Words, progress: Callable[[int, int], None]) -> int:
@@ -185,16 +206,14 @@ def _counted(texts: Texts, words: Words, progress: Callable[[int, int], None]) -
     return done
 
 
-def _text_moments(
-    projector: Any, texts: Texts, count: int, side: TextSide, words: Words, rarity: Tensor, progress: Callable[[int, int], None]
-) -> Moments:
+def _text_moments(projector: Any, texts: Texts, count: int, side: TextSide, words: Words, progress: Callable[[int, int], None]) -> Moments:
     """Return the sums over all `count` texts of their aligned embeddings, as the projector is given them, and of their words."""
-    moments = Moments(projector.widths[0], words.table.shape[1], words.table.device)
+    moments = Moments(projector.widths[0], len(words.chosen), projector.linear_1.weight.device)
     for batch in texts.batches():
         ids = words.ids(batch)
         kept = [number for number, one in enumerate(ids) if len(one)]
         aligned = projector.normed(side.embed([batch[number] for number in kept]))
-        moments.add(aligned, words.targets([ids[number] for number in kept], rarity))
+        moments.add(aligned, words.presence([ids[number] for number in kept]))
         progress(moments.count, max(count, moments.count))
     return moments.cpu()
 

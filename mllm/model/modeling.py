@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from align.common.errors import UsageError
 from align.model.strict_loading import StrictModel
-from mllm.model.towers import SailProjector, Tower, block_widths
+from mllm.model.towers import SailProjector, Tower, block_widths, count_tokens
 
 HEAD_STATES = ("none", "random", "trained")
 FEATURES = ("cls_patch", "patch")
@@ -51,6 +51,8 @@ class SailLlavaConfig(LlavaConfig):
     sail_head_expansion: int | None = None
     sail_head_dropout: float | None = None
     sail_raw: bool = False  # the projector is given the raw patch beside the head's output
+    sail_words: int | None = None  # V, words that a projector mixes; None: LLaVA's MLP. Of the first tower that shares the projector
+    sail_positions: bool = False  # the projector adds a vector to each visual token that says where it is
     sail_width: int = 1024  # E
     sail_feature: str = "patch"  # cls_patch | patch
     sail_feature_width: int = 1024  # F
@@ -127,7 +129,12 @@ class SailLlavaModel(LlavaModel):
         for place, group in zip(self.places, config.by_projector(config.towers), strict=False):
             widths = [width for fields in group for width in block_widths(fields)]
             place.multi_modal_projector = SailProjector(
-                widths, config.text_config.hidden_size, config.projector_hidden_act, config.multimodal_projector_bias
+                widths,
+                config.text_config.hidden_size,
+                config.projector_hidden_act,
+                config.multimodal_projector_bias,
+                words=group[0].sail_words,
+                positions=count_tokens(group[0]) if group[0].sail_positions else 0,
             )
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.freeze_unread()

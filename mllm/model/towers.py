@@ -91,35 +91,55 @@ def block_widths(fields: Any) -> list[int]:
     return [first, fields.sail_feature_width] if fields.sail_raw else [first]
 
 
-class SailProjector(nn.Module):
-    """Returns `Linear(H, H)(GELU(Linear(E, H)(x)))`: LLaVA-1.5's projector (arXiv 2310.03744), on the head's width.
+def count_tokens(fields: Any) -> int:
+    """Return the number of a tower's visual tokens."""
+    rows, columns = fields.sail_grid or fields.sail_patch_grid
+    return int(rows * columns)
 
-    Further blocks, such as the raw patch r, lie beside x: `Linear(H, H)(GELU(Linear(E, H)(n(x)) + Linear(F, H)(n(r))))`, n a LayerNorm
-    without weights, so that no block drowns the others and those after the first can have a learning rate of their own.
+
+class SailProjector(nn.Module):
+    """LLaVA-1.5's projector (arXiv 2310.03744), on the head's width: `Linear(H, H)(GELU(Linear(E, H)(x)))`.
+
+    With `words` V, the hidden units are V words that compete: `Linear(V, H)(softmax(Linear(E, V)(n(x))))`. Solved in closed form
+    (mllm/assembly/warmstart.py), the second layer holds the words' input embeddings, so a visual token is a mixture of words that the
+    LLM can read. AlignVLM (arXiv 2502.01341) learns such mixtures. n is a LayerNorm without weights.
+
+    Further blocks, such as the raw patch r, lie beside x: the first layer is `Linear(E, .)(n(x)) + Linear(F, .)(n(r))`, so that no block
+    drowns the others and those after the first can have a learning rate of their own.
+
+    With `positions` N each of an image's N tokens gets a vector of its own added, which says where in the image it is.
     """
 
-    def __init__(self, widths: Sequence[int], out_width: int, activation: str, bias: bool) -> None:
+    def __init__(
+        self, widths: Sequence[int], out_width: int, activation: str, bias: bool, words: int | None = None, positions: int = 0
+    ) -> None:
         super().__init__()
-        self.widths = list(widths)
-        self.linear_1 = nn.Linear(self.widths[0], out_width, bias=bias)
+        self.widths, self.words = list(widths), words
+        hidden = words or out_width
+        self.linear_1 = nn.Linear(self.widths[0], hidden, bias=bias)
         if len(self.widths) > 1:
-            self.linear_raw = nn.Linear(sum(self.widths[1:]), out_width, bias=False)  # one matrix for all further blocks
-        self.act = ACT2FN[activation]
-        self.linear_2 = nn.Linear(out_width, out_width, bias=bias)
+            self.linear_raw = nn.Linear(sum(self.widths[1:]), hidden, bias=False)  # one matrix for all further blocks
+        self.act = nn.Softmax(dim=-1) if words else ACT2FN[activation]
+        self.linear_2 = nn.Linear(hidden, out_width, bias=bias)
+        self.positions = nn.Parameter(torch.zeros(positions, out_width)) if positions else None
 
     def blocks(self, features: Tensor) -> list[Tensor]:
         """Return what the first layers are given of features (..., sum of widths): a tensor (..., width) for each block."""
         return [self.normed(block) for block in features.to(self.linear_1.weight.dtype).split(self.widths, dim=-1)]
 
     def normed(self, block: Tensor) -> Tensor:
-        """Return one block (..., width) as a first layer is given it: normalized if there is another beside it."""
-        return functional.layer_norm(block, block.shape[-1:]) if len(self.widths) > 1 else block
+        """Return one block (..., width) as a first layer is given it: normalized before words, or if there is another beside it."""
+        return functional.layer_norm(block, block.shape[-1:]) if self.words or len(self.widths) > 1 else block
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return what the activation is given for features (..., sum of widths): (..., H), or (..., V) logits of words."""
+        first, *further = self.blocks(features)
+        return self.linear_1(first) + self.linear_raw(torch.cat(further, dim=-1)) if further else self.linear_1(first)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (..., H) for features (..., sum of widths)."""
-        first, *further = self.blocks(features)
-        hidden = self.linear_1(first) + self.linear_raw(torch.cat(further, dim=-1)) if further else self.linear_1(first)
-        return self.linear_2(self.act(hidden))
+        """Return (..., N, H) for features (..., N, sum of widths)."""
+        tokens = self.linear_2(self.act(self.scores(features)))
+        return tokens if self.positions is None else tokens + self.positions
 
 
 def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_stage_two_can_show_fewer_sprites(config, made, sprites, tmp_path):
     subset = rendering.mllm_subset(trained, world)
     shown = {
         name
-        for part, count in (("mllm_pretrain", 7), ("mllm_instruct", 60), ("mllm_test", 20))
+        for part, count in (("mllm_instruct", 60), ("mllm_test", 20))
         for scene in rendering.render(rendering.Job(world, part, 0, count))
         for name in scene.names
     }
@@ -188,6 +189,36 @@ def test_stage_two_can_show_fewer_sprites(config, made, sprites, tmp_path):
             main(replace(config, mllm_test=20, **change))
     with pytest.raises(UsageError, match="mllm_sprites 0 there, 16 asked"):
         main(replace(config, output=str(made), mllm_sprites=16))
+
+
+def test_questions_come_in_three_groups_of_sprites(config, sprites, tmp_path, monkeypatch):
+    """Taught in conversations; in stage one's scenes and captions only; in neither."""
+    folder = shutil.copytree(sprites, tmp_path / "more")
+    table = json.loads((folder / "sprites.json").read_text())
+    table += [{**row, "id": f"a{row['id']}", "name": f"gadget{number}", "group": "object"} for number, row in enumerate(table)]
+    (folder / "sprites.json").write_text(json.dumps(table))
+    monkeypatch.setattr("align.embedded.assets.fetch", lambda asset, cache, progress: folder)
+    main(replace(config, held_out=12, mllm_sprites=16, mllm_pretrain=60))
+    trained, unseen = ({sprite.name for sprite in part} for part in split_sprites(read_sprites(folder), 0, 12))
+    world = rendering.World(str(folder), 0, 96, 12, 1, 16)
+    taught = {sprite.name for sprite in rendering.sprites_of(world, "mllm_test")}
+    mllm = Path(config.output) / "mllm"
+    named = {
+        name: {row["answer"] for row in rows_of(mllm / f"open{name}.parquet") if row["kind"] == "what"}
+        for name in ("", "-aligned", "-unseen")
+    }
+    assert all(len(names) > 3 for names in named.values()), named
+    assert named[""] <= taught and named["-aligned"] <= trained - taught and named["-unseen"] <= unseen
+    for group, names in (("aligned", trained - taught), ("unseen", unseen)):
+        questions = rows_of(mllm / f"yesno-{group}.parquet")
+        asked = {name for row in questions for name in re.findall(r"Is there an? (.*)\?", row["question"])}
+        assert len(asked) > 3 and asked <= names and {row["kind"] for row in questions} == {"exists"}
+    said = (mllm / "pretrain.json").read_text()
+    assert sum(name in said for name in trained - taught) > 10, "captions are about all training sprites"
+
+
+def test_groups_without_sprites_enough_are_left_out(mllm):
+    assert {path.stem for path in mllm.glob("*.parquet")} == {"yesno", "open", "caption"}
 
 
 def test_a_larger_subset_holds_a_smaller_one_and_the_seed_chooses(sprites):
@@ -222,7 +253,7 @@ def test_the_space_is_asked_for_beforehand(config, made, monkeypatch):
     asked = []
     monkeypatch.setattr("align.demo.building.require_free", lambda folder, needed: asked.append(needed))
     main(config)
-    scenes = 3 + 2 + 2 + 2 * 6 + 7 + 60 + 3 * 40
+    scenes = 3 + 2 + 2 + 2 * 6 + 7 + 60 + 7 * 40
     assert asked == [scenes * BYTES_PER_SCENE] and asked[0] > sum(map(len, contents(made).values()))
 
 

@@ -35,7 +35,8 @@ from mllm.conversations.templates import resolve_template
 from mllm.model.saving import save_mllm
 from tests.support.tiny_mllm import tiny_model
 
-SPRITES = ("sprites_yesno", "sprites_what", "sprites_where", "sprites_count", "sprites_caption")
+GROUPS = tuple(f"sprites_{kind}_{group}" for kind in ("what", "yesno") for group in ("aligned", "unseen"))
+SPRITES = ("sprites_yesno", "sprites_what", "sprites_where", "sprites_count", "sprites_caption", *GROUPS)
 PARITY = tuple(f"sail_parity_{name}" for name in ("gqa", "mmbench", "pope", "seed", "textvqa", "vizwiz", "vqav2"))
 RNG = np.random.default_rng
 
@@ -320,11 +321,12 @@ def test_data_is_found_from_any_working_directory(data, tmp_path, monkeypatch):
 def test_the_sprites_tasks_run_and_their_scores_are_right(data, evaluate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     known = local_tasks(data=str(data))
-    wrappers = write_wrappers(tmp_path / "wrappers", [known[name] for name in SPRITES])
+    tasks = [name for name in SPRITES if name not in GROUPS]
+    wrappers = write_wrappers(tmp_path / "wrappers", [known[name] for name in tasks])
     said = iter(["yes", "No", "a dog", "the upper left", "two", "a dog 0"] * 9)
     monkeypatch.setattr("mllm.model.answering.Answerer.generate", lambda self, batch, given: [next(said) for _ in batch])
     monkeypatch.setattr(SailLlava, "_batches", lambda self, texts, settings: [[n] for n in range(len(texts))])
-    content = evaluate(list(SPRITES), wrappers)
+    content = evaluate(tasks, wrappers)
     assert {task: size["original"] for task, size in content["n-samples"].items()} == {
         "sprites_yesno": 8, "sprites_what": 3, "sprites_where": 3, "sprites_count": 3, "sprites_caption": 4,
     }  # fmt: skip

@@ -9,25 +9,29 @@ from PIL import Image
 
 from align.common.errors import DataError, UsageError
 from mllm.assembly import warmstart
-from mllm.assembly.solve import Choice, LinearMap
+from mllm.assembly.solve import Choice, WordMap
 from mllm.assembly.texts import Texts, Words
-from mllm.assembly.warmstart import captions, fit_projector, write_map
+from mllm.assembly.warmstart import SHARPNESS, captions, fit_projector, write_scores
 from mllm.conversations.table import open_conversations
 from tests.support.tiny_mllm import tiny_model
 
 
-def test_rarity_of_words():
-    words = Words(tiny_model()[1].tokenizer, torch.zeros(5, 2))
-    words.count([torch.tensor([1, 2, 2]), torch.tensor([1, 3])])
-    assert words.rarity().tolist() == pytest.approx([0, 0, np.log(2), np.log(2), 0])
+def test_words_are_the_most_frequent_tokens_that_some_texts_lack():
+    words = Words(tiny_model()[1].tokenizer, 6)
+    texts = [torch.tensor([1, 2, 4]), torch.tensor([1, 3]), torch.tensor([1, 2, 5])]
+    words.count(texts)
+    words.choose(2)
+    assert words.chosen.tolist() == [2, 3] and words.shares.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert words.presence(texts).tolist() == [[True, False], [False, True], [True, False]]
+    words.choose(100)
+    assert words.chosen.tolist() == [2, 3, 4, 5], "token 1 is in every text, token 0 in none"
 
 
-def test_a_text_is_the_mean_of_its_words_by_rarity():
-    table = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    words, rarity = Words(tiny_model()[1].tokenizer, table), torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0])
-    found = words.targets([torch.tensor([1, 2, 3, 3]), torch.tensor([0, 1])], rarity)
-    torch.testing.assert_close(found[0], (table[2] + 6 * table[3]) / 7)
-    torch.testing.assert_close(found[1], table[:2].mean(0))
+def test_texts_of_the_same_words_are_refused():
+    words = Words(tiny_model()[1].tokenizer, 6)
+    words.count([torch.tensor([1, 2])] * 3)
+    with pytest.raises(DataError, match="all use the same words"):
+        words.choose(10)
 
 
 @pytest.fixture
@@ -47,11 +51,11 @@ def colors(tmp_path):
 
 
 def nearest(model, processor, colors, conversations):
-    """Return how many of 39 pictures' mean visual tokens are nearest to the words of their own color, all around their mean."""
-    words = Words(processor.tokenizer, model.get_input_embeddings().weight)
-    _, ids = captions(conversations, words, 40)
-    words.count(ids)
-    targets = words.targets(ids[:4], words.rarity())
+    """Return of how many of 39 pictures the mean visual token is nearest to the embedding of the word for their own color."""
+    table = model.get_input_embeddings().weight.detach()
+    words = Words(processor.tokenizer, len(table))
+    names = words.ids(["red", "green", "blue", "yellow"])
+    targets = torch.stack([table[ids].mean(0) for ids in names])
     pictures = [n for n in range(40) if n != 5]
     pixels = torch.stack([processor.image_processor.to_pixels(Image.open(colors / f"{n}.png").convert("RGB")) for n in pictures])
     with torch.no_grad():
@@ -72,9 +76,10 @@ def test_images_land_near_the_words_of_their_captions(colors, raw):
         return lambda done, total: seen.append((what, done, total))
 
     fit = fit_projector(model, processor, conversations=conversations, rows=120, seed=1, progress=progress)
-    assert (fit.captioned, fit.rejected, fit.judged, fit.texts) == (119, 1, 119, 0) and ("images", 120, 120) in seen
-    assert len(fit.ridges) == 1 + raw and fit.found > 0.9 and "119 captioned images (1 images unusable)" in fit.summary()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert (fit.captioned, fit.rejected, len(fit.choice.ranks), fit.texts) == (119, 1, 119, 0) and ("images", 120, 120) in seen
+    assert len(fit.choice.ridges) == 1 + raw and fit.choice.found > 0.9 and "119 captioned images (1 images unusable)" in fit.summary()
+    now = model.state_dict()
+    changed = {name for name, value in now.items() if value.shape != before[name].shape or not torch.equal(value, before[name])}
     assert len(changed) == 4 + raw and all(name.startswith("model.multi_modal_projector.") for name in changed)
     assert nearest(model, processor, colors, conversations) >= 36
     again, _ = tiny_model(raw=raw)
@@ -91,7 +96,7 @@ def test_every_projector_of_two_encoders_is_solved(colors, join, raw):
     for number, projector in enumerate(projectors):
         before = [parameter.clone() for parameter in projector.parameters()]
         fit = fit_projector(model, processor, number=number, conversations=conversations, rows=120, seed=1)
-        assert fit.found > 0.9 and len(fit.ridges) == len(projector.widths)
+        assert fit.choice.found > 0.9 and len(fit.choice.ridges) == len(projector.widths)
         assert not any(torch.equal(old, new) for old, new in zip(before, projector.parameters(), strict=True))
     assert [len(projector.widths) for projector in projectors] == ([2 + raw] if join == "channel" else [1 + raw, 1])
     assert nearest(model, processor, colors, conversations) >= 36
@@ -131,18 +136,30 @@ def test_texts_without_images_put_images_near_their_words(colors, monkeypatch, r
     assert ("too few captions" in fit.summary()) == (not captioned) and "solved from 400 texts" in fit.weights()
 
 
-def test_the_projector_is_the_map_that_was_solved():
-    model, _ = tiny_model(raw=True)
-    projector = model.model.multi_modal_projector
+@pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
+def test_visual_tokens_are_mixtures_of_embeddings_by_the_scores_that_were_solved(colors, raw):
+    model, processor = tiny_model(raw=raw)
+    conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
+    fit = fit_projector(model, processor, conversations=conversations, rows=120)
+    projector, table = model.model.multi_modal_projector, model.get_input_embeddings().weight
+    assert projector.words == model.config.sail_words == fit.words
     generator = torch.Generator().manual_seed(0)
-    tokens, width = torch.randn(200, sum(projector.widths), generator=generator), projector.linear_2.out_features
-    weights = [torch.randn(size, width, generator=generator).double() for size in projector.widths]
-    solved = LinearMap([torch.ones(size).double() for size in projector.widths], weights, torch.arange(width).double(), Choice(0, (1, 1)))
-    given = torch.cat(projector.blocks(tokens), 1)
+    means = [torch.randn(size, generator=generator).double() for size in projector.widths]
+    weights = [torch.randn(size, fit.words, generator=generator).double() for size in projector.widths]
+    tokens = torch.cat(projector.blocks(torch.randn(300, sum(projector.widths), generator=generator)), 1)
+    solved = WordMap(means, weights, Choice(0, (1.0,) * len(means)))
     with torch.no_grad():
-        write_map(projector, solved, given)
-        wanted, found = solved(list(given.split(projector.widths, 1))), projector(tokens).double()
-    assert (found - wanted).std() < 0.05 * wanted.std()
+        write_scores(projector, solved, tokens)
+        wanted = sum(
+            (block.double() - mean) @ weight for block, mean, weight in zip(tokens.split(projector.widths, 1), means, weights, strict=True)
+        )
+        wanted = SHARPNESS * wanted / wanted.std()
+        torch.testing.assert_close(projector.scores(tokens).double(), wanted, atol=1e-4, rtol=1e-4)
+        words = Words(processor.tokenizer, len(table))
+        words.count(captions(conversations, words, 120)[1])
+        words.choose(4096)
+        mixed = wanted.softmax(1).float() @ table[words.chosen]
+        torch.testing.assert_close(projector(tokens), mixed, atol=1e-4, rtol=1e-4)
 
 
 def test_texts_are_read_from_lines_tables_and_tars(tmp_path):
