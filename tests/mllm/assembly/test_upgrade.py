@@ -369,17 +369,17 @@ def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, caps
     config = UpgradeConfig(
         llm=str(parts / "llama"), sail=(str(parts / "run"),), output=str(tmp_path / "out"), features="both",
         texts=(str(tmp_path / "texts.jsonl"),),
-        text_columns=("words",), text_rows=300, images=str(tmp_path / "photos"),
+        text_columns=("words",), text_rows=300, images=str(tmp_path / "photos"), words=7,
     )  # fmt: skip
     upgrade.main(config)
-    assert "solved from 300 texts, with 60 images without captions" in " ".join(capsys.readouterr().out.split())
+    assert "7 words, solved from 300 texts, with 60 images without captions" in " ".join(capsys.readouterr().out.split())
     model, _ = load_mllm(tmp_path / "out")
     projector = model.model.multi_modal_projector
-    assert model.config.sail_raw and projector.linear_raw.weight.shape == (32, 64)
+    assert model.config.sail_raw and projector.linear_raw.weight.shape == (7, 64)
     given = model.model.get_patch_features(torch.randn(2, 3, SIZE, SIZE))
     assert given.shape == (2, 9, 24 + 64)
     before = projector(given)
-    projector.linear_raw.weight.data.add_(1.0)
+    projector.linear_raw.weight.data.normal_()
     assert not torch.equal(projector(given), before), "the raw block does not reach the LLM"
 
 

@@ -11,8 +11,9 @@ from align.common.errors import DataError, UsageError
 from mllm.assembly import warmstart
 from mllm.assembly.solve import Choice, WordMap
 from mllm.assembly.texts import Texts, Words
-from mllm.assembly.warmstart import SHARPNESS, captions, fit_projector, write_scores
+from mllm.assembly.warmstart import PLACE_SHARE, PLACES, SHARPNESS, captions, fit_projector, write_places, write_scores
 from mllm.conversations.table import open_conversations
+from mllm.model.towers import SailProjector
 from tests.support.tiny_mllm import tiny_model
 
 
@@ -79,8 +80,8 @@ def test_images_land_near_the_words_of_their_captions(colors, raw):
     assert (fit.captioned, fit.rejected, len(fit.choice.ranks), fit.texts) == (119, 1, 119, 0) and ("images", 120, 120) in seen
     assert len(fit.choice.ridges) == 1 + raw and fit.choice.found > 0.9 and "119 captioned images (1 images unusable)" in fit.summary()
     now = model.state_dict()
-    changed = {name for name, value in now.items() if value.shape != before[name].shape or not torch.equal(value, before[name])}
-    assert len(changed) == 4 + raw and all(name.startswith("model.multi_modal_projector.") for name in changed)
+    changed = {n for n, value in now.items() if n not in before or value.shape != before[n].shape or not torch.equal(value, before[n])}
+    assert len(changed) == 5 + raw and all(name.startswith("model.multi_modal_projector.") for name in changed)
     assert nearest(model, processor, colors, conversations) >= 36
     again, _ = tiny_model(raw=raw)
     fit_projector(again, processor, conversations=conversations, rows=120, seed=1)
@@ -92,12 +93,11 @@ def test_images_land_near_the_words_of_their_captions(colors, raw):
 def test_every_projector_of_two_encoders_is_solved(colors, join, raw):
     conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
     model, processor = tiny_model(raw=raw, join=join)
-    projectors = model.model.projectors
-    for number, projector in enumerate(projectors):
-        before = [parameter.clone() for parameter in projector.parameters()]
+    for number in range(len(model.model.projectors)):
         fit = fit_projector(model, processor, number=number, conversations=conversations, rows=120, seed=1)
-        assert fit.choice.found > 0.9 and len(fit.choice.ridges) == len(projector.widths)
-        assert not any(torch.equal(old, new) for old, new in zip(before, projector.parameters(), strict=True))
+        assert fit.choice.found > 0.9 and len(fit.choice.ridges) == len(model.model.projectors[number].widths)
+    projectors = model.model.projectors
+    assert all(projector.words == fit.words and len(projector.positions) for projector in projectors)
     assert [len(projector.widths) for projector in projectors] == ([2 + raw] if join == "channel" else [1 + raw, 1])
     assert nearest(model, processor, colors, conversations) >= 36
 
@@ -159,7 +159,28 @@ def test_visual_tokens_are_mixtures_of_embeddings_by_the_scores_that_were_solved
         words.count(captions(conversations, words, 120)[1])
         words.choose(4096)
         mixed = wanted.softmax(1).float() @ table[words.chosen]
-        torch.testing.assert_close(projector(tokens), mixed, atol=1e-4, rtol=1e-4)
+        count = len(projector.positions)
+        torch.testing.assert_close(projector(tokens[:count]) - projector.positions, mixed[:count], atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_are_told_their_place_in_words():
+    model, processor = tiny_model()
+    table = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    words = Words(processor.tokenizer, len(table))
+    ids = dict(zip(sum(PLACES, ()), words.ids(sum(PLACES, ())), strict=True))
+    monkey = {name: torch.tensor([10 + number]) for number, name in enumerate(ids)}
+    words.ids = lambda names: [monkey[name] for name in names]
+    projector = SailProjector([6], 32, "gelu", bias=True, words=4, positions=12)
+    tokens = torch.randn(50, 6)
+    with torch.no_grad():
+        write_places(projector, (4, 3), words, table, tokens)
+        found = projector.positions.unflatten(0, (4, 3))
+        assert projector.positions.mean(0).abs().max() < 1e-5
+        length = projector.linear_2(projector.act(projector.scores(tokens))).norm(dim=1).mean()
+        assert found.norm(dim=2).mean() == pytest.approx(PLACE_SHARE * float(length), rel=1e-4)
+        down, right = (table[monkey[end][0]] - table[monkey[start][0]] for start, end in (("top", "bottom"), ("left", "right")))
+        cosine = torch.nn.functional.cosine_similarity
+        assert cosine(found[3, 1] - found[0, 1], down, dim=0) > 0.999 and cosine(found[1, 2] - found[1, 0], right, dim=0) > 0.999
 
 
 def test_texts_are_read_from_lines_tables_and_tars(tmp_path):
