@@ -26,14 +26,14 @@ class PrepareConfig:
     segmentation: int = 40
     """Scenes with the class of every pixel, of at most 24 sprites: the task sprites-segmentation. 0: none."""
     mllm_pretrain: int = 0
-    """Scenes of all training sprites with one caption each, to start or train an MLLM's projector. 0: none."""
+    """Scenes with one caption each, to start or train an MLLM's projector. 0: none."""
     mllm_instruct: int = 0
     """Scenes with questions, answers and a caption, to tune an MLLM. 0: none."""
     mllm_test: int = 0
-    """Scenes with questions that test an MLLM, and as many of sprites that conversations never show (aligned: training scenes do;
+    """Scenes with questions that test an MLLM, and as many of sprites that stage two never shows (aligned: training scenes do;
     unseen: none does). 0: none."""
     mllm_sprites: int = 0
-    """Number of training sprites in conversations and their test, drawn by the seed; larger sets include smaller ones. 0: all."""
+    """Number of training sprites in the MLLM's scenes, drawn by the seed; larger sets include smaller ones. 0: all."""
     image_size: int = 224
     """Side of the square pictures, in pixels."""
     seed: int = 0

@@ -19,7 +19,7 @@ from align.demo.wording import Box, article, relation, where
 
 _SEVERAL = {"of", "and", "with", "couple", "family", "on", "in", "behind"}
 DESCRIBE = "Describe the picture."
-MOST_EXISTS = 2  # existence questions in one conversation; more would crowd out the other kinds
+MOST_EXISTS = 4  # existence questions in one conversation; more would crowd out the other kinds
 Pair = tuple[str, str, str]  # name, relation, name
 
 
@@ -57,7 +57,7 @@ def is_one_thing(sprite: Sprite) -> bool:
 def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
     """Return for each scene the turns of a conversation, its caption last.
 
-    Existence questions go on until every sprite that can be has been named, two at most. Each answer is yes or no with equal chance,
+    Existence questions go on until every sprite that can be has been named, four at most. Each answer is yes or no with equal chance,
     independent of earlier ones. Absent names are drawn from the other scenes. Relation, what and where give each other away, so a scene
     gets one kind (or what and where, if it has one sprite). A sprite that is the answer of a what question is not asked about.
 

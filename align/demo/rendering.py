@@ -24,7 +24,7 @@ from align.demo.wording import relation
 SCENES_PER_JOB = 50
 JPEG_QUALITY = 90
 OPTIONAL = ("mllm_pretrain", "mllm_instruct", "mllm_test", "swapped", "segmentation")  # parts that may be left out
-GROUPS = ("aligned", "unseen")  # test scenes of sprites that conversations never show: training scenes do, or none does
+GROUPS = ("aligned", "unseen")  # test scenes of sprites that stage two never shows: stage one's training scenes do, or none does
 PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL, *(f"mllm_{group}" for group in GROUPS))  # the place decides the scenes
 FIRST_INDEX = {part: number << 33 for number, part in enumerate(PARTS)}  # never the same scene twice
 SEGMENTATION_SPRITES = 24  # at most: few classes, so that each has some scenes
@@ -41,7 +41,7 @@ class World:
     size: int
     held_out: int
     per_class: int
-    mllm_sprites: int = 0  # in conversations and the questions of their test; 0: all
+    mllm_sprites: int = 0  # in stage two; 0: all
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def sprites_of(world: World, part: str) -> list[Sprite]:
         return split_sprites(sprites, world.seed + 1, world.held_out)[1]
     if part == "segmentation":
         return mllm_subset(sprites, replace(world, mllm_sprites=min(SEGMENTATION_SPRITES, len(sprites))))
-    if part in ("mllm_instruct", "mllm_test"):
+    if part in ("mllm_pretrain", "mllm_instruct", "mllm_test"):
         return mllm_subset(sprites, world)
     if part == "mllm_aligned":
         taught = set(mllm_subset(sprites, world))

@@ -21,7 +21,7 @@ from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generat
 
 SCENES_PER_TAR = 1000
 TEST_FILES = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
-GROUP_FILES = {"yesno": ("exists",), "open": ("what",)}  # what can be asked about sprites that conversations never showed
+GROUP_FILES = {"yesno": ("exists",), "open": ("what",)}  # what can be asked about sprites that stage two never showed
 TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
 
 

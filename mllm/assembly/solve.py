@@ -17,7 +17,9 @@ from torch.nn import functional
 FOLDS = 5
 LEAST_JUDGED = 20  # captioned images for a choice by cross-validation
 MOST_JUDGED = 2_000
-TEXT_WEIGHTS = (16_000.0, 1_000.0, 4_000.0, 64_000.0)  # captioned images that all texts together count as; the first is the default
+# Captioned images that all texts together count as; the first is the default. Captions are judged on their own kind of images, and the
+# texts are about more than these: so they never count less than 4,000.
+TEXT_WEIGHTS = (16_000.0, 4_000.0, 64_000.0)
 RIDGES = ((0.1, 0.01, 1.0), (10.0, 1.0, 0.1, 100.0, 10_000.0))  # of the first block (head or raw alone), and of each block beside it
 BESIDE_TEXTS = 10_000.0  # ridge of further blocks at first where there are texts: left out until captions show that they help
 SHRINKAGE = 1.0  # of both covariances, relative to their mean eigenvalue
