@@ -15,8 +15,7 @@ for seed in ${SEEDS:-0 1 2}; do
     texts=()
     [ "$head" = trained ] || texts=(--texts --text-columns caption) # none: texts reach images only through a trained head
     python mllm/upgrade.py --config "$recipe" --sail-head "$head" "${texts[@]}" --seed "$seed" --output "$run/init"
-    python mllm/finetune.py --config "$recipe" --stage pretrain --seed "$seed" --model "$run/init" --output "$run/pretrain"
-    python mllm/finetune.py --config "$recipe" --stage instruct --seed "$seed" --model "$run/pretrain/model" --output "$run/instruct"
+    python mllm/finetune.py --config "$recipe" --stage instruct --seed "$seed" --model "$run/init" --output "$run/instruct"
     models+=("$head-$seed=$run/instruct")
   done
 done

@@ -142,8 +142,7 @@ export TOKENIZERS_PARALLELISM=false
 python mllm/upgrade.py --config "$recipe" --sail "$sail" --captions "$out/data/pretrain.jsonl" --image-root "$data" \
   --texts "$data/flickr8k/train.jsonl" --text-columns captions --output "$out/init"
 train() { python mllm/finetune.py --config "$recipe" --image-root "$data" "$@"; }
-train --stage pretrain --model "$out/init" --data "$out/data/pretrain.jsonl" --output "$out/pretrain"
-train --stage instruct --model "$out/pretrain/model" --data "$out/data/instruct.jsonl" --output "$out/instruct" --steps "${STEPS:-300}"
+train --stage instruct --model "$out/init" --data "$out/data/instruct.jsonl" --output "$out/instruct" --steps "${STEPS:-300}"
 
 mkdir -p "$out/tasks"
 for kind in yesno open caption; do

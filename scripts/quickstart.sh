@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Encode, train, evaluate and report on the embedded default, then the same encoder in an MLLM: about four
-# and ten minutes on two CPU cores. `make quickstart` calls it.
+# Encode, train, evaluate and report on the embedded default, then the same encoder in an MLLM, beside a control whose encoder is not
+# aligned (the same captions, conversations and steps). `make quickstart` calls it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 recipe=align/recipes/quickstart.yaml
@@ -13,9 +13,11 @@ python align/train.py --config "$recipe"
 python eval/run.py --config "$recipe"
 
 mllm=mllm/recipes/quickstart.yaml
+control=runs/quickstart/mllm/no-head
 python mllm/upgrade.py --config "$mllm"
-python mllm/finetune.py --config "$mllm" --stage pretrain
 python mllm/finetune.py --config "$mllm" --stage instruct
+python mllm/upgrade.py --config "$mllm" --sail-head none --texts --text-columns caption --output "$control-init"
+python mllm/finetune.py --config "$mllm" --stage instruct --model "$control-init" --output "$control-instruct"
 python eval/lmms.py --config "$mllm"
 
 cat <<TEXT

@@ -19,6 +19,7 @@ from align.demo.wording import Box, article, relation, where
 
 _SEVERAL = {"of", "and", "with", "couple", "family", "on", "in", "behind"}
 DESCRIBE = "Describe the picture."
+CAPTION_EVERY = 8  # scenes: more captions would be most of what is learned, as they are long
 MOST_EXISTS = 4  # existence questions in one conversation; more would crowd out the other kinds
 Pair = tuple[str, str, str]  # name, relation, name
 
@@ -55,7 +56,7 @@ def is_one_thing(sprite: Sprite) -> bool:
 
 
 def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
-    """Return for each scene the turns of a conversation, its caption last.
+    """Return for each scene the turns of a conversation; every eighth ends with the caption.
 
     Existence questions go on until every sprite that can be has been named, four at most. Each answer is yes or no with equal chance,
     independent of earlier ones. Absent names are drawn from the other scenes. Relation, what and where give each other away, so a scene
@@ -89,7 +90,13 @@ def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
         asked += existence
     for number, question in [*_relations(related), *_capped(open_ended)]:
         turns[number].append(question)
-    return [[*_ordered(asked, rng), Question("caption", DESCRIBE, scene.caption)] for asked, scene in zip(turns, scenes, strict=True)]
+    found = []
+    for number, (asked, scene) in enumerate(zip(turns, scenes, strict=True)):
+        ordered = _ordered(asked, rng)
+        if number % CAPTION_EVERY == 0 or not ordered:
+            ordered.append(Question("caption", DESCRIBE, scene.caption))
+        found.append(ordered)
+    return found
 
 
 def single_questions(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:

@@ -149,9 +149,9 @@ def test_no_turn_tells_the_answer_of_a_later_one(scenes, trained):
                 assert not {"what", "relation", "exists"} & set(kinds)
             known |= question.names
             kinds.append(question.kind)
-        assert kinds[-1] == "caption" and kinds.count("caption") == 1
+        assert kinds.count("caption") <= 1 and "caption" not in kinds[:-1]
         answers = [question.answer for question in asked if question.kind == "exists"]
-        assert len(answers) <= 6 and answers.count("yes") <= len(scene.objects)
+        assert len(answers) <= 4 and answers.count("yes") <= len(scene.objects)
         assert answers.count("yes") < len(scene.objects) or answers[-1] == "yes", "after all are named, it would have to be a no"
         assert len({question.question for question in asked}) == len(asked)
 
@@ -171,12 +171,14 @@ def test_what_came_before_says_nothing_about_existence(trained):
 
 
 def test_a_conversation_has_many_turns_in_many_orders(trained):
-    assert {"exists", "what", "where", "count", "caption"} <= {asked[0].kind for asked in trained}
+    assert {"exists", "what", "where", "count"} <= {asked[0].kind for asked in trained}
+    captions = sum(asked[-1].kind == "caption" for asked in trained)
+    assert len(trained) / 8 <= captions <= len(trained) / 6, "every eighth, and where nothing else could be asked"
     assert len({tuple(question.kind for question in asked) for asked in trained}) > 30
     turns = sorted(map(len, trained))
-    assert 4.5 < sum(turns) / len(turns) < 8 and turns[len(turns) // 2] >= 5
+    assert 3 < sum(turns) / len(turns) < 6 and turns[len(turns) // 2] >= 3
     existence = [sum(question.kind == "exists" for question in asked) for asked in trained]
-    assert max(existence) == 6 and sum(existence) / len(existence) > 2
+    assert max(existence) == 4 and sum(existence) / len(existence) > 2
 
 
 def test_the_same_scenes_and_seed_give_the_same_questions(shown, trained, tested):
@@ -193,8 +195,9 @@ def test_test_scenes_are_paired_about_their_own_sprites(tested):
 
 def test_few_scenes_give_few_questions(shown):
     for count in (0, 1, 2, 3):
+        assert all(asked for asked in conversations(shown[:count], 0))
+        assert [asked[-1].kind for asked in single_questions(shown[:count], 0)] == ["caption"] * count
         for made in (conversations(shown[:count], 0), single_questions(shown[:count], 0)):
-            assert [asked[-1].kind for asked in made] == ["caption"] * count
             answers = Counter(question.answer for question in of_kind(made, "exists"))
             assert answers["yes"] == answers["no"]
 
