@@ -55,9 +55,7 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     elif config.captions or config.texts:
         weights = {name: fit.weights() for name, fit in solved(config, model, processor, console).items()}
     sizes = dict(zip(PROJECTORS, map(parameter_count, model.model.projectors), strict=False))  # solving makes new ones
-    report = [
-        replace(line, weights=weights[line.name], parameters=sizes[line.name]) if line.name in weights else line for line in report
-    ]
+    report = [replace(line, weights=weights[line.name], parameters=sizes[line.name]) if line.name in weights else line for line in report]
     save_mllm(model, processor, folder)
     write_recipe(config, folder, "upgrade")
     add_launch(folder, {"parts": [vars(line) for line in report]})

@@ -17,11 +17,14 @@ from PIL import Image
 from align.common.errors import DataError
 from align.common.files import failpoint
 from align.demo.questions import conversations, single_questions
-from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, render_segmented, render_swapped, question_groups
+from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, question_groups, render_segmented, render_swapped
 
 SCENES_PER_TAR = 1000
-TEST_FILES = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
-GROUP_FILES = {"yesno": ("exists",), "open": ("what",)}  # what can be asked about sprites that stage two never showed
+TEST_FILES: dict[str, tuple[str, ...]] = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
+GROUP_FILES: dict[str, tuple[str, ...]] = {
+    "yesno": ("exists",),
+    "open": ("what",),
+}  # what can be asked about sprites that stage two never showed
 TEMPLATES = ("a picture of a {c}", "an image of a {c}", "a {c}", "{c}")
 
 

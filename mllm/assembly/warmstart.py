@@ -101,7 +101,8 @@ def fit_projector(
     stage-one run `sail`. `images` are image data without captions (a folder, files, a pattern) that show where images lie. DataError if
     fewer than MIN_IMAGES images or MIN_TEXTS texts can be used, UsageError if the projector has no biases.
     """
-    table: Any = model.get_input_embeddings().weight.detach()  # type: ignore[union-attr]
+    embeddings: Any = model.get_input_embeddings()
+    table = embeddings.weight.detach()
     words = Words(processor.tokenizer, len(table))
     used, ids = captions(conversations, words, rows) if conversations is not None else ([], [])
     words.count(ids)
@@ -110,7 +111,8 @@ def fit_projector(
         count = _counted(texts, words, progress("texts read"))
         require_texts(count, texts.files, MIN_TEXTS)
     words.choose(most_words)
-    fields = model.config.by_projector(model.config.towers)[number][0]
+    fields: Any = model.config.by_projector(model.config.towers)[number][0]
+    grid = fields.sail_grid or fields.sail_patch_grid
     projector = _projector_of_words(model, number, fields, table[words.chosen.to(table.device)])
     captioned = _features(model, number, _captioned(conversations, used, processor), len(used), progress("images"))
     unlabelled = _features(model, number, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
@@ -132,7 +134,7 @@ def fit_projector(
         solved = fitting.solve()
         tokens = torch.cat([captioned.tokens, unlabelled.tokens])[:TOKEN_SAMPLE]
         write_scores(projector, solved, tokens)
-        write_places(projector, fields.sail_grid or fields.sail_patch_grid, words, table, tokens)
+        write_places(projector, grid, words, table, tokens)
     return Fit(
         captioned=len(captioned.places), unlabelled=len(unlabelled.places), rejected=len(used) - len(captioned.places),
         texts=moments.count if moments else 0, words=len(words.chosen), choice=solved.choice,
