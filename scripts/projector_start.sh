@@ -28,12 +28,13 @@ from align.model.saving import model_folder
 from mllm.assembly.language import load_llm
 from mllm.assembly.solve import Fitting, Moments
 from mllm.assembly.texts import Texts, TextSide, Words
+from mllm.assembly.warmstart import SHARPNESS
 
 set_up()
 out = Path(sys.argv[1])
 sail = SailModel.from_pretrained(model_folder(out / "train")).eval()
 language = load_llm("embedded:smollm2-135m", None, None)
-words = Words(language.tokenizer, language.base.get_input_embeddings().weight)
+table = language.base.get_input_embeddings().weight.detach()
 normed = lambda x: layer_norm(x, x.shape[-1:])
 
 
@@ -62,28 +63,43 @@ def pictures(part):
 
 rows = json.loads((out / "data/mllm/pretrain.json").read_text())
 scenes = blocks([Image.open(out / "data/mllm" / row["image"]).convert("RGB") for row in rows])
-captions = words.ids([row["conversations"][1]["value"] for row in rows])
-texts, side = Texts((str(out / "data/train/*.tar"),), ("short",)), TextSide(str(out / "train"), torch.device("cpu"))
-for batch in texts.batches():
-    words.count(words.ids(batch))
-words.count(captions)
-rarity = words.rarity()
-targets = words.targets(captions, rarity)
-moments = Moments(sail.config.width, targets.shape[1])
-for batch in texts.batches():
-    moments.add(normed(side.embed(batch)), words.targets(words.ids(batch), rarity))
+reader = Words(language.tokenizer, len(table))
+captions = reader.ids([row["conversations"][1]["value"] for row in rows])
+texts, side = list(Texts((str(out / "data/train/*.tar"),), ("short",)).batches()), TextSide(str(out / "train"), torch.device("cpu"))
+aligned = [(normed(side.embed(batch)), reader.ids(batch)) for batch in texts]
 tests = {part: pictures(part) for part in ("seen", "unseen")}
-tests = {part: (blocks(images), labels, words.targets(words.ids(names), rarity)) for part, (images, labels, names) in tests.items()}
+tests = {part: (blocks(images), labels, reader.ids(names)) for part, (images, labels, names) in tests.items()}
+said = [ids for _, batch in aligned for ids in batch]
 
 
-def named(solved, chosen):
+def spoken(ids, rarity):
+    """Return what names are in the LLM's word space: the mean embedding of their tokens, weighted by rarity (n, H)."""
+    shares = [rarity[one] + 1e-9 for one in ids]
+    return torch.stack([(table[one] * share[:, None]).sum(0) / share.sum() for one, share in zip(ids, shares, strict=True)]).double()
+
+
+def words_of(*sources):
+    words = Words(language.tokenizer, len(table))
+    for ids in sources:
+        words.count(ids)
+    words.choose(4096)
+    return words
+
+
+every = words_of(said, captions)
+rarity = (every.texts / every.counts.clamp(min=1)).log() * (every.counts > 0)
+center = spoken(said, rarity).mean(0)
+names = {part: normalize(spoken(ids, rarity) - center, dim=1).T for part, (_, _, ids) in tests.items()}
+
+
+def named(solved, words, chosen, sharpness):
     """Return per part the share named right by the mean of an image's tokens, and by the best single token."""
-    center, found = moments.target_mean, []
-    for features, labels, names in tests.values():
-        tokens = solved([features[block] for block in chosen]) - solved.offset
-        wanted = normalize(names.double() - center, dim=1).T
-        for scores in (normalize(tokens.mean(1), dim=1) @ wanted, (normalize(tokens, dim=2) @ wanted).amax(1)):
-            found.append(f"{float((scores.argmax(1) == labels).double().mean()):.1%}")
+    found = []
+    for part, (features, labels, _) in tests.items():
+        scores = solved([features[block] for block in chosen])
+        tokens = (scores * sharpness).softmax(-1) @ table[words.chosen].double() - center
+        for near in (normalize(tokens.mean(1), dim=1) @ names[part], (normalize(tokens, dim=2) @ names[part]).amax(1)):
+            found.append(f"{float((near.argmax(1) == labels).double().mean()):.1%}")
     return "seen {} ({}), never seen {} ({})".format(*found)
 
 
@@ -95,8 +111,18 @@ for seed in map(int, os.environ["SEEDS"].split()):
             if not count and 1 in chosen:
                 continue
             given = torch.cat([scenes[block].mean(1) for block in chosen], 1)
-            aligned = {"unlabelled": given[beside], "texts": moments} if 0 in chosen else {}
-            solved = Fitting([scenes[block].shape[2] for block in chosen], given[used], targets[used], seed=seed, **aligned).solve()
-            choice = solved.choice
-            print(f"seed {seed}, {count} captions, {arm}: {named(solved, chosen)}; texts {choice.text_weight:g}, ridges {choice.ridges}", flush=True)
+            own = [captions[place] for place in used.tolist()]
+            words, beside_texts = words_of(own), {}
+            if 0 in chosen:
+                words = words_of(own, said)
+                moments = Moments(sail.config.width, len(words.chosen))
+                for embedded, ids in aligned:
+                    moments.add(embedded, words.presence(ids))
+                beside_texts = {"unlabelled": given[beside], "texts": moments}
+            widths = [scenes[block].shape[2] for block in chosen]
+            solved = Fitting(widths, given[used], words.presence(own), words.shares, seed=seed, **beside_texts).solve()
+            sample = solved([scenes[block][beside[:256]] for block in chosen])
+            choice, sharpness = solved.choice, SHARPNESS / float(sample.std())
+            found = named(solved, words, chosen, sharpness)
+            print(f"seed {seed}, {count} captions, {arm}: {found}; texts {choice.text_weight:g}, ridges {choice.ridges}", flush=True)
 PY
