@@ -4,7 +4,7 @@
     accelerate launch mllm/finetune.py --stage instruct --model runs/mine/pretrain/model --data llava_v1_5_mix665k.json \
         --image-root data --output runs/mine/instruct
     torchrun --nproc_per_node 8 mllm/finetune.py --config mllm/recipes/llava_sail_l.yaml --stage instruct --deepspeed zero3
-    python mllm/finetune.py --config mllm/recipes/quickstart.yaml --stage pretrain --dry-run   # memory and time; trains nothing
+    python mllm/finetune.py --config mllm/recipes/quickstart.yaml --stage instruct --dry-run   # memory and time; trains nothing
 
 Writes to --output: model/ (opens anywhere), adapter/ (LoRA), checkpoint-N/, metrics.jsonl, speed.jsonl, tensorboard/,
 manifest.json, config.yaml. The same command resumes an interrupted run from the newest checkpoint that verifies. SIGTERM saves a

@@ -113,7 +113,7 @@ ARRIVALS = [
     ("encode", "max-length", 9, f"align.encoders.text.{TEXT}", "spec.max_length", ENCODERS),
     ("encode", "text-revision", "abc", f"align.encoders.text.{TEXT}", "spec.revision", ENCODERS),
     ("encode", "max-pixels", 99, "align.sources.gate.Limits", "max_pixels", ENCODERS),
-    ("encode", "job", "mine", "align.encode.encode", "name", PLANNED),
+    ("encode", "job", "mine", "align.encode.encode", "lease.job", PLANNED),
     ("encode", "precision", "bf16", f"align.encoders.vision.{VISION}", "spec.precision", {}),
     *[
         ("encode", flag, 3, "align.features.extract.Extraction", flag.replace("-", "_"), ENCODERS)

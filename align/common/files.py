@@ -9,12 +9,14 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from align.common.errors import DamagedError, DiskFullError, KitError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TEMPORARY = ".partial"  # suffix of files being written
 # libraries that write files themselves report a full disk in their own errors: safetensors, arrow, torch
@@ -52,9 +54,11 @@ def hash_bytes(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def hash64(texts: Iterable[str]) -> np.ndarray:
+def hash64(texts: Iterable[str]) -> "np.ndarray":
     """Return (n,) int64 hashes of strings: xxh3-64 of their UTF-8 bytes. Among a billion strings a collision has a chance of 3%."""
     hashes = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    import numpy as np  # here, as assets are fetched without it
+
     return np.fromiter(hashes, dtype=np.uint64).view(np.int64)
 
 

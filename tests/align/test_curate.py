@@ -308,4 +308,4 @@ def test_training_takes_exactly_the_chosen_pairs(world, straight, tmp_path):
     settings = ["--head", "linear", "--width", "4", "--batch-size", "10", "--steps", "2", "--precision", "fp32", "--lr", "0.001"]
     train(parse(TrainConfig, "train", [str(word) for word in [*wanted, *settings]]))
     launch = json.loads((tmp_path / "run" / "manifest.json").read_text())["launches"][-1]
-    assert launch["pairs"] == 20 and launch["keys"] == hash_file(chosen)
+    assert launch["pairs"] == 20 and launch["inputs"]["keys"] == hash_file(chosen)

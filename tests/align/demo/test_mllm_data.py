@@ -77,8 +77,9 @@ def test_instruction_rows_are_conversations_about_one_picture(mllm):
         turns = row["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert turns[0]["value"].startswith("<image>\n") and str(turns).count("<image>") == 1
-        assert turns[-2]["value"].removeprefix("<image>\n") == "Describe the picture."
         assert all(turn["value"] == turn["value"].lower() for turn in turns[1::2]), "short answers in lower case"
+    described = [row["conversations"][-2]["value"].removeprefix("<image>\n") == "Describe the picture." for row in rows]
+    assert all(described[::8]) and sum(described) < len(rows) / 4
     assert max(len(row["conversations"]) for row in rows) >= 8
 
 

@@ -157,6 +157,7 @@ def test_another_encoder_under_the_same_name_is_refused(encoders, saved, tmp_pat
         other = save(tmp_path / "other", "dinov2", hidden_size=48) if side == "vision" else save_bert(tmp_path / "bert", pooling="cls")[0]
         config[side]["name"] = str(other)
         (folder / "config.json").write_text(json.dumps(config))
+        (folder / "COMMIT.json").unlink()
         with pytest.raises(FingerprintError, match="weights|pooling"):
             getattr(SailModel.from_pretrained(folder), f"{side}_encoder")
 
@@ -241,6 +242,7 @@ def test_a_token_model_is_saved_strictly_and_works_in_a_pipeline(saved_tokens, p
     assert "logit_bias" not in weights
     del weights["vision_head.cls.up.weight"]
     save_file(weights, tmp_path / "again/model.safetensors", {"format": "pt"})
+    (tmp_path / "again/COMMIT.json").unlink()
     with pytest.raises(DamagedError, match="vision_head.cls.up.weight"):
         SailModel.from_pretrained(tmp_path / "again")
 
@@ -249,7 +251,7 @@ def test_what_evaluation_keeps_of_a_token_model_is_the_heads_output(encoders, sa
     photo.save(tmp_path / "photo.png")
     rows = [{"key": f"k{n}", "image": "photo.png", "captions": [label]} for n, label in enumerate(LABELS)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = load_task(Task(id="mine", kind="retrieval", layout="jsonl", path=".", data="task.jsonl"), tmp_path)
+    data = load_task(Task(id="mine", kind="retrieval", layout="jsonl", path=".", data="task.jsonl", group="none"), tmp_path)
     cache, model = FeatureCache(tmp_path / "cache", workers=0), SailModel.from_pretrained(saved_tokens)
     kept, images = cache.images(data, SailDualEncoder(model))
     texts = cache.texts(LABELS, SailDualEncoder(model))

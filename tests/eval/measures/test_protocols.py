@@ -154,9 +154,10 @@ def openers(folder, kind, monkeypatch):
 @pytest.mark.parametrize("kind", ["sail", "hf", "openclip"])
 def test_every_encoder_sees_pixels_of_its_own_mean_and_deviation(tmp_path, kind, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)  # of the encoders' size: nothing is resized
-    (tmp_path / "noise" / "all").mkdir(parents=True)
     for number, values_of in enumerate(pixels):
-        Image.fromarray(values_of).save(tmp_path / "noise" / "all" / f"{number}.png")
+        folder = tmp_path / "noise" / ("loud" if number < 2 else "quiet")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values_of).save(folder / f"{number}.png")
     data = load_task(Task("noise", "classification", "folder", "noise"), tmp_path)
     models = openers(tmp_path, kind, monkeypatch)
     cache = FeatureCache(tmp_path / "cache", workers=0)  # one for both: features of one preparation are not taken for the other's

@@ -226,6 +226,7 @@ def test_an_encoder_that_changed_since_training_is_refused(parts, tmp_path):
     config = json.loads(path.read_text())
     config["vision"]["name"] = str(tiny_vision(tmp_path / "other", "dinov2_with_registers"))
     path.write_text(json.dumps(config))
+    path.with_name("COMMIT.json").unlink()
     with pytest.raises(FingerprintError, match="weights"):
         assemble(llm=str(parts / "llama"), sail=(str(tmp_path / "run"),))
 

@@ -314,15 +314,15 @@ def test_own_names_and_templates_in_the_data_sets_folder_win_and_need_no_package
 
 def test_clip_benchmarks_tars_stand_in_for_an_official_folder(tmp_path):
     folder = tmp_path / "wds_vtab-pets"
-    write_tar(folder / "test/0.tar", [("s0.jpg", jpeg(0)), ("s0.cls", b"1")])
+    write_tar(folder / "test/0.tar", [("s0.jpg", jpeg(0)), ("s0.cls", b"1"), ("s1.jpg", jpeg(1)), ("s1.cls", b"0")])
     text(folder / "classnames.txt", "cat", "dog")
     text(folder / "zeroshot_classification_templates.txt", "a photo of a {c}, a type of pet.")
     data = load_task(TASKS["pets"], tmp_path)
-    assert (data.keys, data.class_names, data.labels.tolist()) == (("s0",), ("cat", "dog"), [1])
+    assert (data.keys, data.class_names, data.labels.tolist()) == (("s0", "s1"), ("cat", "dog"), [1, 0])
     assert data.task.id == "pets" and "tars in wds_vtab-pets" in data.task.note
     assert prompt_set(data.task.templates, data.class_names, data.folder).id.startswith("templates:")
     imagenet = tmp_path / "wds_imagenet1k"
-    write_tar(imagenet / "test/0.tar", [("s0.jpg", jpeg(0)), ("s0.cls", b"1")])
+    write_tar(imagenet / "test/0.tar", [("s0.jpg", jpeg(0)), ("s0.cls", b"1"), ("s1.jpg", jpeg(1)), ("s1.cls", b"0")])
     text(imagenet / "classnames.txt", "cat", "dog")
     text(imagenet / "zeroshot_classification_templates.txt", *reversed(TEMPLATES["imagenet80"]))
     assert load_task(TASKS["imagenet1k"], tmp_path).task.templates == "imagenet80", "the published 80, in whatever order"
