@@ -112,9 +112,8 @@ for seed in map(int, os.environ["SEEDS"].split()):
                 continue
             given = torch.cat([scenes[block].mean(1) for block in chosen], 1)
             own = [captions[place] for place in used.tolist()]
-            words, beside_texts = words_of(own), {}
+            words, beside_texts = words_of(own, said if 0 in chosen else []), {}
             if 0 in chosen:
-                words = words_of(own, said)
                 moments = Moments(sail.config.width, len(words.chosen))
                 for embedded, ids in aligned:
                     moments.add(embedded, words.presence(ids))
