@@ -156,8 +156,8 @@ def _timm(model: Any) -> Backbone:
             f"timm architecture {model.config.architecture!r} is neither a ViT (blocks, then norm) nor a CNN; "
             "choose another architecture, or one that transformers has itself"
         )
-    has_cls, prefix, fixed = timm_model.cls_token is not None, timm_model.num_prefix_tokens, not _take_any_size(timm_model)
-    options: dict[str, Any] = {"has_cls": has_cls, "prefix": prefix, "fixed": fixed}
+    has_cls = getattr(timm_model, "cls_token", None) is not None
+    options: dict[str, Any] = {"has_cls": has_cls, "prefix": timm_model.num_prefix_tokens, "fixed": not _take_any_size(timm_model)}
     return BlockBackbone(model, "timm_model.blocks", "timm_model.norm", **options, arguments=lambda model, pixels: {"do_pooling": False})
 
 
