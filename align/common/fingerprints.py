@@ -9,8 +9,7 @@ from align.common.files import hash_bytes
 
 def compare_fingerprints(given: dict[str, Any], stored: dict[str, Any], place: str) -> None:
     """Raise FingerprintError, naming each field that differs, unless the fingerprints are equal."""
-    differing = [name for name in sorted(given.keys() | stored.keys()) if given.get(name) != stored.get(name)]
-    if differing:
+    if differing := _differing(given, stored):
         lines = "; ".join(f"{name}: {stored.get(name)!r} there, {given.get(name)!r} asked for" for name in differing)
         raise FingerprintError(f"{place} was made differently ({lines}). Use the same settings or another folder.")
 
@@ -21,13 +20,16 @@ def compare_inputs(given: dict[str, Any], stored: dict[str, Any] | None, checkpo
     Inputs are hashes of what files and folders hold, by field of the config: a path says nothing about them.
     """
     stored = given if stored is None else stored
-    differing = [name for name in sorted(given.keys() | stored.keys()) if given.get(name) != stored.get(name)]
-    if differing:
+    if differing := _differing(given, stored):
         lines = "; ".join(f"{name}: {stored.get(name)} there, {given.get(name)} now" for name in differing)
         raise FingerprintError(
             f"{checkpoint} was trained on other inputs ({lines}). The files changed under the same path: restore them, "
             "or give another --output to train anew."
         )
+
+
+def _differing(given: dict[str, Any], stored: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(given.keys() | stored.keys()) if given.get(name) != stored.get(name)]
 
 
 def without_name(fingerprint: dict[str, Any]) -> dict[str, Any]:

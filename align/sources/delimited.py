@@ -10,11 +10,9 @@ import numpy as np
 
 from align.common.errors import DataError
 from align.common.reject_codes import Reject
-from align.sources.row import IMAGE_SUFFIXES, Scan
+from align.sources.row import IMAGE_ENDINGS, Scan
 from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, text_start
 from align.sources.tables import TableReader
-
-_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 class Record(NamedTuple):
@@ -71,7 +69,7 @@ def _swallowed(cells: list[str]) -> str:
         if "\n" in cell:
             for piece in cell.replace("\n", ",").split(","):
                 path = piece.strip(' \r"')
-                if path.lower().endswith(_ENDINGS) and (" " not in path or "/" in path):
+                if path.lower().endswith(IMAGE_ENDINGS) and (" " not in path or "/" in path):
                     return path
     return ""
 

@@ -9,11 +9,11 @@ import pyarrow.compute as pc
 
 from align.common.reject_codes import Reject
 from align.sources.gate import gate_key
-from align.sources.row import ALONE, IMAGE_SUFFIXES, Row, ShardReader, text_captions
+from align.sources.row import ALONE, IMAGE_ENDINGS, Row, ShardReader, text_captions
 from align.sources.safe_files import MAX_ROW_BYTES, read_below
 from align.sources.samples import ShardSamples
 
-_IMAGE_SUFFIXES = tuple(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)
+_ENDINGS = tuple(ending.encode() for ending in IMAGE_ENDINGS)  # names are bytes here
 
 
 def list_images(folder: str) -> pa.ChunkedArray:
@@ -29,7 +29,7 @@ def list_images(folder: str) -> pa.ChunkedArray:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(path)
-                elif entry.name.lower().endswith(_IMAGE_SUFFIXES):
+                elif entry.name.lower().endswith(_ENDINGS):
                     batch.append(path)
                     if len(batch) == 1 << 16:  # Python strings take five times the memory
                         chunks.append(pa.array(batch, pa.large_binary()))

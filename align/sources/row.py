@@ -22,6 +22,7 @@ from align.sources.samples import Place, ShardSamples
 
 HEAD_ROWS = 100  # rows that decide which columns a JSONL file or an archive has
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)  # of file names in lower case
 
 
 ALONE = ShardSamples()  # every row is a sample

@@ -85,15 +85,15 @@ class Shards:
         parts = [identities(self.open(shard).names(images)) for shard in range(len(self.files))]
         return Identities(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def where(self, row: int) -> tuple[int, int]:
-        """Return the shard of a row, and its number in it."""
+    def where(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shards of rows (n,), and their numbers in them."""
         starts = np.cumsum([0, *self.lengths])
-        shard = int(np.searchsorted(starts, row, side="right")) - 1
-        return shard, row - int(starts[shard])
+        shard = np.searchsorted(starts, rows, side="right") - 1
+        return shard, rows - starts[shard]
 
     def said(self, row: int) -> str:
         """Return a row's place for people, counted from 1."""
-        shard, local = self.where(row)
+        shard, local = (int(place) for place in self.where(np.array(row)))
         return f"row {self.starts[shard] + local + 1} of {self.files[shard]}"
 
 
@@ -129,11 +129,9 @@ def _first_rows(ids: np.ndarray) -> np.ndarray:
 
 
 def _table(shards: Shards, apart: np.ndarray, first: np.ndarray, same: np.ndarray) -> pa.Table:
-    starts = np.cumsum([0, *shards.lengths])
     places = {}
     for name, rows in (("", apart), ("first_", first)):
-        places[f"{name}shard"] = np.searchsorted(starts, rows, side="right") - 1
-        places[f"{name}row"] = rows - starts[places[f"{name}shard"]]
+        places[f"{name}shard"], places[f"{name}row"] = shards.where(rows)
     shard, row = (np.where(same, places[name], places[f"first_{name}"]) for name in ("shard", "row"))
     offsets = np.zeros(len(apart), dtype=np.int64)
     for number in np.unique(shard[same]).tolist():
@@ -148,7 +146,7 @@ def _refuse_collisions(shards: Shards, pairs: Sequence[tuple[int, int]]) -> None
     """Raise DataError if there are pairs of rows with one key that lie in two files."""
     if pairs:
         row, first = pairs[0]
-        shard, local = shards.where(row)
+        shard, local = (int(place) for place in shards.where(np.array(row)))
         key = list(shards.open(shard).names(False))[local][0]
         raise DataError(
             f"{len(pairs)} keys stand in two files, for example {key!r}: {shards.said(first)} and {shards.said(row)}. Rows are paired by "

@@ -21,7 +21,7 @@ from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard, plan
 from align.sources.samples import Group
-from eval.tasks.labels import class_labels, class_remarks, refuse_lost_classes
+from eval.tasks.labels import checked_classes, class_labels
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS, read_official
 from eval.tasks.prompts import TEMPLATES, read_lines, read_templates
@@ -132,8 +132,7 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
     if task.kind == "classification":
         labels, names = class_labels(task, names, values)
         if task.layout not in READERS:
-            refuse_lost_classes(task, place, [row.lost for row in rows if row.value is None], values, labels, names)
-            said = class_remarks(task, place, labels, names)
+            said = checked_classes(task, place, [row.lost for row in rows if row.value is None], values, labels, names)
     else:
         captions, names = values, ()
     captions_each = [len(texts) for texts in captions]

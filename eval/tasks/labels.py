@@ -11,7 +11,7 @@ import numpy as np
 
 from align.common.errors import DataError
 from align.common.recipes_yaml import nearest
-from align.sources.row import IMAGE_SUFFIXES
+from align.sources.row import IMAGE_ENDINGS, IMAGE_SUFFIXES
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.task import Task
 
@@ -48,19 +48,20 @@ def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) ->
     return numbers, tuple(name if tab else label for label, tab, name in pairs)
 
 
-def refuse_lost_classes(
+def checked_classes(
     task: Task, place: Path, lost: Sequence[Any], values: Sequence[Any], labels: np.ndarray, names: Sequence[str]
-) -> None:
-    """Raise DataError if all images have one class, or if a class has images but none that can be used: chance would rise silently.
+) -> list[str]:
+    """Return what the user should know: the names in use, names without images, names that are ids, and files that are not read.
 
-    `lost` are the labels of rejected rows, `values` and `labels` (N,) those of usable ones.
+    `lost` are the labels of rejected rows, `values` and `labels` (N,) those of usable ones. Raise DataError if all images have one class,
+    or if a class has images but none that can be used: chance would rise silently.
     """
     if len(np.unique(labels)) < 2:
         deeper = ". A class is the folder an image lies in: class/1.jpg, not class/images/1.jpg" if task.layout == "folder" else ""
         raise DataError(f"task {task.id!r}: all {len(labels)} images have the class {names[labels[0]]!r}, so any answer is right{deeper}")
     usable = set(map(str, values))
     gone = Counter(str(value) for value in lost if value is not None and str(value) not in usable)
-    empty = _unread(place)[0] if task.layout == "folder" else {}
+    empty, unread = _unread(place) if task.layout == "folder" else ({}, Counter[str]())
     if gone or empty:
         without = [f"{name} ({count} rejected)" for name, count in gone.items()]
         without += [f"{name} ({_counted(counts) or 'empty'})" for name, counts in empty.items()]
@@ -68,33 +69,29 @@ def refuse_lost_classes(
             f"task {task.id!r}: classes without a usable image: {_listed(without)}. Without them the others are easier to tell apart: "
             f"convert their files ({', '.join(IMAGE_SUFFIXES)} are read), or remove them from the data"
         )
-
-
-def class_remarks(task: Task, place: Path, labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Return what the user should know: the names in use, names without images, names that are ids, and files that are not read."""
     used = len(np.unique(labels))
     said = [f"{used} classes in use: {_listed([names[number] for number in np.unique(labels)])}"]
     if used < len(names):
         said.append(f"{len(names) - used} of {len(names)} class names have no image")
     if ids := [name for name in names if _ID.fullmatch(name)]:
         said.append(f"{len(ids)} class names are ids, not words: {_listed(ids)}. Give `classes`, a file of `id<TAB>name` lines")
-    if task.layout == "folder" and (unread := _unread(place)[1]):
+    if unread:
         said.append(f"files that are not read: {_counted(unread)}")
     return said
 
 
 def _unread(place: Path) -> tuple[dict[str, Counter[str]], Counter[str]]:
     """Return the folders below `place` without an image that is read, with their files by suffix; and all such files by suffix."""
-    images = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
     empty, others = dict[str, Counter[str]](), Counter[str]()
     for folder, inside, files in os.walk(place):
         inside[:] = [name for name in inside if not name.startswith(".")]
         seen = [name for name in files if not name.startswith(".")]
-        rest = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in seen if not name.lower().endswith((*images, ".txt")))
+        others_here = [name for name in seen if not name.lower().endswith((*IMAGE_ENDINGS, ".txt"))]
+        rest = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in others_here)
         if Path(folder) == place:  # task files, lists and read-mes lie here
             continue
         others += rest
-        if not inside and not any(name.lower().endswith(images) for name in seen):
+        if not inside and not any(name.lower().endswith(IMAGE_ENDINGS) for name in seen):
             empty[os.path.relpath(folder, place)] = rest
     return empty, others
 

@@ -9,6 +9,7 @@ by cross-validation on the captioned images. Shapes: `n` rows, `E` head width, `
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ class Fitting:
         solved = torch.cholesky_solve(cross, _factor(gram, choice, self.widths)).split(self.widths)
         return WordMap(list(mean.split(self.widths)), [change @ weight for change, weight in zip(changes, solved, strict=True)], choice)
 
-    @property
+    @cached_property
     def _center(self) -> Tensor:
         """How often each word is said of an image (V)."""
         if len(self.said) >= LEAST_JUDGED or self.texts is None:
@@ -139,17 +140,29 @@ class Fitting:
         """Return the standardized words (n, V) float64 of some captions."""
         return (self.said[numbers].double() - self._center) / self._scale
 
-    @property
+    @cached_property
     def _scale(self) -> Tensor:
+        """The standard deviation of each word's presence (V)."""
         shares = self.shares.double()
         return (shares * (1 - shares)).sqrt()
+
+    @cached_property
+    def _text_products(self) -> tuple[Tensor, Tensor]:
+        """Gram (E, E) and cross products (E, V) of the texts around their means."""
+        assert self.texts is not None
+        return self.texts.centered()
+
+    @cached_property
+    def _judged_captions(self) -> Tensor:
+        """The captions that held-out images are judged among, at most MOST_JUDGED, of length 1 (n, V) float32."""
+        return functional.normalize(self.targets(torch.arange(min(len(self.said), MOST_JUDGED))).float(), dim=1)
 
     def _coordinates(self, seen: Tensor) -> list[Tensor]:
         """Return, for each block, the matrix that centered image rows are multiplied by before the regression."""
         changes = []
         for number, block in enumerate(seen.split(self.widths, 1)):
             if number == 0 and self.texts is not None:
-                texts = self.texts.centered()[0] / self.texts.count
+                texts = self._text_products[0] / self.texts.count
                 changes.append(_power(block.T @ block / len(block), -0.5) @ _power(texts, 0.5))
             else:
                 spread = block.square().mean(0).sqrt()
@@ -169,7 +182,7 @@ class Fitting:
         if self.texts is None:
             return gram, cross
         gram, cross = gram.clone(), cross.clone()
-        text_gram, text_cross = self.texts.centered()
+        text_gram, text_cross = self._text_products
         share = (choice.text_weight if len(self.images) else 1.0) / self.texts.count
         gram[: self.widths[0], : self.widths[0]] += share * text_gram
         cross[: self.widths[0]] += share * text_cross / self._scale
@@ -197,7 +210,7 @@ class Fitting:
         return best
 
     def _candidates(self, start: Choice) -> Iterator[tuple[str | int, float]]:
-        """Yield the settings to try: each block's ridge, the last block's first, and the texts' weight before and after."""
+        """Yield the settings to try: the texts' weight, then each block's ridge, the last block's first."""
         if self.texts is not None:
             yield from (("texts", weight) for weight in TEXT_WEIGHTS[1:])
         for block in reversed(range(len(start.ridges))):
@@ -213,11 +226,10 @@ class Fitting:
 
     def _judged(self, choice: Choice, rows: Tensor, folds: list[tuple[Tensor, Tensor, Tensor]]) -> Choice:
         """Return the choice with its score: how high each held-out image finds its own caption among (MOST_JUDGED of) all."""
-        judged = torch.arange(min(len(rows), MOST_JUDGED))
-        candidates = functional.normalize(self.targets(judged).float(), dim=1)
-        ranks = torch.zeros(len(judged), dtype=torch.float64)
+        candidates = self._judged_captions
+        ranks = torch.zeros(len(candidates), dtype=torch.float64)
         for numbers, own_gram, own_cross in folds:
-            held = numbers[numbers < len(judged)]
+            held = numbers[numbers < len(candidates)]
             gram, cross = self._with_texts(own_gram, own_cross, choice)
             # (held, D) times the inverse first: fewer columns to solve for than words
             inverse = torch.cholesky_solve(rows[held].T, _factor(gram, choice, self.widths)).T

@@ -10,6 +10,7 @@ visual tokens, `D` width given to the projector (`E` of the head, `F` raw), `V` 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from mllm.conversations.messages import texts_of
 from mllm.conversations.table import Conversations
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
-from mllm.model.towers import SailProjector, count_tokens
+from mllm.model.towers import SailProjector, token_grid
 
 BATCH = 32  # images a forward pass
 MIN_IMAGES = 50  # captioned ones without texts, unlabelled ones without captions
@@ -112,7 +113,6 @@ def fit_projector(
         require_texts(count, texts.files, MIN_TEXTS)
     words.choose(most_words)
     fields: Any = model.config.by_projector(model.config.towers)[number][0]
-    grid = fields.sail_grid or fields.sail_patch_grid
     projector = _projector_of_words(model, number, fields, table[words.chosen.to(table.device)])
     captioned = _features(model, number, _captioned(conversations, used, processor), len(used), progress("images"))
     unlabelled = _features(model, number, _unlabelled(images, processor), MOST_UNLABELLED, progress("unlabelled images"))
@@ -134,7 +134,7 @@ def fit_projector(
         solved = fitting.solve()
         tokens = torch.cat([captioned.tokens, unlabelled.tokens])[:TOKEN_SAMPLE]
         write_scores(projector, solved, tokens)
-        write_places(projector, grid, words, table, tokens)
+        write_places(projector, token_grid(fields), words, table, tokens)
     return Fit(
         captioned=len(captioned.places), unlabelled=len(unlabelled.places), rejected=len(used) - len(captioned.places),
         texts=moments.count if moments else 0, words=len(words.chosen), choice=solved.choice,
@@ -147,7 +147,7 @@ def _projector_of_words(model: Any, number: int, fields: Any, embeddings: Tensor
     if old.linear_1.bias is None:
         raise UsageError("a solved projector needs biases (multimodal_projector_bias in the config)")
     fields.sail_words, fields.sail_positions = len(embeddings), True
-    new = SailProjector(old.widths, embeddings.shape[1], "gelu", bias=True, words=len(embeddings), positions=count_tokens(fields))
+    new = SailProjector(old.widths, embeddings.shape[1], "gelu", bias=True, words=len(embeddings), positions=prod(token_grid(fields)))
     new = new.to(old.linear_1.weight)
     with torch.no_grad():
         new.linear_2.weight.copy_(embeddings.T)

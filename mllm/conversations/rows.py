@@ -18,62 +18,16 @@ MAX_TEXT_CHARS = 2_000_000  # of one conversation
 TURN_KEYS, IMAGE_KEYS, SYSTEM_KEYS = ("conversations", "messages", "texts"), ("image", "images"), ("system", "system_prompt")
 LEARNED_KEYS = ("loss", "weight", "train")  # of an answer: whether it is learned
 # Keys that describe a row and change nothing of what it teaches. Any other key is read or rejects the row.
-DESCRIPTION = frozenset(
-    {
-        *("id", "idx", "index", "key", "uid", "uuid", "hash", "md5", "sha256", "__key__", "__url__"),
-        *(
-            "source",
-            "source_file",
-            "sources",
-            "data_source",
-            "dataset",
-            "dataset_name",
-            "origin",
-            "url",
-            "license",
-            "split",
-            "image_source",
-            "text_source",
-        ),
-        *(
-            "category",
-            "categories",
-            "subset",
-            "domain",
-            "topic",
-            "type",
-            "task",
-            "task_type",
-            "task_name",
-            "tag",
-            "tags",
-            "lang",
-            "language",
-            "meta",
-            "metadata",
-        ),
-        *("model", "model_name", "generator", "created", "created_at", "date", "timestamp", "score", "scores", "quality", "rating"),
-        *(
-            "length",
-            "lengths",
-            "num_tokens",
-            "num_turns",
-            "width",
-            "height",
-            "widths",
-            "heights",
-            "width_list",
-            "height_list",
-            "image_width",
-            "image_height",
-            "image_size",
-            "image_sizes",
-        ),
-        *("original_width", "original_height", "resolution", "aspect_ratio", "file_name", "filename", "image_name"),
-        *("formatting_ratings", "relevance_ratings", "visual_dependency_ratings", "image_correspondence_ratings"),
-        *("formatting_min", "relevance_min", "visual_dependency_min", "image_correspondence_min", "comment", "comments", "note", "notes"),
-    }
-)
+_DESCRIPTION = """
+id idx index key uid uuid hash md5 sha256 __key__ __url__ source source_file sources data_source dataset dataset_name origin url
+license split image_source text_source category categories subset domain topic type task task_type task_name tag tags lang
+language meta metadata model model_name generator created created_at date timestamp score scores quality rating length lengths
+num_tokens num_turns width height widths heights width_list height_list image_width image_height image_size image_sizes
+original_width original_height resolution aspect_ratio file_name filename image_name formatting_ratings relevance_ratings
+visual_dependency_ratings image_correspondence_ratings formatting_min relevance_min visual_dependency_min image_correspondence_min
+comment comments note notes
+"""
+DESCRIPTION = frozenset(_DESCRIPTION.split())
 _NO_IMAGE = ("", "none", "null", "nan", "na", "n/a")
 
 

@@ -12,6 +12,7 @@ copied into every saved model, so it imports only what the copy has.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from align.common.errors import UsageError
 from align.model.strict_loading import StrictModel
-from mllm.model.towers import SailProjector, Tower, block_widths, count_tokens
+from mllm.model.towers import SailProjector, Tower, block_widths, token_grid
 
 HEAD_STATES = ("none", "random", "trained")
 FEATURES = ("cls_patch", "patch")
@@ -91,7 +92,7 @@ class SailLlavaConfig(LlavaConfig):
         """Return N, the number of visual tokens per image."""
         if any(tower.sail_patch_grid is None for tower in self.towers):
             raise UsageError("this config has no sail_patch_grid; make a model with mllm/upgrade.py")
-        grids = self.by_projector([tuple(tower.sail_grid or tower.sail_patch_grid or ()) for tower in self.towers])
+        grids = self.by_projector([token_grid(tower) for tower in self.towers])
         for shared in grids:
             if len(set(shared)) > 1:
                 raise UsageError(f"towers joined by channel have the grids {shared}; give each the same sail_grid")
@@ -134,7 +135,7 @@ class SailLlavaModel(LlavaModel):
                 config.projector_hidden_act,
                 config.multimodal_projector_bias,
                 words=group[0].sail_words,
-                positions=count_tokens(group[0]) if group[0].sail_positions else 0,
+                positions=prod(token_grid(group[0])) if group[0].sail_positions else 0,
             )
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.freeze_unread()

@@ -91,10 +91,10 @@ def block_widths(fields: Any) -> list[int]:
     return [first, fields.sail_feature_width] if fields.sail_raw else [first]
 
 
-def count_tokens(fields: Any) -> int:
-    """Return the number of a tower's visual tokens."""
+def token_grid(fields: Any) -> tuple[int, int]:
+    """Return (rows, columns) of a tower's visual tokens."""
     rows, columns = fields.sail_grid or fields.sail_patch_grid
-    return int(rows * columns)
+    return rows, columns
 
 
 class SailProjector(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration
 
 from align.common.commandline import parse
 from align.common.errors import UsageError
@@ -22,28 +22,10 @@ from mllm.loop.config import FinetuneConfig
 from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.modeling import SailLlavaConfig
 from mllm.model.saving import load_mllm, save_mllm
-from tests.support.tiny_encoders import VIT, shake
-from tests.support.tiny_mllm import SIZE, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
+from tests.support.tiny_mllm import SIZE, tiny_llava, tiny_llm, tiny_sail, tiny_vision
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is there?"}]}]
 WAYS = ["channel", "sequence", "kept channel", "kept sequence"]
-
-
-def stock_llava(folder, **fields):
-    """A stock LLaVA: CLIP tower (layer -2, without its CLS token), llama, processor."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    text = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=448,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3, max_position_embeddings=512,
-    )  # fmt: skip
-    index = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**VIT), text_config=text, image_token_index=index, image_seq_length=9, **fields)
-    torch.manual_seed(0)
-    shake(LlavaForConditionalGeneration(config)).to(torch.bfloat16).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    LlavaProcessor(images, tokenizer, patch_size=14).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +33,7 @@ def parts(tmp_path_factory):
     """Folders: an LLM, a LLaVA, a ViT (3 x 3 patches) and a CNN (2 x 2) with a stage-one run each, pictures and conversations."""
     folder = tmp_path_factory.mktemp("parts")
     tiny_llm(folder / "llm")
-    stock_llava(folder / "llava")
+    tiny_llava(folder / "llava")
     for name, kind in (("vit", "dinov2"), ("cnn", "timm_cnn")):
         tiny_sail(folder / f"{name}-run", tiny_vision(folder / name, kind), width=24 if name == "vit" else 16)
     rows, random = [], np.random.default_rng(0)
@@ -266,6 +248,6 @@ def test_what_cannot_be_joined_is_refused(fields, message):
 
 @pytest.mark.parametrize("fields", [{"vision_feature_layer": [-2, -1]}, {"vision_feature_select_strategy": "full"}])
 def test_a_tower_that_is_read_in_another_way_cannot_be_kept(parts, tmp_path, fields):
-    config = flags(parts, "kept sequence", llava=stock_llava(tmp_path / "llava", **fields))
+    config = flags(parts, "kept sequence", llava=str(tiny_llava(tmp_path / "llava", **fields)))
     with pytest.raises(UsageError, match="leave --keep-tower out"):
         upgrade.assembled(config)

@@ -114,8 +114,11 @@ def tiny_llm(folder: Path, kind: str = "llama", tie: bool = False, rows: int | N
     return folder
 
 
-def tiny_llava(folder: Path, template: str | None = None) -> Path:
-    """Return a folder with a stock LLaVA checkpoint: CLIP tower, llama in bf16, and a processor with the chat template."""
+def tiny_llava(folder: Path, template: str | None = None, **fields: Any) -> Path:
+    """Return a folder with a stock LLaVA checkpoint: CLIP tower, llama in bf16, and a processor with the chat template.
+
+    `fields` are LlavaConfig's; the tower is read as by default, at layer -2 without its CLS token.
+    """
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     text = LlamaConfig(
@@ -123,7 +126,7 @@ def tiny_llava(folder: Path, template: str | None = None) -> Path:
         bos_token_id=1, eos_token_id=2, pad_token_id=3, max_position_embeddings=512,
     )  # fmt: skip
     index = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**VIT), text_config=text, image_token_index=index, image_seq_length=9)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**VIT), text_config=text, image_token_index=index, image_seq_length=9, **fields)
     torch.manual_seed(0)
     shake(LlavaForConditionalGeneration(config)).to(torch.bfloat16).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})

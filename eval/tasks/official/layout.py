@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from align.common.errors import DataError, UsageError
 from align.common.recipes_yaml import nearest
-from align.sources.row import IMAGE_SUFFIXES
+from align.sources.row import IMAGE_ENDINGS
 from eval.tasks.prompts import read_lines
 
 ManifestRow = dict[str, Any]
@@ -115,7 +115,7 @@ def images_of_folders(place: Path, below: str, labels: Mapping[str, int]) -> Ite
     """Yield the rows of the images in each class folder of `place`, by class and name. Their paths begin with `below`."""
     for folder, label in labels.items():
         for name in sorted(os.listdir(place / folder)):
-            if name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
+            if name.lower().endswith(IMAGE_ENDINGS):
                 yield image_row(f"{folder}/{name}", below, label)
 
 

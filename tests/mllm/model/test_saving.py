@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from mllm.model import saving
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 from mllm.model.saving import CODE, load_mllm, portable_source, save_mllm
+from tests.support.flipped_bits import refuses_every_flipped_bit
 from tests.support.tiny_mllm import tiny_model
 
 QUESTION = "USER: <image>\nWhat is left of the dog? ASSISTANT:"
@@ -209,17 +209,4 @@ def test_folders_of_something_else_are_left_alone(saved, tmp_path):
 
 def test_a_flipped_bit_in_any_file_of_the_folder_never_loads(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "m")
-    draw = random.Random(0)
-    files = sorted(path for path in (tmp_path / "m").rglob("*") if path.is_file())
-    assert "COMMIT.json" in [path.name for path in files]
-    for path in [*files, *draw.choices(files, k=20)]:
-        good = path.read_bytes()
-        bad = bytearray(good)
-        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
-        path.write_bytes(bad)
-        with pytest.raises(DamagedError):
-            load_mllm(tmp_path / "m")
-        path.write_bytes(good)
-    load_mllm(tmp_path / "m")
-    (tmp_path / "m/COMMIT.json").unlink()  # changed on purpose, or of an older version
-    load_mllm(tmp_path / "m")
+    refuses_every_flipped_bit(tmp_path / "m", load_mllm)
