@@ -16,6 +16,7 @@ from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.task import Task
 
 _SHOWN = 8  # names in a message
+_DIGITS = 40  # of a class number
 _ID = re.compile(r"n\d{8}|\d+")  # a synset id or a number: no name
 
 
@@ -25,17 +26,16 @@ def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) ->
         values = [str(value) for value in values]
     elif (lines or task.layout != "folder") and not set(map(str, values)) <= set(lines):
         numbered = all(isinstance(value, str) and value.isdecimal() for value in values)  # class numbers in a text file
-        values = [int(value) for value in values] if numbered else values
+        values = [_number(task, value) for value in values] if numbered else values
     if any(numeric := [isinstance(value, int) for value in values]):
         if not all(numeric):
             raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
         if not lines:
             raise DataError(f"task {task.id!r}: labels are numbers, so it needs `classes`, a file with the names of class 0, 1, ...")
-        numbers = np.array(values, dtype=np.int64)
-        if not 0 <= numbers.min() <= numbers.max() < len(lines):
-            found = f"labels from {numbers.min()} to {numbers.max()}"
+        if not 0 <= min(values) <= max(values) < len(lines):  # before numpy, whose numbers have 64 bits
+            found = f"labels from {min(values)} to {max(values)}"
             raise DataError(f"task {task.id!r}: {found}, but {task.classes or OWN_NAMES} names classes 0 to {len(lines) - 1}")
-        return numbers, lines
+        return np.array(values, dtype=np.int64), lines
     found_labels = sorted({str(value) for value in values})
     pairs = [line.partition("\t") for line in lines] or [(label, "\t", label.replace("_", " ")) for label in found_labels]
     known = {label: number for number, (label, _, _) in enumerate(pairs)}
@@ -46,6 +46,13 @@ def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) ->
             raise DataError(f"task {task.id!r}: label {value!r} is not in {task.classes}; {nearest(str(value), sorted(known))}")
     numbers = np.array([known[str(value)] for value in values], dtype=np.int64)
     return numbers, tuple(name if tab else label for label, tab, name in pairs)
+
+
+def _number(task: Task, text: str) -> int:
+    """Return a class number written in decimal digits."""
+    if len(text) > _DIGITS:
+        raise DataError(f"task {task.id!r}: the label {text[:_DIGITS]}... has {len(text)} digits; class numbers count from 0")
+    return int(text)
 
 
 def checked_classes(

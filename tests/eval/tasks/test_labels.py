@@ -1,5 +1,7 @@
 """Classes are not taken on trust: one class, lost classes and numbers without names are refused; ids and unread files are named."""
 
+import json
+
 import pytest
 
 from align.common.errors import DataError
@@ -60,6 +62,22 @@ def test_class_numbers_in_a_csv_are_indices_of_the_names(tmp_path):
 def test_class_numbers_without_names_are_refused(tmp_path):
     with pytest.raises(DataError, match="labels are numbers, so it needs `classes`"):
         load_task(table(tmp_path, [0, 1]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [(2**64, f"labels from 0 to {2**64}, but names.txt names classes 0 to 1"), ("9" * 5000, "has 5000 digits")]
+)
+def test_class_numbers_beyond_64_bits_are_refused_like_all_that_name_no_class(tmp_path, label, message):
+    with pytest.raises(DataError, match=message):
+        load_task(table(tmp_path, [0, 1, label], ["red", "green"]), tmp_path)
+
+
+def test_numbers_beyond_64_bits_in_json_are_refused_too(tmp_path):
+    table(tmp_path, [0, 1], ["red", "green"])
+    rows = [{"key": f"{number}", "image": f"{number}.jpg", "label": label} for number, label in enumerate((0, -(10**30)))]
+    (tmp_path / "set/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=f"labels from -{10**30} to 0, but names.txt names classes 0 to 1"):
+        load_task(Task("set", "classification", "jsonl", "set", "a.jsonl", classes="names.txt"), tmp_path)
 
 
 def test_a_number_may_be_the_label_of_a_name(tmp_path):
