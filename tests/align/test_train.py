@@ -252,6 +252,17 @@ def test_how_often_a_run_logs_validates_and_saves(short_run):
     assert [path.name[-1] for path in sorted((folder / "plain/checkpoints").iterdir())] == ["3", "4"]
 
 
+def test_the_last_line_says_so_if_nothing_beat_the_untrained_heads(short_run, capfd):
+    folder, run, _ = short_run
+    run("idle", lr=1e-30)
+    assert capfd.readouterr().out.splitlines()[-1] == (
+        f"done: {folder}/idle/best (step 0: NO validation was better than that of the untrained heads, which this folder holds) "
+        f"and {folder}/idle/last"
+    )
+    run("learning", steps=12)
+    assert capfd.readouterr().out.splitlines()[-1] == f"done: {folder}/learning/best (step 12) and {folder}/learning/last"
+
+
 def test_epochs_are_passes_over_the_data(short_run):
     _, run, _ = short_run
     assert run("epochs", epochs=2, steps=None)[-1]["step"] == 2 * 96 // 32
