@@ -110,6 +110,7 @@ def encode(job: "Extraction", config: EncodeConfig, lease: Lease, state: "Partia
     """Encode and commit what is missing, and report if nothing is missing any more."""
     if state.is_main_process:
         job.clean(lease)
+        job.keep_content()
     state.wait_for_everyone()
     rows = sum(job.plan.lengths[shard] for shard in job.pending())
     job.run(lease, Progress(console, "encoded samples", rows, workers=state.num_processes))

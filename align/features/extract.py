@@ -30,6 +30,7 @@ from align.encoders.text import TextEncoder
 from align.encoders.vision import VisionEncoder
 from align.features.store import StoreHeader
 from align.features.writer import StoreWriter
+from align.sources.content import content_digest
 from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
@@ -174,12 +175,22 @@ class Extraction:
 
     def fill(self, progress: Progress | None = None) -> pa.Table:
         """Encode what is missing, as the only process that writes here, and return all rejects in one table."""
+        self.keep_content()
         if self.pending():
             require_free(self.output, self.predicted_bytes())
             with Lease(self.output) as lease:
                 self.clean(lease)
                 self.run(lease, progress)
         return self.finish()
+
+    def keep_content(self) -> None:
+        """Note in each store what its samples are. FingerprintError if one was begun with other samples under the same names."""
+        digests: dict[tuple[str, ...], str] = {}
+        stores: list[tuple[tuple[str, ...], StoreWriter]] = [((), store.writer) for store in self.image_stores]
+        for columns, writer in stores + [((column,), writer) for column, writer in self.caption_writers.items()]:
+            if columns not in digests:
+                digests[columns] = content_digest(self.source, self.plan, not columns, columns)
+            writer.keep_content(digests[columns])
 
     def clean(self, lease: Lease) -> None:
         """Remove what killed workers left half-written."""

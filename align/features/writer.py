@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save as safetensors_bytes
 
-from align.common.errors import DataError
+from align.common.errors import DataError, FingerprintError
 from align.common.files import atomic_bytes, atomic_json, atomic_path, failpoint, hash64, hash_file, remove_temporaries
 from align.common.fingerprints import compare_fingerprints
 from align.common.folders import COMMIT, damage, read_sealed, require_intact, write_sealed
 from align.common.reject_codes import Reject, RejectedRow
 from align.features.store import KEYS_SCHEMA, REJECTS_SCHEMA, StoreHeader, flat_header, read_commit, read_header, sealed_files
+
+SOURCE = "source.json"  # in a store: what its samples are
 
 
 class StoreWriter:
@@ -47,6 +49,18 @@ class StoreWriter:
         if not path.is_file() or path.read_bytes() != data:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_bytes(path, data)
+
+    def keep_content(self, digest: str) -> None:
+        """Note what the samples are, by their `content_digest`. FingerprintError if the store was begun with others of the same names."""
+        path = self.folder / SOURCE
+        if not path.is_file():  # new, or of an older version
+            self.create()
+            write_sealed(path, {"content": digest})
+        elif (stored := read_sealed(path).get("content")) != digest:
+            raise FingerprintError(
+                f"{self.folder} was begun with other samples (content: {stored} there, {digest} now). The files changed under the same "
+                "names: restore them, or give another --output."
+            )
 
     def done(self, shard: int) -> bool:
         """Return whether `shard` is committed and its files have their committed sizes."""

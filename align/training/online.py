@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from align.common.errors import DataError, UsageError
-from align.common.files import hash64, hash_bytes, hash_file
+from align.common.files import hash64
 from align.common.preemption import stay
 from align.common.reject_codes import Reject
 from align.common.runs import JsonLines
@@ -33,6 +32,7 @@ from align.common.seeds import generator
 from align.encoders.text import TextEncoder
 from align.encoders.transforms import PixelNormalizer, Transform, pixel_normalizer
 from align.encoders.vision import VisionEncoder
+from align.sources.content import content_digest
 from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
@@ -42,7 +42,6 @@ from align.training.pairs import BatchOrder, PairBatch
 SHARD_ROWS = 1024  # samples per shard; opening a shard reads the places of its samples
 KEPT_READERS = 64  # shards that a worker keeps open
 BLOCK_ROWS = 64  # neighboring rows read together if there are more shards, or if single rows are slow to reach
-DIGEST_ROWS, DIGEST_BYTES = 1024, 64 << 20  # samples and file sizes that are read for a digest
 MIN_ROWS_FOR_SHARE = 1000  # samples seen before the share of rejects can stop a run
 IN_A_ROW = 100  # consecutive rejects that stop a run
 _SEED_CAPTIONS, _SEED_AUGMENT = 21, 22  # random streams, distinct from those of align.training.pairs and align.training.step
@@ -221,21 +220,8 @@ class OnlinePairs:
         return len(wanted - found)
 
     def digest(self) -> str:
-        """Return the xxh3-128 of what the samples are: the plan, files below 64 MiB, and DIGEST_ROWS rows with image and captions.
-
-        The rows are spread evenly; a data set that has no more of them is covered whole.
-        """
-        found: list[Any] = [self.plan.digest]
-        files = sorted({Path(file) for file in self.plan.shards["file"].to_pylist()})
-        found += [hash_file(file) for file in files if file.is_file() and file.stat().st_size < DIGEST_BYTES]
-        for row in np.unique(np.linspace(0, self.plan.rows - 1, min(self.plan.rows, DIGEST_ROWS)).astype(np.int64)).tolist():
-            try:
-                key, image, cells = self._samples.read(row)
-            except Reject as reject:
-                found.append((reject.code, reject.detail))
-                continue
-            found.append((key, hash_bytes(image) if isinstance(image, bytes) else repr(image), repr(cells)))
-        return hash_bytes(repr(found).encode("utf-8", "surrogatepass"))
+        """Return the hash of what the samples are, as `content_digest` finds it."""
+        return content_digest(self.source, self.plan, True, self._samples.slots)
 
     def keys(self, indices: np.ndarray) -> list[str]:
         """Return the sample keys of pairs."""

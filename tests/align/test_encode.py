@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,41 @@ def test_a_store_of_another_encoder_or_other_data_is_refused_by_field(world, str
         encode(world, straight, **{"shard-rows": 20})
     assert content(straight)  # nothing was written over
     encode(world, straight)
+
+
+def change(what, world):
+    """Change an image or a caption under the same name and with the same number of bytes."""
+    if what == "image":
+        Image.new("RGB", (40, 56), "red").save(world / "images/5.bmp")
+    else:
+        text = (world / "data.jsonl").read_text()
+        (world / "data.jsonl").write_text(text.replace('"dog 30"', '"cat 30"'))
+
+
+@pytest.mark.parametrize(("what", "store"), [("image", "images"), ("caption", "captions-short")])
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_content_under_the_same_names_and_sizes_is_refused(world, forked, tmp_path, what, store, finished):
+    mine = tmp_path / "mine"
+    (mine / "images").mkdir(parents=True)
+    rows = []
+    for n in range(40):
+        Image.new("RGB", (40, 56), (n, 2 * n, 3 * n)).save(mine / f"images/{n}.bmp")
+        rows.append({"key": f"k{n}", "image": f"images/{n}.bmp", "short": f"dog {n}", "many": f"the cat {n}"})
+    (mine / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": mine / "data.jsonl"}
+    run = partial(encode, world, tmp_path / "out", **changes)
+    assert forked(run) == 0 if finished else forked(partial(run, "commit:4")) == -signal.SIGKILL
+    for path in (mine / "data.jsonl", *(mine / "images").iterdir()):
+        os.utime(path, (1, 1))  # another time is not another content
+    assert not finished or forked(run) == 0
+    before, sizes = content(tmp_path / "out"), {path.name: path.stat().st_size for path in mine.rglob("*.*")}
+    change(what, mine)
+    assert sizes == {path.name: path.stat().st_size for path in mine.rglob("*.*")}
+    with pytest.raises(FingerprintError, match=f"{store} was begun with other samples .content: "):
+        run()
+    assert content(tmp_path / "out") == before
+    if what == "caption":
+        encode(world, tmp_path / "out", text=None, captions=None, **changes)  # the images are the same
 
 
 def test_too_many_rejects_stop_the_job_with_the_codes(world, tmp_path):
