@@ -26,16 +26,17 @@ def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) ->
         values = [str(value) for value in values]
     elif (lines or task.layout != "folder") and not set(map(str, values)) <= set(lines):
         numbered = all(isinstance(value, str) and value.isdecimal() for value in values)  # class numbers in a text file
-        values = [_number(task, value) for value in values] if numbered else values
+        values = [_number(task, str(value)) for value in values] if numbered else values
     if any(numeric := [isinstance(value, int) for value in values]):
         if not all(numeric):
             raise DataError(f"task {task.id!r}: some labels are class numbers, others names; use one of them")
         if not lines:
             raise DataError(f"task {task.id!r}: labels are numbers, so it needs `classes`, a file with the names of class 0, 1, ...")
-        if not 0 <= min(values) <= max(values) < len(lines):  # before numpy, whose numbers have 64 bits
-            found = f"labels from {min(values)} to {max(values)}"
+        given = [int(value) for value in values]
+        if not 0 <= min(given) <= max(given) < len(lines):  # before numpy, whose numbers have 64 bits
+            found = f"labels from {min(given)} to {max(given)}"
             raise DataError(f"task {task.id!r}: {found}, but {task.classes or OWN_NAMES} names classes 0 to {len(lines) - 1}")
-        return np.array(values, dtype=np.int64), lines
+        return np.array(given, dtype=np.int64), lines
     found_labels = sorted({str(value) for value in values})
     pairs = [line.partition("\t") for line in lines] or [(label, "\t", label.replace("_", " ")) for label in found_labels]
     known = {label: number for number, (label, _, _) in enumerate(pairs)}
