@@ -67,7 +67,7 @@ OTHERS = {
     "eval/results/published_numbers.yaml": "numbers from papers, with their source; the report shows them in columns marked as published",
     "eval/harness/tasks/": "task files for lmms-eval",
     "eval/page/templates/": "HTML templates of the report",
-    "scripts/": "the quickstart, and one script for each experiment of the [log](LOG.md)",
+    "scripts/": "the quickstart, one script for each experiment of the [log](LOG.md), and one for the [cases](cases.md)",
     "tests/": "mirrors the packages; helpers in `tests/support/`",
     "docs/": "these pages, [decisions](decisions.md), the [log](LOG.md), `docs/bench/` (benchmarks and their results)",
 }

@@ -56,8 +56,8 @@ CONFIGS = {
     "mllm/finetune.py": (section, FinetuneConfig),
     "mllm/chat_cli.py": ("chat", ChatConfig),
 }
-# The log and the decisions are dated: what they quote was true on their day. The map is made from docstrings.
-RECORDS = {"LOG.md", "decisions.md", "map.md"}
+# The log and the decisions are dated: what they quote was true on their day. The map is made from docstrings, the cases from what was run.
+RECORDS = {"LOG.md", "decisions.md", "map.md", "cases.md"}
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 LIVING = {name: text for name, text in PAGES.items() if Path(name).name not in RECORDS}
 RECIPES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("*/recipes/*.yaml"))}
