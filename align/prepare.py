@@ -13,6 +13,7 @@ Written below --output:
     tasks/sprites-swapped/       images/ and pairs.jsonl: key, two images with exchanged objects, their captions, category
     tasks/sprites-segmentation/  images/, labels/ (PNG, class number of every pixel, 255 where no object is) and classes.txt
     mllm/                        stage two (--mllm-pretrain, --mllm-instruct, --mllm-test): other scenes, --mllm-sprites limits the sprites
+        described.json           (--mllm-described) conversations about scenes of all training sprites, given by names and boxes alone
         images/, pretrain.json, instruct.json    LLaVA's format: captions, conversations; image paths are relative to mllm/
         yesno.parquet, open.parquet, caption.parquet    test questions: id, image (bytes, path), question, answer, kind
     COMMIT.json                  settings and hashes, written last

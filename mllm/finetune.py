@@ -102,6 +102,7 @@ def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: 
     """Return the dataset of token ids, labels and pixels, with its index."""
     from align.common.console import Progress
     from mllm.conversations.batches import ConversationDataset
+    from mllm.conversations.described import DescribedImages
     from mllm.conversations.index import build_index
     from mllm.conversations.table import open_conversations
     from mllm.conversations.tokens import Chat
@@ -117,6 +118,7 @@ def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: 
     return ConversationDataset(
         conversations, index, chat, processor.image_processor, max_pixels=config.max_pixels, rejects=folder / "rejects.jsonl",
         max_reject_fraction=config.max_reject_fraction,
+        described=DescribedImages(Path(config.described or config.model)) if conversations.any_described else None,
     )  # fmt: skip
 
 

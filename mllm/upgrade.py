@@ -13,10 +13,12 @@ The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelF
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.common.commandline import run, set_up
+from align.common.errors import DataError
 from mllm.assembly.config import UpgradeConfig
 
 if TYPE_CHECKING:
@@ -48,15 +50,17 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     from mllm.model.saving import save_mllm
 
     model, processor, report = assembled(config)
-    weights = {}
+    weights: dict[str, str] = {}
+    fits: dict[str, Fit] = {}
     if config.projector:
         load_projector(model, Path(config.projector))
         weights = {"projector": f"trained, from {config.projector}"}
     elif config.captions or config.texts:
-        weights = {name: fit.weights() for name, fit in solved(config, model, processor, console).items()}
+        fits = solved(config, model, processor, console)
+        weights = {name: fit.weights() for name, fit in fits.items()}
     sizes = dict(zip(PROJECTORS, map(parameter_count, model.model.projectors), strict=False))  # solving makes new ones
     report = [replace(line, weights=weights[line.name], parameters=sizes[line.name]) if line.name in weights else line for line in report]
-    save_mllm(model, processor, folder)
+    save_mllm(model, processor, folder, partial(add_described, config, model, fits, console))
     write_recipe(config, folder, "upgrade")
     add_launch(folder, {"parts": [vars(line) for line in report]})
     console.print(report_table(report))
@@ -124,6 +128,31 @@ def solved(
             console.print(f"{PROJECTORS[number].removesuffix('projector')}{fit.summary()}")
     module.to("cpu")
     return fits
+
+
+def add_described(
+    config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", fits: "dict[str, Fit]", console: "Console", folder: Path
+) -> None:
+    """Write the vectors of the texts in --described into the model's folder, if there are any."""
+    from align.common.console import Progress
+    from align.common.hardware import choose_device
+    from mllm.assembly.described import write_described
+    from mllm.assembly.texts import TextSide
+    from mllm.conversations.table import open_conversations
+
+    if not config.described:
+        return
+    [crossing, *_] = (fit.crossing for fit in fits.values())
+    assert crossing is not None  # the config asks for texts
+    side, projector = TextSide(config.sail[0], choose_device()), model.model.projectors[0]
+    with tempfile.TemporaryDirectory() as cache:
+        conversations = open_conversations(config.described, None, Path(cache), config.seed)
+        count = write_described(
+            folder, conversations, crossing, lambda texts: projector.normed(side.embed(texts)), Progress(console, "descriptions")
+        )
+    if not count:
+        raise DataError(f'--described {" ".join(config.described)}: no image is described; give {{"text": ...}} or regions as image')
+    console.print(f"{count:,} texts of described images; train on them with mllm/finetune.py --data {' '.join(config.described)}")
 
 
 if __name__ == "__main__":

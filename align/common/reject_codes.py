@@ -72,6 +72,7 @@ CONVERSATION_CODES: dict[str, str] = {  # their order is stored in indexes of co
     "no_supervised_tokens": "no token of the row would be learned",
     "row_key": "a key that is not read and may change what the row means, such as video, tools, or a weight between 0 and 1",
     "prompt_seam": "the prompt is not the beginning of the row, token by token: the model would be asked other tokens than it learned",
+    "image_description": "a described image is not text or regions of text and box, or a text of it has no vector",
 }
 
 REJECT_CODES = SAMPLE_CODES | FEATURE_CODES | CONVERSATION_CODES

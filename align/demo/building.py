@@ -14,7 +14,15 @@ from align.common.folders import COMMIT, check_folder, commit_folder, replaced_f
 from align.common.locks import locked
 from align.demo.config import PrepareConfig
 from align.demo.rendering import OPTIONAL, Renderer, World, end_with_parent
-from align.demo.writing import write_captioned, write_classification, write_mllm, write_retrieval, write_segmentation, write_swapped
+from align.demo.writing import (
+    write_captioned,
+    write_classification,
+    write_described,
+    write_mllm,
+    write_retrieval,
+    write_segmentation,
+    write_swapped,
+)
 
 FORMAT = 2
 BYTES_PER_SCENE = 16_000  # a JPEG of 224 px, its captions and the tar's padding; measured 13 KB on average
@@ -50,7 +58,7 @@ def is_done(output: Path, wanted: dict[str, Any]) -> bool:
 def predicted_bytes(config: PrepareConfig) -> int:
     """Return the disk space in bytes that the data of a config need."""
     scenes = config.train + config.val + config.retrieval + 2 * config.held_out * config.per_class
-    scenes += config.mllm_pretrain + config.mllm_instruct + TEST_COPIES * config.mllm_test
+    scenes += config.mllm_pretrain + config.mllm_instruct + config.mllm_described // 10 + TEST_COPIES * config.mllm_test
     scenes += 2 * config.swapped + PNG_COPIES * config.segmentation
     return scenes * BYTES_PER_SCENE
 
@@ -84,3 +92,5 @@ def _write(config: PrepareConfig, folder: Path, renderer: Renderer) -> None:
         write_segmentation(renderer, tasks / "sprites-segmentation", config.segmentation)
     if config.mllm_pretrain or config.mllm_instruct or config.mllm_test:
         write_mllm(renderer, folder / "mllm", config.mllm_pretrain, config.mllm_instruct, config.mllm_test)
+    if config.mllm_described:
+        write_described(renderer, folder / "mllm", config.mllm_described)

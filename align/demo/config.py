@@ -29,6 +29,9 @@ class PrepareConfig:
     """Scenes with one caption each, to start or train an MLLM's projector. 0: none."""
     mllm_instruct: int = 0
     """Scenes with questions, answers and a caption, to tune an MLLM. 0: none."""
+    mllm_described: int = 0
+    """Scenes of all training sprites with questions, answers and a caption, that are described by names and boxes: no pictures are
+    written. They tune an MLLM whose encoder is aligned. 0: none."""
     mllm_test: int = 0
     """Scenes with questions that test an MLLM, and as many of sprites that stage two never shows (aligned: training scenes do;
     unseen: none does). 0: none."""
@@ -49,6 +52,6 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_least(self, train=1, val=1, retrieval=1, held_out=1, per_class=1, swapped=0, segmentation=0, image_size=0)
-        check_least(self, mllm_pretrain=0, mllm_instruct=0, mllm_test=0, mllm_sprites=0, seed=0, workers=0)
+        check_least(self, mllm_pretrain=0, mllm_instruct=0, mllm_described=0, mllm_test=0, mllm_sprites=0, seed=0, workers=0)
         few = "is 0 (all) or at least 16: scenes need sprites whose names share no word"
         check(self.mllm_sprites == 0 or self.mllm_sprites >= 16, f"--mllm-sprites {self.mllm_sprites}", few)

@@ -23,9 +23,9 @@ from align.demo.wording import relation
 
 SCENES_PER_JOB = 50
 JPEG_QUALITY = 90
-OPTIONAL = ("mllm_pretrain", "mllm_instruct", "mllm_test", "swapped", "segmentation")  # parts that may be left out
+OPTIONAL = ("mllm_pretrain", "mllm_instruct", "mllm_test", "swapped", "segmentation", "mllm_described")  # parts that may be left out
 GROUPS = ("aligned", "unseen")  # test scenes of sprites that stage two never shows: stage one's training scenes do, or none does
-PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL, *(f"mllm_{group}" for group in GROUPS))  # the place decides the scenes
+PARTS = ("train", "val", "retrieval", "seen", "unseen", *OPTIONAL[:5], *(f"mllm_{group}" for group in GROUPS), *OPTIONAL[5:])
 FIRST_INDEX = {part: number << 33 for number, part in enumerate(PARTS)}  # never the same scene twice
 SEGMENTATION_SPRITES = 24  # at most: few classes, so that each has some scenes
 NO_OBJECT = 255  # in label maps

@@ -16,8 +16,9 @@ from PIL import Image
 
 from align.common.errors import DataError
 from align.common.files import failpoint
-from align.demo.questions import conversations, single_questions
+from align.demo.questions import Shown, conversations, single_questions
 from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, question_groups, render_segmented, render_swapped
+from align.demo.wording import article
 
 SCENES_PER_TAR = 1000
 TEST_FILES: dict[str, tuple[str, ...]] = {"yesno": ("exists", "relation"), "open": ("what", "where", "count"), "caption": ("caption",)}
@@ -146,6 +147,26 @@ def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, t
     failpoint("prepare-mllm")
 
 
+def write_described(renderer: Renderer, folder: Path, count: int) -> None:
+    """Write conversations about `count` scenes of all training sprites. Their images are descriptions (mllm/conversations/described.py)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = [replace(scene, jpeg=b"") for scene in renderer.scenes("mllm_described", 0, count)]
+    asked = conversations([scene.shown for scene in scenes], renderer.world.seed + 1)  # by other draws than those about pictures
+    rows = [
+        conversation_row(scene.key, {"regions": _regions(scene.shown)}, [(turn.question, turn.answer) for turn in turns])
+        for scene, turns in zip(scenes, asked, strict=True)
+    ]
+    write_conversations(folder / "described.json", rows)
+
+
+def _regions(shown: Shown) -> list[dict[str, Any]]:
+    """Return each sprite's name, with an article, and box, in shares of the picture's side."""
+    return [
+        {"text": article(sprite.name), "box": [round(edge / shown.size, 3) for edge in box]}
+        for sprite, box in zip(shown.sprites, shown.boxes, strict=True)
+    ]
+
+
 def _write_tests(renderer: Renderer, folder: Path, part: str, suffix: str, count: int, files: dict[str, tuple[str, ...]]) -> None:
     """Write the questions about `count` scenes of a part, a table for each group of kinds."""
     scenes = list(renderer.scenes(part, 0, count))
@@ -159,8 +180,11 @@ def _write_tests(renderer: Renderer, folder: Path, part: str, suffix: str, count
         write_questions(folder / f"{name}{suffix}.parquet", rows)
 
 
-def conversation_row(key: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return LLaVA's row: (human, gpt) turns, `<image>` before the first question (may be empty). `image`: path below the image root."""
+def conversation_row(key: str, image: str | dict[str, Any], turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return LLaVA's row: (human, gpt) turns, `<image>` before the first question (may be empty).
+
+    `image`: path below the image root, or a description.
+    """
     said = []
     for number, (question, answer) in enumerate(turns):
         marked = f"<image>\n{question}".rstrip() if number == 0 else question

@@ -60,6 +60,9 @@ class UpgradeConfig:
     """How many texts of --texts are used."""
     images: str | None = None
     """Images without captions for --texts, as encode.py's --data: they show where images lie in the aligned space (2,000 are read)."""
+    described: tuple[str, ...] = ()
+    """Conversation files whose images are described by texts ({"text": ...} or {"regions": ...}), for mllm/finetune.py --data: texts that
+    stand for images. Their vectors are written into the model's folder. Only with --texts."""
     words: int = 4_096
     """Most words that a projector solved from --captions or --texts mixes its visual tokens of: the most frequent ones."""
     projector: str | None = None
@@ -80,7 +83,7 @@ class UpgradeConfig:
         self._check_encoders()
         self._read_only_with("--llm", self.llm, "gguf_file")
         self._read_only_with("--captions", self.captions or None, "image_root", "caption_rows")
-        self._read_only_with("--texts", self.texts or None, "text_columns", "text_rows", "images")
+        self._read_only_with("--texts", self.texts or None, "text_columns", "text_rows", "images", "described")
         check_least(self, caption_rows=1, text_rows=1, words=2)
         given = f"--projector {self.projector} --captions {' '.join(self.captions)} --texts {' '.join(self.texts)}"
         solved = bool(self.captions or self.texts)
@@ -112,6 +115,10 @@ class UpgradeConfig:
         bare = self.join == "sequence" and bool(self.sail and self.vision)
         given = f"--texts {' '.join(self.texts)} --join sequence --vision {' '.join(self.vision)}"
         check(not (self.texts and bare and not self.captions), given, "texts do not reach an encoder without a head: add --captions")
+        given = f"--described {' '.join(self.described)} --join sequence"
+        check(
+            alone or self.join == "channel" or not self.described, given, "a described image has no tokens of a second encoder in sequence"
+        )
 
     def encoders(self) -> list[dict[str, Any]]:
         """Return what to load: for each new encoder its own arguments of `load_aligned_encoder`."""

@@ -163,7 +163,7 @@ class Fitting:
         for number, block in enumerate(seen.split(self.widths, 1)):
             if number == 0 and self.texts is not None:
                 texts = self._text_products[0] / self.texts.count
-                changes.append(_power(block.T @ block / len(block), -0.5) @ _power(texts, 0.5))
+                changes.append(power(block.T @ block / len(block), -0.5) @ power(texts, 0.5))
             else:
                 spread = block.square().mean(0).sqrt()
                 typical = spread.square().mean().sqrt()
@@ -246,7 +246,7 @@ def _factor(gram: Tensor, choice: Choice, widths: list[int]) -> Tensor:
     return torch.linalg.cholesky(gram + torch.diag(penalty))
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
+def power(matrix: Tensor, exponent: float) -> Tensor:
     """Return a power of a covariance (E, E) that is shrunk towards a multiple of the identity."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp(min=0) + SHRINKAGE * values.mean() + 1e-12

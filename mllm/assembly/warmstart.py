@@ -20,6 +20,7 @@ from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
 from align.sources.gate import Limits, gate_image
 from align.sources.plan import Source, open_shard, plan
+from mllm.assembly.described import Crossing
 from mllm.assembly.solve import Choice, Fitting, Moments, WordMap
 from mllm.assembly.texts import Texts, TextSide, Words, require_texts
 from mllm.conversations.messages import texts_of
@@ -54,6 +55,7 @@ class Fit:
     texts: int
     words: int
     choice: Choice
+    crossing: Crossing | None  # the way from texts to images, where there are texts
 
     def weights(self) -> str:
         """Return where the projector's weights are from, in a few words."""
@@ -138,6 +140,7 @@ def fit_projector(
     return Fit(
         captioned=len(captioned.places), unlabelled=len(unlabelled.places), rejected=len(used) - len(captioned.places),
         texts=moments.count if moments else 0, words=len(words.chosen), choice=solved.choice,
+        crossing=Crossing.between(moments, torch.cat([captioned.means, unlabelled.means]), tokens, token_grid(fields)) if moments else None,
     )  # fmt: skip
 
 

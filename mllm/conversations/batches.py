@@ -20,8 +20,9 @@ from align.common.errors import DataError
 from align.common.files import disk_full_named
 from align.common.reject_codes import Reject, RejectedRow
 from align.sources.gate import Limits, gate_image
+from mllm.conversations.described import DescribedImages
 from mllm.conversations.index import ConversationIndex
-from mllm.conversations.table import Conversations, StoredConversation, reject_line
+from mllm.conversations.table import Conversations, ImageRef, StoredConversation, reject_line
 from mllm.conversations.tokens import IGNORED, Chat
 
 MIN_REJECTS = 20  # unusable images before their share can stop a run
@@ -30,16 +31,19 @@ MIN_REJECTS = 20  # unusable images before their share can stop a run
 class ConversationDataset(Dataset):
     """Conversations, or packs of them, as tensors. DataLoader workers share one count of bad images.
 
-    An image that cannot be decoded is replaced by the mean color and listed in `rejects` (JSON lines). Its conversation loses all
-    labels. DataError once at least MIN_REJECTS images and more than `max_reject_fraction` of all are bad.
+    Described images become visual tokens by `described`; they have no pixels. An image that cannot be decoded is replaced by the mean
+    color and listed in `rejects` (JSON lines), and its conversation loses all labels. DataError once at least MIN_REJECTS images and
+    more than `max_reject_fraction` of all are bad.
     """
 
     def __init__(
         self, conversations: Conversations, index: ConversationIndex, chat: Chat, image_processor: Any, *,
-        max_pixels: int = 64_000_000, rejects: Path | None = None, max_reject_fraction: float = 0.05,
+        described: DescribedImages | None = None, max_pixels: int = 64_000_000, rejects: Path | None = None,
+        max_reject_fraction: float = 0.05,
     ) -> None:  # fmt: skip
         """`image_processor` is a SailLlavaImageProcessor: `to_pixels`, `size` and `pad_color`."""
         self.conversations, self.index, self.chat, self.image_processor = conversations, index, chat, image_processor
+        self.described = described  # needed if an image is described
         self.limits, self.rejects, self.max_reject_fraction = Limits(max_pixels=max_pixels), rejects, max_reject_fraction
         self._counts = multiprocessing.Array("q", 2)  # images seen, images rejected
 
@@ -52,7 +56,10 @@ class ConversationDataset(Dataset):
         return int(self._counts[1])
 
     def __getitem__(self, item: int | Sequence[int]) -> dict[str, Any]:
-        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W). A conversation starts at position 0."""
+        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W), or (N, D) for a described image.
+
+        A conversation starts at position 0.
+        """
         numbers = [item] if isinstance(item, int | np.integer) else item
         ids, labels, images = zip(*(self._encode(int(number)) for number in numbers), strict=True)
         positions = torch.cat([torch.arange(len(each)) for each in ids])
@@ -76,16 +83,24 @@ class ConversationDataset(Dataset):
         images, learn = [], True
         for place in found.images[: encoded.images]:
             try:
-                image = gate_image(self.conversations.read_image(place), self.limits)
+                images.append(self._image(place, number))
                 self._count(0)
             except Reject as reject:
                 size = self.image_processor.size
-                image, learn = Image.new("RGB", (size["width"], size["height"]), self.image_processor.pad_color), False
+                blank = Image.new("RGB", (size["width"], size["height"]), self.image_processor.pad_color)
+                images.append(self.image_processor.to_pixels(blank))
+                learn = False
                 self._write(number, found, reject)
                 self._count(1)
-            images.append(self.image_processor.to_pixels(image))
         labels = torch.tensor(encoded.labels)
         return torch.tensor(encoded.input_ids), labels if learn else torch.full_like(labels, IGNORED), images
+
+    def _image(self, place: ImageRef, number: int) -> Tensor:
+        """Return an image's pixels (3, H, W), or tokens (N, D). Raise Reject if it cannot be used."""
+        if place.described is None:
+            return self.image_processor.to_pixels(gate_image(self.conversations.read_image(place), self.limits))
+        assert self.described is not None
+        return self.described.tokens(place.described, number)
 
     def _count(self, rejected: int) -> None:
         with self._counts.get_lock():
@@ -110,6 +125,8 @@ class ConversationDataset(Dataset):
 def collate(items: Sequence[dict[str, Any]], pad_id: int, packed: bool) -> dict[str, Tensor]:
     """Return a batch: input_ids, labels and position_ids (B, T), padded on the right, and pixel_values (images, 3, H, W) if any.
 
+    If images are described, their tokens are in described_features (described, N, D), and is_described (all images,) says which they are.
+
     Only unpacked batches have an attention_mask (B, T). In packed ones position ids separate the conversations, and padding is
     numbered like one more conversation (exact with eager and SDPA attention; flash attention needs B = 1).
     """
@@ -122,6 +139,9 @@ def collate(items: Sequence[dict[str, Any]], pad_id: int, packed: bool) -> dict[
     else:
         batch["attention_mask"] = (columns < lengths).long()
     images = [image for item in items for image in item["pixel_values"]]
-    if images:
-        batch["pixel_values"] = torch.stack(images)
+    is_described = torch.tensor([image.dim() == 2 for image in images])
+    if pixels := [image for image in images if image.dim() == 3]:
+        batch["pixel_values"] = torch.stack(pixels)
+    if is_described.any():
+        batch["described_features"], batch["is_described"] = torch.stack([image for image in images if image.dim() == 2]), is_described
     return batch

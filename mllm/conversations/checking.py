@@ -40,6 +40,8 @@ def image_problems(
     numbers, keys = array("q"), array("Q")  # numbers holds conversation and item of each image, in turn
     for number in conversations.distinct()[0].tolist():
         for item, image in enumerate(conversations[number].images):
+            if image.described is not None:
+                continue  # checked with its row
             numbers.extend((number, item))
             keys.append(xxhash.xxh3_64_intdigest(conversations.image_identity(image).encode()))
     if not keys:

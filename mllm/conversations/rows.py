@@ -11,6 +11,7 @@ from typing import Any
 from align.common.reject_codes import Reject
 from align.sources.gate import text_problem
 from align.sources.safe_files import image_cell
+from mllm.conversations.described import description, is_description
 from mllm.conversations.messages import Message, check_content, check_messages, count_images, parts_of, place_images, texts_of
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -33,10 +34,11 @@ _NO_IMAGE = ("", "none", "null", "nan", "na", "n/a")
 
 @dataclass(frozen=True)
 class RawImage:
-    """An image of a row: a path below the image root, or the bytes of an encoded file."""
+    """An image of a row: a path below the image root, the bytes of an encoded file, or a description (mllm.conversations.described)."""
 
     path: str | None
     data: bytes | None
+    described: str | None = None
 
 
 def is_read(name: str) -> bool:
@@ -178,6 +180,8 @@ def _bare(message: Message) -> Message:
 
 
 def _raw_image(value: Any) -> RawImage:
+    if is_description(value):
+        return RawImage(None, None, description(value))
     value = image_cell(None if _no_image(value) else value)
     if isinstance(value, bytes):
         return RawImage(None, value)

@@ -31,14 +31,15 @@ from mllm.conversations.files import read_rows, reader_of
 from mllm.conversations.messages import Message
 from mllm.conversations.rows import normalize
 
-FORMAT = 2  # raise when conversations come out differently: older caches are then rebuilt
+FORMAT = 3  # raise when conversations come out differently: older caches are then rebuilt
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("row", pa.int64()),
         ("messages", pa.string()),
-        ("paths", pa.list_(pa.string())),  # one entry an image: its path, or null if it has bytes
+        ("paths", pa.list_(pa.string())),  # one entry an image: its path, or null; likewise its bytes, and its description
         ("blobs", pa.list_(pa.binary())),
+        ("described", pa.list_(pa.string())),
     ]
 )
 _BATCH, _BATCH_BYTES = 1024, 64 << 20
@@ -49,12 +50,16 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Place of an image: number `item` of conversation `place` in Arrow file `file`. `path` is None if that file has the bytes."""
+    """Place of an image: number `item` of conversation `place` in Arrow file `file`.
+
+    `path` is None if that file has the bytes, or if the image is only `described`.
+    """
 
     file: int
     place: int
     item: int
     path: str | None
+    described: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,15 @@ class Conversations:
         """Return conversation `number` without reading its images."""
         file, place = map(int, self.places[number])
         table = self._table(file)
-        name, row, messages, paths = (table[column][place].as_py() for column in ("id", "row", "messages", "paths"))
-        images = [ImageRef(file, place, item, path) for item, path in enumerate(paths)]
+        name, row, messages, paths, texts = (table[column][place].as_py() for column in ("id", "row", "messages", "paths", "described"))
+        images = [ImageRef(file, place, item, path, text) for item, (path, text) in enumerate(zip(paths, texts, strict=True))]
         return StoredConversation(name, f"{os.path.basename(self.files[file].path)}:{row}", json.loads(messages), images)
+
+    @property
+    def any_described(self) -> bool:
+        """Whether an image is only described."""
+        columns = (self._table(file)["described"].combine_chunks().values for file in range(len(self.files)))
+        return any(column.null_count < len(column) for column in columns)
 
     def image_identity(self, image: ImageRef) -> str:
         """Return a text that is the same for two uses of one image file."""
@@ -129,6 +140,8 @@ class Conversations:
         numbers, _ = self.distinct()
         for number in np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), DIGEST_IMAGES)).astype(np.int64)).tolist():
             for image in self[int(numbers[number])].images:
+                if image.described is not None:
+                    continue  # it is in the file
                 try:
                     found[f"{image.place} {image.item} {image.path}"] = hash_bytes(self.read_image(image))
                 except Reject as reject:
@@ -246,9 +259,10 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report, ignored: list[s
                     found = RejectedRow.of(reject, number, name, "conversation", f"{os.path.basename(path)}:{number}")
                     lines.write(json.dumps(reject_line(found)) + "\n")
                     continue
-                text, paths, blobs = json.dumps(messages, ensure_ascii=False), [i.path for i in images], [i.data for i in images]
-                batch.append({"id": name, "row": number, "messages": text, "paths": paths, "blobs": blobs})
-                size += len(text) + sum(len(data or b"") for data in blobs)
+                text = json.dumps(messages, ensure_ascii=False)
+                places = {"paths": [i.path for i in images], "blobs": [i.data for i in images], "described": [i.described for i in images]}
+                batch.append({"id": name, "row": number, "messages": text, **places})
+                size += len(text) + sum(len(image.data or image.described or b"") for image in images)
                 count += 1
                 if len(batch) == _BATCH or size >= _BATCH_BYTES:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))

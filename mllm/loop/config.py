@@ -28,6 +28,8 @@ class FinetuneConfig:
     """Model folder to start from: mllm/upgrade.py's output, or the pretrain stage's model."""
     output: str = "runs/mllm"
     """Run folder: model/, checkpoints, metrics.jsonl, speed.jsonl, manifest.json, config.yaml."""
+    described: str | None = None
+    """Folder with described.safetensors, for rows whose image is described by texts (mllm/upgrade.py --described). None: --model."""
     image_root: str | None = None
     """Folder that relative image paths start from. None: the folder of each file."""
     ignore_keys: tuple[str, ...] = ()

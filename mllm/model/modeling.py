@@ -198,18 +198,35 @@ class SailLlavaModel(LlavaModel):
         listed: Any = list(torch.cat(projected, dim=1))
         return BaseModelOutputWithPooling(last_hidden_state=features[0], pooler_output=listed)
 
+    def with_described(self, input_ids: Tensor, pixel_values: Tensor | None, described: Tensor, which: Tensor) -> Tensor:
+        """Return the input embeddings (B, T, H) of a batch some of whose images are given as features `described` (n, N, D).
+
+        `which` (images,) is True for those, False for the images that `pixel_values` holds.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        tokens = self.multi_modal_projector(described)  # (n, N, H)
+        if pixel_values is not None:
+            seen = torch.stack(self.get_image_features(pixel_values, return_dict=True).pooler_output)
+            tokens = torch.cat([tokens, seen.to(tokens)])[torch.argsort(torch.argsort(~which, stable=True))]
+        return embeddings.masked_scatter((input_ids == self.config.image_token_index)[..., None], tokens.to(embeddings))
+
     @can_return_tuple
     def forward(
         self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None, **kwargs: Any,
+        inputs_embeds: Tensor | None = None, described_features: Tensor | None = None, is_described: Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Return LlavaModel's output. In training, a batch without images also passes a blank image with weight 0.
+        """Return LlavaModel's output. In training, a batch without pixels also passes a blank image with weight 0.
 
-        So every process of a distributed run uses the same modules at each step and reduces their gradients.
+        So every process of a distributed run uses the same modules at each step and reduces their gradients. Images of which there are
+        only features: see `with_described`.
         """
         if pixel_values is not None and len(pixel_values) == 0:
             pixel_values = None
-        if self.training and pixel_values is None and past_key_values is None:
+        blank_needed = self.training and pixel_values is None and past_key_values is None
+        if described_features is not None and is_described is not None and input_ids is not None:
+            inputs_embeds = self.with_described(input_ids, pixel_values, described_features, is_described)
+            input_ids = pixel_values = None
+        if blank_needed:
             if inputs_embeds is None:
                 input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
             blank = inputs_embeds.new_zeros(1, *self.config.pixel_shape())

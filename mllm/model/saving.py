@@ -6,6 +6,7 @@ model, processor = load_mllm("runs/mine/mllm")                                  
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,10 +40,13 @@ PROCESSOR_MAP = {"AutoProcessor": "processing_sail_llava.SailLlavaProcessor"}
 IMAGE_MAP = {"AutoImageProcessor": "processing_sail_llava.SailLlavaImageProcessor"}
 
 
-def save_mllm(model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, folder: Path) -> None:
+def save_mllm(
+    model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, folder: Path, add: Callable[[Path], None] = lambda folder: None
+) -> None:
     """Write model, processor and the Python files of their classes to `folder`. A crash leaves the old folder or the new one.
 
-    Weights keep their dtypes; shards hold at most 5 GB. UsageError if `folder` holds something else; DiskFullError.
+    `add` may write further files into the folder that it is given. Weights keep their dtypes; shards hold at most 5 GB. UsageError if
+    `folder` holds something else; DiskFullError.
     """
     require_free_place(folder)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -52,6 +56,7 @@ def save_mllm(model: SailLlavaForConditionalGeneration, processor: SailLlavaProc
         _describe(temporary, model.model.language_model.embed_tokens.weight.dtype)
         for name, module in CODE.items():
             (temporary / name).write_text(portable_source(module), encoding="utf-8")
+        add(temporary)
         commit_folder(temporary, {})
 
 

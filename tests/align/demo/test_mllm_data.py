@@ -18,6 +18,7 @@ from align.demo import rendering
 from align.demo.building import BYTES_PER_SCENE
 from align.demo.config import PrepareConfig
 from align.demo.scenes import read_sprites, split_sprites
+from align.demo.wording import article
 from align.demo.writing import conversation_row, question_row, write_conversations, write_questions
 from align.prepare import main
 from tests.support.synthetic_sprites import make_sprites
@@ -190,6 +191,27 @@ def test_stage_two_can_show_fewer_sprites(config, made, sprites, tmp_path):
             main(replace(config, mllm_test=20, **change))
     with pytest.raises(UsageError, match="mllm_sprites 0 there, 16 asked"):
         main(replace(config, output=str(made), mllm_sprites=16))
+
+
+def test_described_scenes_name_all_training_sprites_and_have_no_pictures(config, made, sprites):
+    main(replace(config, mllm_sprites=16, mllm_described=200))
+    rows = json.loads((Path(config.output) / "mllm/described.json").read_text())
+    pictures = {path.stem for path in (Path(config.output) / "mllm/images").iterdir()}
+    assert len(rows) == 200 and not pictures & {row["id"] for row in rows}
+    texts = {region["text"] for row in rows for region in row["image"]["regions"]}
+    trained = split_sprites(read_sprites(sprites), 0, 6)[0]
+    assert texts == {article(sprite.name) for sprite in trained}
+    for row in rows:
+        shown = {region["text"]: region["box"] for region in row["image"]["regions"]}
+        for asked, answered in zip(row["conversations"][::2], row["conversations"][1::2], strict=True):
+            if found := re.search(r"Is there (an? .*)\?", asked["value"]):
+                assert (found[1] in shown) == (answered["value"] == "yes")
+            if answered["value"] == "in the top left":
+                name = re.search(r"the (.*)\?", asked["value"])[1]
+                left, top, right, bottom = shown[article(name)]
+                assert left + right < 1 and top + bottom < 1
+    with pytest.raises(UsageError, match="mllm_described 200 there, 0 asked"):
+        main(replace(config, mllm_sprites=16))
 
 
 def test_questions_come_in_three_groups_of_sprites(config, sprites, tmp_path, monkeypatch):

@@ -2,26 +2,30 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 
-from align.common.errors import DamagedError, FingerprintError, UsageError
-from align.common.files import hash_bytes
+from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
+from align.common.files import hash_bytes, read_json
 from align.model.dual_encoder import SailModel
-from mllm import upgrade
+from mllm import finetune, upgrade
+from mllm.assembly import texts as texts_module
 from mllm.assembly import warmstart
 from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.join import load_projector
+from mllm.conversations.described import FILE, text_key
 from mllm.conversations.tokens import Chat
+from mllm.loop.config import FinetuneConfig
 from mllm.model.saving import load_mllm, save_mllm
 from tests.support.tiny_encoders import TIMM_CASES, save_timm
 from tests.support.tiny_mllm import SIZE, tiny_llava, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
@@ -354,7 +358,10 @@ def test_the_entry_writes_a_model_and_says_what_was_kept(parts, llava, tmp_path,
         upgrade.main(UpgradeConfig(llm=str(parts / "llama"), sail=(str(parts / "run"),), output=str(tmp_path / "mine")))
 
 
-def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def from_texts(parts, tmp_path, monkeypatch):
+    """A config that starts the projector from texts and 60 images."""
+
     class Side:  # the run has no text encoder
         def __init__(self, sail, device):
             assert sail == str(parts / "run")
@@ -362,17 +369,21 @@ def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, caps
         def embed(self, texts):
             return torch.tensor([[int(hash_bytes(f"{text} {n}".encode())[:4], 16) / 65536 for n in range(24)] for text in texts])
 
-    monkeypatch.setattr(warmstart, "TextSide", Side)
+    for module in (warmstart, texts_module):
+        monkeypatch.setattr(module, "TextSide", Side)
     (tmp_path / "photos").mkdir()
     for n in range(60):
         Image.new("RGB", (50, 50), (4 * n, 255 - 2 * n, n)).save(tmp_path / f"photos/{n}.png")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"key": str(n), "words": f"a photo of {n}"}) + "\n" for n in range(400)))
-    config = UpgradeConfig(
+    return UpgradeConfig(
         llm=str(parts / "llama"), sail=(str(parts / "run"),), output=str(tmp_path / "out"), features="both",
-        texts=(str(tmp_path / "texts.jsonl"),),
+        texts=(str(tmp_path / "texts.jsonl"),), template="vicuna_v1",
         text_columns=("words",), text_rows=300, images=str(tmp_path / "photos"), words=7,
     )  # fmt: skip
-    upgrade.main(config)
+
+
+def test_texts_and_images_start_the_projector(from_texts, tmp_path, capsys):
+    upgrade.main(from_texts)
     assert "7 words, solved from 300 texts, with 60 images without captions" in " ".join(capsys.readouterr().out.split())
     model, _ = load_mllm(tmp_path / "out")
     projector = model.model.multi_modal_projector
@@ -382,6 +393,35 @@ def test_texts_and_images_start_the_projector(parts, tmp_path, monkeypatch, caps
     before = projector(given)
     projector.linear_raw.weight.data.normal_()
     assert not torch.equal(projector(given), before), "the raw block does not reach the LLM"
+
+
+def test_a_model_is_trained_on_described_images(from_texts, tmp_path):
+    said = [{"from": "human", "value": "<image> what is there?"}, {"from": "gpt", "value": "a dog"}]
+    cells = [
+        {"text": "a photo of 1"},
+        {"regions": [{"text": "a photo of 2", "box": [0, 0, 0.5, 1]}, {"text": "a dog", "box": [0, 0, 1, 1]}]},
+    ]
+    rows = [{"id": f"row{n}", "image": cells[n % 2], "conversations": said} for n in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    upgrade.main(replace(from_texts, described=(str(tmp_path / "rows.json"),)))
+    written = load_file(tmp_path / "out" / FILE)
+    assert sorted(written["keys"].tolist()) == sorted(map(text_key, ("a photo of 1", "a photo of 2", "a dog")))
+    assert written["tokens"].shape == (60, 9, 24 + 64) and written["vectors"].shape == (3, 24)
+    assert FILE in read_json(tmp_path / "out/COMMIT.json")["files"]
+    upgrade.main(replace(from_texts, output=str(tmp_path / "other")))
+    run = FinetuneConfig(
+        data=(str(tmp_path / "rows.json"),), model=str(tmp_path / "out"), output=str(tmp_path / "run"), steps=2, batch_size=4,
+        micro_batch_size=2, max_length=128, workers=0, precision="fp32", lr_vision=0, lr_head=0, lr_projector=1e-2,
+    )  # fmt: skip
+    finetune.main(run)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "run/model"))
+    assert not torch.equal(before["model.multi_modal_projector.linear_1.weight"], after["model.multi_modal_projector.linear_1.weight"])
+    with pytest.raises(UsageError, match="--described"):
+        finetune.main(replace(run, model=str(tmp_path / "other"), output=str(tmp_path / "none")))
+    finetune.main(replace(run, model=str(tmp_path / "other"), output=str(tmp_path / "none"), described=str(tmp_path / "out")))
+    with pytest.raises(DataError, match="no image is described"):
+        (tmp_path / "rows.json").write_text(json.dumps([{"conversations": [{**said[0], "value": "hi"}, said[1]]}]))
+        upgrade.main(replace(from_texts, output=str(tmp_path / "third"), described=(str(tmp_path / "rows.json"),)))
 
 
 @pytest.mark.parametrize("fields", [{"sail_head": "random"}, {"sail_head": "none"}, {"images": None}, {"projector": "p"}])

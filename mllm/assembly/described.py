@@ -1,0 +1,79 @@
+"""Writes what described images are composed of (mllm/conversations/described.py): texts' vectors where images lie, and real tokens.
+
+Aligned texts are moved into the coordinates of images by mean and covariance: CORAL (Sun et al., arXiv 1511.05547), the other way than
+`align.model.word_map` moves images. Training on texts that stand for images is CapDec's idea (arXiv 2211.00575). Legend as there.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mllm.assembly.solve import Moments, power
+from mllm.assembly.texts import BATCH
+from mllm.conversations.described import FILE, text_key, texts_in
+from mllm.conversations.table import Conversations
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The way from aligned texts to images: the texts' mean (E), the matrix (E, E), and real tokens (m, N, D) with their mean (D)."""
+
+    text_mean: Tensor
+    change: Tensor
+    tokens: Tensor
+    mean: Tensor
+    grid: Sequence[int]
+
+    @classmethod
+    def between(cls, texts: Moments, means: Tensor, tokens: Tensor, grid: Sequence[int]) -> "Crossing":
+        """Return the way from `texts` to images with the given mean tokens (n, D), of which `tokens` (m * N, D) are some."""
+        own = means[:, : len(texts.mean)].double()
+        own = own - own.mean(0)
+        change = power(texts.centered()[0] / texts.count, -0.5) @ power(own.T @ own / len(own), 0.5)
+        whole = tokens[: len(tokens) // prod(grid) * prod(grid)].unflatten(0, (-1, prod(grid)))
+        return cls(texts.mean, change, whole, means.mean(0), grid)
+
+    def vectors(self, aligned: Tensor) -> Tensor:
+        """Return how far images of some texts (n, E) would lie from the mean image: (n, E) float16."""
+        return ((aligned.double().cpu() - self.text_mean) @ self.change).half()
+
+
+def write_described(
+    folder: Path,
+    conversations: Conversations,
+    crossing: Crossing,
+    embed: Callable[[list[str]], Tensor],
+    progress: Callable[[int, int], None],
+) -> int:
+    """Write described.safetensors for all texts of `conversations` to `folder`; return how many there are. `embed` aligns texts (n, E)."""
+    keys, vectors, done = [], [], 0
+    texts = _new_texts(conversations, progress)
+    while batch := list(islice(texts, BATCH)):
+        keys += [text_key(text) for text in batch]
+        vectors.append(crossing.vectors(embed(batch)))
+        done += len(batch)
+    ordered = torch.tensor(keys, dtype=torch.int64).sort()
+    tensors = {
+        "keys": ordered.values, "vectors": torch.cat([torch.zeros(0, len(crossing.text_mean)).half(), *vectors])[ordered.indices],
+        "tokens": crossing.tokens.half(), "mean": crossing.mean.float(), "grid": torch.tensor(list(crossing.grid)),
+    }  # fmt: skip
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE)
+    return done
+
+
+def _new_texts(conversations: Conversations, progress: Callable[[int, int], None]) -> Iterator[str]:
+    """Yield each text of the described images once."""
+    seen: set[int] = set()
+    for number in range(len(conversations)):
+        for image in conversations[number].images:
+            for text in texts_in(image.described) if image.described is not None else ():
+                if (key := text_key(text)) not in seen:
+                    seen.add(key)
+                    yield text
+        progress(number + 1, len(conversations))
