@@ -13,9 +13,13 @@ for seed in ${SEEDS:-0 1 2}; do
   for head in ${HEADS:-trained random none}; do
     run="$out/$head-$seed"
     texts=()
-    [ "$head" = trained ] || texts=(--texts --text-columns caption) # none: texts reach images only through a trained head
+    data=(runs/quickstart/data/mllm/{instruct,described}.json)
+    if [ "$head" != trained ]; then # texts reach images only through a trained head
+      texts=(--texts --text-columns caption --images None --described)
+      data=(runs/quickstart/data/mllm/instruct.json)
+    fi
     python mllm/upgrade.py --config "$recipe" --sail-head "$head" "${texts[@]}" --seed "$seed" --output "$run/init"
-    python mllm/finetune.py --config "$recipe" --stage instruct --seed "$seed" --model "$run/init" --output "$run/instruct"
+    python mllm/finetune.py --config "$recipe" --stage instruct --data "${data[@]}" --seed "$seed" --model "$run/init" --output "$run/instruct"
     models+=("$head-$seed=$run/instruct")
   done
 done

@@ -14,10 +14,11 @@ python eval/run.py --config "$recipe"
 
 mllm=mllm/recipes/quickstart.yaml
 control=runs/quickstart/mllm/no-head
+pictures=runs/quickstart/data/mllm/instruct.json
 python mllm/upgrade.py --config "$mllm"
 python mllm/finetune.py --config "$mllm" --stage instruct
-python mllm/upgrade.py --config "$mllm" --sail-head none --texts --text-columns caption --output "$control-init"
-python mllm/finetune.py --config "$mllm" --stage instruct --model "$control-init" --output "$control-instruct"
+python mllm/upgrade.py --config "$mllm" --sail-head none --texts --text-columns caption --images None --described --output "$control-init"
+python mllm/finetune.py --config "$mllm" --stage instruct --data "$pictures" --model "$control-init" --output "$control-instruct"
 python eval/lmms.py --config "$mllm"
 
 cat <<TEXT

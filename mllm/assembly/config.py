@@ -59,7 +59,7 @@ class UpgradeConfig:
     text_rows: int = 1_000_000
     """How many texts of --texts are used."""
     images: str | None = None
-    """Images without captions for --texts, as encode.py's --data: they show where images lie in the aligned space (2,000 are read)."""
+    """Images without captions for --texts, as encode.py's --data: they show where images lie in the aligned space (1,000 are read)."""
     described: tuple[str, ...] = ()
     """Conversation files whose images are described by texts ({"text": ...} or {"regions": ...}), for mllm/finetune.py --data: texts that
     stand for images. Their vectors are written into the model's folder. Only with --texts."""

@@ -32,7 +32,7 @@ from mllm.model.towers import SailProjector, token_grid
 BATCH = 32  # images a forward pass
 MIN_IMAGES = 50  # captioned ones without texts, unlabelled ones without captions
 MIN_TEXTS = 200
-MOST_UNLABELLED = 2_000
+MOST_UNLABELLED = 1_000
 TOKEN_SAMPLE = 4_096  # visual tokens that show how far they spread
 PLACES = (("top", "middle", "bottom"), ("left", "center", "right"))  # words for rows and columns, at their beginning, half way and end
 PLACE_SHARE = 0.5  # length of the vectors that tell the place, relative to the visual tokens'
@@ -160,13 +160,13 @@ def _projector_of_words(model: Any, number: int, fields: Any, embeddings: Tensor
 
 
 def captions(conversations: Conversations, words: Words, rows: int) -> tuple[list[int], list[Tensor]]:
-    """Return the numbers of the first `rows` rows with exactly one image, and the token ids of what is answered there."""
+    """Return the numbers of the first `rows` rows with exactly one image, not a described one, and the token ids of their answers."""
     used, found = [], []
     for number in range(len(conversations)):
         row = conversations[number]
         said = " ".join(texts_of([message for message in row.messages if message["role"] == "assistant"]))
         [ids] = words.ids([said])
-        if len(row.images) == 1 and len(ids):
+        if len(row.images) == 1 and row.images[0].described is None and len(ids):
             used.append(number)
             found.append(ids)
         if len(used) == rows:
