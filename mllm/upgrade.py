@@ -13,12 +13,10 @@ The LLM keeps its weights bit for bit. The folder opens anywhere with AutoModelF
 
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.common.commandline import run, set_up
-from align.common.errors import DataError
 from mllm.assembly.config import UpgradeConfig
 
 if TYPE_CHECKING:
@@ -46,6 +44,7 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     """Load the components, join them, start the projector, save the model and say what was kept."""
     from align.common.recipes_yaml import write_recipe
     from align.common.runs import add_launch
+    from mllm.assembly.described import write_described
     from mllm.assembly.join import PROJECTORS, load_projector, parameter_count, report_table
     from mllm.model.saving import save_mllm
 
@@ -60,7 +59,8 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
         weights = {name: fit.weights() for name, fit in fits.items()}
     sizes = dict(zip(PROJECTORS, map(parameter_count, model.model.projectors), strict=False))  # solving makes new ones
     report = [replace(line, weights=weights[line.name], parameters=sizes[line.name]) if line.name in weights else line for line in report]
-    save_mllm(model, processor, folder, partial(add_described, config, model, fits, console))
+    crossing = next(iter(fits.values())).crossing if fits else None
+    save_mllm(model, processor, folder, lambda into: write_described(into, config, crossing, model.model.projectors[0], console))
     write_recipe(config, folder, "upgrade")
     add_launch(folder, {"parts": [vars(line) for line in report]})
     console.print(report_table(report))
@@ -128,31 +128,6 @@ def solved(
             console.print(f"{PROJECTORS[number].removesuffix('projector')}{fit.summary()}")
     module.to("cpu")
     return fits
-
-
-def add_described(
-    config: UpgradeConfig, model: "SailLlavaForConditionalGeneration", fits: "dict[str, Fit]", console: "Console", folder: Path
-) -> None:
-    """Write the vectors of the texts in --described into the model's folder, if there are any."""
-    from align.common.console import Progress
-    from align.common.hardware import choose_device
-    from mllm.assembly.described import write_described
-    from mllm.assembly.texts import TextSide
-    from mllm.conversations.table import open_conversations
-
-    if not config.described:
-        return
-    [crossing, *_] = (fit.crossing for fit in fits.values())
-    assert crossing is not None  # the config asks for texts
-    side, projector = TextSide(config.sail[0], choose_device()), model.model.projectors[0]
-    with tempfile.TemporaryDirectory() as cache:
-        conversations = open_conversations(config.described, None, Path(cache), config.seed)
-        count = write_described(
-            folder, conversations, crossing, lambda texts: projector.normed(side.embed(texts)), Progress(console, "descriptions")
-        )
-    if not count:
-        raise DataError(f'--described {" ".join(config.described)}: no image is described; give {{"text": ...}} or regions as image')
-    console.print(f"{count:,} texts of described images; train on them with mllm/finetune.py --data {' '.join(config.described)}")
 
 
 if __name__ == "__main__":

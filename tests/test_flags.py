@@ -101,6 +101,7 @@ TALKING = {"mllm.model.saving.load_mllm": (MagicMock(), MagicMock()), "mllm.mode
 TALKING |= {"transformers.TextStreamer": None}
 OPENED = {**JOINED, "mllm.conversations.table.open_conversations": None}
 INDEXED = {**READ, "mllm.conversations.index.build_index": None}
+INDEXED |= {"mllm.conversations.table.open_conversations": MagicMock(any_described=False)}
 
 # command, flag and value, where to stop it (`:2` at the second call), which argument to look at, what stands in for calls before that
 ARRIVALS = [

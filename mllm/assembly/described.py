@@ -4,6 +4,7 @@ Aligned texts are moved into the coordinates of images by mean and covariance: C
 `align.model.word_map` moves images. Training on texts that stand for images is CapDec's idea (arXiv 2211.00575). Legend as there.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,13 +12,19 @@ from math import prod
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from align.common.console import Progress
+from align.common.errors import DataError
+from align.common.hardware import choose_device
+from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.solve import Moments, power
-from mllm.assembly.texts import BATCH
+from mllm.assembly.texts import BATCH, TextSide
 from mllm.conversations.described import FILE, text_key, texts_in
-from mllm.conversations.table import Conversations
+from mllm.conversations.table import Conversations, open_conversations
+from mllm.model.towers import SailProjector
 
 
 @dataclass(frozen=True)
@@ -44,27 +51,30 @@ class Crossing:
         return ((aligned.double().cpu() - self.text_mean) @ self.change).half()
 
 
-def write_described(
-    folder: Path,
-    conversations: Conversations,
-    crossing: Crossing,
-    embed: Callable[[list[str]], Tensor],
-    progress: Callable[[int, int], None],
-) -> int:
-    """Write described.safetensors for all texts of `conversations` to `folder`; return how many there are. `embed` aligns texts (n, E)."""
-    keys, vectors, done = [], [], 0
-    texts = _new_texts(conversations, progress)
-    while batch := list(islice(texts, BATCH)):
-        keys += [text_key(text) for text in batch]
-        vectors.append(crossing.vectors(embed(batch)))
-        done += len(batch)
+def write_described(folder: Path, config: UpgradeConfig, crossing: Crossing | None, projector: SailProjector, console: Console) -> None:
+    """Write described.safetensors for all texts of the config's `described` files to `folder`. DataError if they describe no image.
+
+    Nothing is written if there are no such files. `projector` is the one that sees the first run's head.
+    """
+    if not config.described or crossing is None:
+        return
+    side = TextSide(config.sail[0], choose_device())
+    keys, vectors = list[int](), [torch.zeros(0, len(crossing.text_mean)).half()]
+    with tempfile.TemporaryDirectory() as cache:
+        conversations = open_conversations(config.described, None, Path(cache), config.seed)
+        texts = _new_texts(conversations, Progress(console, "descriptions"))
+        while batch := list(islice(texts, BATCH)):
+            keys += [text_key(text) for text in batch]
+            vectors.append(crossing.vectors(projector.normed(side.embed(batch))))
+    if not keys:
+        raise DataError(f'--described {" ".join(config.described)}: no image is described; give {{"text": ...}} or regions as image')
     ordered = torch.tensor(keys, dtype=torch.int64).sort()
     tensors = {
-        "keys": ordered.values, "vectors": torch.cat([torch.zeros(0, len(crossing.text_mean)).half(), *vectors])[ordered.indices],
-        "tokens": crossing.tokens.half(), "mean": crossing.mean.float(), "grid": torch.tensor(list(crossing.grid)),
+        "keys": ordered.values, "vectors": torch.cat(vectors)[ordered.indices], "tokens": crossing.tokens.half(),
+        "mean": crossing.mean.float(), "grid": torch.tensor(list(crossing.grid)),
     }  # fmt: skip
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE)
-    return done
+    console.print(f"{len(keys):,} texts of described images; train on them with mllm/finetune.py --data {' '.join(config.described)}")
 
 
 def _new_texts(conversations: Conversations, progress: Callable[[int, int], None]) -> Iterator[str]:

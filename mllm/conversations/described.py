@@ -41,10 +41,10 @@ def is_description(value: Any) -> bool:
 
 def description(value: dict[str, Any]) -> str:
     """Return the regions of an image cell as JSON: [[text, [left, top, right, bottom]], ...]. Raise Reject if they are not as above."""
-    named = {name: cell for name, cell in value.items() if cell is not None}
-    if len(named) != 1:
-        raise Reject("image_description", f"it has {', '.join(named)}; give text or regions")
-    regions: Any = named.get("regions", [{"text": named.get("text"), "box": [0, 0, 1, 1]}])
+    given = [name for name in value if value[name] is not None]
+    regions = [{"text": value["text"], "box": [0, 0, 1, 1]}] if given == ["text"] else value.get("regions")
+    if len(given) != 1:
+        raise Reject("image_description", f"it has {', '.join(map(str, given))}; give text or regions")
     if not isinstance(regions, list) or not 0 < len(regions) <= MOST_REGIONS:
         raise Reject("image_description", f"regions is no list of 1 to {MOST_REGIONS} regions")
     return json.dumps([_region(region) for region in regions], ensure_ascii=False)

@@ -19,8 +19,7 @@ from align.common.errors import DamagedError, DataError, FingerprintError, Usage
 from align.common.files import hash_bytes, read_json
 from align.model.dual_encoder import SailModel
 from mllm import finetune, upgrade
-from mllm.assembly import texts as texts_module
-from mllm.assembly import warmstart
+from mllm.assembly import described, warmstart
 from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.join import load_projector
 from mllm.conversations.described import FILE, text_key
@@ -369,7 +368,7 @@ def from_texts(parts, tmp_path, monkeypatch):
         def embed(self, texts):
             return torch.tensor([[int(hash_bytes(f"{text} {n}".encode())[:4], 16) / 65536 for n in range(24)] for text in texts])
 
-    for module in (warmstart, texts_module):
+    for module in (warmstart, described):
         monkeypatch.setattr(module, "TextSide", Side)
     (tmp_path / "photos").mkdir()
     for n in range(60):
