@@ -30,8 +30,8 @@ from align.sources.gate import text_problem
 
 FILE = "described.safetensors"
 MOST_REGIONS = 100
-BACKGROUND = 0.7  # of the real picture's deviation from the mean token
-STRENGTH = (1.1, 2.6)  # of the texts' vectors, drawn for each picture: single tokens lie further from the mean than means of pictures
+BACKGROUND = 0.4  # of the real picture's deviation from the mean token
+STRENGTH = (1.1, 2.4)  # of the texts' vectors, drawn for each picture: single tokens lie further from the mean than means of pictures
 
 
 def is_description(value: Any) -> bool:
@@ -51,9 +51,10 @@ def description(value: dict[str, Any]) -> str:
 
 
 def _region(region: Any) -> tuple[str, list[float]]:
-    text, box = (region["text"], region["box"]) if isinstance(region, dict) and region.keys() == {"text", "box"} else ("", None)
+    text: Any = region["text"] if isinstance(region, dict) and region.keys() == {"text", "box"} else ""
     if not isinstance(text, str) or not text.strip() or text_problem(text):
         raise Reject("image_description", f"{str(region)[:100]}; expected text and box")
+    box: Any = region["box"]
     four = isinstance(box, list) and len(box) == 4 and all(isinstance(edge, int | float) and math.isfinite(edge) for edge in box)
     if not four or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise Reject("image_description", f"box {str(box)[:80]}; expected [left, top, right, bottom] from 0 to 1")
