@@ -137,6 +137,36 @@ def test_texts_without_images_put_images_near_their_words(colors, monkeypatch, r
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
+def test_vectors_of_texts_lie_where_pictures_of_their_color_do(colors, monkeypatch, raw):
+    model, processor = tiny_model(raw=raw)
+    seer = Seer(model, processor, colors)
+    if raw:
+        monkeypatch.setattr(seer, "known", {name: torch.nn.functional.layer_norm(x, x.shape) for name, x in seer.known.items()})
+    monkeypatch.setattr(warmstart, "TextSide", lambda sail, device: seer)
+    names = ("red", "green", "blue", "yellow")
+    (colors / "texts.txt").write_text("".join(f"the photo is {names[n % 4]}\n" for n in range(400)))
+    fit = fit_projector(model, processor, texts=Texts((str(colors / "texts.txt"),)), sail="run", images=str(colors), seed=1)
+    crossing, projector = fit.crossing, model.model.multi_modal_projector
+    assert crossing.tokens.shape == (119, 9, sum(projector.widths))
+    torch.testing.assert_close(crossing.tokens.mean((0, 1)), crossing.mean, atol=1e-4, rtol=1e-4)
+    vectors = crossing.mean[:24] + crossing.vectors(projector.normed(seer.embed([f"a {name}" for name in names]))).float()
+    pictures = torch.stack([processor.image_processor.to_pixels(Image.open(colors / f"{n}.png").convert("RGB")) for n in (8, 9, 10, 11)])
+    with torch.no_grad():
+        seen = torch.cat(projector.blocks(model.model.get_patch_features(pictures)), -1).mean(1)[:, :24]
+    distances = torch.cdist(vectors, seen)
+    assert distances.argmin(1).tolist() == [0, 1, 2, 3]
+    assert distances.diagonal().mean() < 0.3 * distances.mean()
+
+
+def test_described_images_are_no_captioned_ones(colors):
+    rows = json.loads((colors / "rows.json").read_text())
+    (colors / "rows.json").write_text(json.dumps([{**row, "image": {"text": "red"}} if n % 2 else row for n, row in enumerate(rows)]))
+    conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache2")
+    model, processor = tiny_model()
+    assert captions(conversations, Words(processor.tokenizer, len(model.get_input_embeddings().weight)), 200)[0] == list(range(0, 120, 2))
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
 def test_visual_tokens_are_mixtures_of_embeddings_by_the_scores_that_were_solved(colors, raw):
     model, processor = tiny_model(raw=raw)
     conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
