@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What alignment is worth in an MLLM: answers after stage two on 0 to 3,000 pictures, with an aligned head, a random one and none.
 #   bash scripts/mllm_curve.sh [OUT]
-# Stage one sees 6,000 scenes. Stage two sees n of 3,000 other scenes of the same sprites, each with a caption (the projector's start) and
-# a conversation, for the same number of steps. Arms:
+# Needs `make quickstart` to have run: its stage one saw 6,000 scenes. Stage two sees n of 3,000 others of all 918 sprites, each with a
+# caption (the projector's start) and a conversation, for the same number of steps. Arms:
 #   both      aligned head beside the raw patch, stage one's texts, and 3,000 described scenes: names and boxes without pictures
 #   trained   the same without the raw patch
 #   pictures  as both, without the described scenes
@@ -13,19 +13,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/mllm-curve}
-one=align/recipes/quickstart.yaml
 two=mllm/recipes/quickstart.yaml
 export TOKENIZERS_PARALLELISM=false
 mkdir -p "$out"
 
-python align/prepare.py --output "$out/data" --train 6000 --val 300 --retrieval 100 --per-class 2 --swapped 0 --segmentation 0 \
+python align/prepare.py --output "$out/data" --train 8 --val 8 --retrieval 8 --per-class 1 --swapped 0 --segmentation 0 \
   --mllm-pretrain 3000 --mllm-instruct 3000 --mllm-described 3000 --mllm-test 150
-python align/encode.py --config "$one" --data "$out/data/train/*.tar" --output "$out/features"
-python align/train.py --config "$one" --images "$out/features/images" --output "$out/train" \
-  --captions "$out/features/captions-short" "$out/features/captions-long"
 
 for n in ${PICTURES:-0 50 200 1000 3000}; do
-  python - "$out/data/mllm/instruct.json" "$out/data/mllm/first-$n.json" "$n" <<'PY'
+  python - "$out/data/mllm/instruct.json" "$out/first-$n.json" "$n" <<'PY'
 import json, sys
 from pathlib import Path
 Path(sys.argv[2]).write_text(json.dumps(json.loads(Path(sys.argv[1]).read_text())[: int(sys.argv[3])]))
@@ -34,9 +30,9 @@ PY
     for arm in ${ARMS:-both none random trained pictures}; do
       run="$out/$arm-$n-$seed"
       [ -f "$run/done" ] && continue
-      texts=(--texts "$out/data/train/*.tar" --images "$out/data/train/*.tar")
+      texts=()
       pictures=(--captions "$out/data/mllm/pretrain.json" --caption-rows "$n")
-      data=("$out/data/mllm/first-$n.json")
+      data=("$out/first-$n.json")
       case $arm in
         both | trained)
           texts+=(--described "$out/data/mllm/described.json" --features "$([ "$arm" = both ] && echo both || echo head)")
@@ -51,12 +47,12 @@ PY
         pictures=(--captions)
         data=("$out/data/mllm/described.json")
       fi
-      python mllm/upgrade.py --config "$two" --sail "$out/train" "${pictures[@]}" "${texts[@]}" --seed "$seed" --output "$run/init"
+      python mllm/upgrade.py --config "$two" "${pictures[@]}" "${texts[@]}" --seed "$seed" --output "$run/init"
       python mllm/finetune.py --config "$two" --stage instruct --data "${data[@]}" --image-root "$out/data/mllm" --seed "$seed" \
         --steps "${STEPS:-130}" --model "$run/init" --output "$run/instruct"
       python eval/lmms.py --mllm "answers=$run/instruct" --tasks sprites_yesno sprites_what sprites_yesno_unseen --data "$out/data/mllm" \
         --batch-size 32 --max-new-tokens 12 --output "$run"
-      rm -r "$run/init" "$run/instruct"/checkpoint-* # what is measured stays in results.json
+      rm -rf "$run/init" "$run/instruct"/checkpoint-* # what is measured stays in results.json
       touch "$run/done"
     done
   done
