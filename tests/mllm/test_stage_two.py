@@ -7,8 +7,9 @@ resumed) and accelerate alike.
 import io
 import json
 import os
+import re
+import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from mllm.assembly.config import UpgradeConfig
 from mllm.loop.config import FinetuneConfig
 from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.saving import load_mllm
+from tests.support.forking import free_port
 from tests.support.tiny_mllm import tiny_llm, tiny_sail, tiny_vision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,12 +125,6 @@ def test_from_an_llm_and_an_encoder_to_answers_in_the_results(world, forked, tmp
     assert [row["answer"] for row in answers] == expected and len(set(expected)) == 3
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 SMALL = {"batch-size": 4, "micro-batch-size": 2, "steps": 6, "save-every": 3, "lr-projector": 1e-3, "warmup": 0.1}
 
 
@@ -161,6 +157,28 @@ def test_deepspeed_zero2_equals_python_also_when_killed(world, plain, tmp_path):
     assert code != 0 and step == 3 and not (tmp_path / "run/model").exists(), said
     code, said = launch(command, tmp_path / "log")
     assert code == 0 and f"going on from {path}" in said, said
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert weights_differ_by(tmp_path / "run", plain) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_checkpoint_of_two_deepspeed_processes_is_converted_for_one(world, plain, tmp_path):
+    def run(processes, **environment):
+        command = ["torchrun", "--nproc_per_node", processes, "--master_port", free_port(), "mllm/finetune.py", "--deepspeed", "zero2"]
+        return launch([*command, *flags(world, "instruct", tmp_path / "run", **SMALL)], tmp_path / "log", **environment)
+
+    run(2, SAIL_FAILPOINT="mllm-committed:1")
+    assert newest_committed(tmp_path / "run")[1] == 3
+    code, said = run(1)
+    status = json.loads((tmp_path / "run/.work/status.json").read_text())
+    assert code != 0 and status["exit_code"] == 5 and "processes: 2 there, 1 now" in status["message"], (said, status)
+    convert = re.search(r"`(python -m deepspeed[^`]*)`", said)
+    code, said = launch([sys.executable, *shlex.split(convert[1])[1:]], tmp_path / "log")
+    assert code == 0, said
+    code, said = run(1)
+    assert code == 0, said
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert weights_differ_by(tmp_path / "run", plain) < 1e-6

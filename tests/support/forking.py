@@ -1,6 +1,7 @@
-"""Forked children of the warm test process: importing torch anew for each run would cost more than the test."""
+"""Forked children of the warm test process, as importing torch anew for each run would cost more than the test; and free ports."""
 
 import os
+import socket
 import sys
 import traceback
 
@@ -37,3 +38,10 @@ def fork(function, *arguments):
 def exit_codes(children):
     """Wait for forked children and return their exit codes, or minus the signal that ended one."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def free_port():
+    """Return a port of this machine that no process listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from align.common.errors import Preempted
 from align.common.preemption import asked_to_stop, ended_by_sigterm, noted, reason, stay, stop_with
-from tests.support.forking import exit_codes, fork
+from tests.support.forking import exit_codes, fork, free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
@@ -121,7 +121,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_of_a_training_loop_alive
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("launcher", ["python", "accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["python", "accelerate", "torchrun", "deepspeed"])
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_alone_stops_its_processes(tmp_path, launcher, training):
     (tmp_path / "entry.py").write_text(SCRIPT)
@@ -130,11 +130,12 @@ def test_a_signal_to_the_launcher_alone_stops_its_processes(tmp_path, launcher, 
         "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
                        "--dynamo_backend", "no"],
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())],
     }[launcher]  # fmt: skip
     flags = ["--place", str(tmp_path), *(["--training"] if training else [])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, *start, str(tmp_path / "entry.py"), *flags], env=environment)
-    expected = 2 if launcher == "torchrun" else 1
+    expected = 2 if launcher in ("torchrun", "deepspeed") else 1
     until(lambda: len(list(tmp_path.glob("*.started"))) == expected, 120)
     process.send_signal(signal.SIGTERM)
     code = process.wait(60)
