@@ -8,10 +8,11 @@
 
 One forward pass gives all layers of an encoder. OUTPUT/pairs holds stores like those of align/encode.py: train on the winner's.
 Interrupted runs resume with the same command, also with more encoders or layers. OUTPUT gets table.csv, assessment.json, manifest.json,
-heat-TEXT.png and scatter-TEXT.png. `bash scripts/assess.sh` repeats the experiments of docs/LOG.md.
+heat-TEXT.png, scatter-TEXT.png, worth.png. `bash scripts/assess.sh` repeats the experiments of docs/LOG.md.
 """
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from align.assessment.scores import Settings
     from align.assessment.tables import Assessed
+    from align.assessment.worth import Worth
     from align.common.hardware import Arithmetic
 
 TABLE_ROWS = 20
@@ -44,10 +46,12 @@ def settings_of(config: AssessConfig, precision: "Arithmetic") -> "Settings":
     )  # fmt: skip
 
 
-def report(config: AssessConfig, texts: list[str], results: list["Assessed"], weights: "np.ndarray", console: "Console") -> None:
+def report(
+    config: AssessConfig, texts: list[str], results: list["Assessed"], weights: "np.ndarray", worth: "list[Worth]", console: "Console"
+) -> None:
     """Write table, JSON, figures; print the best candidates, correlations and advice. `weights`: bootstrap weights of the test images."""
     from align.assessment import tables
-    from align.assessment.figures import heat_map, scatter
+    from align.assessment.figures import heat_map, scatter, worth_curves
     from align.assessment.scores import NO_LABELS, NO_PATCHES
     from align.common.files import atomic_bytes, atomic_json
 
@@ -57,10 +61,13 @@ def report(config: AssessConfig, texts: list[str], results: list["Assessed"], we
     follows = tables.follows(results, config.seed)
     said = tables.recommend(results, weights) + [NO_LABELS] * (not config.labelled) + [NO_PATCHES] * (not config.patch_images)
     ranks = {text: tables.rank_matrix(results, text) for text in texts}
-    facts = {"recommendation": said, "follows": follows, "correlations": found, "spearman": ranks}
+    said += [one.sentence() for one in worth]
+    facts = {"recommendation": said, "follows": follows, "correlations": found, "spearman": ranks, "worth": list(map(asdict, worth))}
     listed = [{**asdict(r.candidate), "scores": {name: asdict(score) for name, score in r.scores.items()}} for r in results]
     atomic_bytes(folder / "table.csv", tables.table_csv(results).encode())
     atomic_json(folder / "assessment.json", {"config": asdict(config), **facts, "candidates": listed})
+    if judged := [one for one in worth if one.score]:
+        atomic_bytes(folder / "worth.png", worth_curves(judged))
     for text in texts:
         atomic_bytes(folder / f"heat-{text}.png", heat_map(results, text))
         for target, rows in found.items():
@@ -126,7 +133,9 @@ def assess(config: AssessConfig, console: "Console") -> None:
         results.append(result)
         scores = ", ".join(f"{name} {100 * score.value:.1f}" for name, score in result.scores.items())
         progress(len(results), note=f"{result.candidate.name}: {scores}", now=True)
-    report(config, texts, trained_scores(config.trained, results), assessment.test_weights, console)
+    results = trained_scores(config.trained, results)
+    worths = assessment.worth_of_best(results, config.worth, config.trained, partial(Progress, console))
+    report(config, texts, results, assessment.test_weights, worths, console)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from align.common.commandline import set_up
 from align.model.dual_encoder import SailModel
 from align.model.saving import model_folder
 from mllm.assembly.language import load_llm
-from mllm.assembly.solve import Fitting, Moments
-from mllm.assembly.texts import Texts, TextSide, Words
+from align.model.word_map import Fitting, Moments
+from align.model.words import Words
+from mllm.assembly.texts import Texts, TextSide
 from mllm.assembly.warmstart import SHARPNESS
 
 set_up()
@@ -66,7 +67,7 @@ scenes = blocks([Image.open(out / "data/mllm" / row["image"]).convert("RGB") for
 reader = Words(language.tokenizer, len(table))
 captions = reader.ids([row["conversations"][1]["value"] for row in rows])
 texts, side = list(Texts((str(out / "data/train/*.tar"),), ("short",)).batches()), TextSide(str(out / "train"), torch.device("cpu"))
-aligned = [(normed(side.embed(batch)), reader.ids(batch)) for batch in texts]
+aligned = [(normed(side.embed(batch, range(len(batch.texts)))), reader.ids(batch.texts)) for batch in texts]
 tests = {part: pictures(part) for part in ("seen", "unseen")}
 tests = {part: (blocks(images), labels, reader.ids(names)) for part, (images, labels, names) in tests.items()}
 said = [ids for _, batch in aligned for ids in batch]

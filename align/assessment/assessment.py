@@ -1,7 +1,7 @@
 """Scores of every candidate over the images that all stores share. Scores computed earlier are read from the cache."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.assessment.candidates import Candidate, captions_of, feature_columns, read_labels, rows_of, unique_keys
+from align.assessment import worth
+from align.assessment.candidates import Candidate, captions_of, feature_columns, read_labels, rows_of, texts_of, unique_keys
 from align.assessment.encoding import EncodedVision, Sample
+from align.assessment.probing import CaptionedFeatures
 from align.assessment.scores import Score, Scorer, Settings, TextSide, cached
 from align.assessment.tables import Assessed
+from align.assessment.worth import Worth
+from align.common.console import Progress
 from align.common.errors import DataError
-from align.common.files import hash_bytes
+from align.common.files import hash_bytes, hash_file
 
 FEW_OF_CLASS = 8  # labelled images per class; with fewer, most of the 20 neighbors are of other classes
 
@@ -30,7 +34,8 @@ class Assessment:
         """`captions` are the columns that every text encoder encoded. `folder` is the score cache. `patches`: stores of patches exist."""
         self.pairs, self.visions, self.settings, self.with_patches = pairs, visions, settings, patches
         self.stores = {(v.name, layer): pairs.store(v.name, f"layer-{layer:02d}") for v in visions for layer in v.layers}
-        captioned = {name: [pairs.store(name, f"captions-{column}") for column in captions] for name in texts}
+        self.columns = captions
+        self.captioned = captioned = {name: [pairs.store(name, f"captions-{column}") for column in captions] for name in texts}
         every = [*self.stores.values(), *itertools.chain(*captioned.values())]
         common = set.intersection(*map(unique_keys, every))
         self.keys = [key for key in every[0].keys.to_pylist() if key in common]
@@ -103,3 +108,40 @@ class Assessment:
         numbers = np.array([self.labels[key] for key in keys])
         columns = partial(feature_columns, feature=feature, has_cls=vision.has_cls)
         return self.cached(facts, lambda: self.scorer.with_labels(columns(rows_of(store, keys)), numbers))
+
+    def worth_of_best(self, results: Sequence[Assessed], count: int, runs: Sequence[str], progress: Callable[..., Progress]) -> list[Worth]:
+        """Return what the alignment of the `count` best candidates is worth to an MLLM: in closed form, and by each run of its features.
+
+        `progress(what, total)` makes progress lines.
+        """
+        order, found = np.concatenate(self.scorer.rows[::-1]), []  # the test images first
+        best = sorted((result for result in results if not result.candidate.random), key=lambda result: -result.scores["probing"].value)
+        for result in best[:count]:
+            named = f"worth of {result.candidate.name}: curves fitted"
+            matching = [run for run in runs if result.fingerprints and worth.fingerprints_of(Path(run)) == result.fingerprints]
+            for run in ["", *matching]:
+                seen = worth.keys_seen_by(Path(run)) if run else set()
+                unseen = order[[seen is not None and self.keys[row] not in seen for row in order]][: len(self.scorer.rows[2])]
+                enough = not run or len(unseen) >= worth.LEAST_TEST
+                told = progress(named, len(worth.plan_of(len(self.scorer.rows[0]))))
+                found.append(Worth(result.candidate, run, self._worth(result.candidate, run, unseen, told) if enough else None))
+        return found
+
+    def _worth(self, candidate: Candidate, run: str, test: np.ndarray, progress: Progress) -> Score:
+        vision = next(vision for vision in self.visions if vision.name == candidate.vision)
+        store, stores = self.stores[candidate.vision, candidate.layer], self.captioned[candidate.text]
+        training = np.setdiff1d(self.scorer.rows[0], test)
+        facts = {**self.facts, **self.draws, "kind": "worth", "feature": candidate.feature, "image": store.fingerprint}
+        facts |= {"texts": self.text_fingerprints[candidate.text], "test": test.tolist(), "rows": self.settings.test_rows}
+        facts |= {"run": hash_file(Path(run) / "best" / "model.safetensors") if run else None}
+
+        def compute() -> dict[str, Score]:
+            columns, side = feature_columns(rows_of(store, self.keys), candidate.feature, vision.has_cls), self.texts[candidate.text]
+            pairs = CaptionedFeatures(columns, side.captions, side.owners)
+            texts = texts_of(stores, self.pairs.source, self.pairs.plan, self.columns, self.keys)
+            named = worth.Named.of(pairs, texts, stores[0].folder / "tokenizer", training, self.settings.seed)
+            maps = worth.trained_maps(Path(run)) if run else worth.closed_form_maps(pairs, training)
+            weights = self.scorer.resamples(len(test))
+            return {"worth": worth.measured(named, maps, (training, test), weights, self.settings.seed, progress)}
+
+        return self.cached(facts, compute)["worth"]

@@ -24,6 +24,7 @@ from align.encoders.spec import VisionSpec
 from align.encoders.transforms import load_transform
 from align.encoders.trust import split_revision
 from align.features.store import FeatureStore
+from align.features.texts import texts_of_shard
 from align.sources.plan import Plan, Source, open_shard, plan
 
 SHARD_ROWS = 64  # neighboring rows drawn together
@@ -143,6 +144,16 @@ def rows_of(store: FeatureStore, keys: Sequence[str]) -> np.ndarray:
     """Return the features (n, W) float16 of the sample keys. Each key must occur exactly once in the store."""
     place = {key: row for row, key in enumerate(store.keys.to_pylist())}
     return store.features(np.array([place[key] for key in keys], dtype=np.int64))
+
+
+def texts_of(stores: Sequence[FeatureStore], source: Source, plan: Plan, columns: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Return the words of each caption (T,) that `captions_of` gives for the same stores and keys; `columns` are what each encoded."""
+    place = {key: number for number, key in enumerate(keys)}
+    found: list[tuple[int, str]] = []
+    for store, column in zip(stores, columns, strict=True):
+        texts = (text for shard in range(len(plan.shards)) for text in texts_of_shard(store, shard, source, plan, column))
+        found += [(place[key], text) for key, text in zip(store.keys.to_pylist(), texts, strict=True) if key in place]
+    return [text for _, text in sorted(found, key=lambda one: one[0])]
 
 
 def captions_of(stores: Sequence[FeatureStore], keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

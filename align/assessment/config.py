@@ -38,6 +38,9 @@ class AssessConfig(SourceFlags):
     """Column with the class. `label` is the folder's name; CLIP_benchmark's tars have `cls`."""
     trained: tuple[str, ...] = ()
     """Finished runs of align/train.py on stores of this assessment. Their recall is added as a score for the others to predict."""
+    worth: int = 1
+    """Of how many of the best candidates to tell what their alignment is worth to an MLLM, in captioned images (about a minute each);
+    by each matching run of --trained, too, on images that it has not seen. 0: of none."""
     rows: int = 5000
     """Pairs to sample from the data, in random pieces of up to 64 neighboring rows."""
     labelled_rows: int = 2000
@@ -90,7 +93,7 @@ class AssessConfig(SourceFlags):
         check(not strange, f"--random-weights {' '.join(strange)}", "must be among --vision")
         check_least(self, rows=100, labelled_rows=100, test_rows=100, similarity_rows=100, resamples=100, neighbors=1, class_neighbors=1)
         check_least(self, probe_width=1, probe_batch=2, probe_steps=1, probe_every=1, probe_patience=1)
-        check_least(self, batch_size=1, text_batch_size=1, workers=0, seed=0)
+        check_least(self, batch_size=1, text_batch_size=1, workers=0, seed=0, worth=0)
         check(self.patch_images == 0 or self.patch_images >= 100, f"--patch-images {self.patch_images}", "is 0 (none) or at least 100")
         check_trust(self.trust_remote_code, *map(split_revision, (*self.vision, *self.text)))
         check(self.probe_lr > 0, f"--probe-lr {self.probe_lr}", "must be above 0")

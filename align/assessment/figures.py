@@ -1,4 +1,4 @@
-"""PNG figures of an assessment: a heat map (candidates x scores) and scatter plots (each score against probing)."""
+"""PNG figures of an assessment: a heat map (candidates x scores), scatter plots (each score against probing), curves of worth."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from align.assessment.tables import NAMES, Assessed
+from align.assessment.worth import Worth
 from align.common.charts import INK, MUTED, SERIES, new_figure, png, style_axes
 
 MARKS = {"cls": "^", "mean": "o", "cls_mean": "s"}
@@ -39,6 +40,25 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(f"with {text} (percent; darker: better within the column)", loc="left", fontsize=9.5, color=INK, fontweight="bold")
+    return png(figure)
+
+
+def worth_curves(worths: Sequence[Worth]) -> bytes:
+    """Return a PNG with a panel per alignment that has a score: the curve over captioned images, and the height that texts alone reach."""
+    figure = new_figure(4.2 * len(worths), 3.2, dpi=DPI)
+    for number, worth in enumerate(worths):
+        assert worth.score is not None
+        axes = figure.add_subplot(1, len(worths), number + 1)
+        curve = {int(count): 100 * value for count, value in worth.score.details["curve"].items()}
+        axes.plot(list(curve), list(curve.values()), color=SERIES[1], marker="o", markersize=3.5, label="no alignment, captioned images")
+        axes.axhline(100 * worth.score.value, color=SERIES[0], label="aligned, texts alone")
+        if worth.score.low is not None and worth.score.high is not None:
+            axes.axhspan(100 * worth.score.low, 100 * worth.score.high, color=SERIES[0], alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xlabel("captioned images", fontsize=8, color=MUTED)
+        axes.set_ylabel("own caption found (mean reciprocal rank, %)", fontsize=8, color=MUTED)
+        style_axes(axes, worth.candidate.name + (f"\n{worth.run}" if worth.run else ""), lines="both", size=7.5)
+        axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="upper left")
     return png(figure)
 
 

@@ -52,10 +52,10 @@ class UpgradeConfig:
     """Conversation files of captioned images: start the projector in closed form from them instead of at random: it
     then mixes each visual token of words that the LLM reads."""
     texts: tuple[str, ...] = ()
-    """Text files (a text a line), tables or tars with captions that need no images: start the projector in closed form from them, alone
-    or beside --captions. Only with the trained head of --sail."""
+    """Text files (a text a line), tables or tars with captions that need no images, or caption stores of align/encode.py, whose features
+    are then used: start the projector in closed form from them, alone or beside --captions. Only with the trained head of --sail."""
     text_columns: tuple[str, ...] = ("caption",)
-    """Columns of --texts that hold texts (in a tar: suffixes, or names in its .json); .txt files have none."""
+    """Columns of --texts that hold texts (in a tar: suffixes, or names in its .json); .txt files have none, a store has its own."""
     text_rows: int = 1_000_000
     """How many texts of --texts are used."""
     images: str | None = None

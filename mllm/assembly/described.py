@@ -19,9 +19,9 @@ from torch import Tensor
 from align.common.console import Progress
 from align.common.errors import DataError
 from align.common.hardware import choose_device
+from align.model.word_map import Moments, power
 from mllm.assembly.config import UpgradeConfig
-from mllm.assembly.solve import Moments, power
-from mllm.assembly.texts import BATCH, TextSide
+from mllm.assembly.texts import BATCH, Batch, TextSide
 from mllm.conversations.described import FILE, text_key, texts_in
 from mllm.conversations.table import Conversations, open_conversations
 from mllm.model.towers import SailProjector
@@ -65,7 +65,7 @@ def write_described(folder: Path, config: UpgradeConfig, crossing: Crossing | No
         texts = _new_texts(conversations, Progress(console, "descriptions"))
         while batch := list(islice(texts, BATCH)):
             keys += [text_key(text) for text in batch]
-            vectors.append(crossing.vectors(projector.normed(side.embed(batch))))
+            vectors.append(crossing.vectors(projector.normed(side.embed(Batch(batch, None, 1.0), range(len(batch))))))
     if not keys:
         raise DataError(f'--described {" ".join(config.described)}: no image is described; give {{"text": ...}} or regions as image')
     ordered = torch.tensor(keys, dtype=torch.int64).sort()

@@ -1,6 +1,6 @@
 """A projector that speaks in words: solved in closed form from texts alone, from captioned images, or from both.
 
-Which words a caption has is regressed on the mean of its image's visual tokens (`mllm.assembly.solve`); with a trained head, the
+Which words a caption has is regressed on the mean of its image's visual tokens (`align.model.word_map`); with a trained head, the
 aligned embeddings of texts that no image belongs to join the same equations. The projector then mixes, for every visual token, the
 LLM's input embeddings of those words by a softmax over their scores. One pass over the images through encoder and head. A choice of
 this kit, not of the papers (docs/decisions.md; literature: AlignVLM 2502.01341, CapDec 2211.00575, LiMBeR 2209.15162). Shapes: `N`
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
+from align.model.word_map import Choice, Fitting, Moments, WordMap
+from align.model.words import Words
 from align.sources.gate import Limits, gate_image
 from align.sources.plan import Source, open_shard, plan
 from mllm.assembly.described import Crossing
-from mllm.assembly.solve import Choice, Fitting, Moments, WordMap
-from mllm.assembly.texts import Texts, TextSide, Words, require_texts
+from mllm.assembly.texts import Texts, TextSide, require_texts
 from mllm.conversations.messages import texts_of
 from mllm.conversations.table import Conversations
 from mllm.model.modeling import SailLlavaForConditionalGeneration
@@ -107,10 +108,12 @@ def fit_projector(
     embeddings: Any = model.get_input_embeddings()
     table = embeddings.weight.detach()
     words = Words(processor.tokenizer, len(table))
-    used, ids = captions(conversations, words, rows) if conversations is not None else ([], [])
+    used, ids = captions(conversations, words, rows, progress("captions read")) if conversations is not None else ([], [])
     words.count(ids)
-    count = 0
+    count, side = 0, None
     if texts is not None:
+        side = TextSide(str(sail), model.device)
+        texts.require_encoder(side.fingerprint)
         count = _counted(texts, words, progress("texts read"))
         require_texts(count, texts.files, MIN_TEXTS)
     words.choose(most_words)
@@ -121,8 +124,8 @@ def fit_projector(
     _require_images(captioned, unlabelled, len(used), texts)
     with torch.no_grad():
         moments = None
-        if texts is not None:
-            moments = _text_moments(projector, texts, count, TextSide(str(sail), model.device), words, progress("texts"))
+        if texts is not None and side is not None:
+            moments = _text_moments(projector, texts, count, side, words, progress("texts embedded"))
         fitting = Fitting(
             widths=projector.widths,
             images=captioned.means,
@@ -159,7 +162,9 @@ def _projector_of_words(model: Any, number: int, fields: Any, embeddings: Tensor
     return new
 
 
-def captions(conversations: Conversations, words: Words, rows: int) -> tuple[list[int], list[Tensor]]:
+def captions(
+    conversations: Conversations, words: Words, rows: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[int], list[Tensor]]:
     """Return the numbers of the first `rows` rows with exactly one image, not a described one, and the token ids of their answers."""
     used, found = [], []
     for number in range(len(conversations)):
@@ -169,6 +174,7 @@ def captions(conversations: Conversations, words: Words, rows: int) -> tuple[lis
         if len(row.images) == 1 and row.images[0].described is None and len(ids):
             used.append(number)
             found.append(ids)
+        progress(len(used), min(rows, len(conversations)))
         if len(used) == rows:
             break
     return used, found
@@ -202,12 +208,12 @@ def write_places(projector: SailProjector, grid: Sequence[int], words: Words, ta
 
 
 def _counted(texts: Texts, words: Words, progress: Callable[[int, int], None]) -> int:
-    """Count the words of all texts; return how many texts there are."""
+    """Count the words of all texts; return how many texts there are. The total shown is that of the share of bytes read so far."""
     done = 0
     for batch in texts.batches():
-        words.count([ids for ids in words.ids(batch) if len(ids)])
-        done += len(batch)
-        progress(done, max(done + 1, texts.most))
+        words.count([ids for ids in words.ids(batch.texts) if len(ids)])
+        done += len(batch.texts)
+        progress(done, max(done, round(done / max(batch.share, 1e-9))))
     return done
 
 
@@ -215,9 +221,9 @@ def _text_moments(projector: Any, texts: Texts, count: int, side: TextSide, word
     """Return the sums over all `count` texts of their aligned embeddings, as the projector is given them, and of their words."""
     moments = Moments(projector.widths[0], len(words.chosen), projector.linear_1.weight.device)
     for batch in texts.batches():
-        ids = words.ids(batch)
+        ids = words.ids(batch.texts)
         kept = [number for number, one in enumerate(ids) if len(one)]
-        aligned = projector.normed(side.embed([batch[number] for number in kept]))
+        aligned = projector.normed(side.embed(batch, kept))
         moments.add(aligned, words.presence([ids[number] for number in kept]))
         progress(moments.count, max(count, moments.count))
     return moments.cpu()

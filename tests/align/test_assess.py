@@ -210,6 +210,10 @@ def test_the_report_is_complete(assessed):
     assert {row["score"] for row in found["correlations"]["probing"]} == set(assess_scores.SCORES) - {"probing"}
     assert all(row["n"] == 12 for row in found["correlations"]["probing"])  # the floor is left out
     assert found["follows"][0]["text"] == "st"
+    [worth] = found["worth"]
+    assert worth["candidate"]["vision"] in ("vit", "cnn") and {"worth", "low", "high", "curve"} < worth["score"]["details"].keys()
+    assert list(worth["score"]["details"]["curve"]) == ["50", "76"] and any("Worth to an MLLM" in line for line in found["recommendation"])
+    assert (out / "worth.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "manifest.json").read_text())["launches"][0]["config"]["seed"] == 0
 
 
@@ -218,6 +222,7 @@ def test_scores_are_kept(world, assessed, monkeypatch, capsys):
     table = (out / "table.csv").read_text()
     monkeypatch.setattr(assess_scores, "probe_alignment", None)
     monkeypatch.setattr(assess_scores, "linear_probe_correct", None)
+    monkeypatch.setattr("align.assessment.worth.measured", None)
     run(world, out, **changes)
     assert (out / "table.csv").read_text() == table
     with pytest.raises(TypeError):
@@ -255,7 +260,9 @@ def test_trained_runs_are_matched_by_fingerprint(world, assessed, tmp_path, caps
             "head": "linear", "width": 8, "batch-size": 32, "steps": 4, "val-every": 2, "precision": "fp32",
         }  # fmt: skip
         train(parse(TrainConfig, "train", [part for name, value in values.items() for part in (f"--{name}", str(value))]))
-    run(world, out, **changes, trained=list(names.values()))
+    run(world, out, **changes, trained=list(names.values()), worth=100)
+    said = capsys.readouterr().out
+    assert "aligned in closed form, is worth" in said and "is worth what cannot be told here" in said, "its training saw all pairs"
     rows = list(csv.DictReader((out / "table.csv").open()))
     trained = {(row["vision"], row["layer"], row["feature"]) for row in rows if row["trained"]}
     assert {("vit", "2", "cls_mean"), ("vit", "3", "cls_mean")} < trained and len(trained) == 3
@@ -351,6 +358,7 @@ def test_names_of_encoders():
         ({"patch_images": 50}, "--patch-images 50"),
         ({"probe_lr": 0.0}, "--probe-lr"),
         ({"resamples": 5}, "--resamples 5"),
+        ({"worth": -1}, "--worth -1"),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):

@@ -1,38 +1,29 @@
 """The closed-form start of the projector: images land near the words of their captions, and of texts that no image belongs to."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from align.common.errors import DataError, UsageError
+from align.common.errors import DataError, FingerprintError, UsageError
+from align.encoders.spec import TextSpec
+from align.encoders.text import load_text_encoder
+from align.features.extract import Extraction
+from align.model.dual_encoder import SailConfig, SailModel
+from align.model.saving import save_model
+from align.model.word_map import Choice, WordMap
+from align.model.words import Words
+from align.sources.plan import Source, plan
 from mllm.assembly import warmstart
-from mllm.assembly.solve import Choice, WordMap
-from mllm.assembly.texts import Texts, Words
+from mllm.assembly.texts import Batch, Texts, TextSide
 from mllm.assembly.warmstart import PLACE_SHARE, PLACES, SHARPNESS, captions, fit_projector, write_places, write_scores
 from mllm.conversations.table import open_conversations
 from mllm.model.towers import SailProjector
+from tests.support.tiny_encoders import save_bert
 from tests.support.tiny_mllm import tiny_model
-
-
-def test_words_are_the_most_frequent_tokens_that_some_texts_lack():
-    words = Words(tiny_model()[1].tokenizer, 6)
-    texts = [torch.tensor([1, 2, 4]), torch.tensor([1, 3]), torch.tensor([1, 2, 5])]
-    words.count(texts)
-    words.choose(2)
-    assert words.chosen.tolist() == [2, 3] and words.shares.tolist() == pytest.approx([2 / 3, 1 / 3])
-    assert words.presence(texts).tolist() == [[True, False], [False, True], [True, False]]
-    words.choose(100)
-    assert words.chosen.tolist() == [2, 3, 4, 5], "token 1 is in every text, token 0 in none"
-
-
-def test_texts_of_the_same_words_are_refused():
-    words = Words(tiny_model()[1].tokenizer, 6)
-    words.count([torch.tensor([1, 2])] * 3)
-    with pytest.raises(DataError, match="all use the same words"):
-        words.choose(10)
 
 
 @pytest.fixture
@@ -110,10 +101,10 @@ class Seer:
         pixels = torch.stack([processor.image_processor.to_pixels(Image.open(folder / f"{n}.png").convert("RGB")) for n in range(4)])
         with torch.no_grad():
             self.known = dict(zip(names, model.model.get_patch_features(pixels).mean(1)[:, :24], strict=True))
-        self.noise = torch.Generator().manual_seed(0)
+        self.noise, self.fingerprint = torch.Generator().manual_seed(0), {}
 
-    def embed(self, texts):
-        own = torch.stack([self.known[text.split()[-1]] for text in texts])
+    def embed(self, batch, kept):
+        own = torch.stack([self.known[batch.texts[place].split()[-1]] for place in kept])
         return 2 * own + 5 + 0.01 * torch.randn(own.shape, generator=self.noise)
 
 
@@ -130,7 +121,10 @@ def test_texts_without_images_put_images_near_their_words(colors, monkeypatch, r
     (colors / "texts.txt").write_text("".join(f"the photo is {names[n % 4]}\n\n" for n in range(400)), encoding="utf-8-sig")
     texts = Texts((str(colors / "texts.txt"),))
     given = {"conversations": conversations, "rows": captioned} if captioned else {}
-    fit = fit_projector(model, processor, texts=texts, sail="run", images=str(colors), seed=1, **given)
+    seen = []
+    progress = lambda what: lambda done, total: seen.append((what, done, total))  # noqa: E731
+    fit = fit_projector(model, processor, texts=texts, sail="run", images=str(colors), seed=1, progress=progress, **given)
+    assert ("texts read", 400, 400) in seen and ("texts embedded", 400, 400) in seen
     assert (fit.texts, fit.unlabelled, fit.captioned) == (400, 119, captioned and captioned - 1)
     assert nearest(model, processor, colors, conversations) >= 34
     assert ("too few captions" in fit.summary()) == (not captioned) and "solved from 400 texts" in fit.weights()
@@ -149,7 +143,8 @@ def test_vectors_of_texts_lie_where_pictures_of_their_color_do(colors, monkeypat
     crossing, projector = fit.crossing, model.model.multi_modal_projector
     assert crossing.tokens.shape == (119, 9, sum(projector.widths))
     torch.testing.assert_close(crossing.tokens.mean((0, 1)), crossing.mean, atol=1e-4, rtol=1e-4)
-    vectors = crossing.mean[:24] + crossing.vectors(projector.normed(seer.embed([f"a {name}" for name in names]))).float()
+    said = Batch([f"a {name}" for name in names], None, 1.0)
+    vectors = crossing.mean[:24] + crossing.vectors(projector.normed(seer.embed(said, range(4)))).float()
     pictures = torch.stack([processor.image_processor.to_pixels(Image.open(colors / f"{n}.png").convert("RGB")) for n in (8, 9, 10, 11)])
     with torch.no_grad():
         seen = torch.cat(projector.blocks(model.model.get_patch_features(pictures)), -1).mean(1)[:, :24]
@@ -220,11 +215,11 @@ def test_texts_are_read_from_lines_tables_and_tars(tmp_path):
     )
     (tmp_path / "c.csv").write_text("key,caption\n1,five\n2,six\n")
     files = tuple(str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv"))
-    assert [text for batch in Texts(files).batches() for text in batch] == ["one", "twö", "three", "four", "five", "six"]
-    assert [text for batch in Texts(files, most=4).batches() for text in batch] == ["one", "twö", "three", "four"]
-    assert list(Texts(files[1:2], ("other",)).batches()) == [["x"]]
+    assert [text for batch in Texts(files).batches() for text in batch.texts] == ["one", "twö", "three", "four", "five", "six"]
+    assert [text for batch in Texts(files, most=4).batches() for text in batch.texts] == ["one", "twö", "three", "four"]
+    assert [batch.texts for batch in Texts(files[1:2], ("other",)).batches()] == [["x"]]
     (tmp_path / "d.txt").write_text("seven\n")
-    assert list(Texts((str(tmp_path / "*.txt"),)).batches()) == [["one", "twö", "seven"]]
+    assert [batch.texts for batch in Texts((str(tmp_path / "*.txt"),)).batches()] == [["one", "twö", "seven"]]
     with pytest.raises(DataError, match="no column 'text'; it has"):
         list(Texts(files[2:], ("text",)).batches())
     with pytest.raises(UsageError, match="no such file"):
@@ -242,3 +237,74 @@ def test_too_little_is_refused(colors, monkeypatch):
         fit_projector(model, processor, texts=Texts((str(colors / "texts.txt"),)), sail="run", conversations=conversations, rows=20, seed=1)
     with pytest.raises(DataError, match="150 usable texts, at least 200"):
         fit_projector(model, processor, texts=Texts((str(colors / "texts.txt"),), most=150), sail="run", images=str(colors), seed=1)
+
+
+def test_the_total_of_texts_is_known_from_the_bytes_that_were_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mllm.assembly.texts.BATCH", 100)
+    (tmp_path / "a.txt").write_text("".join(f"text {n:04d}\n" for n in range(600)))
+    (tmp_path / "b.txt").write_text("".join(f"more {n:04d}\n" for n in range(400)))
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"caption": f"row {n:04d}"}) + "\n" for n in range(300)))
+    files = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl"))
+    seen = []
+    words = Words(tiny_model()[1].tokenizer, 400)
+    assert warmstart._counted(Texts(files[:2]), words, lambda done, total: seen.append((done, total))) == 1000
+    assert seen == [(done, 1000) for done in range(100, 1001, 100)]
+    shares = [batch.share for batch in Texts(files).batches()]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) == 13
+    assert [batch.share for batch in Texts(files, most=200).batches()] == [0.5, 1.0], "of so many that are used"
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A stage-one run, captions, and their store made by the run's own text encoder (short) and by one with a prompt (other)."""
+    folder = tmp_path_factory.mktemp("encoded")
+    save_bert(folder / "text")
+    own = load_text_encoder(TextSpec(str(folder / "text" / "st")), "cpu")
+    settings = SailConfig(text=own.spec.stored(), text_fingerprint=own.fingerprint, text_width=own.width, vision_width=8, width=24)
+    save_model(SailModel(settings).initialize(5), folder / "run")
+    rows = [{"id": n, "short": f"the photo is {['red', 'green'][n % 2]} {n % 9}", "long": f"a long text {n}"} for n in range(300)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(str(folder / "data.jsonl"))
+    made = plan(source, 128)
+    for name, prompt in (("features", ""), ("other", "p ")):
+        made.keep(folder / name, "")
+        text = load_text_encoder(TextSpec(str(folder / "text" / "st"), prompt=prompt), "cpu")
+        Extraction(source, made, folder / name, text=text, columns=("short",), workers=0).fill()
+    return folder
+
+
+def test_the_features_of_a_caption_store_are_used_as_they_are(encoded, monkeypatch):
+    store = str(encoded / "features/captions-short")
+    side = TextSide(str(encoded / "run"), torch.device("cpu"))
+    texts, read = Texts((store,)), Texts((str(encoded / "data.jsonl"),), ("short",))
+    texts.require_encoder(side.fingerprint)
+    said = [text for batch in texts.batches() for text in batch.texts]
+    assert said == [text for batch in read.batches() for text in batch.texts] and len(said) == 300
+    anew = torch.cat([side.embed(batch, range(len(batch.texts))) for batch in read.batches()])
+    monkeypatch.setattr(type(side.model.text_encoder), "encode", None)
+    kept = torch.cat([side.embed(batch, range(len(batch.texts))) for batch in texts.batches()])
+    torch.testing.assert_close(kept, anew, rtol=1e-2, atol=1e-2)
+    some = list(Texts((store,), most=150).batches())
+    assert [len(batch.texts) for batch in some] == [128, 22] and len(some[1].features) == 22 and some[1].share == 1
+
+
+def test_a_caption_store_that_cannot_be_used_is_refused_with_the_reason(encoded, tmp_path):
+    side = TextSide(str(encoded / "run"), torch.device("cpu"))
+    with pytest.raises(FingerprintError, match="prompt: 'p ' there, '' asked for.*give --texts the data"):
+        Texts((str(encoded / "other/captions-short"),)).require_encoder(side.fingerprint)
+    shutil.copytree(encoded / "features", tmp_path / "features")
+    copied = tmp_path / "features/captions-short"
+    (tmp_path / "features/plan.parquet").rename(tmp_path / "gone")
+    with pytest.raises(DataError, match="plan.parquet .* is not beside it"):
+        list(Texts((str(copied),)).batches())
+    (tmp_path / "gone").rename(tmp_path / "features/plan.parquet")
+    lines = (encoded / "data.jsonl").read_text()
+    try:
+        (encoded / "data.jsonl").write_text(lines.replace("the photo is red 0", "the photo is RED 0"))
+        with pytest.raises(DataError, match="lacks .* of 128 captions"):
+            list(Texts((str(copied),)).batches())
+    finally:
+        (encoded / "data.jsonl").write_text(lines)
+    copied.rename(tmp_path / "features/mine")
+    with pytest.raises(UsageError, match="a caption store; give a folder captions-COLUMN"):
+        list(Texts((str(tmp_path / "features/mine"),)).batches())

@@ -2,7 +2,7 @@
 
 import torch
 
-from mllm.assembly.solve import LEAST_JUDGED, Choice, Fitting, Moments, _factor
+from align.model.word_map import LEAST_JUDGED, Choice, Fitting, Moments, _factor
 
 E, F, V = 6, 9, 12
 

@@ -115,7 +115,9 @@ class Fitting:
     unlabelled: Tensor | None = None  # (m, D) float32
     texts: Moments | None = None
     seed: int = 0
+    # told often, so that it is never silent for long: (settings tried, of how many)
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+    _at: tuple[int, int] = field(default=(0, 1), init=False)
 
     def solve(self) -> WordMap:
         """Return the map that predicts held-out captions best; without enough captions, the defaults."""
@@ -174,6 +176,7 @@ class Fitting:
         """Return rows.T @ targets (D, V) of some captions, a block of rows at a time."""
         cross = torch.zeros(rows.shape[1], self.said.shape[1], dtype=torch.float64)
         for some in numbers.split(ROWS):
+            self.progress(*self._at)
             cross.addmm_(rows[some].T, self.targets(some))
         return cross
 
@@ -196,16 +199,18 @@ class Fitting:
         best = Choice(TEXT_WEIGHTS[0] if self.texts is not None else 0.0, tuple(ridges))
         if len(rows) < LEAST_JUDGED:
             return best
-        folds = self._folds(rows)
         tried = list(self._candidates(best))
         steps = len(tried) + 1
+        self._at = (0, steps)
+        folds = self._folds(rows)
         best = self._judged(best, rows, folds)
         for number, (name, value) in enumerate(tried, 1):
-            self.progress(number, steps)
+            self._at = (number, steps)
             ridges_now = tuple(value if place == name else ridge for place, ridge in enumerate(best.ridges))
             other = replace(best, text_weight=value) if name == "texts" else replace(best, ridges=ridges_now)
             other = self._judged(other, rows, folds)
             best = other if other.beats(best) else best
+        self._at = (steps, steps)
         self.progress(steps, steps)
         return best
 
@@ -229,14 +234,20 @@ class Fitting:
         candidates = self._judged_captions
         ranks = torch.zeros(len(candidates), dtype=torch.float64)
         for numbers, own_gram, own_cross in folds:
+            self.progress(*self._at)
             held = numbers[numbers < len(candidates)]
             gram, cross = self._with_texts(own_gram, own_cross, choice)
             # (held, D) times the inverse first: fewer columns to solve for than words
             inverse = torch.cholesky_solve(rows[held].T, _factor(gram, choice, self.widths)).T
-            scores = functional.normalize((inverse @ cross).float(), dim=1) @ candidates.T
-            own = scores[torch.arange(len(held)), held]
-            ranks[held] = 1 / ((scores > own[:, None] + 1e-6).sum(1) + 1).double()  # equal captions are no competitors
+            ranks[held] = reciprocal_ranks(inverse @ cross, candidates, held)
         return replace(choice, ranks=ranks)
+
+
+def reciprocal_ranks(scores: Tensor, captions: Tensor, own: Tensor) -> Tensor:
+    """Return 1 / the rank of each image's own caption by cosine (n,) float64: scores (n, V), captions of length 1 (C, V), own (n,)."""
+    cosines = functional.normalize(scores.float(), dim=1) @ captions.T
+    found = cosines[torch.arange(len(own)), own]
+    return 1 / ((cosines > found[:, None] + 1e-6).sum(1) + 1).double()  # equal captions are no competitors
 
 
 def _factor(gram: Tensor, choice: Choice, widths: list[int]) -> Tensor:
