@@ -22,7 +22,7 @@ from mllm.loop.config import FinetuneConfig
 from mllm.model.answering import Answerer, Conversation, Decoding
 from mllm.model.modeling import SailLlavaConfig
 from mllm.model.saving import load_mllm, save_mllm
-from tests.support.tiny_mllm import SIZE, tiny_llava, tiny_llm, tiny_sail, tiny_vision
+from tests.support.tiny_mllm import SIZE, tiny_llava, tiny_llm, tiny_model, tiny_sail, tiny_vision
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is there?"}]}]
 WAYS = ["channel", "sequence", "kept channel", "kept sequence"]
@@ -251,3 +251,26 @@ def test_a_tower_that_is_read_in_another_way_cannot_be_kept(parts, tmp_path, fie
     config = flags(parts, "kept sequence", llava=str(tiny_llava(tmp_path / "llava", **fields)))
     with pytest.raises(UsageError, match="leave --keep-tower out"):
         upgrade.assembled(config)
+
+
+NEWER = {"sail_beside", "sail_join", "sail_words", "sail_positions", "sail_norm", "sail_untrained_tokens"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
+def test_a_folder_of_the_version_with_one_encoder_gives_the_same_logits(tmp_path, raw):
+    """What was saved before a second encoder was possible lacks these fields and the file towers.py."""
+    model, processor = tiny_model(raw=raw)
+    save_mllm(model, processor, tmp_path / "old")
+    for name in ("config.json", "processor_config.json"):
+        content = json.loads((tmp_path / "old" / name).read_text())
+        content.get("image_processor", {}).pop("beside", None)
+        left = {field: value for field, value in content.items() if field not in NEWER}
+        assert name != "config.json" or len(content) - len(left) == len(NEWER)
+        (tmp_path / "old" / name).write_text(json.dumps(left))
+    for name in ("towers.py", "COMMIT.json"):
+        (tmp_path / "old" / name).unlink()
+    again, _ = load_mllm(tmp_path / "old")
+    ids = torch.cat([torch.full((1, 9), model.config.image_token_index), torch.arange(5, 20)[None]], 1)
+    pixels = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(input_ids=ids, pixel_values=pixels).logits, model(input_ids=ids, pixel_values=pixels).logits)
