@@ -56,14 +56,16 @@ class ConversationDataset(Dataset):
         return int(self._counts[1])
 
     def __getitem__(self, item: int | Sequence[int]) -> dict[str, Any]:
-        """Return input_ids, labels, position_ids (T,) int64 and pixel_values, a list of (3, H, W), or (N, D) for a described image.
+        """Return input_ids, labels, position_ids (T,) int64, pixel_values and is_described.
 
-        A conversation starts at position 0.
+        pixel_values is a list of what the image processor gives, (3, H, W) or (3, W) of several encoders; of tokens (N, D) where
+        is_described, a list of as many bools, says that the image is. A conversation starts at position 0.
         """
         numbers = [item] if isinstance(item, int | np.integer) else item
-        ids, labels, images = zip(*(self._encode(int(number)) for number in numbers), strict=True)
+        ids, labels, images, described = zip(*(self._encode(int(number)) for number in numbers), strict=True)
         positions = torch.cat([torch.arange(len(each)) for each in ids])
-        return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": positions, "pixel_values": sum(images, [])}
+        joined = {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": positions}
+        return {**joined, "pixel_values": sum(images, []), "is_described": sum(described, [])}
 
     def collate(self, items: Sequence[dict[str, Any]], packed: bool) -> dict[str, Tensor]:
         """Return `collate(items)`, padded with the tokenizer's padding token, or its end token if it has none."""
@@ -71,7 +73,7 @@ class ConversationDataset(Dataset):
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return collate(items, pad_id or 0, packed)
 
-    def _encode(self, number: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _encode(self, number: int) -> tuple[Tensor, Tensor, list[Tensor], list[bool]]:
         found = self.conversations[number]
         encoded = self.chat.encode_many([found.messages], self.index.max_length)[0]
         if isinstance(encoded, Reject) or len(encoded.input_ids) != self.index.lengths[number]:
@@ -80,23 +82,25 @@ class ConversationDataset(Dataset):
                 f"{found.source}: {now}, {self.index.lengths[number]} tokens when indexed; the index belongs to other data or another "
                 "tokenizer. Remove the cache folder and run again"
             )
-        images, learn = [], True
+        images, described, learn = list[Tensor](), list[bool](), True
         for place in found.images[: encoded.images]:
             try:
                 images.append(self._image(place, number))
+                described.append(place.described is not None)
                 self._count(0)
             except Reject as reject:
                 size = self.image_processor.size
                 blank = Image.new("RGB", (size["width"], size["height"]), self.image_processor.pad_color)
                 images.append(self.image_processor.to_pixels(blank))
+                described.append(False)
                 learn = False
                 self._write(number, found, reject)
                 self._count(1)
         labels = torch.tensor(encoded.labels)
-        return torch.tensor(encoded.input_ids), labels if learn else torch.full_like(labels, IGNORED), images
+        return torch.tensor(encoded.input_ids), labels if learn else torch.full_like(labels, IGNORED), images, described
 
     def _image(self, place: ImageRef, number: int) -> Tensor:
-        """Return an image's pixels (3, H, W), or tokens (N, D). Raise Reject if it cannot be used."""
+        """Return an image's pixels, or the tokens (N, D) of a described one. Raise Reject if it cannot be used."""
         if place.described is None:
             return self.image_processor.to_pixels(gate_image(self.conversations.read_image(place), self.limits))
         assert self.described is not None
@@ -139,9 +143,9 @@ def collate(items: Sequence[dict[str, Any]], pad_id: int, packed: bool) -> dict[
     else:
         batch["attention_mask"] = (columns < lengths).long()
     images = [image for item in items for image in item["pixel_values"]]
-    is_described = torch.tensor([image.dim() == 2 for image in images])
-    if pixels := [image for image in images if image.dim() == 3]:
+    which = [described for item in items for described in item["is_described"]]
+    if pixels := [image for image, described in zip(images, which, strict=True) if not described]:
         batch["pixel_values"] = torch.stack(pixels)
-    if is_described.any():
-        batch["described_features"], batch["is_described"] = torch.stack([image for image in images if image.dim() == 2]), is_described
+    if tokens := [image for image, described in zip(images, which, strict=True) if described]:
+        batch["described_features"], batch["is_described"] = torch.stack(tokens), torch.tensor(which)
     return batch

@@ -52,6 +52,7 @@ def item(lengths, learned, images):
         "labels": labels,
         "position_ids": positions,
         "pixel_values": [torch.zeros(3, 2, 2)] * images,
+        "is_described": [False] * images,
     }
 
 
