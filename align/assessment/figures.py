@@ -58,7 +58,7 @@ def worth_curves(worths: Sequence[Worth]) -> bytes:
         axes.set_xlabel("captioned images", fontsize=8, color=MUTED)
         axes.set_ylabel("own caption found (mean reciprocal rank, %)", fontsize=8, color=MUTED)
         style_axes(axes, worth.candidate.name + (f"\n{worth.run}" if worth.run else ""), lines="both", size=7.5)
-        axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="upper left")
+        axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="lower right")
     return png(figure)
 
 
