@@ -27,7 +27,7 @@ for way in ${WAYS:-alone channel sequence}; do
   beside=(--vision embedded:vit-s14-focus --layer 9 --join "$way")
   [ "$way" != alone ] || beside=()
   python mllm/upgrade.py --config "$recipe" --sail "$sail" "${beside[@]}" --captions "$data/mllm/pretrain.json" --texts "$texts" \
-    --output "$out/$way-init"
+    --images "$texts" --described --output "$out/$way-init"
   python mllm/finetune.py --config "$recipe" --stage instruct --model "$out/$way-init" --data "$data/mllm/instruct.json" \
     --steps "${STEPS:-105}" --output "$out/$way"
   for prompt in "what is in the picture?" "how many things are in the picture?"; do
