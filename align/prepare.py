@@ -56,6 +56,7 @@ def main(config: PrepareConfig) -> None:
     written = build(config, output, world, wanted, plain_console())
     stage_two = config.mllm_pretrain, config.mllm_instruct, config.mllm_test
     mllm = f"{stage_two[0]} + {stage_two[1]} + {stage_two[2]} scenes for an MLLM, " if any(stage_two) else ""
+    mllm += f"{config.mllm_described} described ones, " if config.mllm_described else ""
     tasks = 3 + bool(config.swapped) + bool(config.segmentation)
     print(f"wrote {output}: {config.train} training and {config.val} validation scenes, {tasks} tasks, {mllm}{human_bytes(written)}")
 
