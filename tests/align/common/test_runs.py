@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from align.common.errors import DamagedError, UsageError
 from align.common.runs import JsonLines, RunLog, add_launch
@@ -32,7 +33,9 @@ def test_the_manifest_keeps_every_launch(tmp_path):
     assert {"command", "versions", "started"} <= launches[0].keys() and "torch" in launches[0]["versions"]
 
 
-def test_a_log_writes_rows_rates_and_curves_and_goes_on_from_a_checkpoint(tmp_path):
+def test_a_log_writes_rows_rates_and_curves_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    # Files are read in the order of their names: second, host, process, number in the process. In one second the tenth would precede the ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     log = RunLog(tmp_path)
     for step in (0, 1, 2):
         log.log({"step": step, "loss": None if step == 1 else 1.5 - step}, {"rate": 10.0 * step} if step else None)
