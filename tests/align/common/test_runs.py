@@ -34,7 +34,7 @@ def test_the_manifest_keeps_every_launch(tmp_path):
 
 
 def test_a_log_writes_rows_rates_and_curves_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
-    # Files are read in the order of their names: second, host, process, number in the process. In one second the tenth would precede the ninth.
+    # Files are read by name: second, host, process, number in the process. Within a second the tenth would precede the ninth.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     log = RunLog(tmp_path)
     for step in (0, 1, 2):
