@@ -71,7 +71,7 @@ found = defaultdict(list)
 for done in out.glob("*/done"):
     arm, n, _ = done.parent.name.rsplit("-", 2)
     for entry in json.loads((done.parent / "results.json").read_text())["entries"]:
-        if entry["metric"] in METRICS:
+        if entry["metric"] in METRICS and entry["model"].startswith("MLLM"):
             found[entry["task"], entry["metric"], arm, int(n)].append(100 * entry["value"])
 arms = [arm for arm in ("both", "trained", "pictures", "random", "none") if any(key[2] == arm for key in found)]
 counts = sorted({key[3] for key in found})
