@@ -127,6 +127,8 @@ def inputs_of(config: FinetuneConfig, dataset: ConversationDataset, settings: Tr
         "model": folder_digest(Path(config.model)), "data": dataset.conversations.fingerprint, "template": dataset.chat.fingerprint,
         "images": dataset.conversations.images_digest(),
     }  # fmt: skip
+    if dataset.described is not None:
+        inputs["described"] = hash_file(dataset.described.path)
     if settings.deepspeed:
         inputs |= {"deepspeed": hash_file(Path(str(settings.deepspeed))), "processes": settings.world_size}
     return inputs
