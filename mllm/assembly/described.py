@@ -18,11 +18,12 @@ from torch import Tensor
 
 from align.common.console import Progress
 from align.common.errors import DataError
+from align.common.files import hash64
 from align.common.hardware import choose_device
 from align.model.word_map import Moments, power
 from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.texts import BATCH, Batch, TextSide
-from mllm.conversations.described import FILE, text_key, texts_in
+from mllm.conversations.described import FILE, texts_in
 from mllm.conversations.table import Conversations, open_conversations
 from mllm.model.towers import SailProjector
 
@@ -63,9 +64,10 @@ def write_described(folder: Path, config: UpgradeConfig, crossing: Crossing | No
     with tempfile.TemporaryDirectory() as cache:
         conversations = open_conversations(config.described, None, Path(cache), config.seed)
         texts = _new_texts(conversations, Progress(console, "descriptions"))
-        while batch := list(islice(texts, BATCH)):
-            keys += [text_key(text) for text in batch]
-            vectors.append(crossing.vectors(projector.normed(side.embed(Batch(batch, None, 1.0), range(len(batch))))))
+        while batch := dict(islice(texts, BATCH)):
+            keys += batch
+            said = Batch(list(batch.values()), None, 1.0)
+            vectors.append(crossing.vectors(projector.normed(side.embed(said, range(len(batch))))))
     if not keys:
         raise DataError(f'--described {" ".join(config.described)}: no image is described; give {{"text": ...}} or regions as image')
     ordered = torch.tensor(keys, dtype=torch.int64).sort()
@@ -77,13 +79,14 @@ def write_described(folder: Path, config: UpgradeConfig, crossing: Crossing | No
     console.print(f"{len(keys):,} texts of described images; train on them with mllm/finetune.py --data {' '.join(config.described)}")
 
 
-def _new_texts(conversations: Conversations, progress: Callable[[int, int], None]) -> Iterator[str]:
-    """Yield each text of the described images once."""
+def _new_texts(conversations: Conversations, progress: Callable[[int, int], None]) -> Iterator[tuple[int, str]]:
+    """Yield each text of the described images once, after its hash."""
     seen: set[int] = set()
     for number in range(len(conversations)):
         for image in conversations[number].images:
-            for text in texts_in(image.described) if image.described is not None else ():
-                if (key := text_key(text)) not in seen:
+            texts = list(texts_in(image.described)) if image.described is not None else []
+            for key, text in zip(hash64(texts).tolist(), texts, strict=True):
+                if key not in seen:
                     seen.add(key)
-                    yield text
+                    yield key, text
         progress(number + 1, len(conversations))

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from align.common.errors import UsageError
+from align.common.files import hash64
 from align.common.reject_codes import Reject
 from align.sources.gate import text_problem
 
@@ -66,9 +67,14 @@ def texts_in(described: str) -> Iterator[str]:
     yield from (text for text, _ in json.loads(described))
 
 
-def text_key(text: str) -> int:
-    """Return the number (int64) that a text's vector is found by."""
-    return int(np.uint64(xxhash.xxh3_64_intdigest(text.encode())).astype(np.int64))
+class _Opened(NamedTuple):
+    """The parts of described.safetensors; a row of `vectors` and `pictures` is read when it is asked for."""
+
+    keys: np.ndarray
+    vectors: Any
+    pictures: Any
+    mean: Tensor
+    grid: list[int]
 
 
 class DescribedImages:
@@ -88,29 +94,27 @@ class DescribedImages:
 
     def tokens(self, described: str, seed: int) -> Tensor:
         """Return the tokens (N, D) float32 of a description; another seed gives another background. Raise Reject for an unknown text."""
-        file, keys, mean = self._opened
-        regions = json.loads(described)
+        opened = self._opened
         random = np.random.Generator(np.random.Philox(key=[seed, xxhash.xxh3_64_intdigest(described.encode())]))
-        pictures = file.get_slice("tokens")
-        tokens = BACKGROUND * (pictures[int(random.integers(pictures.get_shape()[0]))].float() - mean)
+        tokens = BACKGROUND * (opened.pictures[int(random.integers(opened.pictures.get_shape()[0]))].float() - opened.mean)
         strength = random.uniform(*STRENGTH)
-        rows, columns = file.get_tensor("grid").tolist()
-        for text, box in regions:
-            vector = file.get_slice("vectors")[self._row(keys, text)].float()
-            tokens[:, : len(vector)] += strength * torch.outer(coverage(box, rows, columns).sqrt(), vector)
-        return mean + tokens
+        for text, box in json.loads(described):
+            vector = opened.vectors[self._row(text)].float()
+            tokens[:, : len(vector)] += strength * torch.outer(coverage(box, *opened.grid).sqrt(), vector)
+        return opened.mean + tokens
 
-    def _row(self, keys: np.ndarray, text: str) -> int:
-        key = text_key(text)
+    def _row(self, text: str) -> int:
+        keys, [key] = self._opened.keys, hash64([text])
         row = int(np.searchsorted(keys, key))
         if row == len(keys) or keys[row] != key:
             raise Reject("image_description", f"{text[:80]!r} has no vector in {self.path}; give the file to mllm/upgrade.py --described")
         return row
 
     @cached_property
-    def _opened(self) -> tuple[Any, np.ndarray, Tensor]:
+    def _opened(self) -> "_Opened":
         file = safe_open(self.path, "pt")
-        return file, file.get_tensor("keys").numpy(), file.get_tensor("mean")
+        vectors, pictures = file.get_slice("vectors"), file.get_slice("tokens")
+        return _Opened(file.get_tensor("keys").numpy(), vectors, pictures, file.get_tensor("mean"), file.get_tensor("grid").tolist())
 
 
 def coverage(box: Sequence[float], rows: int, columns: int) -> Tensor:

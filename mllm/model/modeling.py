@@ -207,7 +207,9 @@ class SailLlavaModel(LlavaModel):
         tokens = self.multi_modal_projector(described)  # (n, N, H)
         if pixel_values is not None:
             seen = torch.stack(self.get_image_features(pixel_values, return_dict=True).pooler_output)
-            tokens = torch.cat([tokens, seen.to(tokens)])[torch.argsort(torch.argsort(~which, stable=True))]
+            every = tokens.new_empty(len(which), *tokens.shape[1:])
+            every[which], every[~which] = tokens, seen.to(tokens)
+            tokens = every
         return embeddings.masked_scatter((input_ids == self.config.image_token_index)[..., None], tokens.to(embeddings))
 
     @can_return_tuple

@@ -16,13 +16,13 @@ from transformers import (
 )
 
 from align.common.errors import DamagedError, DataError, FingerprintError, UsageError
-from align.common.files import hash_bytes, read_json
+from align.common.files import hash64, hash_bytes, read_json
 from align.model.dual_encoder import SailModel
 from mllm import finetune, upgrade
 from mllm.assembly import described, warmstart
 from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.join import load_projector
-from mllm.conversations.described import FILE, text_key
+from mllm.conversations.described import FILE
 from mllm.conversations.tokens import Chat
 from mllm.loop.config import FinetuneConfig
 from mllm.model.saving import load_mllm, save_mllm
@@ -406,7 +406,7 @@ def test_a_model_is_trained_on_described_images(from_texts, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     upgrade.main(replace(from_texts, described=(str(tmp_path / "rows.json"),)))
     written = load_file(tmp_path / "out" / FILE)
-    assert sorted(written["keys"].tolist()) == sorted(map(text_key, ("a photo of 1", "a photo of 2", "a dog")))
+    assert sorted(written["keys"].tolist()) == sorted(hash64(["a photo of 1", "a photo of 2", "a dog"]).tolist())
     assert written["tokens"].shape == (60, 9, 24 + 64) and written["vectors"].shape == (3, 24)
     assert FILE in read_json(tmp_path / "out/COMMIT.json")["files"]
     upgrade.main(replace(from_texts, output=str(tmp_path / "other")))
@@ -419,7 +419,11 @@ def test_a_model_is_trained_on_described_images(from_texts, tmp_path):
     assert not torch.equal(before["model.multi_modal_projector.linear_1.weight"], after["model.multi_modal_projector.linear_1.weight"])
     with pytest.raises(UsageError, match="--described"):
         finetune.main(replace(run, model=str(tmp_path / "other"), output=str(tmp_path / "none")))
-    finetune.main(replace(run, model=str(tmp_path / "other"), output=str(tmp_path / "none"), described=str(tmp_path / "out")))
+    elsewhere = replace(run, model=str(tmp_path / "other"), output=str(tmp_path / "none"), described=str(tmp_path / "out"))
+    finetune.main(elsewhere)
+    save_file({**written, "mean": written["mean"] + 1}, tmp_path / "out" / FILE)
+    with pytest.raises(FingerprintError, match="described"):
+        finetune.main(elsewhere)
     with pytest.raises(DataError, match="no image is described"):
         (tmp_path / "rows.json").write_text(json.dumps([{"conversations": [{**said[0], "value": "hi"}, said[1]]}]))
         upgrade.main(replace(from_texts, output=str(tmp_path / "third"), described=(str(tmp_path / "rows.json"),)))

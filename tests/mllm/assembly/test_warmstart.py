@@ -108,15 +108,21 @@ class Seer:
         return 2 * own + 5 + 0.01 * torch.randn(own.shape, generator=self.noise)
 
 
+def see_in_place_of_a_run(monkeypatch, model, processor, folder, raw):
+    """Let a Seer be the text side of every run; return it. Beside raw patches it knows the normalized means."""
+    seer = Seer(model, processor, folder)
+    if raw:
+        seer.known = {name: torch.nn.functional.layer_norm(x, x.shape) for name, x in seer.known.items()}
+    monkeypatch.setattr(warmstart, "TextSide", lambda sail, device: seer)
+    return seer
+
+
 @pytest.mark.parametrize("captioned", [0, 60])
 @pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
 def test_texts_without_images_put_images_near_their_words(colors, monkeypatch, raw, captioned):
     conversations = open_conversations([str(colors / "rows.json")], None, colors / "cache")
     model, processor = tiny_model(raw=raw)
-    seer = Seer(model, processor, colors)
-    if raw:
-        monkeypatch.setattr(seer, "known", {name: torch.nn.functional.layer_norm(x, x.shape) for name, x in seer.known.items()})
-    monkeypatch.setattr(warmstart, "TextSide", lambda sail, device: seer)
+    see_in_place_of_a_run(monkeypatch, model, processor, colors, raw)
     names = ("red", "green", "blue", "yellow")
     (colors / "texts.txt").write_text("".join(f"the photo is {names[n % 4]}\n\n" for n in range(400)), encoding="utf-8-sig")
     texts = Texts((str(colors / "texts.txt"),))
@@ -133,10 +139,7 @@ def test_texts_without_images_put_images_near_their_words(colors, monkeypatch, r
 @pytest.mark.parametrize("raw", [False, True], ids=["head", "both"])
 def test_vectors_of_texts_lie_where_pictures_of_their_color_do(colors, monkeypatch, raw):
     model, processor = tiny_model(raw=raw)
-    seer = Seer(model, processor, colors)
-    if raw:
-        monkeypatch.setattr(seer, "known", {name: torch.nn.functional.layer_norm(x, x.shape) for name, x in seer.known.items()})
-    monkeypatch.setattr(warmstart, "TextSide", lambda sail, device: seer)
+    seer = see_in_place_of_a_run(monkeypatch, model, processor, colors, raw)
     names = ("red", "green", "blue", "yellow")
     (colors / "texts.txt").write_text("".join(f"the photo is {names[n % 4]}\n" for n in range(400)))
     fit = fit_projector(model, processor, texts=Texts((str(colors / "texts.txt"),)), sail="run", images=str(colors), seed=1)

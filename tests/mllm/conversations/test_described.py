@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from align.common.errors import UsageError
+from align.common.files import hash64
 from align.common.reject_codes import Reject
 from mllm.conversations.batches import ConversationDataset, collate
-from mllm.conversations.described import BACKGROUND, FILE, STRENGTH, DescribedImages, coverage, description, text_key, texts_in
+from mllm.conversations.described import BACKGROUND, FILE, STRENGTH, DescribedImages, coverage, description, texts_in
 from mllm.conversations.index import build_index
 from mllm.conversations.rows import normalize
 from mllm.conversations.tokens import IGNORED
@@ -63,8 +64,8 @@ def space(tmp_path):
     random = torch.Generator().manual_seed(0)
     texts, vectors = ["a dog", "a cat", "a red car"], torch.randn(3, 5, generator=random).half()
     tokens, mean = torch.randn(7, 4, 8, generator=random).half(), torch.randn(8, generator=random)
-    order = np.argsort([text_key(text) for text in texts])
-    keys = torch.tensor([text_key(texts[number]) for number in order])
+    order = np.argsort(hash64(texts))
+    keys = torch.from_numpy(hash64(texts)[order])
     save_file(
         {"keys": keys, "vectors": vectors[order].contiguous(), "tokens": tokens, "mean": mean, "grid": torch.tensor([2, 2])},
         tmp_path / FILE,
