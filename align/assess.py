@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.assessment.config import AssessConfig
-from align.common.commandline import run, set_up
+from align.runtime.commandline import run, set_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +85,7 @@ def report(
 def main(config: AssessConfig) -> None:
     """Take the output folder, or for a dry run a view of it, and assess."""
     from align.common.folders import dry_view
-    from align.common.runs import run_folder
+    from align.runtime.runs import run_folder
 
     console, folder = set_up(), Path(config.output)
     if config.dry_run:
@@ -102,9 +102,9 @@ def assess(config: AssessConfig, console: "Console") -> None:
     from align.assessment.candidates import folder_name
     from align.assessment.encoding import draw_samples, encode_texts, encode_visions, refuse_equal_names
     from align.assessment.tables import trained_scores
-    from align.common.console import Progress
     from align.common.hardware import choose_device, resolve_precision
-    from align.common.runs import add_launch
+    from align.runtime.console import Progress
+    from align.runtime.runs import add_launch
 
     device, folder = choose_device(), Path(config.output)
     precision = resolve_precision(config.precision, device)

@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run, set_up
 from align.common.errors import UsageError
 from align.common.files import human_bytes, require_free
 from align.common.hardware import resolve_precision
 from align.common.locks import Lease
 from align.model.config import ConvertConfig
+from align.runtime.commandline import run, set_up
 
 if TYPE_CHECKING:
     from rich.console import Console

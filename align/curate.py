@@ -18,8 +18,8 @@ Interrupted runs resume with the same command from the last committed shards, to
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run, set_up
 from align.curation.config import CurateConfig
+from align.runtime.commandline import run, set_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,12 +64,12 @@ def main(config: CurateConfig) -> None:
     from rich.panel import Panel
 
     from align.common.hardware import choose_device
-    from align.common.recipes_yaml import refuse_other_config
-    from align.common.runs import run_folder
     from align.curation.concepts import concept_names, evaluation_note, evaluation_sets
     from align.curation.pool import CandidatePool
     from align.curation.scoring import ConceptSpace
     from align.model.dual_encoder import SailModel
+    from align.runtime.recipes_yaml import refuse_other_config
+    from align.runtime.runs import run_folder
 
     console, folder = set_up(), Path(config.output)
     device = choose_device()
@@ -92,10 +92,10 @@ def curate(
     config: CurateConfig, space: "ConceptSpace", names: tuple[str, ...], note: str, device: "torch.device", console: "Console"
 ) -> None:  # fmt: skip
     """Score what is missing, assign, report coverage."""
-    from align.common.recipes_yaml import write_recipe
-    from align.common.runs import add_launch
     from align.curation.concepts import inputs_of, kept_prototypes, make_prototypes
     from align.curation.scoring import score_shards
+    from align.runtime.recipes_yaml import write_recipe
+    from align.runtime.runs import add_launch
 
     folder, candidates = Path(config.output), space.candidates
     parts = [folder / "lists" / f"part-{part}-of-{config.parts}" for part in range(config.parts)]

@@ -14,13 +14,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run, set_up
-from align.common.console import Progress
 from align.common.errors import UsageError
 from align.common.files import human_bytes, require_free
 from align.common.hardware import choose_device, resolve_precision
 from align.common.locks import Lease, new_job
 from align.features.config import EncodeConfig
+from align.runtime.commandline import run, set_up
+from align.runtime.console import Progress
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -36,8 +36,8 @@ def main(config: EncodeConfig) -> None:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from align.common.runs import run_folder
     from align.features.verification import verify_stores
+    from align.runtime.runs import run_folder
 
     state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)

@@ -23,8 +23,8 @@ The same settings give the same bytes. A second run verifies the files. After an
 
 from pathlib import Path
 
-from align.common.commandline import run
 from align.demo.config import PrepareConfig
+from align.runtime.commandline import run
 
 TESTED = (
     "embedded:efficientnet-lite0", "embedded:efficientnet-lite1", "embedded:efficientnet-lite2", "embedded:vit-s14-focus",
@@ -34,12 +34,12 @@ TESTED = (
 
 def main(config: PrepareConfig) -> None:
     """Fetch the assets, then render, commit and rename into place."""
-    from align.common.console import plain_console
     from align.common.files import human_bytes
     from align.demo.building import build, is_done, settings
     from align.demo.rendering import World, mllm_subset
     from align.demo.scenes import read_sprites, split_sprites
     from align.embedded.assets import fetch
+    from align.runtime.console import plain_console
 
     cache = Path(config.cache) if config.cache else None
     for asset in TESTED if config.assets_only else config.assets:

@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run, set_up
 from align.common.errors import UsageError
 from align.common.files import hash_file, human_bytes
-from align.common.recipes_yaml import refuse_other_config, write_recipe
+from align.runtime.commandline import run, set_up
+from align.runtime.recipes_yaml import refuse_other_config, write_recipe
 from align.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main(config: TrainConfig) -> None:
 
     from align.common.folders import dry_view
     from align.common.hardware import choose_device
-    from align.common.runs import run_folder
+    from align.runtime.runs import run_folder
 
     state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
@@ -59,7 +59,7 @@ def main(config: TrainConfig) -> None:
 def train(config: TrainConfig, state: "PartialState", console: "Console") -> None:
     """Open the features, build the heads, write config and manifest, train from the newest checkpoint."""
     from align.common.hardware import resolve_precision
-    from align.common.processes import same_on_all
+    from align.runtime.processes import same_on_all
     from align.training.data import build_model
     from align.training.run import Run
     from align.training.step import Objective, Schedule, Stepper, build_optimizer
@@ -127,7 +127,7 @@ def estimate(config: TrainConfig, data: "TrainingData", parameters: int, process
 
 def write_manifest(config: TrainConfig, data: "TrainingData", processes: int) -> None:
     """Write config.yaml, and add this launch and its data to manifest.json."""
-    from align.common.runs import add_launch
+    from align.runtime.runs import add_launch
 
     folder, pairs = Path(config.output), data.pairs
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run
-from align.common.console import plain_console
 from align.common.errors import DataError
+from align.runtime.commandline import run
+from align.runtime.console import plain_console
 from eval.harness.config import LmmsConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(config: LmmsConfig) -> None:
     """List the tasks; or check, take the output folder and measure."""
-    from align.common.runs import run_folder
+    from align.runtime.runs import run_folder
     from eval.harness.launch import check_ready
     from eval.harness.local import local_tasks
 

@@ -8,8 +8,8 @@ It needs no model, no data and no network.
 
 from pathlib import Path
 
-from align.common.commandline import run
-from align.common.console import plain_console
+from align.runtime.commandline import run
+from align.runtime.console import plain_console
 from eval.page.config import ReportConfig
 
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run, set_up
-from align.common.console import plain_console
+from align.runtime.commandline import run, set_up
+from align.runtime.console import plain_console
 from eval.measures.config import EvalConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(config: EvalConfig) -> None:
     """List the tasks, compare two results, or measure."""
-    from align.common.runs import run_folder
+    from align.runtime.runs import run_folder
 
     if config.list_tasks:
         list_tasks()

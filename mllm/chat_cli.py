@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.common.commandline import run, set_up
 from align.common.errors import DataError, KitError, UsageError
+from align.runtime.commandline import run, set_up
 from mllm.model.config import ChatConfig
 
 if TYPE_CHECKING:

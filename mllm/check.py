@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.common.commandline import run
 from align.common.errors import DataError
 from align.common.reject_codes import REJECT_CODES, RejectedRow
+from align.runtime.commandline import run
 from mllm.conversations.config import CheckConfig
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ EXAMPLES = 3  # rows shown for each code
 
 def main(config: CheckConfig) -> None:
     """Read, tokenize and decode everything; then print and write the findings."""
-    from align.common.console import Progress, plain_console
     from align.common.files import atomic_bytes, atomic_json, atomic_path
+    from align.runtime.console import Progress, plain_console
     from align.sources.gate import Limits
     from mllm.conversations.checking import bins_of, conversation_problems, draw_histogram, epoch_facts, image_problems
     from mllm.conversations.index import build_index

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.commandline import run, set_up
 from align.common.errors import UsageError
-from align.common.recipes_yaml import load_yaml, refuse_other_config
+from align.runtime.commandline import run, set_up
+from align.runtime.recipes_yaml import load_yaml, refuse_other_config
 from mllm.loop.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def main(config: FinetuneConfig) -> None:
 
     from align.common.folders import check_model_folder, dry_view
     from align.common.hardware import choose_device, resolve_precision
-    from align.common.runs import run_folder
     from align.encoders.loading import load_errors_named
+    from align.runtime.runs import run_folder
     from mllm.loop.flops import image_flops
     from mllm.loop.settings import training_arguments
     from mllm.model.modeling import SailLlavaConfig
@@ -100,7 +100,7 @@ def finetune(config: FinetuneConfig, settings: "TrainingArguments", image_cost: 
 
 def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: "Console") -> "ConversationDataset":
     """Return the dataset of token ids, labels and pixels, with its index."""
-    from align.common.console import Progress
+    from align.runtime.console import Progress
     from mllm.conversations.batches import ConversationDataset
     from mllm.conversations.described import DescribedImages
     from mllm.conversations.index import build_index

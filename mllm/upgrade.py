@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.common.commandline import run, set_up
+from align.runtime.commandline import run, set_up
 from mllm.assembly.config import UpgradeConfig
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def main(config: UpgradeConfig) -> None:
 
 def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     """Load the components, join them, start the projector, save the model and say what was kept."""
-    from align.common.recipes_yaml import write_recipe
-    from align.common.runs import add_launch
+    from align.runtime.recipes_yaml import write_recipe
+    from align.runtime.runs import add_launch
     from mllm.assembly.described import write_described
     from mllm.assembly.join import PROJECTORS, load_projector, parameter_count, report_table
     from mllm.model.saving import save_mllm
@@ -97,8 +97,8 @@ def solved(
     """Solve the new projectors from --captions, --texts or both, on a GPU if there is one; return by name how it went."""
     from torch import nn
 
-    from align.common.console import Progress
     from align.common.hardware import choose_device
+    from align.runtime.console import Progress
     from mllm.assembly.join import PROJECTORS
     from mllm.assembly.texts import Texts
     from mllm.assembly.warmstart import fit_projector

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from align.common.commandline import parse
+from align.runtime.commandline import parse
 from align.training.config import TrainConfig
-from align.common.runs import JsonLines
+from align.runtime.runs import JsonLines
 from align.common.seeds import generator
 from align.training.data import build_model, from_stores
 from align.training.pairs import BatchOrder

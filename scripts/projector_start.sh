@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d, layer_norm, normalize
 
-from align.common.commandline import set_up
+from align.runtime.commandline import set_up
 from align.model.dual_encoder import SailModel
 from align.model.saving import model_folder
 from mllm.assembly.language import load_llm

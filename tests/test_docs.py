@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from align.assessment.config import AssessConfig
-from align.common import commandline as cli
 from align.curation.config import CurateConfig
 from align.demo.config import PrepareConfig
 from align.embedded.assets import EMBEDDED
@@ -25,6 +24,7 @@ from align.features.config import EncodeConfig
 from align.model.config import ConvertConfig
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
+from align.runtime import commandline as cli
 from align.training.config import TrainConfig
 from eval.harness.config import LmmsConfig
 from eval.measures.config import EvalConfig

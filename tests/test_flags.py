@@ -20,8 +20,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from align.common.commandline import parse
-from align.common.recipes_yaml import load_yaml
+from align.runtime.commandline import parse
+from align.runtime.recipes_yaml import load_yaml
 from eval.harness.launch import AskedModel
 from tests.test_house_rules import CONFIGS, ENTRIES, ROOT
 
@@ -55,7 +55,7 @@ PLACES |= {"group": "group", "key-prefix": "key_prefix"}
 LOADED = {f"align.training.data.{name}": None for name in (VISION, TEXT, "plan", "Plan")}
 HEADS = {"align.model.published_heads.read_weights": None, "align.model.published_heads.heads_from": None, **ENCODERS}
 SCORING = {f"align.assessment.encoding.{name}": [] for name in ("encode_visions", "encode_texts")}
-SCORING |= {"align.assessment.encoding.draw_samples": None, "align.common.runs.add_launch": None}
+SCORING |= {"align.assessment.encoding.draw_samples": None, "align.runtime.runs.add_launch": None}
 ENCODING = {f"align.assessment.encoding.{name}": [] for name in ("chosen_layers", "chosen_features")}
 ENCODING |= {f"align.assessment.encoding.{name}": None for name in (VISION, "LayerFeatures", "sampled_plan")}
 PAIRS = {"align.assessment.encoding.draw_samples": {"pairs": MagicMock()}, "align.assessment.encoding.encode_visions": []}

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from align.assessment.config import AssessConfig
-from align.common import commandline as cli
-from align.common.recipes_yaml import load_yaml
 from align.curation.config import CurateConfig
 from align.demo.config import PrepareConfig
 from align.features.config import EncodeConfig
 from align.model.config import ConvertConfig
+from align.runtime import commandline as cli
+from align.runtime.recipes_yaml import load_yaml
 from align.training.config import TrainConfig
 from eval.harness.config import LmmsConfig
 from eval.measures.config import EvalConfig
@@ -47,15 +47,24 @@ RECIPES = sorted(path for package in ("align", "mllm") for path in (ROOT / packa
 # folder: the folders it may import, besides itself. `align` stands for all of it.
 ARROWS = {
     "align/common": (),
+    "align/runtime": ("align/common",),
     "align/embedded": ("align/common",),
     "align/sources": ("align/common",),
     "align/encoders": ("align/common", "align/embedded"),
-    "align/features": ("align/common", "align/sources", "align/encoders"),
+    "align/features": ("align/common", "align/runtime", "align/sources", "align/encoders"),
     "align/model": ("align/common", "align/encoders"),
-    "align/training": ("align/common", "align/sources", "align/encoders", "align/features", "align/model"),
-    "align/assessment": ("align/common", "align/sources", "align/encoders", "align/features", "align/model", "align/training"),
-    "align/curation": ("align/common", "align/encoders", "align/features", "align/model"),
-    "align/demo": ("align/common", "align/embedded"),
+    "align/training": ("align/common", "align/runtime", "align/sources", "align/encoders", "align/features", "align/model"),
+    "align/assessment": (
+        "align/common",
+        "align/runtime",
+        "align/sources",
+        "align/encoders",
+        "align/features",
+        "align/model",
+        "align/training",
+    ),
+    "align/curation": ("align/common", "align/runtime", "align/encoders", "align/features", "align/model"),
+    "align/demo": ("align/common", "align/runtime", "align/embedded"),
     "mllm/conversations": ("align",),
     "mllm/model": ("align", "mllm/conversations"),
     "mllm/assembly": ("align", "mllm/conversations", "mllm/model"),
@@ -68,12 +77,12 @@ ARROWS = {
     "eval/harness": ("align", "mllm", "eval/tasks", "eval/models", "eval/measures", "eval/results", "eval/page"),
 }
 # folders whose files import no torch, neither themselves nor through what they import
-WITHOUT_TORCH = ("align/common", "align/sources", "eval/results", "eval/page")
+WITHOUT_TORCH = ("align/common", "align/runtime", "align/sources", "eval/results", "eval/page")
 ABOUT_TORCH = {
-    "align/common/checkpoints.py",
-    "align/common/processes.py",
+    "align/runtime/checkpoints.py",
+    "align/runtime/processes.py",
     "align/common/tensor_files.py",
-}  # files of align/common that are about it
+}  # files of these folders that are about it
 
 
 def names_of(path):

@@ -17,9 +17,9 @@ from align.assessment.probing import CaptionedFeatures
 from align.assessment.scores import Score, Scorer, Settings, TextSide, cached
 from align.assessment.tables import Assessed
 from align.assessment.worth import Worth
-from align.common.console import Progress
 from align.common.errors import DataError
 from align.common.files import hash_bytes, hash_file
+from align.runtime.console import Progress
 
 FEW_OF_CLASS = 8  # labelled images per class; with fewer, most of the 20 neighbors are of other classes
 

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from align.assessment.candidates import chosen_features, chosen_layers, folder_name, random_copy, sampled_plan
 from align.assessment.config import AssessConfig
-from align.common.console import Progress
 from align.common.errors import UsageError
 from align.common.files import human_bytes
 from align.encoders.spec import TextSpec, VisionSpec
@@ -26,6 +25,7 @@ from align.encoders.vision import load_vision_encoder
 from align.features.extract import Extraction
 from align.features.layers import LayerExtraction, LayerFeatures
 from align.features.store import FeatureStore
+from align.runtime.console import Progress
 from align.sources.plan import Plan, Source
 
 

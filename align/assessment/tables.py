@@ -16,9 +16,9 @@ from align.assessment.scores import SCORES, Score
 from align.common.errors import UsageError
 from align.common.files import read_json
 from align.common.intervals import correlation_interval, pearson, percentiles, spearman
-from align.common.recipes_yaml import load_yaml
-from align.common.runs import JsonLines
 from align.common.seeds import generator
+from align.runtime.recipes_yaml import load_yaml
+from align.runtime.runs import JsonLines
 
 NAMES = {**SCORES, "trained": "R@10 after full training"}
 CHEAP = tuple(name for name in SCORES if name != "probing")

@@ -24,15 +24,15 @@ from transformers import AutoTokenizer
 from align.assessment.candidates import Candidate
 from align.assessment.probing import CaptionedFeatures
 from align.assessment.scores import Score
-from align.common.console import Progress
 from align.common.files import read_object
 from align.common.intervals import percentiles
-from align.common.recipes_yaml import load_yaml
 from align.common.seeds import generator
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
 from align.model.word_map import Fitting, Moments, reciprocal_ranks
 from align.model.words import Words
+from align.runtime.console import Progress
+from align.runtime.recipes_yaml import load_yaml
 from align.training.pairs import open_pairs
 from align.training.start import canonical_maps
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.common.checkpoints import newest_checkpoint, save_checkpoint
 from align.common.errors import DataError, UsageError
 from align.common.files import hash_bytes, hash_file, read_json
 from align.common.fingerprints import compare_fingerprints
@@ -23,6 +22,7 @@ from align.curation.config import CurateConfig
 from align.curation.pool import CandidatePool
 from align.curation.scoring import ConceptSpace, Projection, chunk_rows
 from align.features.store import FeatureStore
+from align.runtime.checkpoints import newest_checkpoint, save_checkpoint
 
 LABELS_SCHEMA = pa.schema([("key", pa.string()), ("label", pa.string())])
 

@@ -14,8 +14,6 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from align.common.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
-from align.common.console import Progress
 from align.common.errors import Preempted, UsageError
 from align.common.files import human_bytes
 from align.common.fingerprints import compare_encoders, compare_fingerprints
@@ -26,6 +24,8 @@ from align.curation.toplists import TopLists
 from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
 from align.model.dual_encoder import SailModel
+from align.runtime.checkpoints import clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.runtime.console import Progress
 
 CHUNK_SCORES = 1 << 22  # scores held at once (16 MiB)
 

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from align.common.console import Progress
 from align.common.errors import UsageError
 from align.demo.questions import Shown
 from align.demo.scenes import OBJECT_COUNTS, Sprite, SpriteScenes, read_sprites, split_sprites
 from align.demo.wording import relation
+from align.runtime.console import Progress
 
 SCENES_PER_JOB = 50
 JPEG_QUALITY = 90

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from align.common.console import Progress
 from align.common.errors import DataError
 from align.common.files import require_free
 from align.common.locks import Lease
@@ -30,6 +29,7 @@ from align.encoders.text import TextEncoder
 from align.encoders.vision import VisionEncoder
 from align.features.store import StoreHeader
 from align.features.writer import StoreWriter
+from align.runtime.console import Progress
 from align.sources.content import content_digest
 from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard

@@ -10,11 +10,11 @@ from accelerate import PartialState
 from align.common.errors import UsageError
 from align.common.fingerprints import fingerprint_digest
 from align.common.hardware import resolve_precision
-from align.common.runs import JsonLines
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailConfig, SailModel
+from align.runtime.runs import JsonLines
 from align.sources.plan import Plan, plan
 from align.training.config import TrainConfig
 from align.training.online import SHARD_ROWS, OnlinePairs

@@ -27,11 +27,11 @@ from align.common.errors import DataError, UsageError
 from align.common.files import hash64
 from align.common.preemption import stay
 from align.common.reject_codes import Reject
-from align.common.runs import JsonLines
 from align.common.seeds import generator
 from align.encoders.text import TextEncoder
 from align.encoders.transforms import PixelNormalizer, Transform, pixel_normalizer
 from align.encoders.vision import VisionEncoder
+from align.runtime.runs import JsonLines
 from align.sources.content import content_digest
 from align.sources.gate import Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard

@@ -11,15 +11,15 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from align.common.checkpoints import checkpoints, clean_checkpoints, newest_checkpoint, save_checkpoint
-from align.common.console import Progress
 from align.common.errors import NonFiniteError, Preempted
 from align.common.files import atomic_json, require_free
 from align.common.fingerprints import compare_inputs
 from align.common.preemption import noted, reason
-from align.common.processes import any_rank
-from align.common.runs import RunLog
 from align.model.saving import save_model
+from align.runtime.checkpoints import checkpoints, clean_checkpoints, newest_checkpoint, save_checkpoint
+from align.runtime.console import Progress
+from align.runtime.processes import any_rank
+from align.runtime.runs import RunLog
 from align.training.data import TrainingData
 from align.training.pairs import BatchOrder, PairBatch
 from align.training.step import Stepper, StepResult, validate

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from align.common.errors import DamagedError
-from align.common.processes import average_gradients
 from align.common.seeds import generator
 from align.model.dual_encoder import SailModel
 from align.model.losses import LossStats, info_nce_loss, logit_stats, sigmoid_loss
 from align.model.ranking import best_ranks, recalls
+from align.runtime.processes import average_gradients
 from align.training.pairs import PairBatch
 
 MAX_LOG_SCALE = math.log(100)

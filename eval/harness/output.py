@@ -20,8 +20,8 @@ from PIL import Image
 from align.common.errors import DataError
 from align.common.files import hash_bytes, hash_file, read_object
 from align.common.intervals import wilson_interval
-from align.common.runs import git_commit, versions
 from align.common.seeds import generator
+from align.runtime.runs import git_commit, versions
 from eval.harness.local import data_files
 from eval.measures.generation import YES_NO, estimate, normalized
 from eval.results.examples import drawn_questions, generation_examples, save_examples

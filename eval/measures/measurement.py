@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from align.common.console import Progress
-from align.common.runs import git_commit, versions
 from align.common.seeds import generator
+from align.runtime.console import Progress
+from align.runtime.runs import git_commit, versions
 from eval.measures.compositional import (
     compositional,
     compositional_chance,

@@ -22,12 +22,12 @@ from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
 from torch import Tensor
 
-from align.common.console import Progress
 from align.common.errors import DataError, NonFiniteError
 from align.common.files import hash_bytes, load_hashed, save_hashed
 from align.common.fingerprints import compare_encoders, fingerprint_digest
 from align.features.extract import Extraction, Stopping
 from align.features.store import FeatureStore
+from align.runtime.console import Progress
 from eval.models.dual_encoder import DualEncoder
 from eval.tasks.data import TaskData
 

@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from align.common.errors import OfflineError, UsageError
 from align.common.files import hash_bytes
-from align.common.recipes_yaml import nearest
 from align.encoders.loading import first_line, hash_weights, load_errors_named, recorded_id
 from align.encoders.text import hash_tokenizer
+from align.runtime.recipes_yaml import nearest
 from eval.models.reference import ReferenceModel, fingerprint_of
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")

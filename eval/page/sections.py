@@ -13,7 +13,7 @@ import pyarrow as pa
 from align.common.errors import DamagedError
 from align.common.files import atomic_bytes
 from align.common.intervals import wilson_interval
-from align.common.runs import JsonLines
+from align.runtime.runs import JsonLines
 from eval.page import figures
 from eval.results.calibration import calibration
 from eval.results.compare import class_counts

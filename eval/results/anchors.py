@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from align.common.errors import DamagedError
-from align.common.recipes_yaml import load_yaml, nearest
+from align.runtime.recipes_yaml import load_yaml, nearest
 from eval.results.records import TaskRecord
 
 Prompts = Literal["templates", "sentences", "none"]

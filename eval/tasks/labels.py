@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from align.common.errors import DataError
-from align.common.recipes_yaml import nearest
+from align.runtime.recipes_yaml import nearest
 from align.sources.row import IMAGE_ENDINGS, IMAGE_SUFFIXES
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.task import Task

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.common.errors import DataError, UsageError
 from align.common.files import hash_bytes
-from align.common.recipes_yaml import nearest
+from align.runtime.recipes_yaml import nearest
 
 _MEDIA = (
     "bad photo", "good photo", "blurry photo", "bright photo", "dark photo", "cropped photo", "close-up photo",

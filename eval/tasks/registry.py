@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from align.common.errors import UsageError
-from align.common.recipes_yaml import nearest
+from align.runtime.recipes_yaml import nearest
 from eval.tasks.official.layout import OWN_NAMES
 from eval.tasks.official.manifest import READERS
 from eval.tasks.task import MASKS, Kind, Task, read_task_file

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from align.common.errors import UsageError
-from align.common.recipes_yaml import load_yaml, nearest
+from align.runtime.recipes_yaml import load_yaml, nearest
 from align.sources.samples import Group
 from eval.tasks.official.manifest import READERS
 

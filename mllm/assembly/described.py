@@ -16,11 +16,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.common.console import Progress
 from align.common.errors import DataError
 from align.common.files import hash64
 from align.common.hardware import choose_device
 from align.model.word_map import Moments, power
+from align.runtime.console import Progress
 from mllm.assembly.config import UpgradeConfig
 from mllm.assembly.texts import BATCH, Batch, TextSide
 from mllm.conversations.described import FILE, texts_in

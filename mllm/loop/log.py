@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from align.common.console import Progress
-from align.common.runs import RunLog
+from align.runtime.console import Progress
+from align.runtime.runs import RunLog
 
 if TYPE_CHECKING:
     from mllm.loop.trainer import SailTrainer

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from align.common.checkpoints import checkpoints, clean_checkpoints, newest_committed
 from align.common.errors import FingerprintError, Preempted
 from align.common.files import hash_file, read_json, require_free
 from align.common.fingerprints import compare_inputs
 from align.common.folders import commit_folder, folder_digest, replaced_folder
 from align.common.preemption import noted, reason
-from align.common.recipes_yaml import write_recipe
-from align.common.runs import RunLog, add_launch
+from align.runtime.checkpoints import checkpoints, clean_checkpoints, newest_committed
+from align.runtime.recipes_yaml import write_recipe
+from align.runtime.runs import RunLog, add_launch
 from mllm.conversations.batches import ConversationDataset
 from mllm.loop.config import FinetuneConfig, Lora
 from mllm.loop.flops import Collate, peak_tflops

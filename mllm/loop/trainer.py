@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from align.common.checkpoints import checkpoints, commit_checkpoint, delete_all_but
 from align.common.errors import DiskFullError, NonFiniteError
 from align.common.files import atomic_json, disk_full_named, failpoint, require_free
 from align.common.preemption import stay
-from align.common.processes import any_rank
+from align.runtime.checkpoints import checkpoints, commit_checkpoint, delete_all_but
+from align.runtime.processes import any_rank
 from mllm.loop.log import TrainingLog
 from mllm.loop.parameter_groups import load_trained, optimizer_groups, trained_tensors
 

@@ -30,7 +30,6 @@ from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
 from align.assessment.scores import Score, Scorer, Settings, TextSide, cached
 from align.assessment.tables import Assessed, correlations, follows, recommend, shown, shown_follows, table_csv
-from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
 from align.common.intervals import bootstrap_weights
@@ -39,6 +38,7 @@ from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.layers import LayerFeatures
 from align.features.store import FeatureStore
+from align.runtime.commandline import parse
 from align.sources.plan import Source
 from align.train import main as train
 from align.training.config import TrainConfig

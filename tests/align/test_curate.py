@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, Preempted, UsageError
 from align.common.files import arm_failpoint, hash_file
 from align.curate import main
@@ -24,6 +23,7 @@ from align.features.store import FeatureStore, StoreHeader
 from align.features.writer import StoreWriter
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
+from align.runtime.commandline import parse
 from align.train import main as train
 from align.training.config import TrainConfig
 from tests.support.flags import as_flags

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError
 from align.common.files import arm_failpoint, hash64
 from align.encode import main
@@ -21,6 +20,7 @@ from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
+from align.runtime.commandline import parse
 from align.train import main as train
 from align.training.config import TrainConfig
 from tests.support.flags import as_flags

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from align.common.checkpoints import newest_checkpoint
-from align.common.commandline import parse
 from align.common.errors import DiskFullError, FingerprintError, KitError, LeaseError, UsageError
 from align.common.files import arm_failpoint
+from align.runtime.checkpoints import newest_checkpoint
+from align.runtime.commandline import parse
 from align.train import main
 from align.training.config import TrainConfig
 from align.training.step import Stepper

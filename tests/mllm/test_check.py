@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align.common.commandline import run
 from align.common.errors import DataError, UsageError
+from align.runtime.commandline import run
 from align.sources.gate import gate_image
 from mllm import check
 from mllm.conversations import checking

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from align.common.checkpoints import checkpoints, newest_committed
-from align.common.commandline import parse
 from align.common.errors import DiskFullError, FingerprintError, UsageError
 from align.common.files import arm_failpoint
+from align.runtime.checkpoints import checkpoints, newest_committed
+from align.runtime.commandline import parse
 from mllm.conversations.templates import TEMPLATES
 from mllm.finetune import main, section
 from mllm.loop.config import FinetuneConfig

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from align.common.checkpoints import newest_committed
-from align.common.commandline import parse
 from align.demo.writing import question_row, write_questions
+from align.runtime.checkpoints import newest_committed
+from align.runtime.commandline import parse
 from eval.results.records import load_answers, load_results
 from mllm import finetune, upgrade
 from mllm.assembly.config import UpgradeConfig

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from align.common.commandline import parse
 from align.common.errors import UsageError
 from align.model.dual_encoder import SailModel
+from align.runtime.commandline import parse
 from mllm import finetune, upgrade
 from mllm.assembly.config import UpgradeConfig
 from mllm.loop.config import FinetuneConfig

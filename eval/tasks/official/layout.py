@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.common.errors import DataError, UsageError
-from align.common.recipes_yaml import nearest
+from align.runtime.recipes_yaml import nearest
 from align.sources.row import IMAGE_ENDINGS
 from eval.tasks.prompts import read_lines
 

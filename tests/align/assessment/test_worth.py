@@ -9,8 +9,8 @@ import torch
 from align.assessment.candidates import Candidate
 from align.assessment.probing import CaptionedFeatures
 from align.assessment.worth import Named, Worth, captioned, closed_form_maps, compared, crossing, measured, plan_of, texts_alone
-from align.common.console import Progress
 from align.common.intervals import bootstrap_weights
+from align.runtime.console import Progress
 
 SIZE, FIT = 900, 700
 ROWS = np.arange(FIT), np.arange(FIT, SIZE)

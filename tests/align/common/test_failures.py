@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.common import commandline as cli
 from align.common.errors import DamagedError, DataError, DiskFullError, KitError, MemoryFullError, OfflineError, UsageError
 from align.common.failures import explained
 from align.features.config import EncodeConfig
+from align.runtime import commandline as cli
 
 FLAGS = ["encode.py", "--data", "d", "--output", "o", "--vision", "v"]
 

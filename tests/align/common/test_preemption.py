@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import os, sys, time
 from dataclasses import dataclass
-from align.common.commandline import run
+from align.runtime.commandline import run
 from align.common.errors import Preempted
 from align.common.preemption import noted, reason
 

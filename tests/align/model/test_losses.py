@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from align.common.errors import UsageError
-from align.common.processes import any_rank, average_gradients
 from align.model.losses import info_nce_loss, logit_stats, sigmoid_loss
+from align.runtime.processes import any_rank, average_gradients
 
 IDS = torch.tensor([5, 3, 5, 1, 9, 3, 5, 8, 2, 7, 1, 6, 4])  # of images: repeats, not sorted
 TEXTS = [torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 7, 6, 9, 6, -8]), torch.tensor([2, 2, 4, 4, 5, 6, 4, 8, 9, 10, 11, 12, 13])]

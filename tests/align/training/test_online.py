@@ -15,11 +15,8 @@ from accelerate import PartialState
 from PIL import Image
 from torchvision import transforms
 
-from align.common.checkpoints import newest_checkpoint
-from align.common.commandline import parse
 from align.common.errors import DataError, FingerprintError, Preempted, UsageError
 from align.common.files import arm_failpoint, hash64
-from align.common.runs import JsonLines
 from align.encode import main as encode_main
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
@@ -28,6 +25,9 @@ from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailModel
+from align.runtime.checkpoints import newest_checkpoint
+from align.runtime.commandline import parse
+from align.runtime.runs import JsonLines
 from align.sources.plan import Source, plan
 from align.train import main
 from align.training.config import TrainConfig

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from align.common.commandline import parse
 from align.common.errors import UsageError
 from align.common.files import hash64
 from align.features.store import StoreHeader
 from align.features.writer import StoreWriter
 from align.model.dual_encoder import SailConfig, SailModel
+from align.runtime.commandline import parse
 from align.train import main
 from align.training.config import TrainConfig
 from align.training.pairs import BatchOrder, open_pairs

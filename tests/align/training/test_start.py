@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from align.common.errors import UsageError
-from align.common.processes import same_on_all
 from align.model.dual_encoder import SailConfig, SailModel
+from align.runtime.processes import same_on_all
 from align.training.start import CAPTION_RIDGE, IMAGE_RIDGE, canonical_maps, start_from_correlations
 from align.training.step import validate
 from tests.support.forking import exit_codes, fork

@@ -12,13 +12,13 @@ from sklearn.metrics import jaccard_score
 from torch.nn.functional import interpolate, normalize
 from torchvision import transforms
 
-from align.common.commandline import parse
 from align.common.errors import DamagedError, DataError, NonFiniteError, UsageError
 from align.common.files import arm_failpoint
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import VisionEncoder, load_vision_encoder
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
+from align.runtime.commandline import parse
 from eval.measures import segmentation, windows
 from eval.measures.config import EvalConfig
 from eval.measures.segmentation import (

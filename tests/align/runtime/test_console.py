@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from align.common.console import Progress, plain_console
+from align.runtime.console import Progress, plain_console
 
 
 def test_what_is_printed_stands_as_it_is_whatever_brackets_and_colons_it_holds(monkeypatch):

@@ -6,7 +6,7 @@ run/
   metrics.jsonl          losses and scores, one row per log or validation step; the same after an interruption
   speed.jsonl            rates and waiting times; different in each run
   tensorboard/           curves of both files
-  checkpoints/step-N/    state for resuming (see `align.common.checkpoints`)
+  checkpoints/step-N/    state for resuming (see `align.runtime.checkpoints`)
   .work/status.json      whether the run goes on, or its exit code (launchers replace it by their own) and its last message
   .work/leases/          the process that writes here
 """

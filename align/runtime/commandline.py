@@ -13,13 +13,13 @@ from typing import TypeVar
 import tyro
 from rich.console import Console
 
-from align.common.console import plain_console
 from align.common.errors import KitError, Preempted, UsageError
 from align.common.failures import explained, is_foreseen, keep_traceback
 from align.common.files import arm_failpoint, disk_full_named
 from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.preemption import asked_to_stop, ended_by_sigterm, launchers, reason, stop_with
-from align.common.recipes_yaml import recipe_flags, to_recipe
+from align.runtime.console import plain_console
+from align.runtime.recipes_yaml import recipe_flags, to_recipe
 
 Config = TypeVar("Config")
 OF_ALL = (

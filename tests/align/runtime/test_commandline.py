@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from align.common import commandline as cli
 from align.common.errors import DataError, OfflineError, UsageError
 from align.features.config import EncodeConfig
+from align.runtime import commandline as cli
 from align.training.config import TrainConfig
 
 TRAIN = """train:

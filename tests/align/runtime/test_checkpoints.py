@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
-from align.common.checkpoints import (
+from align.common.errors import DamagedError
+from align.common.files import arm_failpoint
+from align.runtime.checkpoints import (
     clean_checkpoints,
     commit_checkpoint,
     load_checkpoint,
@@ -13,8 +15,6 @@ from align.common.checkpoints import (
     newest_committed,
     save_checkpoint,
 )
-from align.common.errors import DamagedError
-from align.common.files import arm_failpoint
 from tests.support.flipped_bits import refuses_a_flipped_bit
 
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from align.common.errors import DamagedError, UsageError
-from align.common.runs import JsonLines, RunLog, add_launch
+from align.runtime.runs import JsonLines, RunLog, add_launch
 
 
 def test_metrics_are_cut_back_to_the_checkpoint_and_to_whole_lines(tmp_path):
