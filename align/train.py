@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.errors import UsageError
+from align.common.checks import check_divides
 from align.common.files import hash_file, human_bytes
 from align.runtime.commandline import run, set_up
 from align.runtime.recipes_yaml import refuse_other_config, write_recipe
@@ -43,8 +43,7 @@ def main(config: TrainConfig) -> None:
 
     state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
-    if config.batch_size % state.num_processes:
-        raise UsageError(f"--batch-size {config.batch_size} does not divide by {state.num_processes} processes")
+    check_divides(config.batch_size, state.num_processes)
     folder = Path(config.output)
     refuse_other_config(config, folder, "train", FREE_ON_RESUME)
     if config.dry_run:
@@ -60,12 +59,13 @@ def train(config: TrainConfig, state: "PartialState", console: "Console") -> Non
     """Open the features, build the heads, write config and manifest, train from the newest checkpoint."""
     from align.common.hardware import resolve_precision
     from align.runtime.processes import same_on_all
-    from align.training.data import build_model
+    from align.training.data import build_model, fit_batch
     from align.training.run import Run
     from align.training.step import Objective, Schedule, Stepper, build_optimizer
 
     data = open_data(config, state, console)
-    steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(data.pairs) // config.batch_size)))
+    batch_size = fit_batch(config.batch_size, len(data.pairs), state.num_processes, console.print)
+    steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(data.pairs) // batch_size)))
     model = build_model(config, data).to(state.device)
     same_on_all(model.parameters())
     stepper = Stepper(
@@ -81,15 +81,15 @@ def train(config: TrainConfig, state: "PartialState", console: "Console") -> Non
     console.print(
         f"{len(data.pairs)} pairs ({data.pairs.unpaired} images without partner left out), "
         f"{'encoded in every step' if config.data else human_bytes(data.pairs.nbytes) + ' of features'}, "
-        f"{parameters / 1e6:.2f}M parameters, {steps} steps of {config.batch_size} on {state.num_processes} process(es)",
+        f"{parameters / 1e6:.2f}M parameters, {steps} steps of {batch_size} on {state.num_processes} process(es)",
     )
     if config.dry_run:
-        console.print(estimate(config, data, parameters, state.num_processes))
+        console.print(estimate(config, data, parameters, batch_size, state.num_processes))
         return
     if state.is_main_process:
         write_manifest(config, data, state.num_processes)
     Run(
-        Path(config.output), data, stepper, state, console, steps=steps, batch_size=config.batch_size,
+        Path(config.output), data, stepper, state, console, steps=steps, batch_size=batch_size,
         every={"log": config.log_every, "val": config.val_every, "save": config.save_every},
         val_limit=config.val_limit, keep=config.keep, max_nonfinite=config.max_nonfinite, embed_encoders=config.embed_encoders,
     ).train()  # fmt: skip
@@ -110,17 +110,17 @@ def open_data(config: TrainConfig, state: "PartialState", console: "Console") ->
         data.inputs["keys"] = hash_file(Path(config.keys))
         console.print(f"{config.keys}: {len(chosen)} chosen, {missing} of them are no pair here")
     if config.val_rows:
-        data.held_out = data.pairs.split(config.val_rows, config.seed)
+        data.hold_out(config.val_rows, config.seed, console.print)
     if config.positives != "diagonal" and not config.data:
         console.print(f"--positives {config.positives}: {data.pairs.repeated} pairs share their image with an earlier pair")
     return data
 
 
-def estimate(config: TrainConfig, data: "TrainingData", parameters: int, processes: int) -> str:
+def estimate(config: TrainConfig, data: "TrainingData", parameters: int, batch_size: int, processes: int) -> str:
     """Return a sentence with the steps per epoch and the memory per process."""
     from align.training.pairs import BatchOrder
 
-    order, share = BatchOrder(len(data.pairs), config.batch_size, config.seed), config.batch_size // processes
+    order, share = BatchOrder(len(data.pairs), batch_size, config.seed), batch_size // processes
     held = 16 * parameters + 4 * share * config.width * (2 + len(config.captions)) * 4 + 3 * 4 * config.tile**2
     return f"{order.steps_per_epoch} steps an epoch, about {human_bytes(held)} a process beside the heads' activations"
 

@@ -69,11 +69,12 @@ def main(config: FinetuneConfig) -> None:
 
 def finetune(config: FinetuneConfig, settings: "TrainingArguments", image_cost: float, console: "Console") -> None:
     """Load and freeze the model, read the data, train, export."""
-    from mllm.conversations.packing import EpochPlan
+    from mllm.conversations.packing import EpochPlan, items_an_epoch
     from mllm.loop.estimate import estimate
     from mllm.loop.flops import Collate, step_cost
     from mllm.loop.parameter_groups import group_table, load_trainable, trained_rows
     from mllm.loop.run import train
+    from mllm.loop.settings import fit_batch
     from mllm.loop.trainer import MicroBatches
     from mllm.model.answer_ends import ROWS, answer_ends, require_ends
 
@@ -81,16 +82,18 @@ def finetune(config: FinetuneConfig, settings: "TrainingArguments", image_cost: 
     model, processor = load_trainable(start, rates, config.lora(), config.seed, bf16=settings.bf16, deepspeed=bool(config.deepspeed))
     with settings.main_process_first(desc="index of the data"):
         dataset = read_data(config, processor, console)
-    plan = EpochPlan(dataset.index, config.batch_size, packing=config.packing, seed=config.seed)
+    items = items_an_epoch(dataset.index, config.packing, config.seed)
+    batch_size, micro = fit_batch(settings, config, items, console.print)
+    plan = EpochPlan(dataset.index, batch_size, packing=config.packing, seed=config.seed)
     steps = settings.max_steps = config.steps or max(1, round(config.epochs * len(plan.batches(0))))
-    micro_batches = MicroBatches(plan.batches, steps, config.micro_batch_size, settings.process_index, world)
+    micro_batches = MicroBatches(plan.batches, steps, micro, settings.process_index, world)
     collate = Collate(partial(dataset.collate, packed=config.packing), step_cost(model, image_cost))
     console.print(group_table(model, rates))
     if config.stage == "instruct":
         ends = answer_ends(dataset.chat, (dataset.conversations[int(row)].messages for row in dataset.index.good[:ROWS]))
         console.print(require_ends(dataset.chat, ends, start, trained_rows(model)))
-    pieces = f"{micro_batches.accumulate} x {config.micro_batch_size} x {world} process(es)"
-    console.print(f"{dataset.index.summary()}; {steps} steps of {config.batch_size} ({pieces})")
+    pieces = f"{micro_batches.accumulate} x {micro} x {world} process(es)"
+    console.print(f"{dataset.index.summary()}; {steps} steps of {batch_size} ({pieces})")
     if config.dry_run:
         for line in estimate(model, dataset, collate, micro_batches, settings, config.optimizer):
             console.print(line)

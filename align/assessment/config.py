@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align.common.checks import check, check_least
 from align.common.hardware import Precision
@@ -13,6 +13,8 @@ from align.sources.config import SourceFlags
 @dataclass(frozen=True, kw_only=True)
 class AssessConfig(SourceFlags):
     """Rank vision encoders, their layers and text encoders on a few thousand pairs, before any long training."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {"vision": ("random_weights",)}
 
     data: str
     """Image-caption pairs: a folder, a file or a quoted glob ('shards/*.tar'), as for align/encode.py."""

@@ -16,6 +16,21 @@ def check_least(config: object, **least: float) -> None:
         check(given is None or given >= value, f"--{name.replace('_', '-')} {given}", f"must be at least {value}")
 
 
+def check_divides(batch_size: int, processes: int) -> None:
+    """Raise UsageError unless each process has the same share of a batch."""
+    check(batch_size % processes == 0, f"--batch-size {batch_size}", f"does not divide by {processes} processes")
+
+
+def batch_for(asked: int, rows: int) -> int:
+    """Return `asked`, or with fewer rows than that a smaller batch: the largest power of two up to a quarter of the rows, at least 2.
+
+    It depends on nothing else, so that a run that is resumed with other processes has the same batches.
+    """
+    if asked <= rows:
+        return asked
+    return min(rows, max(2, 1 << max(rows // 4, 1).bit_length() - 1))
+
+
 def check_share(name: str, value: float) -> None:
     """Raise UsageError, naming the flag, unless `value` lies in 0..1."""
     check(0 <= value <= 1, f"--{name} {value}", "must lie in 0..1")

@@ -1,7 +1,7 @@
 """Flags of align/curate.py, checked when the config is made."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align.common.checks import check, check_least
 
@@ -9,6 +9,8 @@ from align.common.checks import check, check_least
 @dataclass(frozen=True)
 class CurateConfig:
     """Choose training pairs from more candidates than you need, so that many concepts are covered evenly."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {"concepts": ("concept_store", "concept_labels"), "concept_store": ("concepts",)}
 
     candidates: tuple[str, ...]
     """Feature stores to choose from, made by one encoder: all of captions or all of images."""

@@ -1,7 +1,7 @@
 """Flags of every entry that takes one vision and one text encoder: which ones."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from align.encoders.spec import TextSpec, VisionSpec
 
@@ -9,6 +9,8 @@ from align.encoders.spec import TextSpec, VisionSpec
 @dataclass(frozen=True, kw_only=True)
 class EncoderFlags:
     """A vision and a text encoder, either may be left out; a base of configs."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {"vision": ("vision_revision",), "text": ("text_revision",)}
 
     vision: str | None = None
     """Vision encoder: hub id, local folder or an `embedded:` id. None: no images are encoded."""

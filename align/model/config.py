@@ -1,7 +1,7 @@
 """What align/convert.py can be told. Every field is a flag; checked when it is made."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align.common.checks import check, check_least
 from align.common.hardware import Arithmetic, Precision
@@ -13,6 +13,14 @@ from align.encoders.trust import check_trust
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(EncoderFlags):
     """Turn published SAIL weights or embeddings into this kit's formats, or heads back into the published layout."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **EncoderFlags.REPLACES,
+        "heads": ("projector", "model", "to_published", "embeddings"),
+        "projector": ("heads", "base", "vision", "text", "model", "to_published", "embeddings"),
+        "to_published": ("heads", "base", "vision", "text", "projector", "embeddings", "output"),
+        "embeddings": ("heads", "base", "vision", "text", "projector", "model", "to_published"),
+    }
 
     heads: str | None = None
     """Published heads (.pt, .bin, .safetensors), into a model folder."""

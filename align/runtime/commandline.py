@@ -1,25 +1,27 @@
 """The command line of every entry. A recipe is a saved command line; later flags win. Entries import heavy libraries inside `main`."""
 
 import inspect
+import io
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import tyro
 from rich.console import Console
 
-from align.common.errors import KitError, Preempted, UsageError
+from align.common.errors import KitError, Preempted
 from align.common.failures import explained, is_foreseen, keep_traceback
 from align.common.files import arm_failpoint, disk_full_named
 from align.common.hardware import reuse_freed_memory, use_cores
 from align.common.preemption import asked_to_stop, ended_by_sigterm, launchers, reason, stop_with
+from align.runtime.arguments import Arguments
 from align.runtime.console import plain_console
-from align.runtime.recipes_yaml import recipe_flags, to_recipe
+from align.runtime.recipes_yaml import to_recipe
 
 Config = TypeVar("Config")
 OF_ALL = (
@@ -34,29 +36,41 @@ def parse(kind: type[Config], section: str, argv: Sequence[str] | None = None) -
     `--print-config` prints the resolved recipe and exits with code 0. `--local_rank`, which launchers add, is dropped. A wrong flag or
     value exits with code 2 and names the nearest known flag.
     """
-    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith(("--local_rank=", "--local-rank="))]
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    recipe = _take_value(arguments, "--config")
-    flags = recipe_flags(Path(recipe), section, known) if recipe else []
-    flags += [a for a in arguments if a != "--print-config"]
-    config = tyro.cli(kind, args=flags, description=f"{inspect.getdoc(kind)} {OF_ALL}")
-    if "--print-config" in arguments:
+    return _config(kind, section, Arguments.of(kind, section, sys.argv[1:] if argv is None else argv))
+
+
+def _config(kind: type[Config], section: str, arguments: Arguments) -> Config:
+    for sentence in arguments.replaced if _is_first() else ():
+        sys.stderr.write(f"{sentence}\n")
+    flags = [word for word in arguments.flags() if word != "--print-config"]
+    heard = _Heard(sys.stderr)
+    try:
+        with redirect_stderr(heard):
+            config = tyro.cli(kind, args=flags, description=f"{inspect.getdoc(kind)} {OF_ALL}")
+    except SystemExit:
+        if origin := arguments.origin(heard.text):
+            sys.stderr.write(f"{origin.strip(' ()')}\n")
+        raise
+    if "--print-config" in arguments.typed:
         sys.stdout.write(to_recipe(config, section))
         raise SystemExit(0)
     return config
 
 
-def _take_value(arguments: list[str], flag: str) -> str | None:
-    """Remove `flag value` or `flag=value` from `arguments` and return the value, or None if the flag is absent."""
-    for at, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            return arguments.pop(at).partition("=")[2]
-        if argument == flag:
-            if at + 1 == len(arguments):
-                raise UsageError(f"{flag} needs the path of a recipe, for example align/recipes/quickstart.yaml")
-            del arguments[at]
-            return arguments.pop(at)
-    return None
+class _Heard(io.TextIOBase):
+    """A stream that passes on what is written to another one, and keeps it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.text = stream, ""
+        self.isatty, self.fileno = stream.isatty, stream.fileno  # type: ignore[method-assign]
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return self.stream.write(text)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run(main: Callable[[Config], None], kind: type[Config], section: str | Callable[[list[str]], str]) -> None:
@@ -71,11 +85,13 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
     debug = len(flags) < len(sys.argv) - 1
     if not debug:
         threading.excepthook = _tell_of_thread
+    arguments = Arguments(flags)
     try:
         with ended_by_sigterm():
             name = section if isinstance(section, str) else section(flags)  # some entries have several sections
-            config = parse(kind, name, flags)
-            if os.environ.get("RANK", "0") == "0":  # loading takes seconds: show that the process is alive
+            arguments = Arguments.of(kind, name, flags)
+            config = _config(kind, name, arguments)
+            if _is_first():  # loading takes seconds: show that the process is alive
                 sys.stderr.write(f"{name}: loading libraries\n")
             stop_with(launchers())
             with disk_full_named(Path(vars(config).get("output") or ".")):  # whichever library writes
@@ -85,7 +101,7 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to go on", 130)
     except BaseException as error:  # noqa: BLE001 - the outermost guard; panics of Rust libraries are no Exception
-        _leave(*_told(error, debug))
+        _leave(*_told(error, debug, arguments))
 
 
 def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
@@ -93,7 +109,7 @@ def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
     sys.stderr.write(f"in a thread: {explained(failed.exc_value or failed.exc_type())}\n")
 
 
-def _told(error: BaseException, debug: bool) -> tuple[str, int]:
+def _told(error: BaseException, debug: bool, arguments: Arguments) -> tuple[str, int]:
     """Return the last line that an entry writes because of `error`, and its exit code; with `debug` print the traceback before."""
     if debug:
         traceback.print_exception(error)
@@ -101,7 +117,7 @@ def _told(error: BaseException, debug: bool) -> tuple[str, int]:
         return f"error: stopped by {reason()} ({type(error).__name__}); run the same command to go on", Preempted.exit_code
     found = explained(error)
     if debug or is_foreseen(found):
-        return f"error: {found}", found.exit_code
+        return f"error: {found}{arguments.origin(str(found))}", found.exit_code
     advice = f"see the traceback in {keep_traceback(error)} and check the files that you gave, or run the same command with --debug"
     return f"error: {found}; no check foresaw this: {advice}", found.exit_code
 

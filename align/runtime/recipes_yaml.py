@@ -54,8 +54,8 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def recipe_flags(recipe: Path, section: str, known: Sequence[str]) -> list[str]:
-    """Return the flags in `section` of a recipe. Raise UsageError for an unknown section or key."""
+def recipe_flags(recipe: Path, section: str, known: Sequence[str]) -> dict[str, list[str]]:
+    """Return the flags in `section` of a recipe by key, each with its values. Raise UsageError for an unknown section or key."""
     content = load_yaml(recipe)
     if not isinstance(content, dict):
         raise UsageError(f"{recipe}: expected sections {', '.join(SECTIONS)}, each with flags below it")
@@ -64,15 +64,15 @@ def recipe_flags(recipe: Path, section: str, known: Sequence[str]) -> list[str]:
             raise UsageError(f"{recipe}: unknown section {name!r}; {nearest(str(name), SECTIONS)}")
     if section not in content:
         raise UsageError(f"{recipe} has no section {section!r} (it has: {', '.join(content)}); nothing to run here")
-    flags: list[str] = []
+    flags: dict[str, list[str]] = {}
     for key, value in (content[section] or {}).items():
         if key not in known:
             raise UsageError(f"{recipe}: unknown key {key!r} in section {section!r}; {nearest(str(key), known)}")
         name = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
-            flags.append(name if value else f"--no-{name[2:]}")
+            flags[key] = [name if value else f"--no-{name[2:]}"]
         else:
-            flags += [name, *map(str, value if isinstance(value, list) else [value])]
+            flags[key] = [name, *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 

@@ -1,7 +1,7 @@
 """Settings of align/train.py. Every field is a flag; values are checked when the object is created."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align.common.checks import check, check_least, check_share
 from align.common.hardware import Precision
@@ -14,6 +14,17 @@ Positives = Literal["diagonal", "same_key", "same_caption"]
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(EncoderFlags, SourceFlags):
     """Train alignment heads on feature stores (--images), or with encoders in the loop (--data, with encoder and source flags)."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **EncoderFlags.REPLACES,
+        "epochs": ("steps",),
+        "steps": ("epochs",),
+        "images": ("data", "vision", "vision_revision", "text", "text_revision", "augment", "val_data"),
+        "data": ("images", "val_images", "val_captions", "start"),
+        "val_rows": ("val_images", "val_captions", "val_data"),
+        "val_images": ("val_rows", "val_data"),
+        "val_data": ("val_rows", "val_images", "val_captions"),
+    }
 
     captions: tuple[str, ...]
     """Caption slots: each gives every image one positive. A slot is one caption store per data set, joined by '+', or a caption

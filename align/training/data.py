@@ -1,12 +1,13 @@
 """Opens the data of a training run, from stores or from images with the encoders in the loop, and builds the model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from align.common.checks import batch_for, check_divides
 from align.common.errors import UsageError
 from align.common.fingerprints import fingerprint_digest
 from align.common.hardware import resolve_precision
@@ -32,6 +33,13 @@ class TrainingData:
     tokenizer: Path
     remarks: tuple[str, ...] = ()  # what the user should know about how --data was read
     inputs: dict[str, str] = field(default_factory=dict)  # by field of the config: hashes of what its paths hold
+
+    def hold_out(self, rows: int, seed: int, tell: Callable[[str], None]) -> None:
+        """Split `rows` pairs off for validation; where that is more than half of them a fifth, and `tell` is called with a sentence."""
+        if 2 * rows > len(self.pairs):
+            asked, rows = rows, max(1, len(self.pairs) // 5)
+            tell(f"--val-rows {asked} is more than half of the {len(self.pairs)} pairs: {rows} are held out")
+        self.held_out = self.pairs.split(rows, seed)
 
     def list_rejects(self, folder: Path, rank: int, step: int) -> None:
         """From now on list rejected samples in files of `folder`. Entries of a killed run after `step` are removed."""
@@ -88,6 +96,18 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     if state.is_main_process:
         text.tokenizer.save_pretrained(tokenizer)
     return TrainingData(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer, tuple(remarks), inputs)
+
+
+def fit_batch(asked: int, pairs: int, processes: int, tell: Callable[[str], None]) -> int:
+    """Return the pairs of a step: `asked`, or fewer where the data has fewer; then `tell` is called with a sentence."""
+    batch_size = batch_for(asked, pairs)
+    if batch_size < asked:
+        tell(
+            f"--batch-size {asked} is more than the {pairs} pairs: each step takes {batch_size}. Give a smaller --batch-size to choose it, "
+            "and with a few thousand pairs start from align/recipes/few_photos.yaml"
+        )
+        check_divides(batch_size, processes)
+    return batch_size
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> SailModel:

@@ -1,7 +1,7 @@
 """What mllm/upgrade.py can be told. Every field is a flag; checked when it is made."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from align.common.checks import check, check_least
 
@@ -9,6 +9,16 @@ from align.common.checks import check, check_least
 @dataclass(frozen=True)
 class UpgradeConfig:
     """Put an aligned vision encoder into an LLM, or into an existing LLaVA: a model ready for mllm/finetune.py."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "llm": ("llava", "keep_tower", "gguf_file", "revision"),
+        "llava": ("llm", "gguf_file", "revision"),
+        "sail": ("vision", "layer"),
+        "vision": ("sail",),
+        "projector": ("captions", "caption_rows", "image_root", "texts", "text_columns", "text_rows", "images", "described"),
+        "captions": ("projector",),
+        "texts": ("projector",),
+    }
 
     llm: str | None = None
     """Causal LLM: hub id, local folder or embedded: id. Give this or --llava."""

@@ -64,6 +64,11 @@ def length_grouped(lengths: np.ndarray, multimodal: np.ndarray, batch_size: int,
     return np.take_along_axis(batches, np.argsort(-lengths[batches], axis=1, kind="stable"), axis=1)
 
 
+def items_an_epoch(index: ConversationIndex, packing: bool, seed: int) -> int:
+    """Return how many conversations, or packs of them, an epoch has."""
+    return len(pack(index.lengths[index.good], index.max_length, generator(seed, 0))) if packing else len(index.good)
+
+
 class EpochPlan:
     """The batches of every epoch. They depend only on index, seed and epoch, not on the number of processes."""
 

@@ -1,7 +1,7 @@
 """What mllm/finetune.py can be told. Every field is a flag; checked when it is made."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from align.common.checks import check, check_least, check_share
 from align.common.hardware import Precision
@@ -19,6 +19,8 @@ class Lora:
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Train an assembled model: stage pretrain (projector on captions), then instruct (everything on conversations)."""
+
+    REPLACES: ClassVar[dict[str, tuple[str, ...]]] = {"epochs": ("steps",), "steps": ("epochs",)}
 
     data: tuple[str, ...]
     """Conversation files (LLaVA JSON or JSONL, messages JSONL, parquet), each as PATH or PATH:WEIGHT."""

@@ -1,6 +1,7 @@
 """Settings for Hugging Face's Trainer: its arguments, DeepSpeed's JSON and the optimizer."""
 
 import os
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from align.common.checks import check
+from align.common.checks import batch_for, check, check_divides
 from align.common.files import read_json
 from align.common.hardware import Arithmetic, choose_device
 from mllm.loop.config import FinetuneConfig
@@ -45,7 +46,7 @@ def deepspeed_settings(name: str | None) -> str | None:
     return str(path)
 
 
-def refuse_contradictions(settings: Any, config: FinetuneConfig, precision: Arithmetic, world: int) -> None:
+def refuse_contradictions(settings: Any, config: FinetuneConfig, precision: Arithmetic, micro: int, world: int) -> None:
     """Raise UsageError if a DeepSpeed JSON decides what the flags decide: DeepSpeed would follow it without a word.
 
     What is "auto" or equal to the flags is no contradiction.
@@ -56,12 +57,11 @@ def refuse_contradictions(settings: Any, config: FinetuneConfig, precision: Arit
         value = settings.get(section)
         on = value.get("enabled", True) if isinstance(value, dict) else value
         check(not on, f"{given} has the section {section!r}", f"{flags}: take the section out of the JSON")
-    rows = config.micro_batch_size
     decided = {
         "gradient_clipping": (config.max_grad_norm, "--max-grad-norm"),
-        "train_micro_batch_size_per_gpu": (rows, "--micro-batch-size"),
+        "train_micro_batch_size_per_gpu": (micro, "--micro-batch-size"),
         "train_batch_size": (config.batch_size, "--batch-size"),
-        "gradient_accumulation_steps": (config.batch_size // (rows * world), "--batch-size / --micro-batch-size / processes"),
+        "gradient_accumulation_steps": (config.batch_size // (micro * world), "--batch-size / --micro-batch-size / processes"),
         "bf16.enabled": (precision == "bf16", f"--precision {config.precision}"),
     }
     for name, (wanted, flag) in decided.items():
@@ -72,24 +72,47 @@ def refuse_contradictions(settings: Any, config: FinetuneConfig, precision: Arit
         check(value == "auto" or value == wanted, said, f'{flag} says {wanted!r}: write "auto" in the JSON, or the same in both')
 
 
+def micro_batch_for(batch_size: int, asked: int, world: int) -> int:
+    """Return the rows of a forward pass of one process: the most up to `asked` that divide its share of the batch."""
+    check_divides(batch_size, world)
+    share = batch_size // world
+    return next(rows for rows in range(min(asked, share), 0, -1) if share % rows == 0)
+
+
+def fit_batch(settings: TrainingArguments, config: FinetuneConfig, items: int, tell: Callable[[str], None]) -> tuple[int, int]:
+    """Return rows (or packs) of a step, and of a forward pass of one process, for data with `items` of them an epoch.
+
+    Where they are fewer than the flags say, Trainer's arguments and DeepSpeed's settings made from them are changed, and `tell` is
+    called with a sentence.
+    """
+    batch_size, world = batch_for(config.batch_size, items), settings.world_size
+    micro = micro_batch_for(batch_size, config.micro_batch_size, world)
+    if batch_size < config.batch_size:
+        tell(f"--batch-size {config.batch_size} is more than the {items} rows or packs of an epoch: each step takes {batch_size}")
+        settings.per_device_train_batch_size, settings.gradient_accumulation_steps = micro, batch_size // (micro * world)
+        made = getattr(settings, "hf_deepspeed_config", None)
+        if made is not None:
+            made.config["train_batch_size"], made.config["train_micro_batch_size_per_gpu"] = batch_size, micro
+            made.config["gradient_accumulation_steps"] = settings.gradient_accumulation_steps
+    if micro < config.micro_batch_size:
+        share = f"the {batch_size // world} rows of a process"
+        tell(f"--micro-batch-size {config.micro_batch_size} does not divide {share}: it takes {micro} at once")
+    return batch_size, micro
+
+
 def training_arguments(config: FinetuneConfig, precision: Arithmetic, world: int) -> TrainingArguments:
     """Return Trainer's arguments for `world` processes. Making them starts the process group, and zero.Init for ZeRO-3.
 
     `max_steps` is set later if the data decides it. Trainer itself logs and saves nothing: `SailTrainer` does.
     """
     cpu = choose_device().type == "cpu"
-    rows = config.micro_batch_size * world
-    check(
-        config.batch_size % rows == 0,
-        f"--batch-size {config.batch_size}",
-        f"not a multiple of {config.micro_batch_size} rows x {world} process(es); change --micro-batch-size",
-    )
+    micro = micro_batch_for(config.batch_size, config.micro_batch_size, world)
     deepspeed_json = deepspeed_settings(config.deepspeed)
     if deepspeed_json is not None:
-        refuse_contradictions(read_json(Path(deepspeed_json)), config, precision, world)
+        refuse_contradictions(read_json(Path(deepspeed_json)), config, precision, micro, world)
     settings = TrainingArguments(
         output_dir=config.output, max_steps=config.steps or 1, seed=config.seed,
-        per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=config.batch_size // rows,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=config.batch_size // (micro * world),
         lr_scheduler_type=config.schedule, warmup_steps=config.warmup,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         bf16=precision == "bf16", use_cpu=cpu, deepspeed=deepspeed_json,

@@ -107,6 +107,17 @@ def test_other_recipes_resume_exactly_too(paired_folders, forked, changes):
     assert evidence(paired_folders / "b") == evidence(paired_folders / "a")
 
 
+def test_little_data_is_trained_with_fewer_pairs_at_once_and_held_out(paired_folders, forked, capfd):
+    little = {"val-images": None, "val-captions": None, "val-rows": 1000}
+    assert forked(partial(train, paired_folders, paired_folders / "a", **{**little, "batch-size": 4096})) == 0
+    said = capfd.readouterr().out
+    assert "--val-rows 1000 is more than half of the" in said and "--batch-size 4096 is more than the" in said and "few_photos" in said
+    fitted = int(said.partition("each step takes ")[2].partition(".")[0])
+    held = int(said.partition("pairs: ")[2].partition(" ")[0])
+    assert forked(partial(train, paired_folders, paired_folders / "b", **{**little, "batch-size": fitted, "val-rows": held})) == 0
+    assert evidence(paired_folders / "a") == evidence(paired_folders / "b")
+
+
 def stopped(folder, output):
     steps = []
     original = Stepper.step

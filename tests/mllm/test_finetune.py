@@ -337,10 +337,16 @@ def test_a_tracker_gets_every_row(world, forked, tmp_path):
 def test_settings_that_cannot_work_are_refused(world, tmp_path):
     with pytest.raises(UsageError, match="nothing would be trained"):
         FinetuneConfig(data=("a.json",), stage="pretrain", lr_projector=0)
-    with pytest.raises(UsageError, match="not a multiple"):
-        train(world, tmp_path / "run", **{"micro-batch-size": 3})
     with pytest.raises(UsageError, match="zero3_offload"):
         train(world, tmp_path / "run", deepspeed="zero9")
+
+
+def test_little_data_is_trained_with_smaller_batches(world, forked, tmp_path):
+    assert forked(partial(train, world, tmp_path / "asked", **{"batch-size": 4, "micro-batch-size": 4})) == 0
+    assert forked(partial(train, world, tmp_path / "fitted", **{"batch-size": 128, "micro-batch-size": 8})) == 0
+    one, other = result(tmp_path / "asked"), result(tmp_path / "fitted")
+    assert one[1] == other[1], "24 rows are trained as with --batch-size 4"
+    same(one[0], other[0])
 
 
 def test_dry_run_predicts_and_trains_nothing(world, tmp_path, capsys):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from align.common.checks import check, check_least, check_share
+from align.common.checks import batch_for, check, check_least, check_share
 from align.common.errors import UsageError
 
 
@@ -28,6 +28,13 @@ def test_a_share_lies_between_0_and_1(share):
     check_share("max-reject-fraction", 1)
     with pytest.raises(UsageError, match="--max-reject-fraction .*: must lie in 0..1"):
         check_share("max-reject-fraction", share)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [(512, 512), (511, 64), (128, 32), (127, 16), (32, 8), (16, 4), (9, 2), (8, 2), (5, 2), (3, 2), (2, 2), (1, 1)]
+)
+def test_a_batch_that_the_data_cannot_fill_is_smaller(rows, batch):
+    assert batch_for(512, rows) == batch
 
 
 def test_a_rule_says_what_was_given_and_what_is_allowed():

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from align.common.errors import UsageError
 from mllm.loop.config import FinetuneConfig
-from mllm.loop.settings import deepspeed_settings, make_optimizer, refuse_contradictions, training_arguments
+from mllm.loop.settings import deepspeed_settings, fit_batch, make_optimizer, refuse_contradictions, training_arguments
 
 
 def config(folder, **changes):
@@ -19,8 +20,25 @@ def test_a_step_is_accumulated_over_processes(tmp_path):
     settings = training_arguments(config(tmp_path, batch_size=12, micro_batch_size=2, steps=7, schedule="linear"), "fp32", world=3)
     assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps, settings.max_steps) == (2, 2, 7)
     assert settings.lr_scheduler_type == "linear" and not settings.bf16
-    with pytest.raises(UsageError, match=r"--batch-size 12: not a multiple of 8 rows x 3 process\(es\)"):
-        training_arguments(config(tmp_path, batch_size=12, micro_batch_size=8), "fp32", world=3)
+    fewer = training_arguments(config(tmp_path, batch_size=12, micro_batch_size=8), "fp32", world=3)
+    assert (fewer.per_device_train_batch_size, fewer.gradient_accumulation_steps) == (4, 1), "the most that divide a process's 4 rows"
+    with pytest.raises(UsageError, match="--batch-size 12: does not divide by 5 processes"):
+        training_arguments(config(tmp_path, batch_size=12), "fp32", world=5)
+
+
+def test_little_data_makes_batch_and_micro_batch_smaller_and_says_so(tmp_path):
+    settings, said = training_arguments(config(tmp_path), "fp32", world=1), list[str]()
+    settings.hf_deepspeed_config = SimpleNamespace(config={"train_batch_size": 128})
+    assert fit_batch(settings, config(tmp_path), 128, said.append) == (128, 8) and not said
+    assert fit_batch(settings, config(tmp_path), 20, said.append) == (4, 4)
+    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (4, 1)
+    assert settings.hf_deepspeed_config.config == {
+        "train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    assert [line.partition(":")[0] for line in said] == [
+        "--batch-size 128 is more than the 20 rows or packs of an epoch",
+        "--micro-batch-size 8 does not divide the 4 rows of a process",
+    ]
 
 
 def test_deepspeed_takes_a_shipped_name_or_a_file(tmp_path, monkeypatch):
@@ -66,7 +84,7 @@ CONTRADICTING = [
 @pytest.mark.parametrize("settings", AGREEING)
 def test_a_deepspeed_json_that_agrees_with_the_flags_is_taken(tmp_path, settings):
     given = config(tmp_path, batch_size=12, micro_batch_size=2, precision="bf16", deepspeed="mine.json")
-    refuse_contradictions(settings, given, "bf16", world=2)
+    refuse_contradictions(settings, given, "bf16", micro=given.micro_batch_size, world=2)
 
 
 @pytest.mark.parametrize(("settings", "message"), CONTRADICTING)
@@ -80,4 +98,4 @@ def test_a_deepspeed_json_that_contradicts_the_flags_is_refused_naming_both(tmp_
 
 def test_the_shipped_settings_contradict_no_flag(tmp_path):
     for path in (Path(deepspeed_settings.__code__.co_filename).parents[1] / "zero").glob("*.json"):
-        refuse_contradictions(json.loads(path.read_text()), config(tmp_path, deepspeed=path.stem), "bf16", world=4)
+        refuse_contradictions(json.loads(path.read_text()), config(tmp_path, deepspeed=path.stem), "bf16", micro=8, world=4)
