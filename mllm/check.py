@@ -50,10 +50,12 @@ def main(config: CheckConfig) -> None:
     problems += bad_images
     with atomic_path(folder / "problems.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(reject_line(problem)) + "\n" for problem in problems), encoding="utf-8")
-    facts = epoch_facts(index, images)
+    facts = {**epoch_facts(index, images), "began_with_an_answer": conversations.skipped}
     atomic_json(folder / "check.json", {**facts, "problems": dict(Counter(problem.code for problem in problems).most_common())})
     counts, edges = bins_of(index.lengths[index.good], config.max_length)
     show_epoch(console, facts, counts, edges)
+    for remark in conversations.remarks:
+        console.print(remark)
     ends = answer_ends(chat, (conversations[int(row)].messages for row in index.good[:ROWS]))
     console.print(ends_under_lora(chat, ends, Path(config.model)))
     atomic_bytes(folder / "lengths.png", draw_histogram(counts, edges, config.max_length))

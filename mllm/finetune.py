@@ -114,6 +114,8 @@ def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: 
     cache = Path(config.cache) if config.cache else folder / "cache"
     chat = Chat.of_processor(processor, config.template or ("plain" if config.stage == "pretrain" else None))
     conversations = open_conversations(config.data, config.image_root, cache, ignored=config.ignore_keys)
+    for remark in conversations.remarks:
+        console.print(remark)
     index = build_index(
         conversations, chat, config.max_length, cache=cache, max_reject_fraction=config.max_reject_fraction, workers=config.workers,
         progress=Progress(console, "tokenized"),

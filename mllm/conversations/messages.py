@@ -58,6 +58,17 @@ def check_messages(messages: Sequence[Message], answered: bool = True) -> None:
             raise Reject("empty_question")
 
 
+def from_question(messages: list[Message]) -> tuple[list[Message], int]:
+    """Return the messages without the answers before the first question, and how many there were."""
+    head = int(bool(messages) and messages[0]["role"] == "system")
+    skipped = 0
+    while head + skipped < len(messages) and messages[head + skipped]["role"] == "assistant":
+        skipped += 1
+    if head + skipped == len(messages):  # then there is no question at all
+        return messages, 0
+    return messages[:head] + messages[head + skipped :], skipped
+
+
 def check_content(message: Message) -> None:
     """Raise Reject unless the role is known and the content is text, or parts of text and, in questions, images."""
     if message.get("role") not in ("system", "user", "assistant"):
@@ -87,6 +98,13 @@ def place_images(messages: list[Message], images: int) -> list[Message]:
         if counts[-1] == images:
             return list(map(_split, messages, places))
     raise Reject("image_count", f"{counts[0]} {IMAGE} at the edges of the questions and {counts[1]} in all, for {images} images")
+
+
+def marks_all(messages: Sequence[Message], images: int) -> bool:
+    """Return whether the questions have, as text, one `<image>` for each of the images."""
+    return images > 0 and images == sum(
+        text.count(IMAGE) for message in messages if message["role"] == "user" for text in texts_of([message])
+    )
 
 
 def _marks(text: str, edges: bool) -> list[int]:

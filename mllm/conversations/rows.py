@@ -6,13 +6,23 @@ A key that is empty (null, "", [], {}, NaN) is as good as absent.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from align.common.reject_codes import Reject
 from align.sources.gate import text_problem
 from align.sources.safe_files import image_cell
 from mllm.conversations.described import description, is_description
-from mllm.conversations.messages import Message, check_content, check_messages, count_images, parts_of, place_images, texts_of
+from mllm.conversations.messages import (
+    Message,
+    check_content,
+    check_messages,
+    count_images,
+    from_question,
+    marks_all,
+    parts_of,
+    place_images,
+    texts_of,
+)
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 MAX_TEXT_CHARS = 2_000_000  # of one conversation
@@ -41,28 +51,37 @@ class RawImage:
     described: str | None = None
 
 
+class Normalized(NamedTuple):
+    """A row as conversation; `skipped` turns at its beginning were answers to no question."""
+
+    messages: list[Message]
+    images: list[RawImage]
+    skipped: int
+
+
 def is_read(name: str) -> bool:
     """Return whether `normalize` looks at a key, because it is no mere description."""
     return name not in DESCRIPTION and not name.endswith(("_id", "_ids"))
 
 
-def normalize(row: Mapping[str, Any], ignored: Collection[str] = ()) -> tuple[list[Message], list[RawImage]]:
+def normalize(row: Mapping[str, Any], ignored: Collection[str] = ()) -> Normalized:
     """Return the messages and images of a row. Raise Reject if it cannot be used, or has a key that may change what it means.
 
     Turns are in `conversations` or `messages`, as {from, value} or {role, content}, or in `texts` as {user, assistant}. Images are in
     `image` or `images`, or in the image parts. Without image parts, the text `<image>` marks their places (see `place_images`); those
-    of `texts` come first. `system` or `system_prompt` is the system's text. A turn with loss or train false, or weight 0, is not
-    learned. Keys in `ignored` are not read.
+    of `texts` come first unless it does. `system` or `system_prompt` is the system's text. A turn with loss or train false, or weight 0,
+    is not learned. Answers before the first question are skipped, as in LLaVA. Keys in `ignored` are not read.
     """
     row = _known(row, (*TURN_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS), ignored, "")
     named = [name for name in TURN_KEYS if name in row]
-    turns = row[named[0]] if len(named) == 1 else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        found = f"several of {', '.join(named)}" if len(named) > 1 else f"it has {', '.join(map(str, row))}"
+    if len(named) != 1:
+        found = f"several of {', '.join(named)}" if named else f"it has {', '.join(map(str, row))}"
         raise Reject("row_fields", found[:200])
+    turns = _turns(named[0], row[named[0]])
     images = [image for name in IMAGE_KEYS for image in _images(row.get(name))]
     messages = list(_pairs(turns, ignored)) if named == ["texts"] else [_message(turn, ignored) for turn in turns]
     messages = _with_system(messages, [row[name] for name in SYSTEM_KEYS if name in row])
+    messages, skipped = from_question(messages)
     if sum(len(text) for text in texts_of(messages)) > MAX_TEXT_CHARS:
         raise Reject("text_large", f"more than {MAX_TEXT_CHARS} characters")
     if count_images(messages):
@@ -72,7 +91,7 @@ def normalize(row: Mapping[str, Any], ignored: Collection[str] = ()) -> tuple[li
             raise Reject("image_count", "images both in the row and in its messages")
         images = images or own
         messages = [_bare(message) for message in messages]
-    elif named == ["texts"]:
+    elif named == ["texts"] and not marks_all(messages, len(images)):
         shown: list[dict[str, Any]] = [{"type": "image"} for _ in images]
         first = next(number for number, message in enumerate(messages) if message["role"] == "user")
         messages[first] = {**messages[first], "content": [*shown, *parts_of(messages[first])]} if images else messages[first]
@@ -81,7 +100,19 @@ def normalize(row: Mapping[str, Any], ignored: Collection[str] = ()) -> tuple[li
     if count_images(messages) != len(images):
         raise Reject("image_count", f"{count_images(messages)} image parts for {len(images)} images")
     check_messages(messages)
-    return messages, images
+    return Normalized(messages, images, skipped)
+
+
+def _turns(name: str, value: Any) -> list[dict[str, Any]]:
+    """Return the turns of a cell: a list of objects, or an object of lists, as `datasets` writes a sequence of objects."""
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) != 1:
+            raise Reject("row_fields", f"the lists in {name} are not of one length")
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        kinds = sorted({type(turn).__name__ for turn in value}) if isinstance(value, list) else []
+        raise Reject("row_fields", f"{name} is a {type(value).__name__}{' of ' + ', '.join(kinds) if kinds else ''}"[:200])
+    return value
 
 
 def _known(values: Mapping[str, Any], known: Collection[str], ignored: Collection[str], where: str) -> dict[str, Any]:

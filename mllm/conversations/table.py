@@ -31,7 +31,7 @@ from mllm.conversations.files import read_rows, reader_of
 from mllm.conversations.messages import Message
 from mllm.conversations.rows import normalize
 
-FORMAT = 3  # raise when conversations come out differently: older caches are then rebuilt
+FORMAT = 4  # raise when conversations come out differently: older caches are then rebuilt
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -82,6 +82,7 @@ class _File:
     digest: str  # of the source file's content and the keys not read
     count: int  # usable conversations
     codes: dict[str, int]
+    skipped: int  # usable conversations that began with an answer
 
 
 class Conversations:
@@ -91,6 +92,7 @@ class Conversations:
         self.files, self.folder, self.seed = list(files), folder, seed
         self.places = np.concatenate([_weighted(number, file, seed) for number, file in enumerate(files)])  # (N, 2): file, place in it
         self.codes = sum((Counter(file.codes) for file in files), Counter[str]())  # of rows that are not conversations
+        self.skipped = sum(file.skipped for file in files)  # conversations whose first answer, to no question, was left out
         self._tables: dict[int, pa.Table] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,6 +105,12 @@ class Conversations:
     def fingerprint(self) -> str:
         """The xxh3-128 of file contents, weights and seed. Images behind paths are not included."""
         return hash_bytes(repr((FORMAT, self.seed, [(file.digest, file.weight) for file in self.files])).encode())
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what was read in another way than it stands in the files."""
+        began = f"{self.skipped} conversations begin with an answer: what stands before the first question was left out, as in LLaVA"
+        return [began] if self.skipped else []
 
     def distinct(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers (D,) of the different conversations, and for all N the position of their conversation among these (N,)."""
@@ -221,15 +229,15 @@ def _cached(path: str, weight: float, image_root: str | None, folder: Path, repo
     facts = _committed(commit, arrow, rejects)
     if facts is None:
         require_free(folder, os.path.getsize(path))
-        count, codes = _read(path, arrow, rejects, report, ignored)
-        facts = {"format": FORMAT, "rows": count, "codes": codes, "arrow": hash_file(arrow), "rejects": hash_file(rejects)}
+        found = _read(path, arrow, rejects, report, ignored)
+        facts = {"format": FORMAT, **found, "arrow": hash_file(arrow), "rejects": hash_file(rejects)}
         atomic_json(commit, facts)
     if not facts["rows"]:
         counts = ", ".join(f"{code} {count}" for code, count in facts["codes"].items()) or "it is empty"
         with open(rejects, encoding="utf-8") as lines:
             first = lines.readline().strip()
         raise DataError(f"{path} has no row that can be used ({counts}).{' First: ' + first if first else ''}")
-    return _File(path, weight, root, str(arrow), str(rejects), digest, facts["rows"], facts["codes"])
+    return _File(path, weight, root, str(arrow), str(rejects), digest, facts["rows"], facts["codes"], facts["skipped"])
 
 
 def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | None:
@@ -240,9 +248,9 @@ def _committed(commit: Path, arrow: Path, rejects: Path) -> dict[str, Any] | Non
     return None
 
 
-def _read(path: str, arrow: Path, rejects: Path, report: Report, ignored: list[str]) -> tuple[int, dict[str, int]]:
-    """Write the conversations and rejects of a file. Return the number of conversations and the count of each code."""
-    count, codes = 0, Counter[str]()
+def _read(path: str, arrow: Path, rejects: Path, report: Report, ignored: list[str]) -> dict[str, Any]:
+    """Write the conversations and rejects of a file. Return `rows` (conversations), `codes` (their counts), `skipped` (as in _File)."""
+    count, skipped, codes = 0, 0, Counter[str]()
     batch, size = list[dict[str, Any]](), 0
     with atomic_path(arrow) as table, atomic_path(rejects) as others:
         with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer, open(others, "w", encoding="utf-8") as lines:
@@ -253,7 +261,7 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report, ignored: list[s
                         raise row
                     with suppress(Reject):  # ids in LLaVA's files are numbers or texts, repeat, or are missing
                         name = gate_key(row.get("id"))
-                    messages, images = normalize(row, ignored)
+                    messages, images, unasked = normalize(row, ignored)
                 except Reject as reject:
                     codes[reject.code] += 1
                     found = RejectedRow.of(reject, number, name, "conversation", f"{os.path.basename(path)}:{number}")
@@ -263,7 +271,7 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report, ignored: list[s
                 places = {"paths": [i.path for i in images], "blobs": [i.data for i in images], "described": [i.described for i in images]}
                 batch.append({"id": name, "row": number, "messages": text, **places})
                 size += len(text) + sum(len(image.data or image.described or b"") for image in images)
-                count += 1
+                count, skipped = count + 1, skipped + bool(unasked)
                 if len(batch) == _BATCH or size >= _BATCH_BYTES:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
                     batch, size = [], 0
@@ -271,7 +279,7 @@ def _read(path: str, arrow: Path, rejects: Path, report: Report, ignored: list[s
                     report(f"{path}: {number + 1} rows read, {codes.total()} of them rejected")
             if batch:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
-    return count, dict(codes.most_common())
+    return {"rows": count, "codes": dict(codes.most_common()), "skipped": skipped}
 
 
 def reject_line(row: RejectedRow) -> dict[str, str]:

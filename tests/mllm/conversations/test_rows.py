@@ -79,7 +79,7 @@ def test_a_media_part_is_rejected():
 
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 def test_the_rows_system_text_is_used(name):
-    messages, _ = normalize({name: "A is B", "conversations": TALK})
+    messages, _, _ = normalize({name: "A is B", "conversations": TALK})
     assert messages[0] == {"role": "system", "content": "A is B"} and len(messages) == 3
     assert "A is B" in chat().prompt(messages[:2])
     own = [{"from": "system", "value": "A is B"}, *TALK]
@@ -142,13 +142,54 @@ def test_turns_in_two_keys_are_rejected():
 
 def test_pairs_of_questions_and_answers_are_read_with_their_images_first(tmp_path):
     pairs = [{"user": "What?", "assistant": "A dog.", "source": "x"}, {"user": "Red?", "assistant": "No.", "source": "x"}]
-    messages, images = normalize({"images": [b"1", b"2"], "texts": pairs})
+    messages, images, _ = normalize({"images": [b"1", b"2"], "texts": pairs})
     assert messages[0]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}] and len(images) == 2
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     rows = [{"images": [{"bytes": b"1", "path": None}], "texts": pairs}, {"images": [], "texts": pairs[:1]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
     found = open_conversations([str(tmp_path / "c.parquet")], cache=tmp_path / "cache")
     assert [len(found[n].images) for n in range(2)] == [1, 0] and not found.codes
+
+
+def test_marks_in_pairs_of_questions_and_answers_place_the_images():
+    pairs = [{"user": "Is <image> like <image>?", "assistant": "No."}]
+    parts = normalize({"images": [b"1", b"2"], "texts": pairs}).messages[0]["content"]
+    assert [part["type"] for part in parts] == ["text", "image", "text", "image", "text"]
+    parts = normalize({"images": [b"1"], "texts": pairs}).messages[0]["content"]
+    assert [part["type"] for part in parts] == ["image", "text"] and parts[1]["text"] == pairs[0]["user"], "other marks are words"
+
+
+@pytest.mark.parametrize("name", ["conversations", "messages", "texts"])
+def test_turns_as_an_object_of_lists_are_read(name, tmp_path):
+    ask, say = {"conversations": ("human", "gpt"), "messages": ("user", "assistant"), "texts": ("user", "assistant")}[name]
+    columns = (
+        {"from": [ask, say] * 2, "value": ["what?", "a dog", "red?", "no"]}
+        if name != "texts"
+        else {ask: ["what?", "red?"], say: ["a dog", "no"]}
+    )
+    assert [m["content"] for m in normalize({name: columns}).messages] == ["what?", "a dog", "red?", "no"]
+    pq.write_table(pa.Table.from_pylist([{name: columns}]), tmp_path / "a.parquet")
+    assert not open_conversations([str(tmp_path / "a.parquet")], cache=tmp_path / "cache").codes
+    with pytest.raises(Reject, match="not of one length"):
+        normalize({name: {**columns, next(iter(columns)): ["what?"]}})
+    with pytest.raises(Reject, match=f"{name} is a str"):
+        normalize({name: json.dumps(TALK)})
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+@pytest.mark.parametrize("system", [[], [{"from": "system", "value": "be brief"}]])
+def test_answers_before_the_first_question_are_left_out_and_counted(answers, system, tmp_path):
+    row = {"conversations": [*system, *[{"from": "gpt", "value": "hello"}] * answers, *TALK]}
+    plain = normalize({"conversations": [*system, *TALK]})
+    assert normalize(row) == plain._replace(skipped=answers)
+    assert normalize(
+        {"image": "a.png", "conversations": [*row["conversations"][:-2], {"from": "human", "value": "<image>\nwhat?"}, TALK[1]]}
+    ).images
+    assert code_of({"conversations": row["conversations"][:-2]}) == "role_order", "there is no question"
+    (tmp_path / "a.json").write_text(json.dumps([row, {"conversations": TALK}, {"conversations": TALK[1:]}]))
+    for _ in range(2):  # read, then from the cache
+        found = open_conversations([str(tmp_path / "a.json")], cache=tmp_path / "cache")
+        assert found.codes == {"role_order": 1} and found.skipped == 1 and "1 conversations begin with an answer" in found.remarks[0]
 
 
 def test_parquet_and_json_reject_the_same_rows(tmp_path):

@@ -106,13 +106,13 @@ def test_layouts_agree(tmp_path, name):
 
 def test_image_parts_make_literal_marks_data():
     asked = {"role": "user", "content": [text("<image> is what I type: "), IMAGE, text("<image>")]}
-    messages, images = normalize({"images": ["a.png"], "messages": [asked, {"role": "assistant", "content": "<image>"}]})
+    messages, images, _ = normalize({"images": ["a.png"], "messages": [asked, {"role": "assistant", "content": "<image>"}]})
     assert messages[0]["content"] == [text("<image> is what I type: "), IMAGE, text("<image>")] and len(images) == 1
     inside = [
         {"role": "user", "content": [{"type": "image", "image": "b.png"}, text("What?")]},
         {"role": "assistant", "content": [text("B")]},
     ]
-    messages, images = normalize({"messages": inside})
+    messages, images, _ = normalize({"messages": inside})
     assert images[0].path == "b.png" and messages[0]["content"] == [IMAGE, text("What?")] and messages[1]["content"] == "B"
 
 
@@ -141,7 +141,7 @@ def test_where_the_marks_are_images(values, images, first):
         with pytest.raises(Reject, match="image_count"):
             normalize(row)
         return
-    messages, found = normalize(row)
+    messages, found, _ = normalize(row)
     assert messages[0]["content"] == first and messages[1]["content"] == "ok <image>" and len(found) == images
 
 
