@@ -18,6 +18,7 @@ from torch import nn
 from align.common.errors import DamagedError, UsageError
 from mllm.assembly.language import Language, prepare_tokenizer
 from mllm.assembly.vision import AlignedEncoder, image_processor_of
+from mllm.conversations.templates import puts_system_first
 from mllm.conversations.tokens import Chat
 from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
@@ -214,6 +215,7 @@ def _report(model: Any, language: Language, vision: Sequence[AlignedEncoder], te
         report.append(Component(name, state, parameter_count(projector), language.source if kept else f"random, seed {seed}"))
     state = "kept" if template == "own" else "replaced" if language.template else "new"
     note = "" if stops else "; a model trained with it does not learn to end answers"
+    note += "; a system text begins the first question" if puts_system_first(str(language.tokenizer.chat_template)) else ""
     report.append(Component("chat template", state, 0, ("its own" if state == "kept" else template) + note))
     return report
 

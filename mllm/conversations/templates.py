@@ -92,6 +92,17 @@ _FLATTEN = f"""{_CONTENT}
 {{%- endfor -%}}
 {{%- set messages = flat.messages %}}
 """
+# Put before a template that has no place for the system's text, or a place that moves with each further question: it begins the first
+# question. Mistral's template has it in the last one, so that no earlier answer would be asked for as it was learned.
+_SYSTEM_FIRST = """
+{%- if messages | length > 1 and messages[0]['role'] == 'system' -%}
+{%- set words, asked = messages[0]['content'], messages[1]['content'] -%}
+{%- set words = words if words is string else words | map(attribute='text') | join -%}
+{%- set lead = words + '\\n\\n' if words | trim else '' -%}
+{%- set asked = lead + asked if asked is string else [{'type': 'text', 'text': lead}] + asked if lead else asked -%}
+{%- set messages = [dict(messages[1], content=asked)] + messages[2:] -%}
+{%- endif %}
+"""
 PINNED = datetime(2024, 7, 26)  # the date that templates see which ask for today's; a day that Llama 3's templates fall back on
 MAX_SECONDS, MAX_BYTES, MAX_CHARS = 5.0, 1 << 29, 20_000_000  # of a template for one conversation
 _PINNED_MARK = "{%- macro strftime_now(format) -%}"
@@ -99,13 +110,17 @@ _CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: list[Message] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a question"}]}]
+_SYSTEM: Message = {"role": "system", "content": "a system text"}
+_TURNS: list[Message] = [*_PROBE, {"role": "assistant", "content": "an answer"}]
+_TURNS += [{"role": "user", "content": "another question"}, {"role": "assistant", "content": "another answer"}]
 
 
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>") -> str:
     """Return the Jinja text of a template: a name of TEMPLATES, "own" (the tokenizer's), a .jinja file, or Jinja itself.
 
-    Dates are pinned (see `pin_clock`). A template that knows only texts gets a prologue that turns image parts into `image_token`. So
-    the same string serves training and a Hugging Face processor. UsageError for an unknown name or a tokenizer without a template.
+    Dates are pinned (see `pin_clock`). A template that knows only texts gets a prologue that turns image parts into `image_token`, one
+    that cannot place a system text gets one that puts it into the first question. So the same string serves training and a Hugging Face
+    processor. UsageError for an unknown name or a tokenizer without a template.
     """
     if template in TEMPLATES:
         return TEMPLATES[template].replace("<image>", image_token)
@@ -118,10 +133,36 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str, image_to
     elif "{%" not in template and "{{" not in template:
         raise UsageError(f"chat template {template!r} is unknown; allowed: {', '.join(TEMPLATES)}, own, or a .jinja file that exists")
     template = pin_clock(template)
+    flat = True
     with suppress(Reject):
-        if apply_template(tokenizer, template, _PROBE)[0].count(image_token) == 1:
-            return template
-    return _FLATTEN.replace("<image>", image_token) + template
+        flat = apply_template(tokenizer, template, _PROBE)[0].count(image_token) != 1
+    template = _FLATTEN.replace("<image>", image_token) + template if flat else template
+    takes = any(_grows(tokenizer, template, _TURNS[:end]) for end in (4, 2))  # as it is, without a system text
+    return _SYSTEM_FIRST + template if takes and not _places_system(tokenizer, template) else template
+
+
+def puts_system_first(template: str) -> bool:
+    """Return whether `resolve_template` made the system's text a part of the first question."""
+    return _SYSTEM_FIRST in template
+
+
+def _places_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Return whether a template has a place for a system text where earlier turns stay as they are, or would have none in questions."""
+    end = 4 if _grows(tokenizer, template, _TURNS) else 2
+    own = _grows(tokenizer, template, [_SYSTEM, *_TURNS[:end]])
+    return own or not _grows(tokenizer, _SYSTEM_FIRST + template, [_SYSTEM, *_TURNS[:end]])
+
+
+def _grows(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]) -> bool:
+    """Return whether a template takes the messages, shows a system text among them, and begins with the prompt of each answer."""
+    try:
+        whole = apply_template(tokenizer, template, messages)[0]
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        prompts = [apply_template(tokenizer, template, messages[:number], ask=True)[0] for number in answers]
+    except Reject:
+        return False
+    shown = all(message["content"] in whole for message in messages if message["role"] == "system")
+    return shown and all(map(whole.startswith, prompts))
 
 
 def marks_answers(template: str) -> bool:

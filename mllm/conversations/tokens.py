@@ -229,7 +229,10 @@ class Chat:
             before, _ = apply_template(self.tokenizer, self.template, messages[:number], ask=True)
             after, _ = apply_template(self.tokenizer, self.template, messages[: number + 1])
             if not after.startswith(before) or not text.startswith(after):
-                raise Reject("template", "it writes earlier turns anew as the conversation grows, so answers cannot be located")
+                raise Reject(
+                    "template", "it writes earlier turns anew as the conversation grows, so answers cannot be located; put "
+                    "{% generation %} and {% endgeneration %} around the answers, or give --template vicuna_v1, chatml or brief"
+                )  # fmt: skip
             said = after[len(before) :]
             ends = [match.end() for match in self._control.finditer(said)]
             if ends and not said[ends[-1] :].strip():  # the model need not learn the line break after the end token

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align.common.errors import UsageError
 from align.common.reject_codes import Reject
-from mllm.conversations.templates import TEMPLATES, resolve_template
+from mllm.conversations.templates import TEMPLATES, puts_system_first, resolve_template
 from mllm.conversations.tokens import IGNORED, Chat
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
 from tests.support.tiny_mllm import TEXTS, tiny_tokenizer
@@ -345,9 +345,51 @@ def test_templates_that_give_no_labels_are_refused():
 
 
 def test_a_template_that_refuses_a_row_costs_that_row_only():
-    strict = TEMPLATES["vicuna_v1"] + "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system role') }}{%- endif -%}"
-    results = Chat(byte_level(), strict).encode_many([[said("system", "a"), *TWO_TURNS], TWO_TURNS])
-    assert results[0].code == "template" and "no system role" in results[0].detail and results[1].images == 1
+    strict = TEMPLATES["vicuna_v1"] + "{%- if messages | length > 4 -%}{{ raise_exception('two turns at most') }}{%- endif -%}"
+    results = Chat(byte_level(), strict).encode_many([[*TWO_TURNS, *TWO_TURNS], TWO_TURNS])
+    assert results[0].code == "template" and "two turns at most" in results[0].detail and results[1].images == 1
+
+
+# what the wild has beside a system text before the first question: none is allowed, the last question has it, it is left out in silence
+TAKEN = "{%- if messages[0]['role'] == 'system' -%}{%- set system, messages = messages[0]['content'], messages[1:] -%}{%- endif -%}"
+SYSTEMLESS = {
+    "refused": "{%- if messages[0]['role'] == 'system' -%}{{- raise_exception('no system role') -}}{%- endif -%}",
+    "last message": TAKEN,
+    "last question": TAKEN + "{%- set at = messages | length - 2 -%}",
+    "silent": "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}",
+}
+BODY = (
+    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}[INST] "
+    "{% if system is defined and (loop.last or loop.index0 == at) %}{{ system + '\n\n' }}{% endif %}"
+    "{{- m['content'] }}[/INST]{%- else -%}{{- ' ' + m['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
+)
+
+
+@pytest.mark.parametrize("kind", SYSTEMLESS)
+@pytest.mark.parametrize("system", ["be brief", [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]])
+def test_a_system_text_without_a_place_of_its_own_begins_the_first_question(kind, system):
+    """All answers of such rows are learned, and each is asked for as it was learned."""
+    chat = Chat(byte_level(), SYSTEMLESS[kind] + BODY, image_tokens=2)
+    talk = [{"role": "system", "content": system}, *TWO_TURNS]
+    [encoded] = chat.encode_many([talk], seams=True)
+    answers = [message["content"] for message in TWO_TURNS if message["role"] == "assistant"]
+    assert [run.strip().removesuffix("</s>") for run in learned(chat.tokenizer, encoded)] == answers
+    text = chat.tokenizer.decode(encoded.input_ids)
+    assert text.count("be brief") == 1 and text.index("be brief") < text.index(answers[0])
+    for end in (1, 3):
+        prompt = chat.prompt_ids(talk[: 1 + end])
+        assert encoded.input_ids[: len(prompt)] == prompt
+    assert Chat(byte_level(), chat.template, image_tokens=2).fingerprint == chat.fingerprint, "a saved model has the same template"
+    assert chat.encode([{"role": "system", "content": " "}, *TWO_TURNS]) == chat.encode(TWO_TURNS)
+
+
+def test_templates_with_a_place_for_the_system_text_stay_as_they_are():
+    assert resolve_template(byte_level(chatml=True), OWN).endswith(OWN) and not puts_system_first(
+        resolve_template(byte_level(chatml=True), OWN)
+    )
+    one_turn = "{%- if messages | length > 2 -%}{{ raise_exception('one turn') }}{%- endif -%}"
+    assert not puts_system_first(resolve_template(byte_level(), one_turn + "{{ '<image>' }}{{ messages[1]['content'] if messages[1] }}"))
+    assert puts_system_first(resolve_template(byte_level(), SYSTEMLESS["refused"] + one_turn + BODY))
 
 
 def test_a_row_of_which_the_template_marks_nothing_is_refused():
