@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from align.common.errors import DataError, UsageError
 from align.common.reject_codes import Reject
 from align.sources.safe_files import MAX_ROW_BYTES, STRICT_JSON, bounded_lines, json_line, require_object, text_start
-from mllm.conversations.rows import TURN_KEYS, is_read
+from mllm.conversations.rows import TURN_KEYS, TURNS_SAID, is_read
 
 _SPACE = " \t\r\n"
 _ANY_JSON = json.JSONDecoder(parse_int=str)  # finds the end of a rejected element
@@ -130,7 +130,11 @@ def _parquet(path: str) -> Iterator[dict[str, Any] | Reject]:
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
     if not set(TURN_KEYS) & set(names):
-        raise DataError(f"{path} has no column {', '.join(TURN_KEYS)}; it has {', '.join(names)}. Rename the one with the conversations")
+        raise DataError(
+            f"{path} has no column {', '.join(TURN_KEYS)}; it has {', '.join(names)}; {TURNS_SAID}. Rename the column that has such "
+            "a list, or make one of captions or of questions and answers, such as "
+            '[{"from": "human", "value": "<image>\\nDescribe the image."}, {"from": "gpt", "value": CAPTION}]'
+        )
     columns = [name for name in names if name == "id" or is_read(name)]
     for group in range(file.metadata.num_row_groups):
         rows, seen = file.metadata.row_group(group).num_rows, 0

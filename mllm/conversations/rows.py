@@ -27,6 +27,7 @@ from mllm.conversations.messages import (
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 MAX_TEXT_CHARS = 2_000_000  # of one conversation
 TURN_KEYS, IMAGE_KEYS, SYSTEM_KEYS = ("conversations", "messages", "texts"), ("image", "images"), ("system", "system_prompt")
+TURNS_SAID = "turns are in conversations (a list of {from, value}), messages ({role, content}) or texts ({user, assistant})"
 LEARNED_KEYS = ("loss", "weight", "train")  # of an answer: whether it is learned
 # Keys that describe a row and change nothing of what it teaches. Any other key is read or rejects the row.
 _DESCRIPTION = """
@@ -76,7 +77,7 @@ def normalize(row: Mapping[str, Any], ignored: Collection[str] = ()) -> Normaliz
     named = [name for name in TURN_KEYS if name in row]
     if len(named) != 1:
         found = f"several of {', '.join(named)}" if named else f"it has {', '.join(map(str, row))}"
-        raise Reject("row_fields", found[:200])
+        raise Reject("row_fields", f"{found[:200]}; {TURNS_SAID}")
     turns = _turns(named[0], row[named[0]])
     images = [image for name in IMAGE_KEYS for image in _images(row.get(name))]
     messages = list(_pairs(turns, ignored)) if named == ["texts"] else [_message(turn, ignored) for turn in turns]
@@ -111,7 +112,8 @@ def _turns(name: str, value: Any) -> list[dict[str, Any]]:
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         kinds = sorted({type(turn).__name__ for turn in value}) if isinstance(value, list) else []
-        raise Reject("row_fields", f"{name} is a {type(value).__name__}{' of ' + ', '.join(kinds) if kinds else ''}"[:200])
+        found = f"{name} is a {type(value).__name__}{' of ' + ', '.join(kinds) if kinds else ''}"
+        raise Reject("row_fields", f"{found[:200]}; {TURNS_SAID}{'; parse the text as JSON first' if isinstance(value, str) else ''}")
     return value
 
 
@@ -159,8 +161,8 @@ def _pairs(turns: list[dict[str, Any]], ignored: Collection[str]) -> Iterator[Me
     """Yield the messages of question-answer pairs {user, assistant}, the layout of The Cauldron."""
     for turn in turns:
         turn = _known(turn, ("user", "assistant", *LEARNED_KEYS), ignored, "in a turn, ")
-        yield _message({"role": "user", "content": turn.get("user")}, ignored)
-        yield _message({"role": "assistant", "content": turn.get("assistant")} | {k: turn.get(k) for k in LEARNED_KEYS}, ignored)
+        yield _message({"role": "user", "content": turn.get("user", "")}, ignored)
+        yield _message({"role": "assistant", "content": turn.get("assistant", "")} | {k: turn.get(k) for k in LEARNED_KEYS}, ignored)
 
 
 def _message(turn: dict[str, Any], ignored: Collection[str]) -> Message:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from align.common.errors import UsageError
 from align.common.files import hash_bytes
 from align.common.reject_codes import Reject
+from mllm.conversations.answers import added_spans, learned_spans
 from mllm.conversations.messages import Message, change_texts, check_messages, count_images, texts_of
 from mllm.conversations.seams import Seam, Tokens, broken_seams
 from mllm.conversations.templates import TEMPLATES, apply_template, control_tokens, marks_answers, prefix_ids, resolve_template
@@ -207,9 +208,9 @@ class Chat:
             messages = [change_texts(message, partial(self._cut_controls, cut)) for message in messages]
         text, spans = apply_template(self.tokenizer, self.template, messages, ask=not answered)
         if answered and not marks_answers(self.template):
-            spans = self._additions(messages, text)
+            spans = added_spans(partial(apply_template, self.tokenizer, self.template), messages, text, self._control)
         if answered and any("loss" in message for message in messages):
-            spans = _learned(messages, spans)
+            spans = learned_spans(messages, spans)
         images, shown = count_images(messages), text.count(self.image_token)
         if shown != images:
             raise Reject("template", f"it shows {shown} of {images} images")
@@ -219,26 +220,6 @@ class Chat:
         while self._control.search(text):  # again, as the rest may spell another one
             text = self._control.sub(lambda match: match[0][0] + cut + match[0][1:], text)
         return text
-
-    def _additions(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Return the spans of answers under a template without marks: what each answer adds to the prompt before it."""
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = apply_template(self.tokenizer, self.template, messages[:number], ask=True)
-            after, _ = apply_template(self.tokenizer, self.template, messages[: number + 1])
-            if not after.startswith(before) or not text.startswith(after):
-                raise Reject(
-                    "template", "it writes earlier turns anew as the conversation grows, so answers cannot be located; put "
-                    "{% generation %} and {% endgeneration %} around the answers, or give --template vicuna_v1, chatml or brief"
-                )  # fmt: skip
-            said = after[len(before) :]
-            ends = [match.end() for match in self._control.finditer(said)]
-            if ends and not said[ends[-1] :].strip():  # the model need not learn the line break after the end token
-                said = said[: ends[-1]]
-            spans.append((len(before), len(before) + len(said)))
-        return spans
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:
@@ -303,11 +284,3 @@ class Chat:
         if best is None:
             raise Reject("too_long", f"{length} tokens in {turns} turns, and not even the first that is learned fits into {max_length}")
         return best
-
-
-def _learned(messages: Sequence[Message], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the spans of the answers that are learned, of the spans of all."""
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if len(answers) != len(spans):
-        raise Reject("template", f"it marks {len(spans)} of {len(answers)} answers, of which some are not to be learned")
-    return [span for span, message in zip(spans, answers, strict=True) if message.get("loss", True)]

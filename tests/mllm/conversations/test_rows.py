@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from align.common.errors import DataError
 from align.common.reject_codes import Reject
 from mllm.conversations.rows import normalize
 from mllm.conversations.table import open_conversations
@@ -149,6 +150,10 @@ def test_pairs_of_questions_and_answers_are_read_with_their_images_first(tmp_pat
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
     found = open_conversations([str(tmp_path / "c.parquet")], cache=tmp_path / "cache")
     assert [len(found[n].images) for n in range(2)] == [1, 0] and not found.codes
+    assert code_of({"texts": [{"user": "What?", "assistant": None}]}) == "empty_answer"
+    pq.write_table(pa.Table.from_pylist([{"image": b"1", "caption": "a dog"}]), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="no column conversations.*it has image, caption.*list of {from, value}.*make one of captions"):
+        open_conversations([str(tmp_path / "d.parquet")], cache=tmp_path / "cache")
 
 
 def test_marks_in_pairs_of_questions_and_answers_place_the_images():

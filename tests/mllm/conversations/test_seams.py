@@ -169,11 +169,24 @@ def test_limits_end_with_their_block():
     time.sleep(0.2)
 
 
-def test_a_template_that_always_asks_is_told_so():
-    one = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}"
-    always = "{% for m in messages %}" + one + "{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+ALWAYS = "{% for m in messages %}{{ 'ROLE' + m['role'] + '\\n' + m['content'] + 'END' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("behind", ["{{ 'ROLEassistant\\n' }}", "{{ 'ROLEassistant\\n' if add_generation_prompt else '</s>' }}"])
+def test_what_a_template_always_writes_behind_the_last_answer_belongs_to_no_answer(behind):
+    """The beginning of a next answer (many Llama-3 templates), or the end of the text (Phi-3's)."""
+    chat = made((ALWAYS + behind).replace("ROLE", "<|im_start|>").replace("END", "<|im_end|>"))
+    talk = normalize(conversation(1, turns=2)).messages
+    [encoded] = chat.encode_many([talk], seams=True)
+    said = chat.tokenizer.decode([label for label in encoded.labels if label >= 0])
+    answers = [message["content"] for message in talk if message["role"] == "assistant"]
+    assert said.replace("<|im_start|>assistant\n", "") == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert chat.tokenizer.convert_tokens_to_ids("<|im_end|>") in chat.stop_ids
+
+
+def test_a_template_that_always_asks_without_an_end_token_is_told_so():
     with pytest.raises(UsageError, match="add_generation_prompt"):
-        made(always)
+        made((ALWAYS + "{{ 'ROLEassistant\\n' }}").replace("ROLE", "[").replace("END", "]"))
 
 
 def test_good_rows_stay_good():
