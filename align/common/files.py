@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import uuid
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TEMPORARY = ".partial"  # suffix of files being written
 # libraries that write files themselves report a full disk in their own errors: safetensors, arrow, torch
 _FULL = ("No space left on device", "Disk quota exceeded", "(os error 28)", "(os error 122)", "PytorchStreamWriter failed writing")
+_HOME = re.compile(r"(^|[=:+])(~[\w.-]*)(?=/|$)")
 _armed: dict[str, int] = {}
 _writer = (0, "")  # process id, and the name of this process as a writer
 
@@ -215,6 +217,22 @@ def _space_message(path: Path, needed: int | None) -> str:
     wanted = f"{human_bytes(needed)} needed, " if needed is not None else ""
     left = human_bytes(free_bytes(path))
     return f"disk full while writing {path}: {wanted}{left} free; free some space and run the same command again"
+
+
+def expand_home(text: str) -> str:
+    """Return a flag's value or a path with `~` and `~user` written out, at its begin and after `name=`, `prefix:` and `+`.
+
+    A shell leaves them as they are in quotes, in `--flag=~/x` and in recipes. UsageError for the home of an unknown user: no folder is
+    ever named `~` by mistake. One that is really named so is `./~`.
+    """
+    return _HOME.sub(_home, text)
+
+
+def _home(found: re.Match[str]) -> str:
+    home = os.path.expanduser(found[2])
+    if home.startswith("~"):
+        raise UsageError(f"{found.string!r}: {found[2]} is the home of no user here; write the path out (a folder of that name: ./{found[2]})")
+    return f"{found[1]}{home}"
 
 
 def human_bytes(count: float) -> str:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from align.common.errors import UsageError
+from align.common.files import expand_home
 from align.runtime.recipes_yaml import recipe_flags
+
+TEXTS = ("--prompt", "--title")  # flags whose values are words, which may begin with `~`
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,11 @@ class Arguments:
         Where `kind` has REPLACES, a typed flag takes the place of the recipe's keys listed there: those that exclude it, or that
         belong to the value it replaces. A flag that turns something off (None, 0, no value) replaces nothing else.
         """
-        typed = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
+        typed = _homes_expanded([a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))])
         known = [one.name for one in fields(kind)]
         recipe = _take_value(typed, "--config")
         kept = recipe_flags(Path(recipe), section, known) if recipe else {}
+        kept = {name: _homes_expanded(words) for name, words in kept.items()}
         given, replaced = _values(typed, known), list[str]()
         for name in given:
             kept.pop(name, None)
@@ -50,6 +54,15 @@ class Arguments:
         named = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]*)", message)}
         said = ", ".join(_short(words) for key, words in self.kept.items() if key in named)
         return f" ({said} is what {self.recipe} says; type the flag to say otherwise)" if said else ""
+
+
+def _homes_expanded(words: Sequence[str]) -> list[str]:
+    """Return flags and values with `~` written out in all values but words (TEXTS)."""
+    flag, expanded = "", list[str]()
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-") if word.startswith("--") else flag
+        expanded.append(word if flag in TEXTS else expand_home(word))
+    return expanded
 
 
 def _values(typed: Sequence[str], known: Sequence[str]) -> dict[str, list[str]]:

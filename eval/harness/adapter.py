@@ -90,7 +90,7 @@ class SailLlava(lmms):
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
         precision = DTYPES[dtype if dtype != "auto" else resolve_precision("auto", self.device)]
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        model, processor = load_mllm(Path(str(pretrained)), dtype=precision, device=self.device, **options)
+        model, processor = load_mllm(Path(expand_home(str(pretrained))), dtype=precision, device=self.device, **options)
         self.answerer = Answerer(model, processor, Chat.of_processor(processor, template))
         self.thumbnails = Path(thumbnails) if thumbnails and examples else None
         self.examples, self.seed = examples, seed

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from align.common.errors import UsageError
+from align.common.files import expand_home
 from align.runtime.recipes_yaml import load_yaml, nearest
 from align.sources.samples import Group
 from eval.tasks.official.manifest import READERS
@@ -113,4 +114,4 @@ def read_task_file(path: Path) -> Task:
     missing = [field for field in ("id", "kind", "layout", "path") if field not in content]
     if missing:
         raise UsageError(f"{path} lacks {', '.join(missing)}; a task needs at least id, kind, layout and path")
-    return Task(**content)
+    return Task(**{key: expand_home(value) if key in ("path", "data") else value for key, value in content.items()})

@@ -48,6 +48,24 @@ def test_print_config_is_a_recipe_for_the_same_config(tmp_path, capsys):
     assert cli.parse(TrainConfig, "train", ["--config", again]) == direct
 
 
+@pytest.mark.parametrize("given", ["~/a/images", "--images=~/a/images", "recipe"])
+def test_a_home_is_written_out_in_flags_and_recipes_and_no_folder_is_named_by_it(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, TRAIN.replace("runs/x", "~/runs").replace("a/captions-raw", "~/a/short+~/b/short").replace("[a/images]", "~/a/images"))
+    flags = {"recipe": []}.get(given, [given] if "=" in given else ["--images", given])
+    config = cli.parse(TrainConfig, "train", ["--config=~/recipe.yaml", *flags])
+    assert (config.output, config.images) == (f"{tmp_path}/runs", (f"{tmp_path}/a/images",))
+    assert config.captions[0] == f"{tmp_path}/a/short+{tmp_path}/b/short"
+
+
+def test_other_tildes_stay_and_the_home_of_nobody_is_refused():
+    encode = ["--output", "o", "--vision", "v"]
+    assert cli.parse(EncodeConfig, "encode", ["--data", "./~/b~/~c", "--prompt", "~/ is a home", *encode]).data == "./~/b~/~c"
+    assert cli.parse(EncodeConfig, "encode", ["--data", "d", "--prompt", "~/ is a home", *encode]).prompt == "~/ is a home"
+    with pytest.raises(UsageError, match="'~nobody-here/x'.*home of no user here; write the path out"):
+        cli.parse(EncodeConfig, "encode", ["--data", "~nobody-here/x", *encode])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
