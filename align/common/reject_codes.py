@@ -8,7 +8,7 @@ MAX_DETAIL = 500  # characters of a detail that are kept
 
 SAMPLE_CODES: dict[str, str] = {
     # images
-    "image_missing": "the row has no image: no such member, an empty cell or null",
+    "image_missing": "the row has no image: no such member, an empty cell, null or NaN",
     "image_ambiguous": "the sample has several images and none has the suffix that was asked for",
     "image_type": "the image cell is neither bytes, nor a path, nor a struct of bytes and path",
     "image_empty": "the image has no bytes",
@@ -33,11 +33,10 @@ SAMPLE_CODES: dict[str, str] = {
     "row_syntax": "not valid JSON or CSV: open quotes, huge fields, too many cells, nesting too deep",
     "row_type": "the row is valid JSON but not an object",
     "row_duplicate_name": "a JSON object names a column twice",
-    "row_nonfinite": "NaN or Infinity, which are not JSON",
     "row_utf8": "bytes that are not UTF-8",
     "row_unreadable": "a parquet row group that does not decode",
     "missing_column": "a column that other rows have is missing here",
-    "key_missing": "the key is empty or null",
+    "key_missing": "the key is empty, null or NaN",
     "key_invalid": "the key is not text or a whole number, or holds NUL or a lone surrogate",
     "key_large": "the key has more than 512 bytes",
     "duplicate_key": "another row has this key; the first one is kept",

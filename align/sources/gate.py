@@ -191,7 +191,7 @@ def gate_key(value: Any) -> str:
     """Return a sample's key as text; a whole number becomes its digits. Raise Reject if it cannot identify a row."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN, which pandas writes into empty cells
         raise Reject("key_missing")
     if not isinstance(value, str):
         raise Reject("key_invalid", f"{type(value).__name__} {str(value)[:50]!r}")

@@ -109,24 +109,21 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _no_constant(name: str) -> None:
-    raise Reject("row_nonfinite", name)
-
-
 def _short_integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise Reject("row_syntax", f"a number of {len(digits)} digits")
     return int(digits)
 
 
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique_names, parse_constant=_no_constant, parse_int=_short_integer)  # raises Reject
+# Raises Reject. NaN and Infinity, which are not JSON, are read as numbers: pandas writes them into columns that nobody reads.
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique_names, parse_int=_short_integer)
 
 
 def image_cell(value: Any) -> bytes | str:
     """Return the encoded file or path in an image cell. In a struct, bytes come before path. Raise Reject for anything else."""
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN, which pandas writes into empty cells
         raise Reject("image_missing")
     if isinstance(value, bytes) and len(value) > MAX_FILE_BYTES:
         raise Reject("file_large", f"{len(value)} bytes, at most {MAX_FILE_BYTES} are read")

@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.common.errors import DataError
+from align.common.reject_codes import Reject
 from align.sources import delimited, safe_files, tables
+from align.sources.gate import Limits, gate_captions
 from align.sources.plan import Source, plan
 from tests.support.captioned_pictures import ROWS, all_rows, codes, readers_of, write_parquet
 
@@ -24,8 +26,9 @@ BAD_JSON = {
     "not JSON": (b"{'key': 1}", "row_syntax"),
     "cut": (b'{"key": "b", "text": "x', "row_syntax"),
     "control character": (b'{"key": "b", "text": "x\x00"}', "row_syntax"),
-    "NaN literal": (b'{"key": "b", "text": NaN}', "row_nonfinite"),
-    "Infinity literal": (b'{"key": "b", "text": -Infinity}', "row_nonfinite"),
+    "NaN for a key": (b'{"key": NaN, "image": "x.png"}', "key_missing"),
+    "Infinity for a key": (b'{"key": -Infinity, "image": "x.png"}', "key_invalid"),
+    "NaN for a path": (b'{"key": "b", "image": NaN}', "image_missing"),
     "duplicate names": (b'{"key": "b", "text": "x", "text": "y"}', "row_duplicate_name"),
     "duplicate names inside": (b'{"key": "b", "meta": {"a": 1, "a": 2}}', "row_duplicate_name"),
     "list": (b'["b", "x.png", "text"]', "row_type"),
@@ -60,6 +63,18 @@ def test_bad_json_row_is_rejected_and_its_neighbors_survive(tmp_path, case):
     rows = all_rows(Source(str(tmp_path), group="none"))
     assert codes(rows) == [None, code, None]
     assert [rows[0].image, rows[2].image] == [b"X", b"X"] and rows[1].key != "" and rows[1].key.isprintable()
+
+
+def test_nan_costs_only_the_cell_that_has_it(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"X")
+    lines = ['{"key": "a", "image": "x.png", "score": NaN, "meta": {"p": [Infinity, -Infinity]}, "text": "t"}']
+    lines += ['{"key": "b", "image": "x.png", "text": NaN}', '{"key": "c", "image": "x.png", "text": ["u", NaN]}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    rows = all_rows(Source(str(tmp_path), group="none"))
+    assert codes(rows) == [None, None, None]
+    assert gate_captions(rows[0].cell("text"), Limits()) == ["t"] and gate_captions(rows[2].cell("text"), Limits()) == ["u"]
+    with pytest.raises(Reject, match="caption_missing"):
+        gate_captions(rows[1].cell("text"), Limits())
 
 
 BAD_CSV = {

@@ -155,7 +155,9 @@ HOSTILE = {  # a row as it stands in the file, and its code
     '{"id": 1, "conversations": []}': "row_fields",
     '{"id": 1, "conversations": "hello"}': "row_fields",
     '{"id": 1, "conversations": ["a", "b"]}': "row_fields",
-    '{"id": 1, "score": NaN, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}': "row_nonfinite",
+    '{"id": 1, "turns": NaN, "score": Infinity, "conversations": [{"from": "human", "value": NaN}, {"from": "gpt", "value": "b"}]}': (
+        "content_type"
+    ),
     '{"id": 1, "id": 2, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}': "row_duplicate_name",
     '{"id": 1, "conversations": [{"from": "human", "from": "gpt", "value": "a"}]}': "row_duplicate_name",
     '{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "b"}]}': "content_type",
