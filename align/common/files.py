@@ -231,7 +231,7 @@ def expand_home(text: str) -> str:
 def _home(found: re.Match[str]) -> str:
     home = os.path.expanduser(found[2])
     if home.startswith("~"):
-        raise UsageError(f"{found.string!r}: {found[2]} is the home of no user here; write the path out (a folder of that name: ./{found[2]})")
+        raise UsageError(f"{found.string!r}: {found[2]} is the home of no user here; write the path out (a folder named so: ./{found[2]})")
     return f"{found[1]}{home}"
 
 

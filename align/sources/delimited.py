@@ -1,6 +1,11 @@
 """Rows of CSV and TSV files. CSV has quoted cells, which may span lines; TSV has no quoting: a line is a row, a quote is text."""
 
+import ast
 import csv
+import json
+import os
+import re
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -13,6 +18,12 @@ from align.common.reject_codes import Reject
 from align.sources.row import IMAGE_ENDINGS, Scan
 from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, text_start
 from align.sources.tables import TableReader
+
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+_TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|null|nan"""
+_ITEM = re.compile(_TEXT, re.DOTALL)
+_LIST = re.compile(rf"\[\s*(?:(?:{_TEXT})[\s,]*)*\]", re.DOTALL)  # numpy writes no commas
+_LIST_BEGINS = re.compile(r"""\[\s*(?:['"\]\[{(]|None\b|null\b|nan\b)""")
 
 
 class Record(NamedTuple):
@@ -109,12 +120,25 @@ def header(path: str) -> tuple[list[str], int]:
         raise DataError(f"{path}: its header is not UTF-8 ({error}); convert the file") from error
     if len(set(names)) != len(names):
         raise DataError(f"{path}: a column name occurs twice in its header {names}; rename one")
-    if len(names) == 1 and any(mark in names[0] for mark in ",;\t|"):
-        raise DataError(
-            f"{path}: its header is one column, {names[0]!r}. Cells are separated by commas in a .csv and by tabs in a .tsv file: "
-            "rename or convert it"
-        )
+    if len(names) == 1 and (fitting := fitting_delimiter(path, names)):
+        raise DataError(f"{path}: its header is one column, {names[0]!r}. {fitting}")
     return names, first.end
+
+
+def fitting_delimiter(path: str, names: list[str]) -> str:
+    """Return which delimiter would cut a header into more columns than `names`, and what to do about it; or ""."""
+    own = "\t" if is_tsv(path) else ","
+    line = own.join(names)
+    mark = max((mark for mark in DELIMITERS if mark != own), key=line.count)
+    if line.count(mark) < len(names):
+        return ""
+    given = f"Cells are separated by {DELIMITERS[own]} in a {os.path.splitext(path)[1]} file, but {DELIMITERS[mark]} would give "
+    given += f"{line.count(mark) + 1} columns: "
+    stem, other = os.path.splitext(path)[0], {",": ".csv", "\t": ".tsv"}.get(mark)
+    if other:
+        return f"{given}name the file {stem}{other}"
+    convert = f"csv.reader(sys.stdin, delimiter={mark!r}, skipinitialspace=True)"
+    return f'{given}python -c "import csv, sys; csv.writer(sys.stdout).writerows({convert})" < {path} > {stem}-commas.csv'
 
 
 class CsvReader(TableReader):
@@ -156,6 +180,11 @@ class CsvReader(TableReader):
     def columns(self) -> list[str]:
         return header(self.file)[0]
 
+    def advice(self) -> str:
+        if row := next((name for name in self.columns if name.lower().endswith(IMAGE_ENDINGS)), ""):
+            return f"{row!r} looks like a cell: the first line has to be the column names, for example image,caption. Put one there."
+        return fitting_delimiter(self.file, self.columns) or super().advice()
+
     def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
         if start >= stop:
             return
@@ -171,4 +200,28 @@ class CsvReader(TableReader):
             values = [cell.encode("latin-1").decode("utf-8") for cell in cells]
         except UnicodeDecodeError as error:
             return Reject("row_utf8", str(error))
-        return dict(zip(self.columns, values, strict=False))  # cells missing at the end are missing columns
+        return dict(zip(self.columns, map(listed, values), strict=False))  # cells missing at the end are missing columns
+
+
+def listed(cell: str) -> Any:
+    """Return a cell that spells a list of texts as that list: JSON's, or as pandas and numpy print Python's. Other cells are text.
+
+    A cell that begins like a list and is none becomes a Reject, which is raised where the cell is used.
+    """
+    text = cell.strip() if cell[:1] in ("[", " ") else ""
+    if not (text.endswith("]") and _LIST_BEGINS.match(text)):
+        return cell
+    try:
+        found = json.loads(text)
+        if all(item is None or isinstance(item, str) for item in found):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    try:
+        if _LIST.fullmatch(text):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about escapes
+                return [ast.literal_eval(item) if item[0] in "'\"" else None for item in _ITEM.findall(text[1:-1])]
+    except (ValueError, SyntaxError):
+        pass
+    return Reject("row_syntax", f"no list of texts: {text[:100]!r}; write it as JSON, or one caption a row")

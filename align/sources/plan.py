@@ -26,7 +26,7 @@ from align.common.files import atomic_path
 from align.common.fingerprints import compare_fingerprints
 from align.sources.delimited import CsvReader
 from align.sources.folder import FolderReader, list_images
-from align.sources.row import Scan, ShardReader, require_columns
+from align.sources.row import Scan, ShardReader
 from align.sources.samples import JOINED_SCHEMA, Group, Identities, Shards, joined_part, joined_rows, shard_samples
 from align.sources.tables import JsonlReader, ParquetReader, TableReader
 from align.sources.tar import TarReader
@@ -181,7 +181,7 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
     shards = pa.table([list(column) for column in zip(*pieces, strict=True)], schema=SHARDS_SCHEMA)
     made = Plan(layout, shards, listing, digest.hexdigest())
     if columns:
-        require_columns(pieces[0][1], open_shard(source, made, 0).columns, columns)
+        open_shard(source, made, 0).require(columns)
     joined = _joined(source, made, scans)
     if source.key_prefix == "file":
         digest.update(repr(sorted(_prefixes(made.shards["file"].unique().to_pylist()).values())).encode())

@@ -48,6 +48,8 @@ class Row:
         cells = [row if isinstance(row, Reject) else row.get(column, lacking) for row in (self.fields, *self.others)]
         if all(cell is lacking for cell in cells):
             raise lacking
+        if not self.others and isinstance(cells[0], Reject):
+            raise cells[0]
         return [value for cell in cells for value in (cell if isinstance(cell, list | tuple) else [cell])] if self.others else cells[0]
 
 
@@ -90,6 +92,17 @@ class ShardReader(ABC):
         for row in self._read(0, min(HEAD_ROWS, len(self)), images=False):
             names.update(dict.fromkeys(row.fields))
         return list(names)
+
+    def require(self, wanted: Sequence[str]) -> None:
+        """Raise DataError, listing the columns that exist, unless the file has all `wanted` columns."""
+        missing = [name for name in wanted if name not in self.columns]
+        if missing:
+            names, given = ", ".join(map(repr, missing)), ", ".join(map(repr, self.columns)) or "none"
+            raise DataError(f"{self.file} has no column {names}; it has {given}. {self.advice()}")
+
+    def advice(self) -> str:
+        """Return what to do if a column is not there."""
+        return "Name one of those."
 
     @abstractmethod
     def _open(self) -> None:
@@ -151,14 +164,6 @@ class ShardReader(ABC):
             return found if isinstance(found, bytes) else read_below(self.root, found, MAX_FILE_BYTES)
         except Reject as reject:
             return reject
-
-
-def require_columns(file: str, present: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise DataError, listing the columns that exist, unless `file` has all `wanted` columns."""
-    missing = [name for name in wanted if name not in present]
-    if missing:
-        names, given = ", ".join(map(repr, missing)), ", ".join(map(repr, present)) or "none"
-        raise DataError(f"{file} has no column {names}; it has {given}. Name one of those.")
 
 
 def text_captions(data: bytes, whole: bool) -> str | list[str]:

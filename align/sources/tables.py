@@ -15,7 +15,7 @@ from align.common.errors import DataError
 from align.common.files import hash_bytes
 from align.common.reject_codes import Reject
 from align.sources.gate import gate_key
-from align.sources.row import HEAD_ROWS, Row, Scan, ShardReader, require_columns
+from align.sources.row import HEAD_ROWS, Row, Scan, ShardReader
 from align.sources.safe_files import MAX_ROW_BYTES, bounded_lines, image_cell, json_line, text_start
 
 _HELD_BYTES = 1 << 18  # of a text file, read at once
@@ -70,7 +70,7 @@ class TableReader(ShardReader):
 
     def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
         if images:
-            require_columns(self.file, self.columns, [self.image])
+            self.require([self.image])
         wanted = None if images else set(self.columns) - {self.image} | {self.key}  # the image may be the key
         for index, record in zip(range(start, stop), self._records(start, stop, wanted), strict=True):
             yield self._row(index, record, images)

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from align.common.errors import UsageError
+from align.common.files import expand_home
 from align.common.hardware import resolve_precision
 from eval.results.examples import drawn_questions, save_thumbnail
 from mllm.conversations.tokens import Chat

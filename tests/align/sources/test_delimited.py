@@ -1,8 +1,12 @@
 """CSV and TSV: quotes cost no row silently, and what spans several lines is counted and named."""
 
+import subprocess
+import sys
+
 import pytest
 
 from align.common.errors import DataError
+from align.common.reject_codes import Reject
 from align.sources.plan import Source, plan
 from tests.support.captioned_pictures import all_rows, codes
 
@@ -53,8 +57,68 @@ def test_quoted_cells_over_several_lines_are_read_counted_and_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ",")])
-def test_another_delimiter_is_named(tmp_path, name, mark):
+@pytest.mark.parametrize(
+    ("name", "mark", "fitting"),
+    [
+        ("a.csv", ";", "semicolons would give 2 columns: python -c"), ("a.csv", "\t", "tabs would give 2 columns: name the file .*a.tsv"),
+        ("a.csv", "|", "vertical bars would give 2"), ("a.tsv", ",", "commas would give 2 columns: name the file .*a.csv"),
+        ("a.csv", "| ", "vertical bars would give 2"), ("a.tsv", ";", "semicolons would give 2"),
+    ],
+)  # fmt: skip
+def test_another_delimiter_is_named(tmp_path, name, mark, fitting):
     (tmp_path / name).write_text(f"image{mark}caption\na.jpg{mark}x\n")
-    with pytest.raises(DataError, match="its header is one column.*commas in a .csv and by tabs"):
+    with pytest.raises(DataError, match=f"its header is one column.*{fitting}"):
         plan(Source(str(tmp_path)), 10)
+
+
+def test_the_line_that_converts_a_file_with_another_delimiter_makes_one_that_can_be_read(tmp_path):
+    (tmp_path / "a.csv").write_text("image| number| caption\na.jpg| 0| one, two\n")
+    with pytest.raises(DataError) as refused:
+        plan(Source(str(tmp_path / "a.csv")), 10)
+    command = "python -c" + str(refused.value).partition("python -c")[2]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    assert [row.fields["caption"] for row in all_rows(Source(str(tmp_path / "a-commas.csv")), images=False)] == ["one, two"]
+
+
+def test_another_delimiter_is_named_where_the_header_has_some_of_ours(tmp_path):
+    (tmp_path / "a.csv").write_text("image;caption, long;size, in px;x;y\na.jpg;b;c\n")
+    with pytest.raises(DataError, match="no column 'caption'.*semicolons would give 5 columns"):
+        plan(Source(str(tmp_path)), 10, ["caption"])
+
+
+def test_a_file_without_a_header_is_told_from_one_with_other_columns(tmp_path):
+    (tmp_path / "a.tsv").write_text("1000.jpg\tA child\n1001.jpg\tA dog\n")
+    with pytest.raises(DataError, match="no column 'caption'.*'1000.jpg' looks like a cell: the first line has to be the column names"):
+        plan(Source(str(tmp_path)), 10, ["caption"])
+
+
+LISTS = {
+    "JSON": ('["a dog", "caf\\u00e9"]', ["a dog", "café"]),
+    "pandas": ("['a dog', \"it's\"]", ["a dog", "it's"]),
+    "pandas with nothing in one": ("['a dog', None, nan]", ["a dog", None, None]),
+    "numpy": ("['a dog'\n 'a cat']", ["a dog", "a cat"]),
+    "escapes": (r"['it\'s', 'a\d']", ["it's", r"a\d"]),
+    "empty": ("[]", []),
+    "words in brackets": ("[music] a dog [barks]", "[music] a dog [barks]"),
+    "a word in brackets": ("[unknown]", "[unknown]"),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_cell_that_spells_a_list_of_texts_is_that_list(tmp_path, name, case):
+    cell, expected = LISTS[case]
+    cell = cell.replace("\n", " ") if name == "a.tsv" else '"' + cell.replace('"', '""') + '"'
+    mark = "\t" if name == "a.tsv" else ","
+    (tmp_path / name).write_text(f"image{mark}caption\na.jpg{mark}{cell}\n")
+    (row,) = all_rows(Source(str(tmp_path)), images=False)
+    assert row.cell("caption") == expected
+
+
+@pytest.mark.parametrize("cell", ["['tis the]", "[['a']]", "[{'raw': 'a dog'}]", "['a', ..., 'b']", "[" * 90_000 + "]"])
+def test_a_cell_that_begins_like_a_list_and_is_none_is_rejected_where_it_is_used(tmp_path, cell):
+    (tmp_path / "a.csv").write_text(f'image,caption\na.jpg,"{cell}"\n')
+    (row,) = all_rows(Source(str(tmp_path)), images=False)
+    assert row.reject is None
+    with pytest.raises(Reject, match="row_syntax: no list of texts.*write it as JSON"):
+        row.cell("caption")
