@@ -23,7 +23,7 @@ from align.sources.samples import Place, ShardSamples
 HEAD_ROWS = 100  # rows that decide which columns a JSONL file or an archive has
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 IMAGE_ENDINGS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)  # of file names in lower case
-
+_SHOWN = 30  # columns in a message
 
 ALONE = ShardSamples()  # every row is a sample
 
@@ -97,7 +97,8 @@ class ShardReader(ABC):
         """Raise DataError, listing the columns that exist, unless the file has all `wanted` columns."""
         missing = [name for name in wanted if name not in self.columns]
         if missing:
-            names, given = ", ".join(map(repr, missing)), ", ".join(map(repr, self.columns)) or "none"
+            names, given = ", ".join(map(repr, missing)), ", ".join(map(repr, self.columns[:_SHOWN])) or "none"
+            given += f" and {len(self.columns) - _SHOWN} more" if len(self.columns) > _SHOWN else ""
             raise DataError(f"{self.file} has no column {names}; it has {given}. {self.advice()}")
 
     def advice(self) -> str:
@@ -114,6 +115,10 @@ class ShardReader(ABC):
 
         Rejected rows have neither. Image files that only have a place of their own have no name.
         """
+
+    def parts(self, index: int) -> frozenset[str]:
+        """Return what a row consists of, if other files may hold more of it: the suffixes of its members in a tar."""
+        return frozenset()
 
     @abstractmethod
     def begin(self, index: int) -> int:

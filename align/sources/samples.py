@@ -147,7 +147,16 @@ def _refuse_collisions(shards: Shards, pairs: Sequence[tuple[int, int]]) -> None
     if pairs:
         row, first = pairs[0]
         shard, local = (int(place) for place in shards.where(np.array(row)))
-        key = list(shards.open(shard).names(False))[local][0]
+        reader = shards.open(shard)
+        key = list(reader.names(False))[local][0]
+        first_shard, first_local = (int(place) for place in shards.where(np.array(first)))
+        here, there = reader.parts(local), shards.open(first_shard).parts(first_local)
+        if here and there and not here & there:
+            places = [f"{', '.join(sorted(parts))} in {shards.files[at]}" for parts, at in ((there, first_shard), (here, shard))]
+            raise DataError(
+                f"{len(pairs)} samples lie in two files, for example {key!r}: {'; '.join(places)}. The members of a sample have to be "
+                "neighbors in one tar: extract both into one folder and pack it sorted (GNU tar): tar --sort=name -cf all.tar -C FOLDER ."
+            )
         raise DataError(
             f"{len(pairs)} keys stand in two files, for example {key!r}: {shards.said(first)} and {shards.said(row)}. Rows are paired by "
             "key, so they must differ: give --key-prefix file (of a task: `key_prefix: file`), which puts the file's path before its keys"

@@ -9,9 +9,10 @@ import numpy as np
 
 from align.common.reject_codes import Reject
 from align.sources.gate import gate_key
-from align.sources.row import IMAGE_SUFFIXES, Row, Scan, ShardReader, text_captions
+from align.sources.row import HEAD_ROWS, Row, Scan, ShardReader, text_captions
 from align.sources.safe_files import MAX_FILE_BYTES, MAX_ROW_BYTES, parse_json
 from align.sources.samples import identities
+from align.sources.tar_members import FIELD_SUFFIXES, TEXT_SUFFIXES, images_of, is_half, last_of, members_told, refuse_scattered
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # payload of a pax or GNU long-name header
@@ -149,18 +150,25 @@ def _octal(field: bytes) -> int:
 
 
 class TarReader(ShardReader):
-    """Samples of a webdataset tar. Fields: the names in its .json, `txt` and `cls` (a whole number if it is one)."""
+    """Samples of a webdataset tar.
+
+    Fields: the names in its .json, `cls` (a whole number if it is one), and the texts (TEXT_SUFFIXES), by their suffix: `txt`, `caption`,
+    `outputs.txt`.
+    """
 
     @staticmethod
     def scan(file: str, step: int) -> Scan:
         """Return the places of the samples of a tar, and their keys; `step`: samples of a shard."""
-        rows, offsets, keys = 0, [], list[np.ndarray]()
+        rows, halves, offsets, keys = 0, 0, [], list[np.ndarray]()
         with open(file, "rb") as opened:
             samples = tar_samples(opened.fileno())
             while some := list(islice(samples, step)):
                 offsets.append(some[0].offset)
                 keys.append(identities([(None if sample.reject else sample.key, None) for sample in some]).keys)
                 rows += len(some)
+                halves += sum(sample.reject is None and is_half(sample) for sample in some)
+            if halves:
+                refuse_scattered(file, tar_samples(opened.fileno()), halves)
         return Scan(rows, offsets, np.concatenate([np.zeros(0, dtype=np.int64), *keys]))
 
     def _open(self) -> None:
@@ -191,11 +199,11 @@ class TarReader(ShardReader):
                 yield Row(index, key, self._image_bytes(file.fileno(), sample) if images else None, fields)
 
     def _fields(self, descriptor: int, sample: TarSample) -> dict[str, Any]:
-        found = {member.suffix: member for member in sample.members if member.suffix in ("json", "txt", "cls")}
+        found = {member.suffix: member for member in sample.members if last_of(member.suffix) in FIELD_SUFFIXES}
         data = {suffix: self._member(descriptor, member, MAX_ROW_BYTES) for suffix, member in found.items()}
         fields = parse_json(data["json"]) if "json" in data else {}
-        if "txt" in data:
-            fields["txt"] = text_captions(data["txt"], whole="json" in data)  # without .json (CLIP_benchmark), one caption per line
+        for suffix in [suffix for suffix in data if last_of(suffix) in TEXT_SUFFIXES]:
+            fields[suffix] = text_captions(data[suffix], whole="json" in data)  # without .json (CLIP_benchmark), one caption per line
         if "cls" in data:
             label = str(text_captions(data["cls"], whole=True)).strip()
             fields["cls"] = int(label) if label.isdecimal() and len(label) < 19 else label
@@ -203,7 +211,7 @@ class TarReader(ShardReader):
 
     def _image_bytes(self, descriptor: int, sample: TarSample) -> bytes | Reject:
         named = [member for member in sample.members if member.suffix == self.image]
-        images = named or [member for member in sample.members if member.suffix in IMAGE_SUFFIXES]
+        images = named or images_of(sample)
         suffixes = ", ".join(member.suffix for member in sample.members)
         if not images:
             return Reject("image_missing", f"the sample has {suffixes}")
@@ -213,6 +221,12 @@ class TarReader(ShardReader):
             return self._member(descriptor, images[0], MAX_FILE_BYTES)
         except Reject as reject:
             return reject
+
+    def advice(self) -> str:
+        return members_told(self._samples[:HEAD_ROWS])
+
+    def parts(self, index: int) -> frozenset[str]:
+        return frozenset(member.suffix for member in self._samples[index].members)
 
     def _member(self, descriptor: int, member: Member, limit: int) -> bytes:
         if member.size > limit:

@@ -2,13 +2,15 @@
 
 import io
 import os
+import subprocess
 import tarfile
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from align.sources.plan import Source
+from align.common.errors import DataError
+from align.sources.plan import Source, plan
 from tests.support.captioned_pictures import ROWS, add, all_rows, codes, write_tar
 
 
@@ -185,3 +187,66 @@ def test_arbitrary_bytes_as_an_archive_give_rows_or_one_reject(tmp_path):
         (tmp_path / "a.tar").write_bytes(data[: draw.integers(1, len(data))])
         for row in all_rows(Source(str(tmp_path))):
             assert row.key
+
+
+def pack(folder, *names, data=b"x", name="a.tar"):
+    with tarfile.open(folder / name, "w") as tar:
+        for member in names:
+            add(tar, member, data)
+    return Source(str(folder / "*.tar"))
+
+
+@pytest.mark.parametrize("count", [3, 150])
+@pytest.mark.parametrize("suffixes", [("jpg", "txt"), ("txt", "jpg"), ("input.png", "cls")])
+def test_members_that_are_not_neighbors_are_told_with_the_line_that_sorts_them(tmp_path, count, suffixes):
+    source = pack(tmp_path, *[f"k-{number:03d}.{suffix}" for suffix in suffixes for number in range(count)], data=b"7")
+    with pytest.raises(DataError) as refused:
+        plan(source, 10, ["txt"])
+    said = f"the members of {count} samples are not neighbors, for example k-000.{suffixes[0]} at place 1 and k-000.{suffixes[1]} at place"
+    assert said in str(refused.value)
+    subprocess.run(str(refused.value).partition("with GNU tar): ")[2], shell=True, check=True)
+    rows = all_rows(Source(str(tmp_path / "a-sorted.tar")))
+    assert codes(rows) == [None] * count and all(row.image == b"7" and list(row.fields.values()) in ([7], ["7"]) for row in rows)
+
+
+def test_a_few_scattered_members_are_told_too_and_doubled_samples_are_not_mistaken_for_them(tmp_path):
+    names = [f"{number}.{suffix}" for number in range(20) for suffix in ("jpg", "json")]
+    with pytest.raises(DataError, match="the members of 1 samples are not neighbors, for example 3.jpg at place 4 and 3.txt at place 21"):
+        plan(pack(tmp_path, *names, "3.txt", data=b"{}"), 10)
+    assert codes(all_rows(pack(tmp_path, *names, "3.jpg", "4.cls", "4.jpg", "x.txt", data=b"{}"))) == [
+        *[None] * 20, *["duplicate_key"] * 2, "image_missing",
+    ]  # fmt: skip
+
+
+def test_samples_in_two_folders_or_in_two_tars_are_told_apart_from_equal_keys(tmp_path):
+    for first in (1, 60):  # the folder of the captions begins within the rows that decide on columns, or after them
+        names = [f"{folder}/{number}.{suffix}" for folder, suffix in (("im", "jpg"), ("cap", "txt")) for number in range(2 * first)]
+        with pytest.raises(DataError, match="lie in different folders, for example im/0.jpg and cap/0.txt"):
+            plan(pack(tmp_path, *names), 10, ["txt"])
+    pack(tmp_path, *[f"{number}.jpg" for number in range(3)])
+    with pytest.raises(DataError, match=r"3 samples lie in two files, for example '0': jpg in .*a.tar; txt in .*b.tar"):
+        plan(pack(tmp_path, *[f"{number}.txt" for number in range(3)], name="b.tar"), 10)
+
+
+def test_texts_are_columns_by_their_suffix_and_images_may_have_compound_ones(tmp_path):
+    source = pack(tmp_path, "0.input.jpg", "0.outputs.txt", "0.caption", "1.input.jpg", "1.outputs.txt", "1.caption", data=b"a dog")
+    rows = all_rows(source)
+    assert codes(rows) == [None, None] and [row.image for row in rows] == [b"a dog"] * 2
+    assert rows[0].fields == {"outputs.txt": "a dog", "caption": "a dog"}
+    with pytest.raises(DataError, match=r"no column 'txt'; it has 'image', 'outputs.txt'.*\.input\.jpg \(2\), \.outputs\.txt \(2\)"):
+        plan(source, 10, ["txt"])
+    assert codes(all_rows(pack(tmp_path, "0.a.jpg", "0.b.jpg"))) == ["image_ambiguous"]
+    assert all_rows(pack(tmp_path, "0.seg.png", "0.jpg"))[0].image == b"x"
+
+
+def test_dots_in_names_are_told_with_the_line_that_takes_them_out(tmp_path):
+    with pytest.raises(DataError) as refused:
+        plan(pack(tmp_path, *[f"img_v1.{number:02d}.{suffix}" for number in range(20) for suffix in ("jpg", "txt")]), 10, ["txt"])
+    assert "no column 'txt'" in str(refused.value) and ".00.jpg (1), .00.txt (1)" in str(refused.value) and len(str(refused.value)) < 1500
+    (tmp_path / "files").mkdir()
+    for name in ("img_v1.00.jpg", "img_v1.2.00.txt", "a.jpg"):
+        (tmp_path / "files" / name).touch()
+    subprocess.run(["bash", "-c", str(refused.value).partition("after: ")[2]], cwd=tmp_path / "files", check=True)
+    assert sorted(os.listdir(tmp_path / "files")) == ["a.jpg", "img_v1_00.jpg", "img_v1_2_00.txt"]
+    with pytest.raises(DataError, match="Texts are members that end in .txt, .text, .caption, .captions, or names in a .json"):
+        plan(pack(tmp_path, "0.jpg", "0.json", data=b'{"a": 1}'), 10, ["txt"])
