@@ -19,7 +19,7 @@ SAMPLE_CODES: dict[str, str] = {
     "image_damaged": "the header is good but the content is cut, fails its checksum or expands beyond Pillow's limits",
     "image_nonfinite": "a float image with NaN or infinity",
     # image files and archive members
-    "unsafe_path": "an absolute path, a URL, or a path that leaves the image folder or archive",
+    "unsafe_path": "a URL, or a path outside the image folder or archive",
     "file_missing": "no file at that path (it may have vanished since the manifest was made)",
     "file_denied": "no permission to read the file",
     "file_kind": "a folder, pipe, device or link loop where a file is expected",

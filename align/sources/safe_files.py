@@ -18,31 +18,34 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_below(root: str, path: str, limit: int) -> bytes:
-    """Return the content of the file `path` (relative) below `root` (a real path). Raise Reject if it is not safe to read.
+    """Return the content of the file `path` below `root` (a real path). Raise Reject if it is not safe to read.
 
-    Refused: absolute paths, URLs, paths and links that lead out of `root`, non-regular files, more than `limit` bytes.
+    `path` is relative, or absolute and below `root`. Refused: URLs, paths and links that lead out of `root`, non-regular files, more than
+    `limit` bytes.
     """
-    if path.startswith(("/", "\\")) or "://" in path or "\x00" in path or ".." in path.replace("\\", "/").split("/"):
+    if path.startswith("\\") or "://" in path or "\x00" in path or ".." in path.replace("\\", "/").split("/"):
         raise Reject("unsafe_path", f"{path[:200]!r}; allowed are paths below {root}")
     try:
-        real = os.path.realpath(os.path.join(root, path))
+        place = os.path.join(root, path)
+        real = os.path.realpath(place)
         if os.path.commonpath([root, real]) != root:
-            raise Reject("unsafe_path", f"{path!r} links to {real}, which is outside {root}")
+            led = f"links to {real}, which is" if real != place else "is"
+            raise Reject("unsafe_path", f"{path[:200]!r} {led} outside {root}; if it is meant, give a folder above it as --image-root")
         descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block for ever
     except OSError as error:
-        raise _os_reject(error, path) from error
+        raise _os_reject(error, place) from error
     except UnicodeEncodeError as error:
         raise Reject("unsafe_path", f"{path!r} holds a lone surrogate") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise Reject("file_kind", repr(path))
+            raise Reject("file_kind", repr(place))
         if status.st_size > limit:
-            raise Reject("file_large", f"{path!r} has {status.st_size} bytes, at most {limit} are read")
+            raise Reject("file_large", f"{place!r} has {status.st_size} bytes, at most {limit} are read")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(limit)
     except OSError as error:
-        raise _os_reject(error, path) from error
+        raise _os_reject(error, place) from error
     finally:
         os.close(descriptor)
 
@@ -52,7 +55,7 @@ def _os_reject(error: OSError, path: str) -> Reject:
         errno.ENOENT: "file_missing", errno.ENOTDIR: "file_missing", errno.EACCES: "file_denied", errno.EPERM: "file_denied",
         errno.ELOOP: "file_kind", errno.ENXIO: "file_kind", errno.EISDIR: "file_kind",
     }  # fmt: skip
-    return Reject(codes.get(error.errno or 0, "file_unreadable"), f"{path[:200]!r}: {error.strerror}")
+    return Reject(codes.get(error.errno or 0, "file_unreadable"), f"{path[-300:]!r}: {error.strerror}")
 
 
 def text_start(file: str) -> int:

@@ -66,7 +66,7 @@ class TableReader(ShardReader):
             found = image_cell(value)
         except Reject:
             return None
-        return hash_bytes(found) if isinstance(found, bytes) else os.path.normpath(f"{self.root}/{found}")
+        return hash_bytes(found) if isinstance(found, bytes) else os.path.normpath(os.path.join(self.root, found))
 
     def _read(self, start: int, stop: int, images: bool) -> Iterator[Row]:
         if images:

@@ -219,6 +219,6 @@ def _raw_image(value: Any) -> RawImage:
     if isinstance(value, bytes):
         return RawImage(None, value)
     steps = value.replace("\\", "/").split("/")
-    if text_problem(value) or steps[0] == "" or "://" in value or value.startswith("data:") or ".." in steps:
-        raise Reject("unsafe_path", f"{value[:200]!r}; allowed are paths relative to the image root and below it")
+    if text_problem(value) or value.startswith(("\\", "data:")) or "://" in value or ".." in steps:
+        raise Reject("unsafe_path", f"{value[:200]!r}; allowed are paths below the image root")
     return RawImage(value, None)

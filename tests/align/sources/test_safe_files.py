@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 
@@ -33,6 +34,12 @@ PATHS = {
     "socket": "file_kind",
     "loop": "file_kind",
     "large.png": "file_large",
+    "ROOT/x.png": None,
+    "ROOT/link-in.png": None,
+    "ROOT/link-out.png": "unsafe_path",
+    "ROOT/../outside/x.png": "unsafe_path",
+    "ROOT-other/x.png": "unsafe_path",
+    "ROOT/missing.png": "file_missing",
     "n" * 300: "file_unreadable",
 }
 
@@ -57,12 +64,29 @@ def test_paths_reach_only_regular_files_below_the_image_root(tmp_path, path, mon
         "loop": "loop",
     }.items():
         (root / name).symlink_to(target)
-    (tmp_path / "a.jsonl").write_text(json.dumps({"key": "k", "image": path, "text": "t"}) + "\n")
+    shutil.copytree(outside, tmp_path / "root-other")
+    row = {"key": "k", "image": path.replace("ROOT", str(root)), "text": "t"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     (row,) = all_rows(Source(str(tmp_path / "a.jsonl"), image_root=str(root)))
     assert codes([row]) == [PATHS[path]]
     assert row.reject is None and row.fields["text"] == "t", "a row whose image is bad still has its caption"
     if PATHS[path] is None:
         assert row.image == b"X"
+
+
+def test_what_is_wrong_with_a_path_names_the_place_that_was_tried_and_the_flag(tmp_path):
+    root = os.path.realpath(tmp_path)
+    with pytest.raises(Reject, match=f"{root}/images/x.png': No such file"):
+        read_below(root, "images/x.png", 100)
+    with pytest.raises(Reject, match=f"'/etc/passwd' is outside {root}; if it is meant, give a folder above it as --image-root"):
+        read_below(root, "/etc/passwd", 100)
+
+
+def test_an_absolute_path_and_a_relative_one_name_the_same_image(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"X")
+    rows = [{"image": path, "text": text} for path, text in (("x.png", "t"), (str(tmp_path / "x.png"), "u"))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.cell("text") for row in all_rows(Source(str(tmp_path / "a.jsonl")))] == [["t", "u"]]
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EACCES, "file_denied"), (errno.EPERM, "file_denied"), (errno.EIO, "file_unreadable")])

@@ -177,7 +177,6 @@ HOSTILE = {  # a row as it stands in the file, and its code
     '{"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "b"}]}': "empty_question",
     '{"image": "a.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}': "image_count",
     '{"image": "../../etc/passwd", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "unsafe_path",
-    '{"image": "/etc/passwd", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "unsafe_path",
     '{"image": "http://x/a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': "unsafe_path",
     '{"image": "data:image/png;base64,AA", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]}': (
         "unsafe_path"
@@ -207,6 +206,18 @@ def test_hostile_rows_are_counted_and_the_others_kept(tmp_path, layout):
     rejects = list(found.rejects())
     assert {reject.source: reject.code for reject in rejects} == {f"{path.name}:{2 * n}": code for n, code in enumerate(HOSTILE.values())}
     assert sum(found.codes.values()) == len(HOSTILE) and set(found.codes) <= set(REJECT_CODES)
+
+
+def test_an_absolute_path_is_read_below_the_image_root_only(tmp_path):
+    write(tmp_path / "x.png", b"X")
+    places = (tmp_path / "x.png", "/etc/passwd", f"{tmp_path}-other/x.png")
+    rows = [{"image": str(place), "conversations": turns("<image>", "b")} for place in places]
+    write(tmp_path / "a.json", json.dumps(rows).encode())
+    found = opened(tmp_path / "a.json", tmp_path)
+    assert found.read_image(found[0].images[0]) == b"X"
+    for number in (1, 2):
+        with pytest.raises(Reject, match="unsafe_path.*is outside.*--image-root"):
+            found.read_image(found[number].images[0])
 
 
 def test_bytes_that_are_not_utf8_cost_their_row(tmp_path):
