@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 class SourceFlags:
     """How samples are read; a base of configs."""
 
-    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
+    layout: Literal["auto", "webdataset", "parquet", "arrow", "jsonl", "csv", "folder"] = "auto"
     """How the data lies on disk."""
     image_column: str = "image"
-    """Column with image bytes or a path (parquet, jsonl, csv)."""
+    """Column with image bytes or a path (parquet, arrow, jsonl, csv)."""
     key_column: str = "key"
     """Column with the sample key. Without one, file name and row number make the key."""
     image_root: str | None = None

@@ -1,14 +1,13 @@
 """Image-caption sources: their files, the plan that cuts rows into shards, and the reader of a shard.
 
-Layouts: webdataset tars (img2dataset, CLIP_benchmark); parquet (image cells with bytes, paths, or Hugging Face `datasets` structs);
+Layouts: webdataset tars (img2dataset, CLIP_benchmark); parquet and the Arrow files of Hugging Face `datasets` (image cells with bytes,
+paths, or structs of both);
 JSONL and CSV/TSV (image paths relative to an image root); image folders. A plan depends only on the files. One scan of headers or line
 ends makes it, and it is saved beside the features.
 """
 
-import glob
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,15 +25,15 @@ from align.common.files import atomic_path
 from align.common.fingerprints import compare_fingerprints
 from align.sources.delimited import CsvReader
 from align.sources.folder import FolderReader, list_images
+from align.sources.places import find_files, refuse_compressed
 from align.sources.row import Scan, ShardReader
 from align.sources.samples import JOINED_SCHEMA, Group, Identities, Shards, joined_part, joined_rows, shard_samples
-from align.sources.tables import JsonlReader, ParquetReader, TableReader
+from align.sources.tables import ArrowReader, JsonlReader, ParquetReader, TableReader
 from align.sources.tar import TarReader
 
-SUFFIXES = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
-COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}  # by first bytes
+Layout = Literal["auto", "webdataset", "parquet", "arrow", "jsonl", "csv", "folder"]
 READERS: dict[str, type[TarReader] | type[TableReader]]
-READERS = {"webdataset": TarReader, "parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
+READERS = {"webdataset": TarReader, "parquet": ParquetReader, "arrow": ArrowReader, "jsonl": JsonlReader, "csv": CsvReader}
 SHARDS_SCHEMA = pa.schema([("shard", pa.int32()), ("file", pa.string()), *((name, pa.int64()) for name in ("start", "stop", "offset"))])
 
 
@@ -43,7 +42,7 @@ class Source:
     """Where samples are and how to read them."""
 
     data: str  # a file, a folder, or a glob pattern (files in sorted order)
-    layout: Literal["auto", "webdataset", "parquet", "jsonl", "csv", "folder"] = "auto"
+    layout: Layout = "auto"
     image: str = "image"  # column with the image; in a tar: the suffix, needed only if samples have several images
     key: str = "key"  # column with the sample key; tars and folders have their own keys
     image_root: str | None = None  # folder that image paths are relative to and must stay in; None: the file's own folder
@@ -152,7 +151,7 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
     if rows_per_shard < 1:
         raise UsageError(f"rows per shard is {rows_per_shard}; it must be at least 1")
     try:
-        layout, files = _find(source)
+        layout, files = find_files(source.data, source.layout)
     except OSError as error:
         raise DataError(f"{source.data} cannot be listed ({error})") from error
     digest = xxhash.xxh3_128(repr((layout, source.image, source.key, rows_per_shard)).encode())
@@ -165,7 +164,7 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
                 for buffer in listing.chunk(0).buffers()[1:] if len(listing) else ():
                     digest.update(buffer)
             else:
-                _refuse_compressed(file)
+                refuse_compressed(file)
                 found = READERS[layout].scan(file, rows_per_shard)
                 digest.update(repr((os.path.basename(file), os.path.getsize(file), found.rows)).encode())
         except (OSError, pa.ArrowException) as error:
@@ -222,47 +221,3 @@ def _joined(source: Source, made: Plan, scans: Sequence[Scan]) -> pa.Table | Non
         by_image = source.group == "image" and made.layout != "folder"  # a file in a folder has no other name than its key
         names = shards.identities(by_image)
     return joined_rows(shards, names, source.group, by_file=source.key_prefix == "file")
-
-
-def _find(source: Source) -> tuple[str, list[str]]:
-    """Return the layout and the sorted files of a source. For the layout `folder`, the only file is the folder."""
-    data, given = source.data, source.layout
-    inside = os.path.isdir(data)
-    if inside:
-        if given == "folder":
-            return given, [data]
-        files = sorted(os.path.join(data, name) for name in os.listdir(data) if not name.startswith("."))
-        files = [file for file in files if _suffix(file) in SUFFIXES and given in ("auto", SUFFIXES[_suffix(file)])]
-    else:
-        files = [data] if os.path.exists(data) else sorted(glob.glob(data, recursive=True))
-    if given == "folder":
-        raise DataError(f"{data} is not a folder, which the layout 'folder' needs")
-    if not files and not (inside and given == "auto"):
-        raise DataError(f"{data} matches no file (layout: {given}); give a file, a folder or a pattern such as 'data/*.tar'")
-    if given != "auto":
-        return given, files
-    kinds = {SUFFIXES.get(_suffix(file), "unknown") for file in files}
-    stems = {kind: {os.path.splitext(file)[0] for file in files if SUFFIXES.get(_suffix(file)) == kind} for kind in kinds}
-    if kinds == {"webdataset", "parquet"} and stems["parquet"] <= stems["webdataset"]:
-        return "webdataset", [file for file in files if _suffix(file) == ".tar"]  # img2dataset's metadata beside its tars
-    if len(kinds) == 1 and kinds != {"unknown"}:
-        return kinds.pop(), files
-    if not kinds:
-        return "folder", [data]
-    seen = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(map(_suffix, files)).most_common())
-    raise DataError(
-        f"cannot tell the layout of {data} from its files ({seen}). Known: {', '.join(SUFFIXES)}; all must be of one kind. "
-        "Name the layout, or give a pattern that matches one kind."
-    )
-
-
-def _suffix(file: str) -> str:
-    return os.path.splitext(file)[1].lower()
-
-
-def _refuse_compressed(file: str) -> None:
-    with open(file, "rb") as opened:
-        first = opened.read(6)
-    for mark, command in COMPRESSED.items():
-        if first.startswith(mark):
-            raise DataError(f"{file} is compressed, so rows in it cannot be reached directly; unpack it first: {command} {file}")

@@ -1,4 +1,4 @@
-"""Rows of JSONL and parquet files: their places in the file, and random access to those of one shard. CSV: `align.sources.delimited`."""
+"""Rows of JSONL, parquet and Arrow files: their places, and random access to those of a shard. CSV: `align.sources.delimited`."""
 
 import os
 from abc import abstractmethod
@@ -195,11 +195,7 @@ class ParquetReader(TableReader):
             except (OSError, pa.ArrowException) as error:
                 yield from [Reject("row_unreadable", str(error)[:200])] * (end - begin)
                 continue
-            for number in range(begin - low, end - low):
-                try:
-                    yield {name: table[name][number].as_py() for name in table.column_names}
-                except UnicodeDecodeError as error:
-                    yield Reject("row_utf8", str(error))
+            yield from _python_rows(table, begin - low, end - low)
 
     def _group(self, group: int, columns: set[str] | None) -> pa.Table:
         names = [name for name in self.columns if columns is None or name in columns]
@@ -208,3 +204,54 @@ class ParquetReader(TableReader):
             file = pq.ParquetFile(self.file, metadata=self._metadata)
             self._kept = ((group, names), file.read_row_group(group, columns=names, use_threads=False))
         return self._kept[1]
+
+
+class ArrowReader(TableReader):
+    """Rows of an Arrow file, as `save_to_disk` of Hugging Face `datasets` writes them. It is memory-mapped, so rows are read directly."""
+
+    @staticmethod
+    def scan(file: str, step: int) -> Scan:
+        rows = len(_arrow_table(file))
+        return Scan(rows, [0] * -(-rows // step))
+
+    def _open(self) -> None:
+        self._table: pa.Table | None = None
+        self._require_rows(len(self._rows()) - self.start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
+
+    def _rows(self) -> pa.Table:
+        if self._table is None:
+            self._table = _arrow_table(self.file)
+        return self._table
+
+    def begin(self, index: int) -> int:
+        return 0
+
+    @cached_property
+    def columns(self) -> list[str]:
+        return list(self._rows().column_names)
+
+    def _records(self, start: int, stop: int, columns: set[str] | None) -> Iterator[dict[str, Any] | Reject]:
+        table = self._rows().select([name for name in self.columns if columns is None or name in columns])
+        yield from _python_rows(table, self.start + start, self.start + stop)
+
+
+def _arrow_table(file: str) -> pa.Table:
+    """Return the memory-mapped rows of an Arrow file, a stream or not."""
+    mapped = pa.memory_map(file)
+    try:
+        return pa.ipc.open_stream(mapped).read_all()
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        return pa.ipc.open_file(mapped).read_all()
+
+
+def _python_rows(table: pa.Table, start: int, stop: int) -> Iterator[dict[str, Any] | Reject]:
+    """Yield rows start..stop of a table."""
+    for number in range(start, stop):
+        try:
+            yield {name: table[name][number].as_py() for name in table.column_names}
+        except UnicodeDecodeError as error:
+            yield Reject("row_utf8", str(error))

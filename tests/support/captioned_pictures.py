@@ -57,6 +57,13 @@ def write_parquet(folder, image):
     pq.write_table(pa.table({"key": KEYS, "image": cells, "text": CAPTIONS}), folder / "a.parquet", row_group_size=5)
 
 
+def write_arrow(folder, stream=True):
+    cells = [{"bytes": picture(number), "path": None} for number in range(ROWS)]
+    table = pa.table({"key": KEYS, "image": cells, "text": CAPTIONS})
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as file, (pa.ipc.new_stream if stream else pa.ipc.new_file)(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+
+
 def write_jsonl(folder, mark=b"", end="\n", last="\n"):
     lines = [json.dumps({"key": key, "image": f"images/{key}.png", "text": text}) for key, text in zip(KEYS, CAPTIONS, strict=True)]
     (folder / "a.jsonl").write_bytes(mark + (end.join(lines) + last).encode())
@@ -77,6 +84,8 @@ LAYOUTS = {
     "parquet, struct": ("parquet", lambda folder: write_parquet(folder, "struct")),
     "parquet, path": ("parquet", lambda folder: write_parquet(folder, "path")),
     "parquet, struct of path": ("parquet", lambda folder: write_parquet(folder, "struct of path")),
+    "Arrow stream": ("arrow", write_arrow),
+    "Arrow file": ("arrow", lambda folder: write_arrow(folder, stream=False)),
     "JSONL": ("jsonl", write_jsonl),
     "JSONL, BOM, CRLF, no last newline": ("jsonl", lambda folder: write_jsonl(folder, b"\xef\xbb\xbf", "\r\n", "")),
     "CSV, CRLF": ("csv", write_csv),
