@@ -114,4 +114,5 @@ def read_task_file(path: Path) -> Task:
     missing = [field for field in ("id", "kind", "layout", "path") if field not in content]
     if missing:
         raise UsageError(f"{path} lacks {', '.join(missing)}; a task needs at least id, kind, layout and path")
-    return Task(**{key: expand_home(value) if key in ("path", "data") else value for key, value in content.items()})
+    content |= {key: expand_home(content[key]) for key in ("path", "data") if key in content}
+    return Task(**content)
