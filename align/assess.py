@@ -47,10 +47,15 @@ def settings_of(config: AssessConfig, precision: "Arithmetic") -> "Settings":
 
 
 def report(
-    config: AssessConfig, texts: list[str], results: list["Assessed"], weights: "np.ndarray", worth: "list[Worth]", console: "Console"
-) -> None:
-    """Write table, JSON, figures; print the best candidates, correlations and advice. `weights`: bootstrap weights of the test images."""
+    config: AssessConfig, texts: list[str], results: list["Assessed"], weights: "np.ndarray", worth: "list[Worth]", pairs: int,
+    console: "Console",
+) -> None:  # fmt: skip
+    """Write table, JSON, figures; print the best candidates, correlations, advice and the next commands.
+
+    `weights`: bootstrap weights of the test images; `pairs`: those that were drawn.
+    """
     from align.assessment import tables
+    from align.assessment.commands import next_commands
     from align.assessment.figures import heat_map, scatter, worth_curves
     from align.assessment.scores import NO_LABELS, NO_PATCHES
     from align.common.files import atomic_bytes, atomic_json
@@ -62,7 +67,9 @@ def report(
     said = tables.recommend(results, weights) + [NO_LABELS] * (not config.labelled) + [NO_PATCHES] * (not config.patch_images)
     ranks = {text: tables.rank_matrix(results, text) for text in texts}
     said += [one.sentence() for one in worth]
-    facts = {"recommendation": said, "follows": follows, "correlations": found, "spearman": ranks, "worth": list(map(asdict, worth))}
+    commands = next_commands(config, tables.best_of(results).candidate, pairs)
+    facts = {"recommendation": said, "follows": follows, "correlations": found, "spearman": ranks, "commands": commands}
+    facts["worth"] = list(map(asdict, worth))
     listed = [{**asdict(r.candidate), "scores": {name: asdict(score) for name, score in r.scores.items()}} for r in results]
     atomic_bytes(folder / "table.csv", tables.table_csv(results).encode())
     atomic_json(folder / "assessment.json", {"config": asdict(config), **facts, "candidates": listed})
@@ -80,6 +87,7 @@ def report(
             console.print(tables.shown_correlations(rows, target))
     console.print("\n".join([*map(tables.shown_follows, follows), *said]))
     console.print(f"{folder}: table.csv, assessment.json, figures; scores of {len(results)} candidates")
+    console.print("\n".join(["next:", *(f"  {command}" for command in commands)]))
 
 
 def main(config: AssessConfig) -> None:
@@ -135,7 +143,7 @@ def assess(config: AssessConfig, console: "Console") -> None:
         progress(len(results), note=f"{result.candidate.name}: {scores}", now=True)
     results = trained_scores(config.trained, results)
     worths = assessment.worth_of_best(results, config.worth, config.trained, partial(Progress, console))
-    report(config, texts, results, assessment.test_weights, worths, console)
+    report(config, texts, results, assessment.test_weights, worths, samples["pairs"].plan.rows, console)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ FREE_ON_RESUME = {
 
 def choose(
     config: CurateConfig, space: "ConceptSpace", names: tuple[str, ...], prototypes: "Tensor", lists: "TopLists", before: "np.ndarray",
-    note: str,
+    per_concept: int, note: str,
 ) -> str:  # fmt: skip
     """Assign candidates to concepts, write the choice and its coverage, and return the totals as a sentence."""
     import numpy as np
 
-    from align.curation.assignment import assign, write_chosen
+    from align.curation.assignment import assign, refuse_all, write_chosen
     from align.curation.coverage import coverage_table, shown_coverage, write_coverage
     from align.curation.duplicates import picker_for
     from align.curation.pool import CandidatePool
@@ -53,7 +53,8 @@ def choose(
     images, excluded = (CandidatePool.open(*folders) if folders else None for folders in (config.images, config.exclude))
     pick, taken = picker_for(candidates, images, excluded, config.duplicates, config.duplicate_cosine, config.exclude_cosine)
     facts = {"note": note, "candidates": int(before.sum()), "without_image": int(taken.sum())}
-    assignment = assign(lists, config.per_concept, taken, pick)
+    assignment = assign(lists, per_concept, taken, pick)
+    refuse_all(assignment, int(before.sum()))
     write_chosen(folder / "chosen.parquet", candidates, names, assignment, note)
     after = best_counts(space, prototypes, np.concatenate(assignment.rows))
     return shown_coverage(write_coverage(folder, coverage_table(names, before, after, assignment), facts))
@@ -64,6 +65,7 @@ def main(config: CurateConfig) -> None:
     from rich.panel import Panel
 
     from align.common.hardware import choose_device
+    from align.curation.assignment import numbers_for
     from align.curation.concepts import concept_names, evaluation_note, evaluation_sets
     from align.curation.pool import CandidatePool
     from align.curation.scoring import ConceptSpace
@@ -80,18 +82,22 @@ def main(config: CurateConfig) -> None:
     note = evaluation_note(evaluation_sets(names), config.concepts_from_evaluation)
     if note:
         console.print(Panel(note, style="bold red"), soft_wrap=False)
-    console.print(space.work(len(names), config.top, lists=2 if config.parts > 1 and config.part is None else 1))
+    top, per_concept, said = numbers_for(candidates, config.top, config.per_concept, len(names))
+    for sentence in said:
+        console.print(sentence)
+    console.print(space.work(len(names), top, lists=2 if config.parts > 1 and config.part is None else 1))
     if config.dry_run:
         return
 
     with run_folder(folder, config.part is None, console.print):  # parts, which may be started at once, have leases of their own
-        curate(config, space, names, note, device, console)
+        curate(config, space, names, (top, per_concept), note, device, console)
 
 
 def curate(
-    config: CurateConfig, space: "ConceptSpace", names: tuple[str, ...], note: str, device: "torch.device", console: "Console"
+    config: CurateConfig, space: "ConceptSpace", names: tuple[str, ...], numbers: tuple[int, int], note: str, device: "torch.device",
+    console: "Console",
 ) -> None:  # fmt: skip
-    """Score what is missing, assign, report coverage."""
+    """Score what is missing, assign, report coverage. `numbers`: how many each list holds, and how many are chosen for a concept."""
     from align.curation.concepts import inputs_of, kept_prototypes, make_prototypes
     from align.curation.scoring import score_shards
     from align.runtime.recipes_yaml import write_recipe
@@ -107,7 +113,7 @@ def curate(
 
     def scored(part: int) -> "tuple[TopLists, np.ndarray]":
         shards = range(part, len(candidates.shards), config.parts)
-        return score_shards(parts[part], shards, space, prototypes, config.top, inputs, config.save_every, console)
+        return score_shards(parts[part], shards, space, prototypes, numbers[0], inputs, config.save_every, console)
 
     lists, before = scored(config.part or 0)
     if config.part is not None:
@@ -117,7 +123,7 @@ def curate(
         other, count = scored(part)
         lists.merge(other)
         before += count
-    console.print(choose(config, space, names, prototypes, lists, before, note))
+    console.print(choose(config, space, names, prototypes, lists, before, numbers[1], note))
     console.print(f"done: train on it with `align/train.py --keys {folder}/chosen.parquet`; coverage in {folder}/coverage.csv and .png")
 
 

@@ -18,6 +18,7 @@ from align.assessment.candidates import chosen_features, chosen_layers, folder_n
 from align.assessment.config import AssessConfig
 from align.common.errors import UsageError
 from align.common.files import human_bytes
+from align.common.fingerprints import fingerprint_digest
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.trust import split_revision
@@ -70,12 +71,14 @@ def encode_visions(
     config: AssessConfig, samples: Mapping[str, Sample], options: dict[str, Any], device: torch.device, console: Console
 ) -> list[EncodedVision]:
     """Fill the stores of all vision encoders, one encoder in memory at a time. `options` go to every VisionSpec."""
-    found = []
+    found, seen = [], dict[str, str]()
     floors = () if config.random_weights is None else config.random_weights or config.vision
     for name, random in (*itertools.product(config.vision, [False]), *itertools.product(floors, [True])):
         if random:
             name = random_copy(name, Path(config.output) / "random" / folder_name(name, True), config.seed)
         encoder = load_vision_encoder(VisionSpec(*split_revision(name), **options), device)
+        if _known(encoder.fingerprint, folder_name(name), seen, console):
+            continue
         layers = chosen_layers(("last",) if random else config.layers, name, encoder.backbone.first, encoder.layers)
         features = chosen_features(("auto",) if random else config.features, encoder.has_cls)
         found.append(EncodedVision(folder_name(name), layers, features, encoder.has_cls, random))
@@ -91,10 +94,12 @@ def encode_texts(
     config: AssessConfig, pairs: Sample, options: dict[str, Any], device: torch.device, console: Console, taken: Sequence[str]
 ) -> list[str]:
     """Fill the caption stores of all text layers, one model in memory at a time. Return their names; UsageError if one is in `taken`."""
-    found: list[str] = []
+    found, seen = list[str](), dict[str, str]()
     for name in config.text:
         spec = TextSpec(*split_revision(name), **options)
         text: Any = load_text_encoder(spec, device)
+        if _known(text.fingerprint, folder_name(name), seen, console):
+            continue
         last: int = text.layers
         if not last and set(config.text_layers) - {"last", "all", "-1"}:
             raise UsageError(f"{name}: its blocks are not one list, so its inner layers cannot be read; give --text-layers last")
@@ -107,6 +112,14 @@ def encode_texts(
             how: dict[str, Any] = {"columns": config.captions, "text_batch_size": config.text_batch_size, "workers": 0}
             _fill(Extraction(pairs.source, pairs.plan, pairs.folder / found[-1], text=text, **how), config, console)
     return found
+
+
+def _known(fingerprint: dict[str, Any], name: str, seen: dict[str, str], console: Console) -> bool:
+    """Return whether an encoder with the same weights and preprocessing was seen; if so say it, else add this one to `seen`."""
+    first = seen.setdefault(fingerprint_digest(fingerprint), name)
+    if first != name:
+        console.print(f"{name} is the same encoder as {first}: it is assessed once, as {first}")
+    return first != name
 
 
 def refuse_equal_names(names: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from scipy.stats import rankdata
 
 from align.assessment.tables import NAMES, Assessed
 from align.assessment.worth import Worth
@@ -18,7 +17,9 @@ DPI = 110
 
 
 def heat_map(results: Sequence[Assessed], text: str) -> bytes:
-    """Return a PNG of the best 64 vision candidates with one text encoder: scores in percent, colored by rank within the column."""
+    """Return a PNG of the best 64 vision candidates with one text encoder: scores in percent.
+
+    The shade is the value, from 0 (or the lowest, if that is negative) to the highest of the column: equal scores look equal."""
     group = [result for result in results if result.candidate.text == text]
     group = sorted(group, key=lambda r: -r.scores["probing"].value)[:HEAT_ROWS]
     group.sort(
@@ -26,7 +27,8 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     )  # a column of the map runs over the layers
     names = [name for name in NAMES if any(name in result.scores for result in group)]
     values = np.array([[result.scores[name].value if name in result.scores else np.nan for name in names] for result in group])
-    shades = (rankdata(values, axis=0, nan_policy="omit") - 0.5) / np.isfinite(values).sum(axis=0)
+    lowest = np.minimum(np.nanmin(values, axis=0), 0)
+    shades = (values - lowest) / np.maximum(np.nanmax(values, axis=0) - lowest, 1e-12)
     figure = new_figure(3.4 + 0.85 * len(names), 1.3 + 0.24 * len(group), dpi=DPI)
     axes = figure.add_subplot()
     axes.imshow(shades, cmap=matplotlib.colormaps["Blues"], vmin=0, vmax=1.15, aspect="auto")
@@ -39,7 +41,8 @@ def heat_map(results: Sequence[Assessed], text: str) -> bytes:
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"with {text} (percent; darker: better within the column)", loc="left", fontsize=9.5, color=INK, fontweight="bold")
+    title = f"with {text} (percent; darker: higher, from 0 to the best of the column)"
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK, fontweight="bold")
     return png(figure)
 
 

@@ -15,7 +15,7 @@ from align.assessment.candidates import Candidate
 from align.assessment.scores import SCORES, Score
 from align.common.errors import UsageError
 from align.common.files import read_json
-from align.common.intervals import correlation_interval, pearson, percentiles, spearman
+from align.common.intervals import LEAST_GROUPS, correlation_interval, drawn_groups, pearson, percentiles, spearman
 from align.common.seeds import generator
 from align.runtime.recipes_yaml import load_yaml
 from align.runtime.runs import JsonLines
@@ -82,19 +82,21 @@ def _percent(score: Score | None, wide: bool = False) -> str:
 def correlations(results: Sequence[Assessed], target: str, seed: int, resamples: int = 2000) -> list[dict[str, Any]]:
     """Return how well each score predicts `target` over the vision candidates, separately for each text encoder (as in SAIL).
 
-    A row has text, score, n, r (Pearson) and rho (Spearman) with bootstrap intervals; fewer than 4 candidates give no row. Random
-    weights are left out: two distant groups of points correlate, whatever lies within them.
+    A row has text, score, n, r (Pearson) and rho (Spearman) with bootstrap intervals; fewer than 4 candidates give no row.
+    Intervals resample vision encoders with all their layers; below 4 encoders there is none. Random weights are left out: two distant
+    groups of points correlate, whatever lies within them.
     """
     rows = []
     for text, group in _by_text(results).items():
         for name in (*CHEAP, "probing"):
-            both = [(r.scores[name].value, r.scores[target].value) for r in group if name in r.scores and target in r.scores]
+            both = [r for r in group if name in r.scores and target in r.scores]
             if name == target or len(both) < 4:
                 continue
-            x, y = np.array(both).T
+            x, y = (np.array([r.scores[which].value for r in both]) for which in (name, target))
+            encoders = np.array([r.candidate.vision for r in both])
             row: dict[str, Any] = {"text": text, "score": name, "target": target, "n": len(both)}
             for label, how in (("r", pearson), ("rho", spearman)):
-                found = correlation_interval(x, y, how, generator(seed, 11), resamples)
+                found = correlation_interval(x, y, encoders, how, generator(seed, 11), resamples)
                 row |= {f"{label}{part}": _finite(value) for part, value in zip(("", "_low", "_high"), found, strict=True)}
             rows.append(row)
     return rows
@@ -116,10 +118,14 @@ def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> li
         if len(labelled) < 4:
             continue
         knn, linear, probing = (np.array([r.scores[name].value for r in labelled]) for name in ("knn", "linear_probe", "probing"))
-        picks = generator(seed, 12).integers(0, len(labelled), (resamples, len(labelled)))
-        low, high = percentiles(pearson(knn[picks], probing[picks]) - pearson(linear[picks], probing[picks]))
+        encoders = np.array([r.candidate.vision for r in labelled])
+        picks = drawn_groups(encoders, resamples, generator(seed, 12))
+        drawn = [float(pearson(knn[rows], probing[rows]) - pearson(linear[rows], probing[rows])) for rows in picks]
+        low, high = percentiles(np.array(drawn))
         r_knn, r_linear = float(pearson(knn, probing)), float(pearson(linear, probing))
         answer = "yes" if low > 0 else "no, the other way round" if high < 0 else "open: the interval holds 0"
+        if not picks:
+            answer = f"open: an interval needs {LEAST_GROUPS} vision encoders"
         if not math.isfinite(r_knn - r_linear):
             answer = "unknown: a score is the same for all candidates"
         numbers = {"r_knn": r_knn, "r_linear_probe": r_linear, "difference": r_knn - r_linear, "low": low, "high": high}
@@ -130,7 +136,7 @@ def follows(results: Sequence[Assessed], seed: int, resamples: int = 2000) -> li
 
 def shown_correlations(rows: Sequence[Mapping[str, Any]], target: str) -> Table:
     """Return a terminal table of the correlations with `target`."""
-    table = Table(title=f"How well each score predicts: {NAMES[target]} (95% intervals over candidates)", title_justify="left")
+    table = Table(title=f"How well each score predicts: {NAMES[target]} (95% intervals over vision encoders)", title_justify="left")
     for head in ("text", "score", "candidates", "Pearson r", "Spearman"):
         table.add_column(head, justify="right" if head == "candidates" else "left")
     for row in sorted(rows, key=lambda row: (row["text"], -(row["rho"] or -1))):
@@ -143,7 +149,8 @@ def shown_follows(row: Mapping[str, Any]) -> str:
     said = f"Does alignment with {row['text']} follow weighted k-NN more than the linear probe? {row['answer']}"
     if row["difference"] is None:
         return f"{said}."
-    return f"{said} (r {row['r_knn']:.2f} against {row['r_linear_probe']:.2f}, difference {row['low']:.2f} to {row['high']:.2f})."
+    between = "" if row["low"] is None else f", difference {row['low']:.2f} to {row['high']:.2f}"
+    return f"{said} (r {row['r_knn']:.2f} against {row['r_linear_probe']:.2f}{between})."
 
 
 def _interval(row: Mapping[str, Any], label: str) -> str:
@@ -151,6 +158,12 @@ def _interval(row: Mapping[str, Any], label: str) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
+
+
+def best_of(results: Sequence[Assessed]) -> Assessed:
+    """Return the candidate that probing puts first, random weights left out."""
+    learned = [result for result in results if not result.candidate.random]
+    return max(learned, key=lambda result: result.scores["probing"].value)
 
 
 def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:

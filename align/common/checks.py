@@ -21,14 +21,16 @@ def check_divides(batch_size: int, processes: int) -> None:
     check(batch_size % processes == 0, f"--batch-size {batch_size}", f"does not divide by {processes} processes")
 
 
-def batch_for(asked: int, rows: int) -> int:
-    """Return `asked`, or with fewer rows than that a smaller batch: the largest power of two up to a quarter of the rows, at least 2.
+def batch_for(asked: int, rows: int, steps: int) -> int:
+    """Return `asked`, or with fewer rows than that a smaller batch, with which an epoch has at least `steps` steps.
 
-    It depends on nothing else, so that a run that is resumed with other processes has the same batches.
+    It is a multiple of 8, below 8 a power of two, and at least 2: what divides by most numbers of processes. It depends on
+    nothing else, so that a run that is resumed with other processes has the same batches.
     """
     if asked <= rows:
         return asked
-    return min(rows, max(2, 1 << max(rows // 4, 1).bit_length() - 1))
+    most = max(rows // steps, 1)
+    return min(rows, max(2, most // 8 * 8 or 1 << most.bit_length() - 1))
 
 
 def check_share(name: str, value: float) -> None:

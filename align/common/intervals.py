@@ -13,6 +13,7 @@ from scipy import stats
 from align.common.errors import UsageError
 
 BLOCK = 1 << 22  # weights held at once: 32 MiB
+LEAST_GROUPS = 4  # with fewer, their resamples say nothing of other groups
 Statistic = Callable[[np.ndarray], np.ndarray]
 Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]  # pearson or spearman
 
@@ -96,11 +97,26 @@ def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return pearson(stats.rankdata(first, axis=-1), stats.rankdata(second, axis=-1))
 
 
+def drawn_groups(groups: np.ndarray, resamples: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Return the positions of each resample of whole groups; `groups` (n,) are their names. An empty list for fewer than 4 groups.
+
+    Points of a group, such as the layers of one encoder, resemble each other: drawn one by one they would give too narrow an interval.
+    """
+    members = [np.flatnonzero(groups == name) for name in dict.fromkeys(groups.tolist())]
+    if len(members) < LEAST_GROUPS:
+        return []
+    return [np.concatenate([members[group] for group in row]) for row in generator.integers(0, len(members), (resamples, len(members)))]
+
+
 def correlation_interval(
-    first: np.ndarray, second: np.ndarray, correlation: Correlation, generator: np.random.Generator, resamples: int = 1000
-) -> tuple[float, float, float]:
-    """Return (value, low, high) of a correlation of two arrays (n,), bootstrapped over the points; NaN for fewer than 4 points."""
+    first: np.ndarray, second: np.ndarray, groups: np.ndarray, correlation: Correlation, generator: np.random.Generator,
+    resamples: int = 1000,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Return (value, low, high) of a correlation of two arrays (n,); the interval resamples whole `groups` (n,).
+
+    The value is NaN for fewer than 4 points, the interval for fewer than 4 groups.
+    """
     if len(first) < 4:
         return (float("nan"),) * 3
-    rows = generator.integers(0, len(first), (resamples, len(first)))
-    return float(correlation(first, second)), *percentiles(correlation(first[rows], second[rows]))
+    drawn = [float(correlation(first[rows], second[rows])) for rows in drawn_groups(groups, resamples, generator)]
+    return float(correlation(first, second)), *percentiles(np.array(drawn))

@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align.common.errors import DataError
 from align.common.files import atomic_path
+from align.curation.config import PER_CONCEPT, TOP
 from align.curation.pool import CandidatePool
 from align.curation.toplists import TopLists
 
+CAPTIONS_A_SAMPLE = 16  # more are not expected
 Refusals = dict[str, np.ndarray]  # reason -> positions of the rows passed over for it
 Picker = Callable[[np.ndarray, int], tuple[np.ndarray, Refusals]]
 
@@ -27,6 +30,37 @@ class Assignment:
     ranks: list[np.ndarray]  # places in the concept's list, from 1
     last_scores: np.ndarray  # (C,) score at rank M: the lower, the rarer
     refused: list[Counter[str]]  # reason -> how many candidates were passed over
+
+
+def numbers_for(pool: CandidatePool, top: int, per_concept: int, concepts: int) -> tuple[int, int, list[str]]:
+    """Return `top` and `per_concept`; defaults are smaller where all candidates could be chosen, with a sentence for each.
+
+    Lists that hold all candidates make each concept as rare as its worst candidate, and so many places for each concept choose nothing.
+    Then lists hold a quarter of the samples, and concepts share half of them. `top` does not depend on `per_concept`.
+    """
+    if len(pool) > CAPTIONS_A_SAMPLE * max(top, per_concept * concepts):  # large: nobody counts
+        return top, per_concept, []
+    samples, said, asked = pool.samples(), [], (top, per_concept)
+    if top == TOP and top >= samples:
+        top = max(1, samples // 4)
+        said.append(f"--top {TOP} holds all {samples} candidates: lists hold {top}, a quarter of them")
+    elif top >= samples:
+        said.append(f"--top {top} holds all candidates: rarity then goes by the worst of them; give a --top well below")
+    if per_concept == PER_CONCEPT:
+        share = samples // (2 * concepts) if per_concept * concepts >= samples else per_concept
+        per_concept = max(1, min(share, top))
+    if per_concept < asked[1]:
+        said.append(f"--per-concept {asked[1]} of {concepts} concepts is more than lists or candidates have: at most {per_concept} each")
+    return top, per_concept, said
+
+
+def refuse_all(assignment: "Assignment", samples: int) -> None:
+    """Raise DataError if every sample was chosen: then nothing was."""
+    if sum(map(len, assignment.rows)) == samples:
+        raise DataError(
+            f"all {samples} candidates would be chosen for {len(assignment.rows)} concepts, so nothing was written; train without --keys, "
+            "or give more candidates or fewer concepts"
+        )
 
 
 def first_ones(rows: np.ndarray, count: int) -> tuple[np.ndarray, Refusals]:

@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 
 from align.common.checks import check, check_least
 
+TOP, PER_CONCEPT = 50_000, 2_000  # scaled down where the data is small
+
 
 @dataclass(frozen=True)
 class CurateConfig:
@@ -28,10 +30,10 @@ class CurateConfig:
     """Evaluation set whose classes are the concepts. All results name it. Known sets are noticed without this flag."""
     model: str | None = None
     """Aligned model folder that projects features into the shared space, so that text concepts can score images (or shots captions)."""
-    top: int = 50000
-    """Best candidates kept per concept (M). Each takes 12 bytes, plus an eighth."""
-    per_concept: int = 2000
-    """Maximum number of samples per concept."""
+    top: int = TOP
+    """Best candidates kept per concept (M). Each takes 12 bytes, plus an eighth. The default is a quarter of fewer candidates."""
+    per_concept: int = PER_CONCEPT
+    """Maximum number of samples per concept. By default concepts share at most half of the candidates."""
     duplicates: Literal["keep", "identical", "near"] = "keep"
     """identical: skip samples with the same features as a chosen one. near: also skip near-duplicates within a concept."""
     duplicate_cosine: float = 0.95
@@ -61,7 +63,12 @@ class CurateConfig:
         check((self.concept_store is None) == (self.concept_labels is None), "--concept-store, --concept-labels", "give both or neither")
         wrong = [template for template in self.templates if "{c}" not in template]
         check(bool(self.templates) and not wrong, f"--templates {wrong or 'without a text'}", "each must hold {c}")
-        check(1 <= self.per_concept <= self.top, f"--per-concept {self.per_concept} --top {self.top}", "need 1 <= per-concept <= top")
+        fits = self.per_concept <= self.top or self.per_concept == PER_CONCEPT
+        check(
+            fits and min(self.per_concept, self.top) >= 1,
+            f"--per-concept {self.per_concept} --top {self.top}",
+            "need 1 <= per-concept <= top",
+        )
         check_least(self, save_every=1, text_batch_size=1, parts=1)
         check(self.part is None or 0 <= self.part < self.parts, f"--part {self.part} --parts {self.parts}", "parts count from 0")
         for name, value in (("duplicate", self.duplicate_cosine), ("exclude", self.exclude_cosine)):

@@ -40,6 +40,20 @@ class CandidatePool:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def samples(self) -> int:
+        """Return the number of samples. For captions this reads all keys."""
+        return sum(len(self._begins(shard)) for shard in range(len(self.shards)))
+
+    def _begins(self, shard: int) -> np.ndarray:
+        """Return the places of each sample's first row in a shard."""
+        rows = len(self.rows_of(shard))
+        if self.kind == "image" or not rows:
+            return np.arange(rows)
+        table = self.shard_keys(shard)  # captions of one sample: one key, rising item numbers, as align.training.pairs joins them
+        keys = pc.dictionary_encode(table["key"].combine_chunks()).indices.to_numpy()
+        items = table["item"].to_numpy()
+        return np.flatnonzero(np.concatenate([[True], (keys[1:] != keys[:-1]) | (items[1:] <= items[:-1])]))
+
     def rows_of(self, shard: int) -> range:
         """Return the row numbers of a shard, given by its place in `shards`."""
         number, own = self.shards[shard]
@@ -57,12 +71,7 @@ class CandidatePool:
         A sample is never split. `only` (S,) bool is True for the samples wanted.
         """
         span = self.rows_of(shard)
-        begins = np.arange(len(span))
-        if self.kind == "caption" and len(span):  # captions of one sample: one key, rising item numbers, as align.training.pairs joins them
-            table = self.shard_keys(shard)
-            keys = pc.dictionary_encode(table["key"].combine_chunks()).indices.to_numpy()
-            items = table["item"].to_numpy()
-            begins = np.flatnonzero(np.concatenate([[True], (keys[1:] != keys[:-1]) | (items[1:] <= items[:-1])]))
+        begins = self._begins(shard)
         lengths = np.diff(np.append(begins, len(span)))
         if only is not None:
             wanted = only[span.start + begins]

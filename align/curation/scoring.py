@@ -100,10 +100,9 @@ class ConceptSpace:
             raise UsageError(
                 f"the lists need {human_bytes(needed)} of memory, {human_bytes(free)} are free; give a smaller --top or fewer concepts"
             )
-        note = f"\n--top {top} holds all candidates: rarity then goes by the worst of them; give a --top well below" if top >= rows else ""
         return (
             f"{rows} {self.candidates.kind} rows x {concepts} concepts: {2 * self.width * rows * concepts / 1e12:.3g} TFLOP; "
-            f"lists of {top}: {human_bytes(size)} of memory and twice that on disk{note}"
+            f"lists of {top}: {human_bytes(size)} of memory and twice that on disk"
         )
 
     @torch.no_grad()

@@ -100,7 +100,7 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
 
 def fit_batch(asked: int, pairs: int, processes: int, tell: Callable[[str], None]) -> int:
     """Return the pairs of a step: `asked`, or fewer where the data has fewer; then `tell` is called with a sentence."""
-    batch_size = batch_for(asked, pairs)
+    batch_size = batch_for(asked, pairs, steps=1)
     if batch_size < asked:
         tell(
             f"--batch-size {asked} is more than the {pairs} pairs: each step takes {batch_size}. Give a smaller --batch-size to choose it, "

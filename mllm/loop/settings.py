@@ -14,6 +14,7 @@ from align.common.files import read_json
 from align.common.hardware import Arithmetic, choose_device
 from mllm.loop.config import FinetuneConfig
 
+STEPS_OF_LITTLE_DATA = 4  # an epoch, where the batch asked for is larger than the data
 FLAGS_OF_SECTIONS = {  # of a DeepSpeed JSON: who decides instead
     "optimizer": "--optimizer, --lr-projector, --lr-llm, --betas and --weight-decay decide",
     "scheduler": "--schedule, --warmup and the --lr flags decide",
@@ -85,7 +86,7 @@ def fit_batch(settings: TrainingArguments, config: FinetuneConfig, items: int, t
     Where they are fewer than the flags say, Trainer's arguments and DeepSpeed's settings made from them are changed, and `tell` is
     called with a sentence.
     """
-    batch_size, world = batch_for(config.batch_size, items), settings.world_size
+    batch_size, world = batch_for(config.batch_size, items, STEPS_OF_LITTLE_DATA), settings.world_size
     micro = micro_batch_for(batch_size, config.micro_batch_size, world)
     if batch_size < config.batch_size:
         tell(f"--batch-size {config.batch_size} is more than the {items} rows or packs of an epoch: each step takes {batch_size}")

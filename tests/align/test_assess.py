@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import re
+import shlex
 import shutil
 import signal
 
@@ -25,6 +26,7 @@ from align.assessment.candidates import (
     read_labels,
     sampled_plan,
 )
+from align.assessment.commands import next_commands
 from align.assessment.config import AssessConfig
 from align.assessment.figures import heat_map, scatter
 from align.assessment.probing import Training
@@ -36,6 +38,7 @@ from align.common.intervals import bootstrap_weights
 from align.encoders.spec import TextSpec, VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
+from align.features.config import EncodeConfig
 from align.features.layers import LayerFeatures
 from align.features.store import FeatureStore
 from align.runtime.commandline import parse
@@ -414,9 +417,13 @@ def test_correlations_are_per_text_and_without_the_floor():
     assert rows["cka"]["r"] == pytest.approx(-1) and rows["cka"]["rho"] == pytest.approx(-1)
     assert abs(rows["linear_probe"]["r"]) < 0.8
     assert correlations(results[:3], "probing", 0) == []
+    assert rows["knn"]["r_low"] is None, "layers of one encoder say nothing of other encoders"
+    assert follows(results, 0)[0]["answer"].startswith("open: an interval needs 4 vision encoders")
+    results = [made(f"v{k % 6}", k, [0.1 * k] * 5, knn=0.1 * k, linear_probe=0.1 * (k * 7 % 5)) for k in range(1, 19)]
+    assert next(row for row in correlations(results, "probing", 0) if row["score"] == "knn")["r_low"] == pytest.approx(1)
     answer = follows(results, 0)[0]
     assert answer["answer"] == "yes" and answer["difference"] > 0 and answer["low"] > 0
-    flipped = [made("v", k, [0.1 * k] * 5, knn=0.1 * (k * 7 % 5), linear_probe=0.1 * k) for k in range(1, 9)]
+    flipped = [made(f"v{k % 6}", k, [0.1 * k] * 5, knn=0.1 * (k * 7 % 5), linear_probe=0.1 * k) for k in range(1, 19)]
     assert follows(flipped, 0)[0]["answer"] == "no, the other way round"
     (perfect,) = follows([made("v", k, [0.1 * k] * 5, knn=1.0, linear_probe=0.1 * k) for k in range(1, 9)], 0)
     assert perfect["difference"] is None and shown_follows(perfect).endswith("unknown: a score is the same for all candidates.")
@@ -430,6 +437,41 @@ def test_tables_and_figures_take_candidates_without_some_scores():
     rows = correlations(results, "probing", 0)
     for picture in (heat_map(results, "t"), scatter(results, "t", "probing", rows)):
         assert picture[:4] == b"\x89PNG"
+
+
+def test_equal_scores_have_equal_shades(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda _, shades, **__: drawn.append(shades))
+    heat_map([made("v", k, [0.1 * k] * 5, knn=0.9 + 0.001 * k) for k in range(1, 4)], "t")
+    probing, knn = drawn[0].T
+    assert probing == pytest.approx([1 / 3, 2 / 3, 1]) and knn.min() > 0.99
+
+
+def test_the_next_commands_name_the_winner_as_it_was_given(tmp_path):
+    given = {
+        "data": "d.csv",
+        "output": str(tmp_path),
+        "vision": ("v/x y",),
+        "text": (f"o/t@{'a' * 40}",),
+        "captions": ("c",),
+        "image_root": "r",
+    }
+    encode, train = next_commands(AssessConfig(**given), Candidate(folder_name("v/x y"), 3, "mean", "o-t-layer-02"), pairs=60)
+    config = parse(EncodeConfig, "encode", shlex.split(encode)[2:])
+    assert (config.vision, config.text, config.text_revision, config.layer, config.text_layer) == ("v/x y", "o/t", "a" * 40, 3, 2)
+    assert (config.data, config.image_root, config.feature, config.captions) == ("d.csv", "r", "mean", ("c",))
+    config = parse(TrainConfig, "train", shlex.split(train)[2:])
+    assert config.images == (f"{tmp_path}/best/images",) and config.val_rows == 6 and config.start == "cca" and config.val_images is None
+    assert "few_photos" not in next_commands(AssessConfig(**given), Candidate(folder_name("v/x y"), 3, "mean", "o-t"), pairs=5000)[1]
+
+
+def test_the_same_encoder_under_two_names_is_assessed_once(world, tmp_path, capsys):
+    shutil.copytree(world / "vit", tmp_path / "copy")
+    shutil.copytree(world / "text" / "st", tmp_path / "st-copy")
+    run(world, tmp_path / "out", vision=[world / "vit", tmp_path / "copy"], text=[world / "text" / "st", tmp_path / "st-copy"])
+    said = capsys.readouterr().out
+    assert "copy is the same encoder as vit: it is assessed once" in said and "st-copy is the same encoder as st" in said
+    assert "scores of 1 candidates" in said and "next:\n  python align/encode.py --data" in said
 
 
 def test_the_cache_tells_settings_and_methods_apart(tmp_path, monkeypatch):

@@ -15,8 +15,10 @@ import torch
 from align.common.errors import DataError, FingerprintError, Preempted, UsageError
 from align.common.files import arm_failpoint, hash_file
 from align.curate import main
+from align.curation.assignment import numbers_for
 from align.curation.concepts import evaluation_sets, read_names
 from align.curation.config import CurateConfig
+from align.curation.pool import CandidatePool
 from align.encoders.spec import TextSpec
 from align.encoders.text import load_text_encoder
 from align.features.store import FeatureStore, StoreHeader
@@ -293,6 +295,35 @@ def test_wrong_input_is_refused_at_the_door(world, tmp_path):
     for wrong in ({"concepts": "x.txt"}, {"per-concept": 13}, {"part": 1}, {"templates": ["no place"]}, {"images": ["a", "b"]}):
         with pytest.raises(SystemExit, match="2"):
             parse(CurateConfig, "curate", flags(world, tmp_path / "out", **wrong))
+
+
+def test_little_data_is_still_a_choice(world, tmp_path, capsys):
+    curate(world, tmp_path / "out", **{"top": 50_000, "per-concept": 2_000})
+    said = capsys.readouterr().out
+    assert "--top 50000 holds all 120 candidates: lists hold 30" in said and "than lists or candidates have: at most 15 each" in said
+    chosen = pq.read_table(tmp_path / "out" / "chosen.parquet")["concept"].to_pylist()
+    assert 40 <= len(chosen) <= 60 and all(chosen.count(name) <= 15 for name in ("dog", "cat", "cow", "hen"))
+    curate(world, tmp_path / "out", **{"top": 50_000, "per-concept": 10})  # the lists serve again
+    assert len(pq.read_table(tmp_path / "out" / "chosen.parquet")) <= 40
+    curate(world, tmp_path / "few", **{"top": 5, "per-concept": 2_000})
+    assert "at most 5 each" in capsys.readouterr().out
+
+
+def test_samples_of_captions_are_counted_not_their_rows(world, tmp_path):
+    rows = [(f"k{n}", item, np.eye(8)[n]) for n in range(4) for item in range(5)]
+    build_store(tmp_path / "five", [rows[:10], rows[10:]], kind="caption")
+    pool = CandidatePool.open(str(tmp_path / "five"))
+    assert (len(pool), pool.samples()) == (20, 4)
+    assert numbers_for(pool, 50_000, 2_000, 2)[:2] == (1, 1) and numbers_for(pool, 4, 2, 2)[:2] == (4, 2)
+    assert numbers_for(pool, 1, 1, 1) == (1, 1, []), "there are more than 16 times as many rows"
+
+
+@pytest.mark.parametrize("numbers", [{"top": 3, "per-concept": 3}, {"top": 2, "per-concept": 2}])
+def test_choosing_everything_is_refused_and_writes_nothing(world, tmp_path, numbers):
+    build_store(tmp_path / "three", [[(f"k{n}", 0, vector) for n, vector in enumerate(np.eye(8)[:3])]])
+    with pytest.raises(DataError, match="all 3 candidates would be chosen"):
+        curate(world, tmp_path / "out", candidates=tmp_path / "three", **numbers)
+    assert not (tmp_path / "out/chosen.parquet").exists()
 
 
 def test_a_dry_run_states_memory_and_work_and_leaves_nothing(world, tmp_path, capsys):

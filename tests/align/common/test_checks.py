@@ -31,10 +31,11 @@ def test_a_share_lies_between_0_and_1(share):
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch"), [(512, 512), (511, 64), (128, 32), (127, 16), (32, 8), (16, 4), (9, 2), (8, 2), (5, 2), (3, 2), (2, 2), (1, 1)]
+    ("rows", "whole", "quarter"),
+    [(512, 512, 512), (511, 504, 120), (128, 128, 32), (60, 56, 8), (31, 24, 4), (9, 8, 2), (3, 2, 2), (1, 1, 1)],
 )
-def test_a_batch_that_the_data_cannot_fill_is_smaller(rows, batch):
-    assert batch_for(512, rows) == batch
+def test_a_batch_that_the_data_cannot_fill_is_smaller(rows, whole, quarter):
+    assert (batch_for(512, rows, steps=1), batch_for(512, rows, steps=4)) == (whole, quarter)
 
 
 def test_a_rule_says_what_was_given_and_what_is_allowed():

@@ -14,6 +14,7 @@ from align.common.intervals import (
     bootstrap,
     bootstrap_weights,
     correlation_interval,
+    drawn_groups,
     kind_bootstrap,
     mean_of,
     median_of,
@@ -159,9 +160,20 @@ def test_correlations_are_scipys_along_the_last_axis():
 def test_intervals_of_correlations():
     x = RNG(0).normal(size=60)
     y = x + RNG(1).normal(size=60)
-    found, low, high = correlation_interval(x, y, pearson, RNG(1))
+    found, low, high = correlation_interval(x, y, np.arange(60), pearson, RNG(1))
     rng = RNG(1)
     drawn = [stats.pearsonr(x[rows], y[rows]).statistic for rows in (rng.integers(0, 60, 60) for _ in range(1000))]
     assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975]))) and low < found < high
-    assert all(math.isnan(part) for part in correlation_interval(x[:3], x[:3], pearson, RNG(1)))
-    assert correlation_interval(x, x, spearman, RNG(1)) == pytest.approx((1, 1, 1))
+    assert all(math.isnan(part) for part in correlation_interval(x[:3], x[:3], np.arange(3), pearson, RNG(1)))
+    assert correlation_interval(x, x, np.arange(60), spearman, RNG(1)) == pytest.approx((1, 1, 1))
+    assert math.isnan(correlation_interval(x, y, np.arange(60) % 3, pearson, RNG(1))[1]), "three groups say nothing of a fourth"
+
+
+def test_points_of_a_group_are_drawn_together():
+    groups = np.array(["a", "b", "a", "c", "d"])
+    for rows in drawn_groups(groups, 50, RNG(0)):
+        assert (rows == 0).sum() == (rows == 2).sum() and 4 <= len(rows) <= 8
+    x = np.repeat(RNG(2).normal(size=8), 10) + RNG(3).normal(size=80) * 0.01  # 8 encoders of 10 layers that hardly differ
+    y = np.repeat(RNG(4).normal(size=8), 10)
+    together, alone = (correlation_interval(x, y, of, pearson, RNG(1)) for of in (np.repeat(np.arange(8), 10), np.arange(80)))
+    assert together[2] - together[1] > 2 * (alone[2] - alone[1])
