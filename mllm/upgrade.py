@@ -86,8 +86,8 @@ def assembled(config: UpgradeConfig) -> "tuple[SailLlavaForConditionalGeneration
     if config.keep_tower:
         vision.append(kept_tower(language))
     return assemble(
-        language, vision, how=config.join, image_aspect_ratio=config.image_aspect_ratio, grid=config.grid, template=config.template,
-        seed=config.seed,
+        language, vision, how=config.join, image_aspect_ratio=config.image_aspect_ratio, grid=config.grid,
+        place_words=config.place_words, template=config.template, seed=config.seed,
     )  # fmt: skip
 
 

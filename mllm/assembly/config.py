@@ -51,6 +51,9 @@ class UpgradeConfig:
     """Side of the square input in pixels, one for all new encoders or one for each. None given: the encoder's own."""
     grid: tuple[int, int] | None = None
     """Average the patches onto this many rows and columns: fewer visual tokens. None: one token a patch."""
+    place_words: bool = False
+    """Write after each visual token where in the image it is ("in the top left"), which even small LLMs can read. Needs a --grid of at
+    most 64 visual tokens: a place takes about four tokens itself."""
     template: Literal["auto", "plain", "vicuna_v1", "chatml", "brief", "own"] = "auto"
     """Chat template: auto keeps the tokenizer's own if it has one, else vicuna_v1; own fails if there is none. brief has no words
     for the roles, only lines of a question and its answer: for small LLMs and short answers."""

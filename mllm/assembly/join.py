@@ -17,6 +17,7 @@ from torch import nn
 
 from align.common.errors import DamagedError, UsageError
 from mllm.assembly.language import Language, prepare_tokenizer
+from mllm.assembly.places import places_in_words
 from mllm.assembly.vision import AlignedEncoder, image_processor_of
 from mllm.conversations.templates import puts_system_first
 from mllm.conversations.tokens import Chat
@@ -44,13 +45,14 @@ def assemble(
     how: Literal["channel", "sequence"] = "channel",
     image_aspect_ratio: Literal["pad", "resize"] = "pad",
     grid: tuple[int, int] | None = None,
+    place_words: bool = False,
     template: str = "auto",
     seed: int = 0,
 ) -> tuple[SailLlavaForConditionalGeneration, SailLlavaProcessor, list[Component]]:
     """Return (model in eval mode, processor, report): the LLM's weights bit for bit, in the types they were stored in.
 
-    `how` two encoders join, `grid` and `template` are fields of UpgradeConfig; `seed` draws the projectors. The given modules go into
-    the model, not copies. UsageError for a grid that does not fit, or an LLM that LLaVA's class cannot hold.
+    `how` two encoders join, `grid`, `place_words` and `template` are fields of UpgradeConfig; `seed` draws the projectors. The given
+    modules go into the model, not copies. UsageError for a grid that does not fit, or an LLM that LLaVA's class cannot hold.
     """
     _set_grids(vision, grid, how)
     text, template_name = prepare_tokenizer(language, template)
@@ -70,8 +72,9 @@ def assemble(
         images = image_processor_of(one.encoder.transform, one.fields["sail_image_size"], image_aspect_ratio, beside)
         beside = [images, *beside]
     processor = SailLlavaProcessor(
-        images, language.tokenizer, chat_template=text, image_token=language.image_token, image_seq_length=model.config.image_tokens()
-    )
+        images, language.tokenizer, chat_template=text, image_token=language.image_token, image_seq_length=model.config.image_tokens(),
+        image_places=places_in_words(model.config.grids()) if place_words else None,
+    )  # fmt: skip
     chat = Chat.of_processor(processor)
     _set_generation(model, language, chat.stop_ids)
     return model, processor, _report(model, language, vision, template_name, _stops(chat), seed)

@@ -7,7 +7,7 @@ this kit, not of the papers (docs/decisions.md; literature: AlignVLM 2502.01341,
 visual tokens, `D` width given to the projector (`E` of the head, `F` raw), `V` words.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -23,6 +23,7 @@ from align.model.words import Words
 from align.sources.gate import Limits, gate_image
 from align.sources.plan import Source, open_shard, plan
 from mllm.assembly.described import Crossing
+from mllm.assembly.places import write_places
 from mllm.assembly.texts import Texts, TextSide, require_texts
 from mllm.conversations.messages import texts_of
 from mllm.conversations.table import Conversations
@@ -35,8 +36,6 @@ MIN_IMAGES = 50  # captioned ones without texts, unlabelled ones without caption
 MIN_TEXTS = 200
 MOST_UNLABELLED = 1_000
 TOKEN_SAMPLE = 4_096  # visual tokens that show how far they spread
-PLACES = (("top", "middle", "bottom"), ("left", "center", "right"))  # words for rows and columns, at their beginning, half way and end
-PLACE_SHARE = 0.5  # length of the vectors that tell the place, relative to the visual tokens'
 SHARPNESS = 2.5  # standard deviation of the logits of all words over visual tokens: how sure the softmax is
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -189,22 +188,6 @@ def write_scores(projector: SailProjector, solved: WordMap, tokens: Tensor) -> N
         projector.linear_raw.weight.copy_(torch.cat(further, dim=1))
     still = solved([torch.zeros_like(mean) for mean in solved.means])  # the scores of an image of zeros
     projector.linear_1.bias.copy_(scale * still)
-
-
-def write_places(projector: SailProjector, grid: Sequence[int], words: Words, table: Tensor, tokens: Tensor) -> None:
-    """Set the vectors that tell where a visual token is: the embeddings of PLACES, mixed by how near its row and column are to each.
-
-    They have mean 0 over the grid (rows, columns), and PLACE_SHARE of the length that the projector gives `tokens` (t, D).
-    """
-    axes = []
-    for names, count in zip(PLACES, grid, strict=True):
-        said = torch.stack([table[ids.to(table.device)].float().mean(0) for ids in words.ids(names)])  # (3, H)
-        at = (2 * torch.arange(count, device=said.device) + 1) / count - 1  # -1: the beginning, 1: the end
-        axes.append(torch.stack([(-at).clamp(min=0), 1 - at.abs(), at.clamp(min=0)], 1) @ said)  # (count, H)
-    places = (axes[0][:, None] + axes[1][None]).flatten(0, 1)
-    places = places - places.mean(0)
-    length = projector.linear_2(projector.act(projector.scores(tokens.to(said)))).norm(dim=1).mean()
-    projector.positions.copy_(PLACE_SHARE * length / places.norm(dim=1).mean().clamp(min=1e-6) * places)  # type: ignore[union-attr]
 
 
 def _counted(texts: Texts, words: Words, progress: Callable[[int, int], None]) -> int:

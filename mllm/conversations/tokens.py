@@ -55,19 +55,28 @@ class _Rendered:
 class Chat:
     """Encodes conversations with one tokenizer and one chat template (see `resolve_template`). An image takes `image_tokens` tokens.
 
+    `places` are texts that are written after the visual tokens of an image, one each; without them it is visual tokens alone.
+
     UsageError if the tokenizer is not a fast one, lacks `image_token` or the token that ends an answer, or if the template does not
     tell which tokens are answers.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>", image_tokens: int = 1) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str = "<image>", image_tokens: int = 1,
+        places: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         if not tokenizer.is_fast:
             name = type(tokenizer).__name__
             raise UsageError(f"{name} gives no character offsets, which labels need; use a tokenizer with tokenizer.json")
         if image_tokens < 1:
             raise UsageError(f"{image_tokens} tokens an image; at least 1 is needed")
+        if places and len(places) != image_tokens:
+            raise UsageError(f"{len(places)} places for {image_tokens} tokens an image; give one each")
         if image_token not in tokenizer.added_tokens_encoder:
             raise UsageError(f"the tokenizer has no token {image_token!r}; mllm/upgrade.py adds it")
         self.tokenizer, self.image_token, self.image_tokens = tokenizer, image_token, image_tokens
+        self._shown = "".join(image_token + place for place in places) or image_token  # an image in a text
+        self._repeats = 1 if places else image_tokens  # visual tokens that an image token in a text stands for
         self.template = resolve_template(tokenizer, template, image_token)
         self._controls = control_tokens(tokenizer, self.template, image_token)
         self._is_control = np.zeros(max(len(tokenizer), 1 + max(self._controls.values())), dtype=bool)  # by token id
@@ -81,15 +90,17 @@ class Chat:
     @classmethod
     def of_processor(cls, processor: Any, template: str | None = None) -> "Chat":
         """Return the chat of a SailLlavaProcessor, with the processor's template if none is given."""
-        return cls(processor.tokenizer, template or processor.chat_template, processor.image_token, processor.image_seq_length)
+        image = processor.image_token, processor.image_seq_length, processor.image_places or ()
+        return cls(processor.tokenizer, template or processor.chat_template, *image)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The xxh3-128 of all that decides ids and labels: tokenizer, template, tokens per image."""
+        """The xxh3-128 of all that decides ids and labels: tokenizer, template, what an image becomes."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         facts = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
         specials = {name: str(value) for name, value in self.tokenizer.special_tokens_map.items()}
-        return hash_bytes(json.dumps([facts, specials, self.template, self.image_token, self.image_tokens, self._prefix]).encode())
+        image = [self.image_token, self.image_tokens, *([self._shown] if self._shown != self.image_token else [])]
+        return hash_bytes(json.dumps([facts, specials, self.template, *image, self._prefix]).encode())
 
     def encode(self, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
         """Return ids and labels. Above `max_length`, drop whole turns and their images from the end. Reject if it cannot be used."""
@@ -126,7 +137,7 @@ class Chat:
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text that a model continues. Each image is one `image_token`, which a processor expands."""
         check_messages(messages, answered=False)
-        return "".join(self._render(messages, answered=False).pieces)
+        return "".join(self._render(messages, answered=False).pieces).replace(self._shown, self.image_token)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids that a model continues, with images expanded. Reject if the last message is not a question."""
@@ -214,7 +225,17 @@ class Chat:
         images, shown = count_images(messages), text.count(self.image_token)
         if shown != images:
             raise Reject("template", f"it shows {shown} of {images} images")
+        text, spans = self._with_places(text, spans)
         return _Rendered(text.split(cut) if cut else [text], spans, images, len(self._control.findall(text)))
+
+    def _with_places(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """Return a text with the places of visual tokens, and its spans, none of which contains an image."""
+        if self._shown == self.image_token:
+            return text, spans
+        longer = len(self._shown) - len(self.image_token)
+        moves = [longer * text.count(self.image_token, 0, start) for start, _ in spans]
+        moved = [(start + move, end + move) for (start, end), move in zip(spans, moves, strict=True)]
+        return text.replace(self.image_token, self._shown), moved
 
     def _cut_controls(self, cut: str, text: str) -> str:
         while self._control.search(text):  # again, as the rest may spell another one
@@ -245,12 +266,13 @@ class Chat:
             begin += len(piece) + 1
         tokens = np.concatenate([ids for ids, _ in chunks])
         start, stop = np.concatenate([offsets for _, offsets in chunks]).T
-        if (tokens == self._image_id).sum() != rendered.images or self._is_control[tokens].sum() != rendered.controls:
+        shown = rendered.images * self.image_tokens // self._repeats
+        if (tokens == self._image_id).sum() != shown or self._is_control[tokens].sum() != rendered.controls:
             raise Reject("special_text")
         learned = np.zeros(len(tokens), dtype=bool)
         for first_char, end in rendered.spans:  # tokens that overlap the span, or have no characters and stand in it
             learned |= (start < end) & ((stop > first_char) | ((start == stop) & (start >= first_char)))
-        counts = np.where(tokens == self._image_id, self.image_tokens, 1)
+        counts = np.where(tokens == self._image_id, self._repeats, 1)
         bos = self.tokenizer.bos_token
         prefix = [] if bos and rendered.pieces[0].startswith(bos) else self._prefix
         learned = np.pad(np.repeat(learned, counts), (len(prefix), 0))

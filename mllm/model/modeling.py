@@ -92,11 +92,15 @@ class SailLlavaConfig(LlavaConfig):
         """Return N, the number of visual tokens per image."""
         if any(tower.sail_patch_grid is None for tower in self.towers):
             raise UsageError("this config has no sail_patch_grid; make a model with mllm/upgrade.py")
+        return sum(map(prod, self.grids()))
+
+    def grids(self) -> list[tuple[int, int]]:
+        """Return (rows, columns) of the visual tokens of each projector."""
         grids = self.by_projector([token_grid(tower) for tower in self.towers])
         for shared in grids:
             if len(set(shared)) > 1:
                 raise UsageError(f"towers joined by channel have the grids {shared}; give each the same sail_grid")
-        return sum(rows * columns for (rows, columns), *_ in grids)
+        return [grid for grid, *_ in grids]
 
     def pixel_shape(self) -> list[int]:
         """Return the shape of an image's pixels: [3, H, W], of several towers [3, all their pixels one after the other]."""

@@ -98,22 +98,25 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 class SailLlavaProcessor(LlavaProcessor):
-    """Image processor and tokenizer in one. Each `<image>` in a text becomes `image_seq_length` visual tokens."""
+    """Image processor and tokenizer in one. Each `<image>` in a text becomes `image_seq_length` visual tokens.
+
+    `image_places` are texts, one for each visual token, that are written after it: where it is. None: visual tokens alone.
+    """
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, patch_size: int | None = None,
         vision_feature_select_strategy: str = "full", chat_template: str | None = None, image_token: str = "<image>",
-        num_additional_image_tokens: int = 0, image_seq_length: int = 1, **kwargs: Any,
+        num_additional_image_tokens: int = 0, image_seq_length: int = 1, image_places: Sequence[str] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        self.image_seq_length = image_seq_length
+        self.image_seq_length, self.image_places = image_seq_length, list(image_places) if image_places else None
         super().__init__(
             image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
             num_additional_image_tokens, **kwargs,
         )  # fmt: skip
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Return the placeholder of one image, repeated. The number of visual tokens does not depend on a patch size here."""
-        return str(self.image_token) * self.image_seq_length
+        """Return the placeholder of one image for each of its visual tokens, with `image_places` after them."""
+        return "".join(f"{self.image_token}{place}" for place in self.image_places or [""] * self.image_seq_length)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         count = len(image_sizes) if image_sizes is not None else 0

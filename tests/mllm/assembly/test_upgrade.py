@@ -200,6 +200,28 @@ def test_fewer_tokens_other_sizes_and_inner_layers(parts, tmp_path):
         assemble(llm=str(parts / "llama"), sail=(str(parts / "run"),), grid=(4, 3))
 
 
+def test_places_are_written_in_words(parts, tmp_path):
+    """The model reads its places after training and loading, and each image keeps its visual tokens."""
+    upgraded = {}
+    for name, flag in (("plain", False), ("placed", True)):
+        config = UpgradeConfig(
+            llm=str(parts / "llama"),
+            sail=(str(parts / "run"),),
+            grid=(1, 2),
+            place_words=flag,
+            template="vicuna_v1",
+            output=str(tmp_path / name),
+        )
+        upgrade.main(config)
+        model, processor = load_mllm(tmp_path / name)
+        text = Chat.of_processor(processor).prompt(QUESTION)
+        inputs = processor(text=text, images=Image.new("RGB", (SIZE, SIZE), "red"), return_tensors="pt")
+        assert (inputs["input_ids"] == model.config.image_token_index).sum() == 2
+        upgraded[name] = processor.tokenizer.decode(inputs["input_ids"][0])
+        assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    assert "on the left,<image> on the right," in upgraded["placed"].replace("<image>  ", "<image> ") and "on the" not in upgraded["plain"]
+
+
 def test_a_timm_vit_at_another_size_is_rebuilt_at_that_size(parts, tmp_path):
     architecture, arguments, _ = TIMM_CASES["vit with cls and registers"]
     vision = save_timm(tmp_path / "vit", architecture, arguments)

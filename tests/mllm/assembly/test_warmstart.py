@@ -18,8 +18,9 @@ from align.model.word_map import Choice, WordMap
 from align.model.words import Words
 from align.sources.plan import Source, plan
 from mllm.assembly import warmstart
+from mllm.assembly.places import PLACE_SHARE, PLACES, places_in_words, write_places
 from mllm.assembly.texts import Batch, Texts, TextSide
-from mllm.assembly.warmstart import PLACE_SHARE, PLACES, SHARPNESS, captions, fit_projector, write_places, write_scores
+from mllm.assembly.warmstart import SHARPNESS, captions, fit_projector, write_scores
 from mllm.conversations.table import open_conversations
 from mllm.model.towers import SailProjector
 from tests.support.tiny_encoders import save_bert
@@ -209,6 +210,15 @@ def test_tokens_are_told_their_place_in_words():
         down, right = (table[monkey[end][0]] - table[monkey[start][0]] for start, end in (("top", "bottom"), ("left", "right")))
         cosine = torch.nn.functional.cosine_similarity
         assert cosine(found[3, 1] - found[0, 1], down, dim=0) > 0.999 and cosine(found[1, 2] - found[1, 0], right, dim=0) > 0.999
+
+
+def test_places_in_words():
+    nine = places_in_words([(3, 3)])
+    assert nine[0] == " in the top left," and nine[1] == " at the top," and nine[3] == " on the left," and nine[4] == " in the center,"
+    assert places_in_words([(3, 3), (1, 2)]) == [*nine, " on the left,", " on the right,"]
+    assert places_in_words([(4, 4)])[:4] == [nine[0], nine[1], nine[1], nine[2]] and set(places_in_words([(8, 8)])) == set(nine)
+    with pytest.raises(UsageError, match="--grid 3 3"):
+        places_in_words([(8, 9)])
 
 
 def test_texts_are_read_from_lines_tables_and_tars(tmp_path):

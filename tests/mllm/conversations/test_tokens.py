@@ -168,6 +168,7 @@ def test_labels_of_any_script_are_the_answers_and_their_end(template):
         assert runs == [lead + answer + end, lead + "no" + end], repr(answer)
 
 
+PLACES = (" on the left,", " in the center,", " on the right,")
 CHATS = {
     "vicuna": lambda: Chat(byte_level(), "vicuna_v1", image_tokens=3),
     "vicuna, visible space": lambda: Chat(llama_like(), "vicuna_v1", image_tokens=3),
@@ -175,6 +176,8 @@ CHATS = {
     "chatml": lambda: Chat(byte_level(chatml=True, bos=False), "chatml", image_tokens=3),
     "own": lambda: Chat(tiny_own(), "own", image_tokens=3),
     "brief": lambda: Chat(byte_level(), "brief", image_tokens=3),
+    "brief, places": lambda: Chat(byte_level(), "brief", image_tokens=3, places=PLACES),
+    "vicuna, visible space, places": lambda: Chat(llama_like(), "vicuna_v1", image_tokens=3, places=PLACES),
     "brief, visible space": lambda: Chat(llama_like(), "brief", image_tokens=3),
     "brief, space everywhere": lambda: Chat(llama_like("always"), "brief", image_tokens=3),
 }
@@ -299,17 +302,22 @@ def test_many_rows_at_once_equal_one_by_one():
     assert chat.encode_many([]) == []
 
 
+@pytest.mark.parametrize("places", [(), (" in the top left,", " in the top right,", " in the bottom left,", " in the bottom right,")])
 @pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "plain", "brief", "own"])
-def test_the_same_string_serves_the_hugging_face_processor(template):
+def test_the_same_string_serves_the_hugging_face_processor(template, places, tmp_path):
     tokenizer = byte_level(chatml=True)
     tokenizer.chat_template = OWN
-    chat = Chat(tokenizer, template, image_tokens=4)
+    chat = Chat(tokenizer, template, image_tokens=4, places=places)
     images = SailLlavaImageProcessor({"height": 8, "width": 8})
-    processor = SailLlavaProcessor(images, tokenizer, image_seq_length=4, chat_template=resolve_template(tokenizer, template))
+    text = resolve_template(tokenizer, template)
+    processor = SailLlavaProcessor(images, tokenizer, image_seq_length=4, chat_template=text, image_places=places)
+    processor.save_pretrained(tmp_path)
+    processor = SailLlavaProcessor.from_pretrained(tmp_path)
     asked = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (8, 8))}, {"type": "text", "text": "What is it?"}]}]
     batch = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)
     ids = chat.prompt_ids([said("user", None, "What is it?")])
     assert np.array(batch["input_ids"]).reshape(-1).tolist() == ids
+    assert "".join(places) in tokenizer.decode([index for index in ids if index != tokenizer.convert_tokens_to_ids("<image>")])
     again = Chat.of_processor(processor)
     assert again.prompt_ids([said("user", None, "What is it?")]) == ids and again.fingerprint == chat.fingerprint
     assert again.stop_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
