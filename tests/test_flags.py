@@ -220,6 +220,7 @@ ARRIVALS = [
     ("instruct", "max-reject-fraction", 0.5, "mllm.conversations.index.build_index", "max_reject_fraction", READ),
     ("instruct", "max-pixels", 99, "mllm.conversations.batches.ConversationDataset", "max_pixels", INDEXED),
     ("instruct", "lora-alpha", 3, "mllm.loop.parameter_groups.load_trainable", "lora.alpha", MLLM),
+    ("instruct", "lora-targets", "q_proj", "mllm.loop.parameter_groups.load_trainable", "lora.targets", MLLM, ("q_proj",)),
     ("instruct", "lora-dropout", 0.5, "mllm.loop.parameter_groups.load_trainable", "lora.dropout", MLLM),
     ("instruct", "seed", 5, "mllm.loop.parameter_groups.load_trainable", "seed", MLLM),
     ("instruct", "optimizer", "lion", "mllm.loop.run.SailTrainer", "make_optimizer.keywords.name", READY),
@@ -248,7 +249,8 @@ ARRIVALS = [
 ]  # fmt: skip
 # what else a flag needs to be allowed
 WITH = {"upgrade-image-root": "--captions c", "upgrade-caption-rows": "--captions c", "assess-labelled-rows": "--labelled l"}
-WITH |= {"instruct-lora-alpha": "--lora-rank 2", "instruct-lora-dropout": "--lora-rank 2", "assess-label-column": "--labelled l"}
+WITH |= {f"instruct-lora-{name}": "--lora-rank 2" for name in ("alpha", "dropout", "targets")}
+WITH |= {"assess-label-column": "--labelled l"}
 WITH |= {f"upgrade-{flag}": "--sail --vision v --sail-head random" for flag in ("head", "expansion", "width")}
 WITH |= {"convert-encoder-name": "--heads None --vision None --text None --embeddings e --kind image"}
 WITH |= {"encode-trust-remote-code": "--vision OUT", "assess-trust-remote-code": "--vision OUT"}

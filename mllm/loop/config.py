@@ -9,11 +9,12 @@ from align.common.hardware import Precision
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters on every linear layer of the LLM (Hu et al., arXiv 2106.09685)."""
+    """Adapters on linear layers of the LLM (Hu et al., arXiv 2106.09685): those whose names end with one of `targets`, or all."""
 
     rank: int
     alpha: int
     dropout: float = 0.0
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,13 @@ class FinetuneConfig:
     lr_vision: float | None = None
     """Learning rate of the vision encoder. None: 0 in pretrain, 2e-5 in instruct (LoRA: 0)."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on every linear layer of the LLM; 0: none."""
+    """Rank of LoRA adapters on linear layers of the LLM; 0: none."""
     lora_alpha: int | None = None
     """Scale of the adapters. None: twice the rank."""
     lora_dropout: float = 0.0
     """Dropout in front of the adapters."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get adapters, by the last part of their names, such as q_proj k_proj v_proj o_proj. None given: every linear layer."""
     optimizer: Literal["adamw", "lion"] = "adamw"
     """AdamW or Lion."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -134,4 +137,6 @@ class FinetuneConfig:
 
     def lora(self) -> Lora | None:
         """Return the settings of the adapters, None without."""
-        return Lora(self.lora_rank, self.lora_alpha or 2 * self.lora_rank, self.lora_dropout) if self.lora_rank else None
+        if not self.lora_rank:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha or 2 * self.lora_rank, self.lora_dropout, self.lora_targets)

@@ -59,7 +59,7 @@ def set_trainable(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
         return model
     from peft import LoraConfig, get_peft_model
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("model.language_model.")]
+    linear = _adapted(model, lora)
     rates_of = {"multi_modal_projector": max(rates["projector"], rates["raw"]), "sail_head": rates["head"]}
     whole = {"multi_modal_projector": model.model.projectors, "sail_head": [place.sail_head for place in model.model.places]}
     saved = [name for name, modules in whole.items() if rates_of[name] > 0 and any(True for _ in nn.ModuleList(modules).parameters())]
@@ -74,6 +74,15 @@ def set_trainable(model: SailLlavaForConditionalGeneration, rates: Mapping[str, 
         for name, parameter in named_groups(wrapped)[group]:
             parameter.requires_grad_(rates[group] > 0 and ".original_module." not in name)
     return wrapped
+
+
+def _adapted(model: SailLlavaForConditionalGeneration, lora: Lora) -> list[str]:
+    """Return the names of the linear layers that get adapters. UsageError for a target that none has."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("model.language_model.")]
+    ends = {name.rpartition(".")[2] for name in linear}
+    if unknown := set(lora.targets) - ends:
+        raise UsageError(f"--lora-targets {' '.join(sorted(unknown))}: no such linear layer in the LLM; it has {', '.join(sorted(ends))}")
+    return [name for name in linear if not lora.targets or name.rpartition(".")[2] in lora.targets]
 
 
 def _new_rows(model: SailLlavaForConditionalGeneration) -> dict[str, list[int]] | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from align.common.errors import UsageError
 from mllm.loop.config import Lora
 from mllm.loop.parameter_groups import (
     GROUPS,
@@ -37,6 +38,14 @@ def test_trained_tensors_go_in_and_out_exactly():
     with torch.no_grad():
         assert torch.equal(one.eval()(**inputs).logits, other.eval()(**inputs).logits)
         assert torch.allclose(merged(other).eval()(**inputs).logits, one(**inputs).logits, atol=1e-5)
+
+
+def test_adapters_only_on_the_layers_asked_for():
+    model = set_trainable(tiny_model()[0], dict.fromkeys(GROUPS, 1.0), Lora(2, 4, targets=("q_proj", "down_proj")), seed=0)
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted == {"q_proj", "down_proj"} and "self_attn.v_proj.weight" in untouched(model)
+    with pytest.raises(UsageError, match=r"query: no such .* k_proj"):
+        set_trainable(tiny_model()[0], dict.fromkeys(GROUPS, 1.0), Lora(2, 4, targets=("q_proj", "query")), seed=0)
 
 
 def test_every_parameter_belongs_to_one_group():
