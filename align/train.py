@@ -30,16 +30,18 @@ if TYPE_CHECKING:
 
     from align.training.data import TrainingData
 
-FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "tile", "output", "embed_encoders", "workers"}
+FREE_ON_RESUME = {"log_every", "save_every", "keep", "accumulate", "dry_run", "tile", "output", "embed_encoders", "workers", "report_to"}
 
 
 def main(config: TrainConfig) -> None:
     """Refuse other settings, take the run's folder, train."""
+    from align.runtime.runs import require_trackers, run_folder
+
+    require_trackers(config.report_to)  # before torch is loaded
     from accelerate import PartialState
 
     from align.common.folders import dry_view
     from align.common.hardware import choose_device
-    from align.runtime.runs import run_folder
 
     state = PartialState(cpu=choose_device().type == "cpu")
     console = set_up(quiet=not state.is_main_process)
@@ -92,6 +94,7 @@ def train(config: TrainConfig, state: "PartialState", console: "Console") -> Non
         Path(config.output), data, stepper, state, console, steps=steps, batch_size=batch_size,
         every={"log": config.log_every, "val": config.val_every, "save": config.save_every},
         val_limit=config.val_limit, keep=config.keep, max_nonfinite=config.max_nonfinite, embed_encoders=config.embed_encoders,
+        trackers=config.report_to,
     ).train()  # fmt: skip
 
 

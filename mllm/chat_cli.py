@@ -88,7 +88,7 @@ def main(config: ChatConfig) -> None:
     decoding = Decoding(config.max_new_tokens, config.temperature)
     device = choose_device(config.device)
     dtype = torch.bfloat16 if resolve_precision(config.precision, device) == "bf16" else torch.float32
-    model, processor = load_mllm(Path(config.model), dtype=dtype, device=device)
+    model, processor = load_mllm(config.model, dtype=dtype, device=device)
     session = ChatSession(Answerer(model, processor), decoding, image)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     if config.prompt is not None:

@@ -35,15 +35,16 @@ def main(config: CheckConfig) -> None:
     from mllm.conversations.table import open_conversations, reject_line
     from mllm.conversations.tokens import Chat
     from mllm.model.answer_ends import ROWS, answer_ends, ends_under_lora
-    from mllm.model.saving import load_processor
+    from mllm.model.saving import fitting_length, load_processor, require_mllm
 
     console = plain_console()
-    folder = Path(config.output)
+    folder, model = Path(config.output), require_mllm(Path(config.model))
     folder.mkdir(parents=True, exist_ok=True)
-    chat = Chat.of_processor(load_processor(Path(config.model)), config.template)
+    chat = Chat.of_processor(load_processor(model), config.template)
     conversations = open_conversations(config.data, config.image_root, folder / "cache", report=console.print, ignored=config.ignore_keys)
     shown = Progress(console, "conversations tokenized")
-    index = build_index(conversations, chat, config.max_length, max_reject_fraction=1, workers=config.workers, progress=shown)
+    length = fitting_length(model, config.max_length, console.print)
+    index = build_index(conversations, chat, length, max_reject_fraction=1, workers=config.workers, progress=shown)
     problems = list(conversation_problems(conversations, index, chat))
     limits = Limits(max_pixels=config.max_pixels)
     bad_images, images = image_problems(conversations, limits, config.workers, Progress(console, "images decoded"))
@@ -52,13 +53,13 @@ def main(config: CheckConfig) -> None:
         temporary.write_text("".join(json.dumps(reject_line(problem)) + "\n" for problem in problems), encoding="utf-8")
     facts = {**epoch_facts(index, images), "began_with_an_answer": conversations.skipped}
     atomic_json(folder / "check.json", {**facts, "problems": dict(Counter(problem.code for problem in problems).most_common())})
-    counts, edges = bins_of(index.lengths[index.good], config.max_length)
+    counts, edges = bins_of(index.lengths[index.good], length)
     show_epoch(console, facts, counts, edges)
     for remark in conversations.remarks:
         console.print(remark)
     ends = answer_ends(chat, (conversations[int(row)].messages for row in index.good[:ROWS]))
-    console.print(ends_under_lora(chat, ends, Path(config.model)))
-    atomic_bytes(folder / "lengths.png", draw_histogram(counts, edges, config.max_length))
+    console.print(ends_under_lora(chat, ends, model))
+    atomic_bytes(folder / "lengths.png", draw_histogram(counts, edges, length))
     if not problems:
         console.print("no problems")
         return

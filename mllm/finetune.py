@@ -38,12 +38,14 @@ FREE_ON_RESUME = {
 
 def main(config: FinetuneConfig) -> None:
     """Start the process group, refuse other settings, take the run's folder, train."""
+    from align.runtime.runs import require_trackers, run_folder
+
+    require_trackers(config.report_to)  # before torch is loaded
     from transformers.utils.logging import set_verbosity_error
 
     from align.common.folders import check_model_folder, dry_view
     from align.common.hardware import choose_device, resolve_precision
     from align.encoders.loading import load_errors_named
-    from align.runtime.runs import run_folder
     from mllm.loop.flops import image_flops
     from mllm.loop.settings import training_arguments
     from mllm.model.modeling import SailLlavaConfig
@@ -51,8 +53,9 @@ def main(config: FinetuneConfig) -> None:
 
     set_verbosity_error()
     folder = Path(config.output)
-    require_mllm(Path(config.model))
-    check_model_folder(Path(config.model))
+    model = require_mllm(Path(config.model))
+    config = config if model == Path(config.model) else replace(config, model=str(model))  # a run's folder holds its model
+    check_model_folder(model)
     with load_errors_named(config.model, NEEDED):  # before DeepSpeed is set up, which would partition the copy that is counted
         image_cost = image_flops(SailLlavaConfig.from_pretrained(config.model, trust_remote_code=False), config.learning_rates())
     precision = resolve_precision(config.precision, choose_device())
@@ -109,6 +112,7 @@ def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: 
     from mllm.conversations.index import build_index
     from mllm.conversations.table import open_conversations
     from mllm.conversations.tokens import Chat
+    from mllm.model.saving import fitting_length
 
     folder = Path(config.output)
     cache = Path(config.cache) if config.cache else folder / "cache"
@@ -116,8 +120,9 @@ def read_data(config: FinetuneConfig, processor: "SailLlavaProcessor", console: 
     conversations = open_conversations(config.data, config.image_root, cache, ignored=config.ignore_keys)
     for remark in conversations.remarks:
         console.print(remark)
+    length = fitting_length(Path(config.model), config.max_length, console.print)
     index = build_index(
-        conversations, chat, config.max_length, cache=cache, max_reject_fraction=config.max_reject_fraction, workers=config.workers,
+        conversations, chat, length, cache=cache, max_reject_fraction=config.max_reject_fraction, workers=config.workers,
         progress=Progress(console, "tokenized"),
     )  # fmt: skip
     return ConversationDataset(

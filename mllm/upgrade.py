@@ -45,7 +45,9 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     from align.runtime.recipes_yaml import write_recipe
     from align.runtime.runs import add_launch
     from mllm.assembly.described import write_described
-    from mllm.assembly.join import PROJECTORS, load_projector, parameter_count, report_table
+    from mllm.assembly.join import PROJECTORS, ends_answers, load_projector, parameter_count, report_table
+    from mllm.conversations.tokens import Chat
+    from mllm.model.answer_ends import NEVER_ENDS
     from mllm.model.saving import save_mllm
 
     model, processor, report = assembled(config)
@@ -64,6 +66,8 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     write_recipe(config, folder, "upgrade")
     add_launch(folder, {"parts": [vars(line) for line in report]})
     console.print(report_table(report))
+    if not ends_answers(Chat.of_processor(processor)):
+        console.print(NEVER_ENDS)
     height, width = model.config.sail_image_size or (0, 0)
     console.print(
         f"{folder}: images of {height} x {width} pixels ({config.image_aspect_ratio}) become {model.config.image_tokens()} visual tokens; "

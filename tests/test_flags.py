@@ -72,11 +72,12 @@ CURATED = {f"align.curation.{name}": None for name in ("pool.CandidatePool", "sc
 CURATED |= {"align.curation.concepts.inputs_of": {}, "align.curation.concepts.concept_names": ("a", "b")}
 PROMPTED = {name: result for name, result in CURATED.items() if "Space" not in name} | {"align.curation.scoring.ConceptSpace.work": ""}
 JOINED = {"mllm.upgrade.assembled": (MagicMock(), MagicMock(), [])}
-CHECKED = {"mllm.model.saving.require_mllm": None, "mllm.model.processing.SailLlavaProcessor.from_pretrained": None}
+CHECKED = {"mllm.model.saving.require_mllm": Path("m"), "mllm.model.processing.SailLlavaProcessor.from_pretrained": None}
 CHECKED |= {"mllm.conversations.tokens.Chat.of_processor": None, "mllm.conversations.table.open_conversations": None}
 CHECKED |= {"mllm.conversations.index.build_index": None, "mllm.conversations.checking.conversation_problems": []}
-MLLM = {"mllm.model.saving.require_mllm": None, "mllm.model.modeling.SailLlavaConfig.from_pretrained": None}
+MLLM = {"mllm.model.saving.require_mllm": Path("m"), "mllm.model.modeling.SailLlavaConfig.from_pretrained": None}
 MLLM |= {"mllm.loop.flops.image_flops": 0.0, "mllm.loop.parameter_groups.load_trainable": (MagicMock(), MagicMock())}
+TRACKERS = "align.runtime.runs.require_trackers"
 READ = {**MLLM, "mllm.conversations.tokens.Chat.of_processor": None, "mllm.conversations.table.open_conversations": None}
 READY = {**MLLM, "mllm.finetune.read_data": None, "mllm.conversations.packing.EpochPlan": None}
 READY |= {
@@ -86,11 +87,12 @@ READY |= {
     "mllm.loop.parameter_groups.group_table": "",
     "mllm.loop.parameter_groups.trained_rows": None,
 }
-READY |= {"mllm.loop.run.add_launch": None, "mllm.loop.run.RunLog": None}
+READY |= {TRACKERS: None, "mllm.loop.run.add_launch": None, "mllm.loop.run.RunLog": None}
 
 PLANNED = {f"align.encode.{name}": None for name in ("planned", "require_free", "human_bytes")}
 SPACED = {**CURATED, "align.curation.concepts.kept_prototypes": None}
 SCORED = {**SPACED, "align.curation.scoring.score_shards": (MagicMock(), MagicMock())}
+STEPPED = {"align.training.step.Stepper": None, "align.train.write_manifest": None}
 BUILT = {"align.train.open_data": None, "align.training.data.build_model": None, "align.training.step.build_optimizer": None}
 IMPORTED = {"align.features.imported.find_files": None, "align.features.imported.Embeddings": MagicMock(lengths=[1], width=1)}
 LANGUAGE = {"mllm.assembly.language.load_llm": None}
@@ -135,6 +137,7 @@ ARRIVALS = [
     ("train", "encoder-batch-size", 3, "align.training.data.OnlinePairs", "batch_size", LOADED),
     ("train", "workers", 3, "align.training.data.OnlinePairs", "workers", LOADED),
     ("train", "accumulate", 3, "align.training.step.Stepper", "accumulate", BUILT),
+    ("train", "report-to", "trackio", "align.training.run.Run", "trackers", {**BUILT, TRACKERS: None, **STEPPED}, ("trackio",)),
     ("train", "precision", "bf16", "align.training.step.Stepper", "precision", BUILT),
     ("train", "max-reject-fraction", 0.5, "align.training.data.OnlinePairs", "max_reject_fraction", LOADED),
     ("convert", "vision-revision", "abc", f"align.encoders.vision.{VISION}", "spec.revision", HEADS),

@@ -138,11 +138,20 @@ class JsonLines:
             yield row, line
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise UsageError if a tracker of `names` is not installed; call it before anything is loaded."""
+    for name in names:
+        try:
+            version(name)
+        except PackageNotFoundError as error:
+            raise UsageError(f"--report-to {name}: {name} is not installed; run `pip install {name}`, or leave the flag out") from error
+
+
 class RunLog:
-    """Log of a run: metrics.jsonl, speed.jsonl, TensorBoard and the requested trackers."""
+    """Log of a run: metrics.jsonl, speed.jsonl, TensorBoard and the requested trackers (see `require_trackers`)."""
 
     def __init__(self, folder: Path, resumed: int | None = None, trackers: Sequence[str] = (), writing: bool = True) -> None:
-        """Drop rows after step `resumed` (None: all). `trackers`: accelerate's names; UsageError if missing. Not `writing`: log nothing."""
+        """Drop rows after step `resumed` (None: all). `trackers`: accelerate's names. Not `writing`: log nothing."""
         self.metrics, self.speed = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "speed.jsonl")
         self.writing = writing
         if not writing:
@@ -179,8 +188,5 @@ def _started(name: str) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     tracker: Any = LOGGER_TYPE_TO_CLASS[name]("sail-upgrade-kit")
-    try:
-        tracker.start()
-    except ImportError as error:
-        raise UsageError(f"the tracker {name} is not installed ({error}); run `pip install {name}`") from error
+    tracker.start()
     return tracker

@@ -119,6 +119,8 @@ class TrainConfig(EncoderFlags, SourceFlags):
     """Checkpoints kept for resuming."""
     max_nonfinite: int = 3
     """Stop after this many non-finite steps in a row."""
+    report_to: tuple[Literal["trackio", "wandb"], ...] = ()
+    """Trackers beside TensorBoard and JSON lines."""
     embed_encoders: bool = False
     """Copy the encoders into the saved model folder, so that it can be moved anywhere."""
     dry_run: bool = False

@@ -1,7 +1,7 @@
 """One training run: its steps and its output in the run folder (log rows, validations, checkpoints, models)."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class Run:
     keep: int  # checkpoints
     max_nonfinite: int  # steps in a row
     embed_encoders: bool  # copy them into the saved models
+    trackers: Sequence[str] = ()  # beside TensorBoard and JSON lines
 
     def __post_init__(self) -> None:
         self.state: dict[str, Any] = {"best": -1.0, "best_step": 0, "skipped": 0, "block_rows": self.data.pairs.block_rows}
@@ -99,7 +100,7 @@ class Run:
             self.console.print(f"going on from {path} (step {values['step']})")
         if self.process.is_main_process:
             clean_checkpoints(self.folder / "checkpoints")
-        self.log = RunLog(self.folder, values.get("step"), writing=self.process.is_main_process)
+        self.log = RunLog(self.folder, values.get("step"), self.trackers, writing=self.process.is_main_process)
         step = values.get("step", 0)
         self.data.list_rejects(self.folder, self.process.process_index, step)
         return step

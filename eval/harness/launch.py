@@ -21,6 +21,7 @@ from eval.harness.config import LmmsConfig
 from eval.harness.local import LocalTask
 from eval.harness.output import TaskRun, model_record, read_run
 from eval.results.records import RESULTS, ModelRecord, file_name, load_results
+from mllm.model.saving import mllm_folder
 
 NAME = "MLLM"  # prefix of column names, because eval/run.py may also have a model called trained
 
@@ -45,9 +46,7 @@ def asked_models(given: Sequence[str]) -> list[AskedModel]:
         raise UsageError(f"two models have the same name ({', '.join(names)}); name them: --mllm NAME=PATH NAME=PATH")
     found = []
     for name, (_, path) in zip(names, pairs, strict=True):
-        folder = next((place for place in (Path(path), Path(path) / "model") if (place / "config.json").is_file()), None)
-        if folder is None:
-            raise UsageError(f"{path} is neither an MLLM folder (config.json) nor a run with model/; make one with mllm/finetune.py")
+        folder = mllm_folder(Path(path))
         found.append(AskedModel(model_record(f"{NAME} {name}", folder), folder))
     return found
 

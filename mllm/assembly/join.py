@@ -23,6 +23,7 @@ from mllm.conversations.templates import puts_system_first
 from mllm.conversations.tokens import Chat
 from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
+from mllm.model.saving import context_length
 from mllm.model.towers import SailProjector
 
 PROJECTORS = ("projector", "second projector")
@@ -71,13 +72,19 @@ def assemble(
     for one in reversed(vision):
         images = image_processor_of(one.encoder.transform, one.fields["sail_image_size"], image_aspect_ratio, beside)
         beside = [images, *beside]
+    most, taken = context_length(model.config.text_config), model.config.image_tokens()
+    if most is not None and taken >= most:
+        raise UsageError(
+            f"an image becomes {taken} visual tokens, and {language.source} was made for {most} in all: give --grid ROWS COLUMNS, which "
+            "averages patches to fewer tokens, or another LLM"
+        )
     processor = SailLlavaProcessor(
         images, language.tokenizer, chat_template=text, image_token=language.image_token, image_seq_length=model.config.image_tokens(),
         image_places=places_in_words(model.config.grids()) if place_words else None,
     )  # fmt: skip
     chat = Chat.of_processor(processor)
     _set_generation(model, language, chat.stop_ids)
-    return model, processor, _report(model, language, vision, template_name, _stops(chat), seed)
+    return model, processor, _report(model, language, vision, template_name, ends_answers(chat), seed)
 
 
 def _set_grids(vision: Sequence[AlignedEncoder], grid: tuple[int, int] | None, how: str) -> None:
@@ -188,7 +195,7 @@ def _set_generation(model: SailLlavaForConditionalGeneration, language: Language
     model.generation_config = settings
 
 
-def _stops(chat: Chat) -> bool:
+def ends_answers(chat: Chat) -> bool:
     """Return whether the template ends answers with a token that generation stops at; Hugging Face's LLaVA templates do not."""
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a question"}]}
     labels = chat.encode([question, {"role": "assistant", "content": "an answer"}]).labels

@@ -12,7 +12,7 @@ class CheckConfig:
     data: tuple[str, ...]
     """Conversation files (LLaVA JSON or JSONL, messages JSONL, parquet), each as PATH or PATH:WEIGHT."""
     model: str = "runs/mllm-init"
-    """Model folder (mllm/upgrade.py's output) whose tokenizer, template and image size are used."""
+    """Model folder (mllm/upgrade.py's output), or run folder, whose tokenizer, template, context and image size are used."""
     image_root: str | None = None
     """Base folder of relative image paths. None: the folder of each file."""
     ignore_keys: tuple[str, ...] = ()

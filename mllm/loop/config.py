@@ -28,7 +28,7 @@ class FinetuneConfig:
     stage: Literal["pretrain", "instruct"] = "instruct"
     """Decides what is trained and how fast unless the --lr flags say otherwise."""
     model: str = "runs/mllm-init"
-    """Model folder to start from: mllm/upgrade.py's output, or the pretrain stage's model."""
+    """Model folder to start from: mllm/upgrade.py's output, or the pretrain stage's run folder."""
     output: str = "runs/mllm"
     """Run folder: model/, checkpoints, metrics.jsonl, speed.jsonl, manifest.json, config.yaml."""
     described: str | None = None
@@ -40,7 +40,7 @@ class FinetuneConfig:
     template: str | None = None
     """Chat template of this stage. None: plain in pretrain, the model's own in instruct."""
     max_length: int = 2048
-    """Tokens a row (or a pack) may have, visual tokens included."""
+    """Tokens a row (or a pack) may have, visual tokens included. At most the LLM's own context is used."""
     packing: bool = False
     """Put several rows into one sequence of --max-length; exact, rows do not see each other."""
     epochs: float = 1.0

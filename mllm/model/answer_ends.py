@@ -16,6 +16,10 @@ from align.common.reject_codes import Reject
 from mllm.conversations.messages import Message
 from mllm.conversations.tokens import Chat
 
+NEVER_ENDS = (
+    "the chat template ends answers with no token that stops generation, so a model trained with it talks on: give --template vicuna_v1, "
+    "chatml or brief, or a .jinja file of your own with {{ eos_token }} behind each answer"
+)
 ROWS = 3  # conversations whose ends are looked at
 _TRIES = 500
 _MARGIN = 1e-3  # of the cosine between a hidden state and two output rows; less is rounding
@@ -76,7 +80,7 @@ def require_ends(chat: Chat, ends: Sequence[int], folder: Path, trained: Sequenc
     UsageError if a row is frozen and can never give the largest logit: answers would not stop.
     """
     if not ends:
-        return "the template ends answers with no token that stops generation"
+        return NEVER_ENDS
     frozen = [] if trained is None else [token for token in ends if token not in trained]
     rows = output_rows(folder) if frozen else torch.empty(0)
     lost = [token for token in frozen if not can_win(rows, token)]

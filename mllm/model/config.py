@@ -10,7 +10,7 @@ class ChatConfig:
     """Ask a model questions about an image in the terminal."""
 
     model: str
-    """Model folder (mllm/finetune.py's output)."""
+    """Model folder, or run folder with model/ (mllm/finetune.py's output)."""
     image: str | None = None
     """Image file the conversation is about. None: text only."""
     prompt: str | None = None

@@ -22,7 +22,7 @@ from align.encoders.claims import read_config, require_counts, within_weights
 from align.encoders.loading import load_errors_named
 from align.model import heads, strict_loading
 from mllm.model import modeling, processing, towers
-from mllm.model.modeling import SailLlavaForConditionalGeneration
+from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 
 SHARD_SIZE = "5GB"
@@ -68,7 +68,7 @@ def load_mllm(
     `dtype` "auto" keeps the saved one; other arguments go to `from_pretrained`. UsageError if it is not such a folder, DamagedError
     if a file is not as it was saved, or a weight is missing, unexpected or of another shape.
     """
-    folder = Path(folder)
+    folder = require_mllm(Path(folder))
     check_model_folder(folder)
     processor = load_processor(folder)
     with load_errors_named(str(folder), NEEDED), within_weights(str(folder), str(folder)):
@@ -80,22 +80,65 @@ def load_mllm(
 
 def load_processor(folder: Path) -> SailLlavaProcessor:
     """Return the processor of a folder that `save_mllm` wrote, with the kit's own class; UsageError if it is not such a folder."""
-    require_mllm(folder)
+    folder = require_mllm(folder)
     with load_errors_named(str(folder), NEEDED):
         return SailLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
-def require_mllm(folder: Path) -> None:
-    """Raise UsageError unless `folder` holds a SailLlava; MemoryFullError if its config claims more layers than its weights can fill."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} has no config.json; give a folder that mllm/upgrade.py or mllm/finetune.py wrote")
+def mllm_folder(path: Path) -> Path:
+    """Return the folder of the MLLM at `path`: itself, or the model/ of a run. UsageError, with what is there instead, if it has none."""
+    path = path.expanduser()
+    for place in (path, path / "model"):
+        if (place / "config.json").is_file():
+            return place
+    said = f"{path} is neither an MLLM folder (with config.json) nor a run with model/"
+    if not path.is_dir():
+        raise UsageError(f"{said}: there is no such folder; mllm/upgrade.py and mllm/finetune.py make them")
+    if any(path.glob("checkpoint-*")):
+        raise UsageError(f"{said}: the run is not finished; give its command again, and it goes on from its newest checkpoint")
+    if any((path / name / "config.json").is_file() for name in ("best", "last")):
+        raise UsageError(f"{said}: it is a run of stage one; make an MLLM with it: mllm/upgrade.py --sail {path} --llm LLM")
+    inside = [str(place) for place in (*sorted(path.glob("*/model")), *sorted(path.glob("*"))) if (place / "config.json").is_file()]
+    raise UsageError(f"{said}; " + (f"there is {', '.join(inside[:5])}" if inside else "make one with mllm/upgrade.py or mllm/finetune.py"))
+
+
+def require_mllm(folder: Path) -> Path:
+    """Return the folder of the SailLlava at `folder`, see `mllm_folder`.
+
+    UsageError if it holds none, MemoryFullError if its config claims more layers than its weights can fill.
+    """
+    folder = mllm_folder(folder)
     config = read_config(str(folder), str(folder))
     model_type = config.get("model_type")
     if model_type != "sail_llava":
         hint = "upgrade it: mllm/upgrade.py --llava" if model_type == "llava" else "make one with mllm/upgrade.py"
         raise UsageError(f"{folder} holds a model of type {model_type!r}, expected 'sail_llava'; {hint}")
     require_counts(str(folder), config, str(folder))
+    return folder
+
+
+def fitting_length(folder: Path, asked: int, notice: Callable[[str], object]) -> int:
+    """Return the tokens that a row may have: `asked`, or what the LLM in `folder` was made for if that is less, with a notice."""
+    config = SailLlavaConfig.from_pretrained(folder, trust_remote_code=False)
+    most = context_length(config.text_config)
+    if most is None or asked <= most:
+        return asked
+    notice(f"--max-length {asked}: the LLM was made for {most} tokens, an image takes {config.image_tokens()} of them; {most} is used")
+    return most
+
+
+def context_length(text: Any) -> int | None:
+    """Return the tokens that an LLM with the config `text` was made for, stretched positions included; None if it says nothing."""
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    stretched = [most]
+    for one in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # of some LLMs by the kind of layer
+        kind, factor = one.get("rope_type") or one.get("type"), one.get("factor")
+        if kind in ("linear", "dynamic", "yarn") and factor:
+            stretched.append(int(factor * (one.get("original_max_position_embeddings") or most)))
+    return max(stretched)
 
 
 def require_free_place(folder: Path) -> None:

@@ -50,6 +50,14 @@ def test_one_question_streams_its_answer(folder, capsys, answerer):
     assert "USER" not in streamed and "</s>" not in streamed
 
 
+def test_a_run_is_asked_by_its_folder(folder, capsys):
+    said = []
+    for place in (folder / "model", folder):
+        main(ChatConfig(str(place), prompt="what is red?", max_new_tokens=6, device="cpu"))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 def test_the_answer_is_printed_piece_by_piece(folder, answerer):
     class Pieces(TextStreamer):
         seen: list[str] = []
@@ -133,7 +141,7 @@ def test_questions_are_read_to_the_end_of_the_input(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"model": "nowhere"}, UsageError, "nowhere has no config.json"),
+        ({"model": "nowhere"}, UsageError, "nowhere is neither an MLLM folder.*no such folder"),
         ({"image": "nowhere.jpg"}, UsageError, "cannot read the image nowhere.jpg"),
         ({"image": "."}, UsageError, "Is a directory"),
         ({"image": "page.jpg"}, DataError, "no usable image"),

@@ -1,7 +1,9 @@
 """A run leaves evidence: every launch in its manifest, rows that a crash and a resume leave as if nothing had happened."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from align.common.errors import DamagedError, UsageError
-from align.runtime.runs import JsonLines, RunLog, add_launch
+from align.runtime.runs import JsonLines, RunLog, add_launch, require_trackers
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_metrics_are_cut_back_to_the_checkpoint_and_to_whole_lines(tmp_path):
@@ -72,9 +76,23 @@ def test_trackers_get_every_row(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match="tracker wandb is not installed"):
-        RunLog(tmp_path, trackers=["wandb"])
+    (tmp_path / "absent").mkdir()  # a folder of this name is no package
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="absent is not installed; run `pip install absent`"):
+        require_trackers(["torch", "absent"])
+
+
+@pytest.mark.parametrize("entry", ["align/train.py --captions c --images i --steps 1", "mllm/finetune.py --data d"])
+def test_an_entry_asks_for_its_trackers_before_it_loads_anything(entry):
+    code = (
+        "import sys, runpy\nfrom importlib import metadata\nknown = metadata.version\n"
+        "def version(name):\n    if name == 'trackio':\n        raise metadata.PackageNotFoundError(name)\n    return known(name)\n"
+        f"metadata.version = version\nsys.argv = {entry.split()!r} + ['--output', 'nowhere', '--report-to', 'trackio']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 2 and "pip install trackio" in ran.stderr, ran.stderr[-400:]
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,15 @@ def test_templates(parts):
         template_of("llama", template="own")
 
 
+def test_an_image_has_to_leave_room_for_words(parts, tmp_path):
+    shutil.copytree(parts / "llama", tmp_path / "llm")
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    (tmp_path / "llm/config.json").write_text(json.dumps({**config, "max_position_embeddings": 9}))
+    with pytest.raises(UsageError, match="9 visual tokens, and llm was made for 9 in all: give --grid"):
+        assemble(llm=str(tmp_path / "llm"), sail=(str(parts / "run"),))
+    assemble(llm=str(tmp_path / "llm"), sail=(str(parts / "run"),), grid=(2, 2))
+
+
 def test_fewer_tokens_other_sizes_and_inner_layers(parts, tmp_path):
     model, processor, _ = assemble(
         llm=str(parts / "llama"), vision=(str(parts / "vision"),), sail_head="random", head="mlp", expansion=1, width=16, layer=2,

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from mllm.conversations.templates import TEMPLATES
 from mllm.model import saving
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
-from mllm.model.saving import CODE, load_mllm, portable_source, save_mllm
+from mllm.model.saving import CODE, context_length, fitting_length, load_mllm, mllm_folder, portable_source, save_mllm
 from tests.support.flipped_bits import refuses_every_flipped_bit
 from tests.support.tiny_mllm import tiny_model
 
@@ -190,6 +191,45 @@ def test_copied_code_stands_alone(name):
         elif isinstance(node, ast.ImportFrom):
             assert node.module.split(".")[0] in {*sys.stdlib_module_names, "torch", "transformers", "PIL"}, node.module
     assert ".register(" not in source
+
+
+def test_a_folder_without_a_model_says_what_is_there_instead(saved, tmp_path):
+    (tmp_path / "runs/instruct").mkdir(parents=True)
+    (tmp_path / "runs/instruct/model").symlink_to(saved)
+    assert mllm_folder(tmp_path / "runs/instruct") == tmp_path / "runs/instruct/model"
+    (tmp_path / "half/checkpoint-3").mkdir(parents=True)
+    (tmp_path / "aligned/best").mkdir(parents=True)
+    (tmp_path / "aligned/best/config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name, says in {
+        "runs": "there is .*runs/instruct/model", "half": "not finished", "aligned": "run of stage one.*--sail", "empty": "make one with",
+        "absent": "no such folder",
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=says):
+            mllm_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [
+        ({}, 512),
+        ({"rope_type": "default", "rope_theta": 10000.0}, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, 512),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}}, 1024),
+    ],
+)
+def test_the_context_of_an_llm(rope, tokens):
+    assert context_length(SimpleNamespace(max_position_embeddings=512, rope_parameters=rope)) == tokens
+    assert context_length(SimpleNamespace()) is None
+
+
+def test_rows_are_at_most_as_long_as_the_llms_context(saved):
+    folder = saved
+    notices = []
+    assert fitting_length(folder, 512, notices.append) == 512 and not notices
+    assert fitting_length(folder, 2048, notices.append) == 512 and "made for 512 tokens, an image takes" in notices[0]
 
 
 def test_folders_of_something_else_are_left_alone(saved, tmp_path):
