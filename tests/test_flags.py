@@ -87,7 +87,7 @@ READY |= {
     "mllm.loop.parameter_groups.group_table": "",
     "mllm.loop.parameter_groups.trained_rows": None,
 }
-READY |= {TRACKERS: None, "mllm.loop.run.add_launch": None, "mllm.loop.run.RunLog": None}
+READY |= {TRACKERS: None, "mllm.loop.settings.fit_batch": (2, 2), "mllm.loop.run.add_launch": None, "mllm.loop.run.RunLog": None}
 
 PLANNED = {f"align.encode.{name}": None for name in ("planned", "require_free", "human_bytes")}
 SPACED = {**CURATED, "align.curation.concepts.kept_prototypes": None}
