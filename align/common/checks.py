@@ -30,7 +30,7 @@ def batch_for(asked: int, rows: int, steps: int) -> int:
     if asked <= rows:
         return asked
     most = max(rows // steps, 1)
-    return min(rows, max(2, most // 8 * 8 or 1 << most.bit_length() - 1))
+    return max(1, min(rows, max(2, most // 8 * 8 or 1 << most.bit_length() - 1)))
 
 
 def check_share(name: str, value: float) -> None:

@@ -13,6 +13,7 @@ from align.common.files import failpoint, hash_file, read_object, require_free
 from align.common.folders import COMMIT, check_folder, commit_folder, replaced_folder
 from align.common.locks import locked
 from align.demo.config import PrepareConfig
+from align.demo.questions import KINDS
 from align.demo.rendering import OPTIONAL, Renderer, World, end_with_parent
 from align.demo.writing import (
     write_captioned,
@@ -36,6 +37,8 @@ def settings(config: PrepareConfig, sprites: Path) -> dict[str, Any]:
     optional = {name: getattr(config, name) for name in OPTIONAL if getattr(config, name)}
     if config.mllm_sprites and any(name.startswith("mllm") for name in optional):
         optional["mllm_sprites"] = config.mllm_sprites
+    if config.mllm_kinds and (config.mllm_instruct or config.mllm_described):
+        optional["mllm_kinds"] = sorted(config.mllm_kinds)
     chosen = {name: getattr(config, name) for name in names} | optional
     return {**chosen, "sprites": hash_file(sprites / "sprites.json"), "format": FORMAT}
 
@@ -91,6 +94,6 @@ def _write(config: PrepareConfig, folder: Path, renderer: Renderer) -> None:
     if config.segmentation:
         write_segmentation(renderer, tasks / "sprites-segmentation", config.segmentation)
     if config.mllm_pretrain or config.mllm_instruct or config.mllm_test:
-        write_mllm(renderer, folder / "mllm", config.mllm_pretrain, config.mllm_instruct, config.mllm_test)
+        write_mllm(renderer, folder / "mllm", config.mllm_pretrain, config.mllm_instruct, config.mllm_test, config.mllm_kinds or KINDS)
     if config.mllm_described:
-        write_described(renderer, folder / "mllm", config.mllm_described)
+        write_described(renderer, folder / "mllm", config.mllm_described, config.mllm_kinds or KINDS)

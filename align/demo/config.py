@@ -1,6 +1,7 @@
 """Flags of align/prepare.py, checked when the config is made."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from align.common.checks import check, check_least
 
@@ -32,6 +33,8 @@ class PrepareConfig:
     mllm_described: int = 0
     """Scenes of all training sprites with questions, answers and a caption, that are described by names and boxes: no pictures are
     written. They tune an MLLM whose encoder is aligned. 0: none."""
+    mllm_kinds: tuple[Literal["exists", "relation", "what", "where", "count", "caption"], ...] = ()
+    """Kinds of turns in conversations that tune an MLLM. None given: all."""
     mllm_test: int = 0
     """Scenes with questions that test an MLLM, and as many of sprites that stage two never shows (aligned: training scenes do;
     unseen: none does). 0: none."""

@@ -20,6 +20,7 @@ from align.demo.wording import Box, article, relation, where
 _SEVERAL = {"of", "and", "with", "couple", "family", "on", "in", "behind"}
 DESCRIBE = "Describe the picture."
 CAPTION_EVERY = 8  # scenes: more captions would be most of what is learned, as they are long
+KINDS = ("exists", "relation", "what", "where", "count", "caption")
 MOST_EXISTS = 4  # existence questions in one conversation; more would crowd out the other kinds
 Pair = tuple[str, str, str]  # name, relation, name
 
@@ -44,7 +45,7 @@ class Shown:
 class Question:
     """A question about a scene with its exact answer. `names`: the sprites that question and answer reveal to be there."""
 
-    kind: str  # exists | relation | what | where | count | caption
+    kind: str  # one of KINDS
     question: str
     answer: str
     names: frozenset[str] = frozenset()
@@ -55,8 +56,10 @@ def is_one_thing(sprite: Sprite) -> bool:
     return not _SEVERAL & set(sprite.name.split()) and sprite.group not in ("person", "place")
 
 
-def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
+def conversations(scenes: Sequence[Shown], seed: int, kinds: Sequence[str] = KINDS) -> list[list[Question]]:
     """Return for each scene the turns of a conversation; every eighth ends with the caption.
+
+    Turns of other kinds than `kinds` are left out; without any turn left a scene has its caption alone.
 
     Existence questions go on until every sprite that can be has been named, four at most. Each answer is yes or no with equal chance,
     independent of earlier ones. Absent names are drawn from the other scenes. Relation, what and where give each other away, so a scene
@@ -92,8 +95,8 @@ def conversations(scenes: Sequence[Shown], seed: int) -> list[list[Question]]:
         turns[number].append(question)
     found = []
     for number, (asked, scene) in enumerate(zip(turns, scenes, strict=True)):
-        ordered = _ordered(asked, rng)
-        if number % CAPTION_EVERY == 0 or not ordered:
+        ordered = [turn for turn in _ordered(asked, rng) if turn.kind in kinds]
+        if (number % CAPTION_EVERY == 0 and "caption" in kinds) or not ordered:
             ordered.append(Question("caption", DESCRIBE, scene.caption))
         found.append(ordered)
     return found

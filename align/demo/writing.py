@@ -16,7 +16,7 @@ from PIL import Image
 
 from align.common.errors import DataError
 from align.common.files import failpoint
-from align.demo.questions import Shown, conversations, single_questions
+from align.demo.questions import KINDS, Shown, conversations, single_questions
 from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, question_groups, render_segmented, render_swapped
 from align.demo.wording import article
 
@@ -120,8 +120,11 @@ def write_segmentation(renderer: Renderer, folder: Path, count: int) -> None:
     failpoint("prepare-segmentation")
 
 
-def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, test: int) -> None:
-    """Write `pretrain` captions and `instruct` conversations to train an MLLM, and questions about `test` scenes of each group."""
+def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, test: int, kinds: Sequence[str] = KINDS) -> None:
+    """Write `pretrain` captions and `instruct` conversations to train an MLLM, and questions about `test` scenes of each group.
+
+    The conversations have turns of `kinds`.
+    """
     seed = renderer.world.seed
 
     def kept(part: str, count: int) -> Iterator[Rendered]:
@@ -137,7 +140,7 @@ def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, t
         write_conversations(folder / "pretrain.json", [row(scene, [("", scene.short)]) for scene in kept("mllm_pretrain", pretrain)])
     if instruct:
         scenes = list(kept("mllm_instruct", instruct))
-        asked = conversations([scene.shown for scene in scenes], seed)
+        asked = conversations([scene.shown for scene in scenes], seed, kinds)
         rows = [row(scene, [(turn.question, turn.answer) for turn in turns]) for scene, turns in zip(scenes, asked, strict=True)]
         write_conversations(folder / "instruct.json", rows)
     if test:
@@ -147,11 +150,14 @@ def write_mllm(renderer: Renderer, folder: Path, pretrain: int, instruct: int, t
     failpoint("prepare-mllm")
 
 
-def write_described(renderer: Renderer, folder: Path, count: int) -> None:
-    """Write conversations about `count` scenes of all training sprites. Their images are descriptions (mllm/conversations/described.py)."""
+def write_described(renderer: Renderer, folder: Path, count: int, kinds: Sequence[str] = KINDS) -> None:
+    """Write conversations with turns of `kinds` about `count` scenes of all training sprites.
+
+    Their images are descriptions (mllm/conversations/described.py).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [replace(scene, jpeg=b"") for scene in renderer.scenes("mllm_described", 0, count)]
-    asked = conversations([scene.shown for scene in scenes], renderer.world.seed + 1)  # by other draws than those about pictures
+    asked = conversations([scene.shown for scene in scenes], renderer.world.seed + 1, kinds)  # by other draws than those about pictures
     rows = [
         conversation_row(scene.key, {"regions": _regions(scene.shown)}, [(turn.question, turn.answer) for turn in turns])
         for scene, turns in zip(scenes, asked, strict=True)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +192,20 @@ def test_stage_two_can_show_fewer_sprites(config, made, sprites, tmp_path):
             main(replace(config, mllm_test=20, **change))
     with pytest.raises(UsageError, match="mllm_sprites 0 there, 16 asked"):
         main(replace(config, output=str(made), mllm_sprites=16))
+
+
+def test_only_the_kinds_of_turns_asked_for(config):
+    kinds = ("where", "exists")
+    main(replace(config, mllm_sprites=16, mllm_described=60, mllm_instruct=60, mllm_kinds=kinds))
+    for name in ("instruct", "described"):
+        asked = Counter()
+        for row in json.loads((Path(config.output) / f"mllm/{name}.json").read_text()):
+            turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"][::2]]
+            assert turns == ["Describe the picture."] or all(turn.startswith(("Where", "Is there")) for turn in turns)
+            asked.update(turn.split()[0] for turn in turns)
+        assert asked["Where"] > 10 and asked["Is"] > 40
+    with pytest.raises(UsageError, match=r"mllm_kinds \['exists', 'where'\] there, 0 asked"):
+        main(replace(config, mllm_sprites=16, mllm_described=60, mllm_instruct=60))
 
 
 def test_described_scenes_name_all_training_sprites_and_have_no_pictures(config, made, sprites):
