@@ -62,9 +62,13 @@ def upgrade(config: UpgradeConfig, folder: Path, console: "Console") -> None:
     sizes = dict(zip(PROJECTORS, map(parameter_count, model.model.projectors), strict=False))  # solving makes new ones
     report = [replace(line, weights=weights[line.name], parameters=sizes[line.name]) if line.name in weights else line for line in report]
     crossing = next(iter(fits.values())).crossing if fits else None
-    save_mllm(model, processor, folder, lambda into: write_described(into, config, crossing, model.model.projectors[0], console))
-    write_recipe(config, folder, "upgrade")
-    add_launch(folder, {"parts": [vars(line) for line in report]})
+
+    def add(into: Path) -> None:
+        write_described(into, config, crossing, model.model.projectors[0], console)
+        write_recipe(config, into, "upgrade")
+        add_launch(into, {"parts": [vars(line) for line in report]})
+
+    save_mllm(model, processor, folder, add)
     console.print(report_table(report))
     if not ends_answers(Chat.of_processor(processor)):
         console.print(NEVER_ENDS)

@@ -29,6 +29,7 @@ RETIRED = ".retired"  # suffix of the old folder between the two renames
 _intact: dict[Path, tuple[Any, ...] | None] = {}  # files that had their hash: hash, size, time and inode then
 _SETTLED_SECONDS = 1.0  # a file changed so recently may change again without another time
 WORK = ".work"  # leases and claims of those who write to a folder
+RECORDS = ("config.yaml", "manifest.json")  # how and when a model was made: its digest does not depend on it
 
 
 @contextmanager
@@ -119,13 +120,16 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """Return what `write_sealed` or an older version without seals wrote. DamagedError if it is not that any more."""
     values = read_json(path)
-    if not isinstance(values, dict) or values.pop("seal", None) not in (None, _seal(values)):
+    named = [name for name, value in values.items() if value == _seal(values, name)] if isinstance(values, dict) else None
+    if named is None or named != (["seal"] if "seal" in values else []):  # a seal by another name: its own name is damaged
         raise DamagedError(f"{path} does not have the content that was written")
-    return values
+    return {name: value for name, value in values.items() if name != "seal"}
 
 
-def _seal(values: dict[str, Any]) -> str:
-    return hash_bytes(json.dumps(values, sort_keys=True, ensure_ascii=False).encode())
+def _seal(values: dict[str, Any], own: str = "seal") -> str:
+    """Return the hash of what `values` hold beside their `own` seal."""
+    rest = {name: value for name, value in values.items() if name != own}
+    return hash_bytes(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode())
 
 
 def commit_folder(folder: Path, facts: dict[str, Any]) -> None:
@@ -157,11 +161,12 @@ def check_model_folder(folder: Path) -> None:
 
 
 def folder_digest(folder: Path) -> str:
-    """Return the xxh3-128 of the names and hashes of all files of a folder: those in its COMMIT.json, which opening it compares."""
+    """Return the xxh3-128 of the names and hashes of a folder's files without RECORDS: those in its COMMIT.json, compared on opening."""
     if (folder / COMMIT).is_file():
         hashes = {name: entry["xxh3"] for name, entry in read_sealed(folder / COMMIT)["files"].items()}
     else:
         hashes = hashes_below(folder, COMMIT)
+    hashes = {name: digest for name, digest in hashes.items() if name not in RECORDS}
     return hash_bytes(json.dumps(hashes, sort_keys=True).encode())
 
 

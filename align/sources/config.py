@@ -20,8 +20,9 @@ class SourceFlags:
     image_root: str | None = None
     """Folder that image paths are relative to. None: the folder of the manifest."""
     group: Literal["image", "key", "none"] = "image"
-    """Rows of a table that are one sample with all their captions. image: those with one image path, or the same image bytes. key: those
-    with one key, whose first row gives the image. none: each row is a sample, and copies of an image are negatives of each other."""
+    """Rows that are one sample with all their captions. image: those with one image path, or the same image bytes (in parquet and tars).
+    key: those with one key, whose first row gives the image. none: each row is a sample, and copies of an image are negatives of each
+    other."""
     key_prefix: Literal["none", "file"] = "none"
     """file: put the path of a row's file before its key, for data sets whose files count from 0 each."""
     workers: int = 2

@@ -214,9 +214,11 @@ def _prefixes(files: list[str]) -> dict[str, str]:
 def _joined(source: Source, made: Plan, scans: Sequence[Scan]) -> pa.Table | None:
     """Return the rows that are no sample of their own, or None; DataError if rows of two files have one key."""
     shards = Shards(made.shards["file"].to_pylist(), made.shards["start"].to_pylist(), made.lengths, partial(open_shard, source, made))
-    keys = [scan.keys for scan in scans if scan.keys is not None]
+    keys, marks = ([part for part in column if part is not None] for column in ([s.keys for s in scans], [s.marks for s in scans]))
     if keys:
         names = Identities(np.concatenate(keys), np.zeros(made.rows, dtype=np.int64))
+        if source.group == "image":
+            names = names._replace(images=shards.same_images(np.concatenate(marks)))
     else:
         by_image = source.group == "image" and made.layout != "folder"  # a file in a folder has no other name than its key
         names = shards.identities(by_image)

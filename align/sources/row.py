@@ -60,6 +60,7 @@ class Scan(NamedTuple):
     offsets: list[int]  # the byte where each shard begins, 0 for parquet
     keys: np.ndarray | None = None  # (rows,) int64 hashes of the keys, 0 for rejected rows; None: not looked at
     notes: tuple[str, ...] = ()  # what the user should know about the file
+    marks: np.ndarray | None = None  # (rows,) int64 of the images: equal images have equal ones, 0: none; beside keys
 
 
 class ShardReader(ABC):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from align.common.errors import DataError
-from align.common.files import hash64
+from align.common.files import hash64, hash_bytes
 from align.common.reject_codes import Reject
 
 Group = Literal["image", "key", "none"]  # which rows are one sample: those that name one image, those with one key, each its own
@@ -84,6 +84,19 @@ class Shards:
         """Read what all rows call themselves; their images only if asked for."""
         parts = [identities(self.open(shard).names(images)) for shard in range(len(self.files))]
         return Identities(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def same_images(self, marks: np.ndarray) -> np.ndarray:
+        """Return the identities (N,) of images with the `marks` (N,) of their files: by all bytes, where two have one mark; else 0."""
+        found = np.zeros_like(marks)
+        owners = _first_rows(marks)
+        rows = np.flatnonzero(np.isin(owners, owners[owners != np.arange(len(marks))]))
+        shards, places = self.where(rows)
+        for shard in np.unique(shards).tolist():
+            reader, here = self.open(shard), shards == shard
+            images = [next(iter(reader.rows(place, place + 1))).image for place in places[here].tolist()]
+            names = [hash_bytes(image) if isinstance(image, bytes) else None for image in images]
+            found[rows[here]] = identities((None, name) for name in names).images
+        return found
 
     def where(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the shards of rows (n,), and their numbers in them."""

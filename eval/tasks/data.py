@@ -250,7 +250,7 @@ def _found(task: Task, data_root: Path) -> Task:
     for path in packed:
         if any((data_root / path).glob("test/*.tar")):
             note = f"Read from CLIP_benchmark's tars in {path}, whose split may be another than the official one. {task.note}".strip()
-            as_tars = replace(task, layout="webdataset", path=path, data="test/*.tar", note=note)
+            as_tars = replace(task, layout="webdataset", path=path, data="test/*.tar", group="none", note=note)
             if task.kind == "classification":
                 as_tars = replace(as_tars, classes=OWN_NAMES, templates=_templates(task, data_root / path))
             return _found(as_tars, data_root)

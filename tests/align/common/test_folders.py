@@ -4,7 +4,16 @@ import pytest
 
 from align.common.errors import DamagedError
 from align.common.files import arm_failpoint, load_hashed, save_hashed
-from align.common.folders import COMMIT, check_folder, commit_folder, damage, replaced_folder
+from align.common.folders import (
+    COMMIT,
+    check_folder,
+    commit_folder,
+    damage,
+    folder_digest,
+    read_sealed,
+    replaced_folder,
+    write_sealed,
+)
 
 
 def write(folder, text):
@@ -75,3 +84,29 @@ def test_a_hashed_cache_gives_back_what_was_written_or_nothing(tmp_path):
     assert load_hashed(stem, ".bin") is None
     save_hashed(stem, ".bin", b"second")
     assert load_hashed(stem, ".bin") == b"second"
+
+
+def test_a_flipped_bit_anywhere_in_a_sealed_file_is_seen(tmp_path):
+    path = tmp_path / "sealed.json"
+    write_sealed(path, {"content": "0" * 32, "rows": 3, "files": {"a": "1"}})
+    good = path.read_bytes()
+    for bit in range(8 * (len(good) - 1)):  # all but the closing line end
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        with pytest.raises(DamagedError):
+            read_sealed(path)
+    path.write_bytes(good)
+    assert read_sealed(path) == {"content": "0" * 32, "rows": 3, "files": {"a": "1"}}
+    path.write_text('{"content": "0"}')
+    assert read_sealed(path) == {"content": "0"}, "older versions had no seals"
+
+
+def test_the_digest_of_a_model_does_not_depend_on_when_it_was_made(tmp_path):
+    for name, when in (("a", "1"), ("b", "2"), ("c", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(when)
+        (tmp_path / name / "model").write_text("c" if name == "c" else "same")
+        commit_folder(tmp_path / name, {})
+    first, second, other = (folder_digest(tmp_path / name) for name in "abc")
+    assert first == second != other

@@ -61,6 +61,28 @@ def test_rows_of_one_image_are_one_sample_wherever_they_are(tmp_path, rows, layo
         assert again == samples and other.counts == made.counts
 
 
+@pytest.mark.parametrize("step", [1, 4, 100])
+def test_copies_of_an_image_under_several_keys_of_tars_are_one_sample(tmp_path, step):
+    for name, rows in (("a", SCATTERED[:7]), ("b", SCATTERED[7:])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number, row in enumerate(rows):
+                add(tar, f"{name}{number}.png", picture(int(row["image"][7])))
+                add(tar, f"{name}{number}.txt", row["text"].encode())
+    samples = all_rows(Source(str(tmp_path)), step)
+    assert [(sample.key, sample.cell("txt")) for sample in samples] == [(f"a{n}", CAPTIONS[n]) for n in range(IMAGES)]
+    assert [sample.image for sample in samples] == [picture(number) for number in range(IMAGES)]
+    assert len(all_rows(Source(str(tmp_path), group="none"), step)) == IMAGES * EACH
+
+
+def test_images_of_a_tar_with_one_size_and_one_end_are_told_apart(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, first in (("a", b"1"), ("b", b"2"), ("c", b"1"), ("d", b"")):
+            add(tar, f"{key}.bmp", first and first + bytes(5000))
+            add(tar, f"{key}.txt", key.encode())
+    samples = all_rows(Source(str(tmp_path)))
+    assert [(sample.key, sample.cell("txt")) for sample in samples] == [("a", ["a", "c"]), ("b", "b"), ("d", "d")]
+
+
 def test_any_part_of_a_shard_gives_the_samples_that_begin_in_it(tmp_path):
     write(tmp_path, SCATTERED, "jsonl")
     source = Source(str(tmp_path))
@@ -111,11 +133,11 @@ def test_a_first_row_that_is_unusable_does_not_cost_the_others(tmp_path):
 
 
 def test_tars_that_count_from_zero_each_are_refused_with_both_places(tmp_path):
-    for name in ("one", "two"):
+    for first, name in ((0, "one"), (3, "two")):
         (tmp_path / name).mkdir()
         with tarfile.open(tmp_path / name / "0.tar", "w") as tar:
             for number in range(3):
-                add(tar, f"{number:09d}.png", picture(number))
+                add(tar, f"{number:09d}.png", picture(first + number))
                 add(tar, f"{number:09d}.txt", f"{name} {number}".encode())
     pattern = str(tmp_path / "*" / "0.tar")
     with pytest.raises(DataError, match=r"3 keys stand.*'000000000': row 1 of .*one/0\.tar and row 1 of .*two/0\.tar.*--key-prefix"):

@@ -1,6 +1,7 @@
 """Upgrading keeps the LLM bit for bit, replaces what it says, and refuses parts that do not fit together."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from mllm.conversations.described import FILE
 from mllm.conversations.tokens import Chat
 from mllm.loop.config import FinetuneConfig
 from mllm.model.saving import load_mllm, save_mllm
+from tests.support.flipped_bits import refuses_a_flipped_bit
 from tests.support.tiny_encoders import TIMM_CASES, save_timm
 from tests.support.tiny_mllm import SIZE, tiny_llava, tiny_llm, tiny_sail, tiny_tokenizer, tiny_vision
 
@@ -381,6 +383,8 @@ def test_the_entry_writes_a_model_and_says_what_was_kept(parts, llava, tmp_path,
     model, _ = load_mllm(tmp_path / "out")
     assert model.config.sail_head == "trained"
     assert json.loads((tmp_path / "out/manifest.json").read_text())["launches"][0]["parts"][0]["state"] == "kept"
+    for name in ("manifest.json", "config.yaml"):
+        refuses_a_flipped_bit(tmp_path / "out" / name, random.Random(0), tmp_path / "out", load_mllm)
     upgrade.main(config)  # again, over its own output
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("precious")
