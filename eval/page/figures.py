@@ -19,6 +19,8 @@ from align.common.charts import GRID, INK, MUTED, SERIES, new_figure, png, style
 from eval.results.calibration import Calibration
 from eval.results.records import SUBJECTS, Entry, ModelRecord
 
+LEAST_RANGE = 0.25  # of the y axis of a curve, divided by its largest value
+
 
 @dataclass(frozen=True)
 class Theme:
@@ -96,9 +98,14 @@ def curves(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float
     for number, (label, (steps, values)) in enumerate(lines.items()):
         color = theme.series[number % (3 if many else len(theme.series))]
         style = "--" if many and number >= len(lines) / 2 else "-"
-        mark = "o" if len(steps) < 25 and len(lines) > 1 else None
+        mark = "o" if len(steps) < 25 and (len(lines) > 1 or len(steps) == 1) else None
         axes.plot(steps, values, color=color, linewidth=1.7, linestyle=style, marker=mark, markersize=2.5, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    reached = np.concatenate([np.asarray(values, dtype=float) for _, values in lines.values()])
+    least = LEAST_RANGE * float(np.abs(reached).max())  # a value that hardly moves is drawn as a flat line
+    if np.ptp(reached) < least:
+        middle = (reached.max() + reached.min()) / 2
+        axes.set_ylim(middle - least / 2, middle + least / 2)
     if percent:
         axes.set_ylim(0, 1)
         _percent(axes)
@@ -125,6 +132,8 @@ def bars(title: str, entries: Sequence[Entry], labels: Mapping[str, str], models
         axes.bar(places, values, width * 0.9, color=model_color(model, models, theme), label=plain(model.name))
         axes.errorbar(places, values, yerr=spread, fmt="none", ecolor=theme.ink, elinewidth=0.9, capsize=2, alpha=0.75)
         for place, row in zip(places, rows, strict=True):
+            if (row.low, row.high) == (0, 1):  # nothing was counted, such as the precision of a model that never says yes
+                continue
             if model.kind not in ("majority", "chance") or len(shown) < 3:
                 axes.annotate(
                     f"{100 * row.value:.1f}", (place, max(row.high, row.value)), xytext=(0, 3), textcoords="offset points",

@@ -14,7 +14,7 @@ from eval.page import figures, sections
 from eval.results.anchors import Anchor, anchors_of, prompts_note, shown_anchor
 from eval.results.compare import Comparison, load_comparison, verdict
 from eval.results.examples import load_examples
-from eval.results.records import SUBJECTS, TASK_KINDS, Entry, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_results
+from eval.results.records import SUBJECTS, TASK_KINDS, ModelRecord, Results, TaskRecord, csv_rows, file_name, load_results
 from eval.results.tables import POINTS, shown_metrics, shown_value
 
 BARS = {  # kind -> figures: (title, metric -> name below its bars)
@@ -39,6 +39,8 @@ HEADLINE = {  # the first that was measured; generation tasks use the first that
     "segmentation": ("miou",),
 }
 KIND_ORDER = ("trained", "mllm", "clip", "untrained", "mllm_random", "mllm_none", "majority", "chance")  # of columns
+OF_SECTION = ("classes-", "gains-", "reliability-", "similarity-", "categories-")  # figures of a task's own section
+MOST_COLUMNS = 8  # of a table, beside what the rows are called
 SECTIONS = {  # kind -> heading of a task's own section
     "retrieval": "What it sees",
     "classification": "What it names",
@@ -69,7 +71,7 @@ def write_report(
         "title": title,
         "notes": _notes(results),
         "models": results.models,
-        "lead": "; ".join(model.description for model in sections.subjects(results)),
+        "lead": [(model.name, model.description) for model in sections.subjects(results)],
         "tasks": results.tasks,
         "headlines": [line for task in results.tasks if (line := _headline(results, task))],
         "confidence": f"{100 * results.confidence:g}%",
@@ -81,6 +83,8 @@ def write_report(
         "training": sections.training(train_runs or found_runs(results), drawn),
         **_sections(results, examples, results_folder, drawn),
         "sections": SECTIONS,
+        "logits": any("mean-logits" in name for name in drawn.uris),
+        "bars": any(name.startswith(("bars-", "recall-")) for name in drawn.uris),
         "thumbs": {task.id: sections.pictures(results_folder, examples[task.id]) for task in results.tasks},
         "figures": drawn.uris,
         "command": results.command,
@@ -101,10 +105,14 @@ def _sections(
 ) -> dict[str, list[dict[str, Any]]]:
     shown: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TASK_KINDS}
     for task in results.tasks:
-        if task.kind != "generation":
-            shown[task.kind].append(sections.BY_KIND[task.kind](results, task, examples[task.id], folder, drawn))
-        elif (answered := sections.generation(results, task, examples[task.id]))["items"]:
-            shown["generation"].append(answered)
+        if task.kind == "generation":
+            part = sections.generation(results, task, examples[task.id])
+        else:
+            before = set(drawn.uris)
+            part = sections.BY_KIND[task.kind](results, task, examples[task.id], folder, drawn)
+            part["drawn"] = any(name.startswith(OF_SECTION) for name in set(drawn.uris) - before)
+        if part.get("drawn") or any(part.get(name) for name in ("items", "t2i", "i2t", "calibration")):
+            shown[task.kind].append(part)
     return shown
 
 
@@ -141,30 +149,25 @@ def _named_clip(results: Results) -> str:
     return f"{', '.join(names)} {verb} trained on image-caption pairs from scratch, to compare with" if names else ""
 
 
-def _best(results: Results, task: TaskRecord, metric: str, clip: bool) -> Entry | None:
-    """Return the best entry of the CLIP models (`clip`) or of the other baselines, or None."""
-    others = [model.name for model in results.models if model.kind not in SUBJECTS and (model.kind == "clip") == clip]
-    found = [entry for name in others if (entry := results.value(task.id, metric, name))]
-    return max(found, key=lambda entry: entry.value) if found else None
-
-
-def _headline(results: Results, task: TaskRecord) -> dict[str, str] | None:
-    metrics = shown_metrics(results, task)
+def _headline(results: Results, task: TaskRecord) -> dict[str, Any] | None:
+    """Return the card of a task: its main metric of each model that the report is about, beside what the others reach."""
+    metrics, about = shown_metrics(results, task), sections.subjects(results, task)
     metric = next((name for name in HEADLINE.get(task.kind, ()) if name in metrics), next(iter(metrics), ""))
-    entry = next((e for model in sections.subjects(results) if (e := results.value(task.id, metric, model.name))), None)
-    if entry is None:
-        return None
+    found = {model.name: entry for model in results.models if (entry := results.value(task.id, metric, model.name))}
     unit = "" if metric.endswith(POINTS) else "%"
-    before, clip = (_best(results, task, metric, of_clip) for of_clip in (False, True))
-    value, interval = shown_value(entry)
-    detail = f"{interval.replace(' – ', ' to ')} ({100 * results.confidence:g}%), n = {entry.n}"
-    if before:
-        detail += f"; best baseline: {before.model}"
-    return {
-        "task": task.id, "slug": file_name(task.id), "metric": metrics[metric], "value": f"{value}{unit}",
-        "before": f"{shown_value(before)[0]}{unit}" if before else "", "detail": detail,
-        "clip": f"{clip.model}: {shown_value(clip)[0]}{unit}" if clip else "",
-    }  # fmt: skip
+    shown = {name: f"{shown_value(entry)[0]}{unit}" for name, entry in found.items()}
+    numbers, before = [], set()
+    for model in about:
+        if model.name in found:
+            twin = sections.twin_of(results, model)
+            before |= {twin.name} if twin else set()
+            detail = f"{shown_value(found[model.name])[1].replace(' – ', ' to ') or 'constant'}, n = {found[model.name].n}"
+            was = shown.get(twin.name, "") if twin and twin != model else ""
+            numbers.append({"name": model.name, "value": shown[model.name], "before": was, "detail": detail})
+    others = [model for model in results.models if model.name in shown and model not in about and model.name not in before]
+    against = [{"name": model.name, "value": shown[model.name], "clip": model.kind == "clip"} for model in others]
+    card = {"task": task.id, "slug": file_name(task.id), "metric": metrics.get(metric), "numbers": numbers, "against": against}
+    return card if numbers else None
 
 
 def _table(results: Results, task: TaskRecord, drawn: sections.Figures) -> dict[str, Any]:
@@ -188,9 +191,23 @@ def _table(results: Results, task: TaskRecord, drawn: sections.Figures) -> dict[
     anchors = anchors_of(task, list(shown_metrics(results, task)))
     columns = [_column(anchor, prompts_note(anchor, task)) for anchor in anchors]
     return {
-        "task": task, "slug": slug, "models": models, "rows": _rows(results, task, models, anchors), "bars": names, "detail": detail,
-        "anchors": [column for column in columns if not column["more"]], "more": [column for column in columns if column["more"]],
+        "task": task, "slug": slug, "rows": (rows := _rows(results, task, models, anchors)), "bars": names, "detail": detail,
+        "anchors": (told := [column for column in columns if not column["more"]]),
+        "more": [column for column in columns if column["more"]], "blocks": _blocks(models, told, [(None, row) for row in rows]),
     }  # fmt: skip
+
+
+def _blocks(models: Sequence[ModelRecord], anchors: Sequence[dict[str, Any]], rows: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
+    """Return a table of (head, row) `rows` cut into tables of at most `MOST_COLUMNS` columns, so that none is wider than the page."""
+    width = len(models) + len(anchors)
+    count = max(1, -(-width // MOST_COLUMNS))
+    edges = [round(width * part / count) for part in range(count + 1)]
+    blocks = []
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        own, told = slice(start, min(stop, len(models))), slice(max(0, start - len(models)), max(0, stop - len(models)))
+        kept = [(head, {**row, "cells": row["cells"][own], "published": row["published"][told]}) for head, row in rows]
+        blocks.append({"models": models[own], "anchors": anchors[told], "rows": kept})
+    return blocks
 
 
 def _notes(results: Results) -> list[str]:
@@ -209,13 +226,13 @@ def _column(anchor: Anchor, note: str) -> dict[str, Any]:
 
 def _rows(results: Results, task: TaskRecord, models: Sequence[ModelRecord], anchors: Sequence[Anchor]) -> list[dict[str, Any]]:
     """Return a row per metric: our cells, and separately the published numbers in the order of `anchors`."""
-    rows = []
+    rows, about = [], sections.subjects(results, task)
     for metric, label in shown_metrics(results, task).items():
         cells = []
         for model in models:
             entry = results.value(task.id, metric, model.name)
             value, interval = shown_value(entry) if entry else ("–", "")
-            cells.append({"value": value, "interval": interval, "main": model.kind in SUBJECTS})
+            cells.append({"value": value, "interval": interval, "main": model in about})
         told: dict[bool, list[str]] = {False: [], True: []}
         for anchor in anchors:
             told[anchor.more].append(shown_anchor(anchor, task.id, metric))
@@ -229,8 +246,11 @@ def _answers_table(results: Results, tasks: Sequence[TaskRecord]) -> dict[str, A
     models = [model for model in results.models if model.name in measured]
     known = {anchor.name: anchor for task in tasks for anchor in anchors_of(task, list(shown_metrics(results, task)))}
     anchors = list(known.values())
-    parts = [{"task": task, "slug": file_name(task.id), "rows": _rows(results, task, models, anchors)} for task in tasks]
-    return {"models": models, "parts": parts, "anchors": [_column(anchor, "") for anchor in anchors]} if parts else None
+    rows: list[tuple[TaskRecord | None, dict[str, Any]]] = []
+    for task in tasks:
+        rows += [(None if at else task, row) for at, row in enumerate(_rows(results, task, models, anchors))]
+    columns = [_column(anchor, "") for anchor in anchors]
+    return {"anchors": columns, "blocks": _blocks(models, columns, rows)} if rows else None
 
 
 def _overview(results: Results, tasks: Sequence[TaskRecord], drawn: sections.Figures) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from align.runtime.runs import JsonLines
 from eval.page import figures
 from eval.results.calibration import calibration
 from eval.results.compare import class_counts
-from eval.results.records import SUBJECTS, Entry, ModelRecord, Results, TaskRecord, file_name, load_answers
+from eval.results.records import MODEL_KINDS, SUBJECTS, Entry, ModelRecord, Results, TaskRecord, file_name, load_answers
 
 CURVES = (
     ("loss", {"loss": "loss"}),
@@ -51,9 +52,22 @@ class Figures:
                 atomic_bytes(self.folder / f"{name}.png", png)
 
 
-def subjects(results: Results) -> list[ModelRecord]:
-    """Return the models that the report is about."""
-    return [model for model in results.models if model.kind in SUBJECTS]
+def subjects(results: Results, task: TaskRecord | None = None) -> list[ModelRecord]:
+    """Return the models that the report is about, of `task` those that were measured on it.
+
+    These are the trained ones and MLLMs. Where there is none, CLIP models, then whatever is no floor.
+    """
+    measured = {entry.model for entry in results.entries if task is None or entry.task == task.id}
+    for kinds in (SUBJECTS, ("clip",), tuple(set(MODEL_KINDS) - {"majority", "chance"})):
+        if found := [model for model in results.models if model.kind in kinds and model.name in measured]:
+            return found
+    return []
+
+
+def twin_of(results: Results, model: ModelRecord) -> ModelRecord | None:
+    """Return the same model with untrained heads, or None: what it was before."""
+    names = ("untrained", f"{model.name} untrained")
+    return next((other for other in results.models if other.kind == "untrained" and other.name in names), None)
 
 
 def pictures(folder: Path, examples: Mapping[str, Any] | None) -> dict[int, str]:
@@ -72,7 +86,7 @@ def training(runs: Sequence[Path], drawn: Figures) -> list[dict[str, Any]]:
         for title, columns in (CURVES[0], ("validation recall", VALIDATION), *CURVES[1:]):
             lines = {}
             for column, label in columns.items():
-                points = [(row["step"], row[column]) for row in rows if column in row and "step" in row]
+                points = [(row["step"], row[column]) for row in rows if "step" in row and _is_number(row.get(column))]
                 if points:
                     steps, values = zip(*points, strict=True)
                     lines[label] = (steps, values)
@@ -104,7 +118,7 @@ def retrieval(results: Results, task: TaskRecord, examples: dict[str, Any] | Non
         if scores and thumbs:
             drawn.add(f"similarity-{slug}", figures.similarity, matrix["captions"], thumbs, scores)
         for direction in ("t2i", "i2t"):
-            shown[direction] = [example for one in examples[direction] if (example := _answer(one, results))]
+            shown[direction] = [example for one in examples[direction] if (example := _answered(one, results, task))]
     return shown
 
 
@@ -125,13 +139,11 @@ def classification(results: Results, task: TaskRecord, examples: dict[str, Any] 
         {
             "model": name,
             "values": [f"{100 * value:.1f}" for value in (one.mean_confidence, one.mean_accuracy, one.error)],
-            "main": name in {model.name for model in subjects(results)},
+            "main": name in {model.name for model in subjects(results, task)},
         }
         for name, one in reliable.items()
     ]
-    items = [example for one in (examples["items"] if examples else []) if (example := _answer(one, results))]
-    for item in items:
-        item["answer"]["top"] = item["answer"]["top"][:3]
+    items = [example for one in (examples["items"] if examples else []) if (example := _answered(one, results, task, 3))]
     return {"id": task.id, "slug": slug, "classes": task.targets, "items": items, "gains": gained, "calibration": sure_rows}
 
 
@@ -154,7 +166,7 @@ def compositional(results: Results, task: TaskRecord, examples: dict[str, Any] |
     for one in examples["items"] if examples else []:
         said = [{"model": model, **given} for model in results.models if (given := one["answers"].get(model.name))]
         if said:
-            main = next((given for given in said if given["model"].kind in SUBJECTS), said[0])
+            main = next((given for given in said if given["model"] in subjects(results, task)), said[0])
             items.append({**one, "main": main, "said": said})
     parts = ("image",) if of_pairs else ("text", "image", "group")
     return {"id": task.id, "slug": slug, "items": items, "parts": parts, "many": len(names) > 4}
@@ -191,13 +203,17 @@ def generation(results: Results, task: TaskRecord, examples: dict[str, Any] | No
     items = []
     for one in examples["items"] if examples else []:
         said = [
-            {"model": model.name, "main": model.kind in SUBJECTS, "text": given["text"], "score": given["score"]}
+            {"model": model.name, "main": model in subjects(results, task), "text": given["text"], "score": given["score"]}
             for model in results.models
             if (given := one["answers"].get(model.name))
         ]
         if said:
             items.append({**one, "said": said})
     return {"id": task.id, "slug": file_name(task.id), "items": items}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _data_uri(data: bytes, kind: str) -> str:
@@ -224,26 +240,25 @@ def _answers(results: Results, task: TaskRecord, folder: Path) -> Iterator[tuple
             yield model, load_answers(folder, task.id, model.name)
 
 
-def _answer(example: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
-    """Return an example with the first trained model's `answer` (None without one) and the ranks by the first untrained and CLIP model."""
-    by_model = example["answers"]
-    main = next((model.name for model in subjects(results) if model.name in by_model), None)
-    if main is None:
-        return None
-    others = [next((m.name for m in results.models if m.kind == kind and m.name in by_model), None) for kind in ("untrained", "clip")]
-    answer = {**by_model[main], "top": by_model[main]["top"][:5]}
-    missed = not any(one["right"] for one in answer["top"])
-    return {**example, "answer": answer, "missed": missed, "others": [{"name": n, "rank": by_model[n]["rank"]} for n in others if n]}
+def _answered(example: Mapping[str, Any], results: Results, task: TaskRecord, count: int = 5) -> dict[str, Any] | None:
+    """Return an example with the first `count` `answers` of each model that the report is about, and the ranks by all other models."""
+    by_model, shown = example["answers"], subjects(results, task)
+    answers = []
+    for model in shown:
+        if given := by_model.get(model.name):
+            top = given["top"][:count]
+            answers.append({**given, "model": model.name, "top": top, "missed": not any(one["right"] for one in top)})
+    others = [{"name": m.name, "rank": by_model[m.name]["rank"]} for m in results.models if m not in shown and m.name in by_model]
+    return {**example, "answers": answers, "others": others} if answers else None
 
 
 def _by_class(results: Results, task: TaskRecord, scores: Mapping[str, ClassRows], drawn: Figures, what: str) -> list[str]:
     """Draw the first trained model's best and worst classes, and its gains over its untrained twin and CLIP; return the gains' figures."""
-    slug, models = file_name(task.id), results.models
-    main = next((model for model in subjects(results) if model.name in scores), None)
+    slug, models, about = file_name(task.id), results.models, subjects(results, task)
+    main = next((model for model in about if model.name in scores), None)
     if main is None:
         return []
-    twins = ("untrained", f"{main.name} untrained")
-    compared = [m for m in models if m.kind == "clip" or (m.kind == "untrained" and m.name in twins)]
+    compared = [m for m in models if m != main and (m.kind == "clip" or m == twin_of(results, main))]
     others = sorted((m for m in compared if m.name in scores), key=lambda m: m.kind == "clip")
     before = scores[others[0].name] if others else {}
     ordered = sorted(scores[main.name].values(), key=lambda row: (-row[2], row[0]))
@@ -253,8 +268,9 @@ def _by_class(results: Results, task: TaskRecord, scores: Mapping[str, ClassRows
         drawn.add(f"classes-sorted-{slug}", figures.sorted_classes, f"{task.id}: {what}, all {len(ordered)} classes", values, models)
     parts = {"all": ordered} if len(ordered) <= MOST_CLASSES else {"best": ordered[:half], "worst": ordered[-half:]}
     dots = {name: value for name, _, value in before.values()}
+    of = f"{task.id}, {main.name}" if len(about) > 1 else task.id
     for part, rows in parts.items():
-        title = f"{task.id}: {what} by class" if part == "all" else f"{task.id}: {part} {half} of {len(ordered)} classes"
+        title = f"{of}: {what} by class" if part == "all" else f"{of}: {part} {half} of {len(ordered)} classes"
         name = others[0].name if others else ""
         drawn.add(f"classes-{part}-{slug}", figures.class_bars, title, rows, dots, main, models, before_name=name)
     gained = []

@@ -18,7 +18,7 @@ from eval.page.page import _notes, found_runs, write_report
 from eval.page.sections import Figures, segmentation
 from eval.results.anchors import published_numbers
 from eval.results.calibration import calibration
-from eval.results.records import ModelRecord, load_answers, load_results
+from eval.results.records import ModelRecord, load_answers, load_results, save_answers, save_results
 from eval.results.tables import shown_value
 from tests.support.synthetic_results import make_results
 
@@ -140,7 +140,7 @@ def test_results_without_examples_or_training_still_make_a_page(tmp_path):
     (tmp_path / "train" / "metrics.jsonl").unlink()
     assert found_runs(results) == []
     page = write_report(tmp_path / "eval", tmp_path / "out", dark=False).read_text()
-    assert 'id="training"' not in page and '<h2 id="results">Results</h2>' in page and "What it sees" in page
+    assert 'id="training"' not in page and '<h2 id="results">Results</h2>' in page and "What it sees" not in page
 
 
 def test_links_of_the_contents_lead_somewhere(report):
@@ -176,14 +176,80 @@ def test_headlines_name_the_baseline_and_clip_apart(report):
         "things, top-1 accuracy", "scenes, text to image R@1", "swaps, group score", "outlines, mean IoU",
     ]  # fmt: skip
     for (_, card), task, metric in zip(cards, ORDER, ("acc@1", "t2i_r@1", "group_score", "miou"), strict=True):
-        trained, clip = (100 * results.value(task, metric, name).value for name in ("trained", "CLIP"))
-        others = [
-            entry.value
-            for entry in results.entries
-            if (entry.task, entry.metric) == (task, metric) and entry.model not in ("trained", "CLIP")
-        ]
-        assert f">{trained:.1f}% <small>from {100 * max(others):.1f}%</small>" in card, "from what it was before, not from CLIP"
-        assert f'<div class="against">CLIP: {clip:.1f}%</div>' in card
+        shown = {entry.model: f"{100 * entry.value:.1f}%" for entry in results.entries if (entry.task, entry.metric) == (task, metric)}
+        assert f">{shown['trained']} <small>from {shown['untrained']}</small>" in card, "from untrained heads, not from majority or CLIP"
+        assert f'<span class="clip">CLIP {shown["CLIP"]}</span>' in card
+        for name in {"majority", "chance"} & shown.keys():
+            assert f"<span>{name} {shown[name]}</span>" in card
+
+
+def renamed(results, models):
+    """The same results with the trained model's numbers under other names: what many models look like."""
+    own = [entry for entry in results.entries if entry.model == "trained"]
+    others = [entry for entry in results.entries if entry.model in ("majority", "chance")]
+    entries = [replace(entry, model=model.name) for model in models for entry in own]
+    floors = [model for model in results.models if model.kind in ("majority", "chance")]
+    return replace(results, models=(*models, *floors), entries=(*entries, *others))
+
+
+def page_of(folder, results, names):
+    """Write the page of `results` whose answers and examples are the trained model's for each of `names`."""
+    for path in (folder / "eval" / "examples").rglob("*.json"):
+        text = json.loads(path.read_text())
+        for one in [*text.get("t2i", []), *text.get("i2t", []), *text.get("items", [])]:
+            one["answers"] = dict.fromkeys(names, one["answers"]["trained"])
+        if "matrix" in text:
+            text["matrix"]["scores"] = dict.fromkeys(names, text["matrix"]["scores"]["trained"])
+        path.write_text(json.dumps(text))
+    for task in results.tasks:
+        answers = load_answers(folder / "eval", task.id, "trained")
+        for name in names:
+            save_answers(folder / "eval", task.id, name, answers)
+    save_results(folder / "eval", results)
+    return write_report(folder / "eval", folder / "out", dark=False).read_text()
+
+
+@pytest.mark.parametrize("kind", ["clip", "untrained"])
+def test_without_a_trained_model_the_others_have_cards_and_examples(tmp_path, kind):
+    results = renamed(make_results(tmp_path, images=12, classes=6), [ModelRecord("theirs", kind, "what they are", "", {})])
+    page = page_of(tmp_path, results, ["theirs"])
+    assert page.count('<div class="card"><div class="what">') == 2 and 'class="lead">what they are<' in page
+    assert "From a caption to images" in page and page.count('<div class="card example') == 4 + 4 + 6
+
+
+def test_every_model_of_many_has_a_card_examples_and_columns_that_fit(tmp_path):
+    names = [f"run-{number}-with-a-long-name-of-its-own" for number in range(12)]
+    results = renamed(
+        make_results(tmp_path, images=12, classes=6), [ModelRecord(name, "trained", f"about {name}", "", {}) for name in names]
+    )
+    page = page_of(tmp_path, results, names)
+    cards = re.findall(r'<div class="card"><div class="what">.*?</div></div>', page, re.DOTALL)
+    lead = re.search(r'<p class="lead">(.*?)</p>', page)[1]
+    for name in names:
+        assert all(name in card for card in cards) and f"<b>{name}</b>: about {name}" in lead
+    assert page.count('<div class="card example') == 4 + 4 + 6 and page.count(f'<p class="said-by">{names[-1]} ') == 4 + 4 + 6
+    for table in Tables(page).tables[:4]:
+        assert len(table[0]) <= 9
+    heads = [text for table in Tables(page).tables[:4] for _, text in table[0]]
+    assert all(heads.count(name) == 2 for name in names), "once for each task"
+
+
+def test_sections_without_content_are_left_out(tmp_path):
+    make_results(tmp_path, images=12, classes=6)
+    for path in (tmp_path / "eval" / "examples").rglob("*.json"):
+        path.unlink()
+    (tmp_path / "train" / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "lr": {"llm": 1.0}}\n')
+    page = write_report(tmp_path / "eval", tmp_path / "out", dark=False).read_text()
+    assert "From a caption to images" not in page and 'id="training"' not in page
+    assert not re.search(r'<div class="grid[^"]*">\s*</div>', page) and not re.search(r"<h[23][^>]*>[^<]*</h[23]>\s*<h2", page)
+
+
+def test_a_value_that_hardly_moves_is_a_flat_line(monkeypatch):
+    limits = []
+    monkeypatch.setattr("eval.page.figures.png", lambda figure: limits.append(figure.axes[0].get_ylim()))
+    curves("bias b", {"b": (range(10), [-10 + 0.001 * step for step in range(10)])}, LIGHT)
+    curves("loss", {"loss": (range(10), [2 - 0.1 * step for step in range(10)])}, LIGHT)
+    assert limits[0][1] - limits[0][0] > 2 and limits[1][1] - limits[1][0] < 1.2
 
 
 def test_published_numbers_are_in_published_columns_only(official):
