@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
 from align.common.errors import UsageError
-from align.encoders.loading import VISION_FILES, opened
+from align.encoders.loading import VISION_FILES, load_errors_named, opened
 from align.encoders.spec import VisionSpec
 
 
@@ -91,8 +91,12 @@ def load_transform(spec: VisionSpec) -> Transform:
 
 
 def output_size(name: str, transform: Transform) -> tuple[int, int]:
-    """Return (H, W) of the transform's output; UsageError if it depends on the image, as such outputs cannot be batched."""
-    shapes = {tuple(transform(Image.new("RGB", size)).shape) for size in ((320, 240), (240, 320), (97, 101))}
+    """Return (H, W) of the transform's output; UsageError if it depends on the image, which cannot be batched, or is no pixels."""
+    with load_errors_named(name, "its image processor fails on a plain image: mend preprocessor_config.json"):
+        outputs = [transform(Image.new("RGB", size)) for size in ((320, 240), (240, 320), (97, 101))]
+    shapes = {tuple(output.shape) for output in outputs}
+    if not all(output.isfinite().all() for output in outputs):
+        raise UsageError(f"{name}: its image processor gives infinite pixels; mend image_mean and image_std in preprocessor_config.json")
     if len(shapes) > 1 or len(next(iter(shapes))) != 3:
         raise UsageError(
             f"{name}: its image processor gives outputs of different shapes, {sorted(shapes)}; "

@@ -247,6 +247,24 @@ def test_processors_with_varying_output_are_refused(dinov2, tmp_path):
         load_vision_encoder(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_std": [0.0, 0.0, 0.0]}, "infinite pixels"),
+        ({"image_mean": [0.5, 0.5]}, "fails on a plain image"),
+        ({"image_mean": "x"}, "fails on a plain image"),
+        ({"rescale_factor": 0}, "fails on a plain image|infinite pixels"),
+        ({"resample": 99}, "fails on a plain image"),
+        ({"do_center_crop": False, "size": {"height": -1, "width": 3}}, "fails on a plain image"),
+    ],
+)
+def test_processors_that_give_no_pixels_are_refused(dinov2, tmp_path, values, message):
+    shutil.copytree(dinov2, tmp_path / "m")
+    change_processor(tmp_path / "m", **values)
+    with pytest.raises(UsageError, match=message):
+        load_vision_encoder(str(tmp_path / "m"))
+
+
 def test_non_square_images_keep_their_grid(dinov2, tmp_path):
     shutil.copytree(dinov2, tmp_path / "m")
     ViTImageProcessor(size={"height": 28, "width": 70}).save_pretrained(tmp_path / "m")
