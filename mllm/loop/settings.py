@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ FLAGS_OF_SECTIONS = {  # of a DeepSpeed JSON: who decides instead
     "compression_training": "the --lr flags decide what is trained",
     "quantize_training": "--precision decides",
 }
+# Sections that concern memory, communication and logs, or are compared with the flags. DeepSpeed drops a name that it does not know.
+SECTIONS = (
+    "zero_optimization", "bf16", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "aio", "checkpoint", "comet",
+    "communication_data_type", "comms_logger", "compile", "csv_monitor", "data_types", "disable_allgather", "disable_python_gc",
+    "dump_state", "flops_profiler", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
+    "seq_parallel_communication_data_type", "steps_per_print", "tensorboard", "timers", "wall_clock_breakdown", "wandb",
+)  # fmt: skip
 
 
 def deepspeed_settings(name: str | None) -> str | None:
@@ -58,6 +67,13 @@ def refuse_contradictions(settings: Any, config: FinetuneConfig, precision: Arit
         value = settings.get(section)
         on = value.get("enabled", True) if isinstance(value, dict) else value
         check(not on, f"{given} has the section {section!r}", f"{flags}: take the section out of the JSON")
+    for section in [section for section, value in settings.items() if value and section not in (*FLAGS_OF_SECTIONS, *SECTIONS)]:
+        near = get_close_matches(section.lower(), (*FLAGS_OF_SECTIONS, *SECTIONS), 1)
+        what = f"did you mean {near[0]!r}? " if near else ""
+        check(section[0] in "_$/#", f"{given} has the section {section!r}", f"{what}known are {', '.join(SECTIONS)}")
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    check(type(stage) is int and 0 <= stage <= 3, f"{given} says zero_optimization {zero!r}"[:200], 'expected {"stage": 0, 1, 2 or 3}')
     decided = {
         "gradient_clipping": (config.max_grad_norm, "--max-grad-norm"),
         "train_micro_batch_size_per_gpu": (micro, "--micro-batch-size"),

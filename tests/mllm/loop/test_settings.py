@@ -60,6 +60,7 @@ def test_the_optimizer_is_the_one_asked_for(name, kind):
 
 
 AGREEING = [
+    {"_comment": "mine", "tensorboard": {"enabled": False}},
     {}, {"optimizer": None}, {"fp16": {"enabled": False}}, {"gradient_clipping": "auto"}, {"gradient_clipping": 1.0},
     {"train_batch_size": 12},
     {"train_micro_batch_size_per_gpu": 2}, {"gradient_accumulation_steps": 3}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": True}},
@@ -76,6 +77,13 @@ CONTRADICTING = [
     ({"train_micro_batch_size_per_gpu": 4}, "--micro-batch-size says 2"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 2.*says 3"),
     ({"bf16": {"enabled": False}}, "bf16.enabled False.*--precision bf16"),
+    ({"Scheduler": {"type": "WarmupLR"}}, "'Scheduler'.*did you mean 'scheduler'"),
+    ({"lr_scheduler": {"type": "WarmupLR"}}, "'lr_scheduler'.*did you mean 'scheduler'"),
+    ({"bfloat16": {"enabled": True}}, "'bfloat16'.*known are zero_optimization"),
+    ({"zero_optimisation": {"stage": 3}}, "did you mean 'zero_optimization'"),
+    ({"gradient_allreduce_op": "sum"}, "'gradient_allreduce_op'"),
+    ({"zero_optimization": {"stage": "3"}}, "stage.*expected"),
+    ({"zero_optimization": True}, "expected"),
     ([1], "a JSON object"),
     ("text", "a JSON object"),
 ]
