@@ -117,6 +117,23 @@ def stop_with(parents: list[psutil.Process], seconds: float = 1.0) -> None:
         threading.Thread(target=look, daemon=True).start()
 
 
+def say_after(parents: list[psutil.Process], text: str, seconds: float = 10.0) -> None:
+    """Write `text` to stderr once the `parents` are gone, at most so many `seconds` from now, from a process of its own.
+
+    A launcher writes a traceback of its own below the error of the process that it started: without this, that is what is read.
+    """
+    if not parents or not hasattr(os, "fork") or os.fork():
+        return
+    try:
+        stay()
+        deadline = time.monotonic() + seconds
+        while not all(map(_is_gone, parents)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.write(2, text.encode("utf-8", "replace"))
+    finally:
+        os._exit(0)
+
+
 def _signal_main_thread() -> None:
     """Wake the main thread, which alone runs handlers, also out of a blocking call."""
     main = threading.main_thread().ident

@@ -18,7 +18,7 @@ from align.common.errors import KitError, Preempted
 from align.common.failures import explained, is_foreseen, keep_traceback
 from align.common.files import arm_failpoint, disk_full_named
 from align.common.hardware import reuse_freed_memory, use_cores
-from align.common.preemption import asked_to_stop, ended_by_sigterm, launchers, reason, stop_with
+from align.common.preemption import asked_to_stop, ended_by_sigterm, launchers, reason, say_after, stop_with
 from align.runtime.arguments import Arguments
 from align.runtime.console import plain_console
 from align.runtime.recipes_yaml import to_recipe
@@ -47,9 +47,11 @@ def _config(kind: type[Config], section: str, arguments: Arguments) -> Config:
     try:
         with redirect_stderr(heard):
             config = tyro.cli(kind, args=flags, description=f"{inspect.getdoc(kind)} {OF_ALL}")
-    except SystemExit:
-        if origin := arguments.origin(heard.text):
-            sys.stderr.write(f"{origin.strip(' ()')}\n")
+    except SystemExit as leaving:
+        origin = arguments.origin(heard.text).strip(" ()")
+        sys.stderr.write(f"{origin}\n" if origin else "")
+        if leaving.code:
+            _tell_again(f"{heard.text}{origin}")
         raise
     if "--print-config" in arguments.typed:
         sys.stdout.write(to_recipe(config, section))
@@ -132,8 +134,16 @@ def set_up(quiet: bool = False) -> Console:
     return plain_console(quiet)
 
 
+def _tell_again(message: str) -> None:
+    """Under a launcher, write an error again below the launcher's own traceback."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say_after(launchers(), f"\n{message}\n")
+
+
 def _leave(message: str, code: int) -> None:
     sys.stderr.write(f"{message}\n")  # stderr flushes each line
+    if code not in (Preempted.exit_code, 130):
+        _tell_again(message)
     # Other ranks may wait in a collective, and DataLoader workers in a queue: a plain exit would hang.
     if "RANK" in os.environ:
         os._exit(code)

@@ -144,3 +144,16 @@ def test_an_entry_run_as_a_script_from_elsewhere_says_what_is_wrong(tmp_path):
     script = Path(__file__).resolve().parents[3] / "align" / "train.py"
     ran = subprocess.run([sys.executable, script, "--config", "nothing.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr == "error: no such file: nothing.yaml\n"
+
+
+def test_below_a_launchers_traceback_the_error_stands_again(tmp_path):
+    script = Path(__file__).resolve().parents[3] / "align" / "train.py"
+    launcher = tmp_path / "launcher.py"  # as `accelerate launch` of one process does
+    launcher.write_text(
+        "import subprocess, sys, time\ncommand = [sys.executable, *sys.argv[1:]]\ncode = subprocess.run(command).returncode\n"
+        "time.sleep(0.2)\nraise subprocess.CalledProcessError(code, command)\n"
+    )
+    command = [sys.executable, launcher, script, "--config", "nothing.yaml"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    first, *_, last = ran.stderr.splitlines()
+    assert first == last == "error: no such file: nothing.yaml" and "returned non-zero exit status 2" in ran.stderr
