@@ -2,10 +2,12 @@
 
 import inspect
 import io
+import logging
 import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -87,6 +89,7 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
     debug = len(flags) < len(sys.argv) - 1
     if not debug:
         threading.excepthook = _tell_of_thread
+        quiet_libraries()
     arguments = Arguments(flags)
     try:
         with ended_by_sigterm():
@@ -104,6 +107,17 @@ def run(main: Callable[[Config], None], kind: type[Config], section: str | Calla
         _leave("interrupted; run the same command again to go on", 130)
     except BaseException as error:  # noqa: BLE001 - the outermost guard; panics of Rust libraries are no Exception
         _leave(*_told(error, debug, arguments))
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say to their own developers: deprecations, backends, DeepSpeed's choice of accelerator. Before their import.
+
+    A user cannot act on them, and they hide the lines that matter. TRANSFORMERS_VERBOSITY in the environment wins.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for kind in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", kind)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator" not in record.getMessage())
 
 
 def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:

@@ -1,5 +1,6 @@
 """A recipe is a saved command line; whatever is wrong with it is said once, with the nearest right word, and exit code 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,18 @@ def test_below_a_launchers_traceback_the_error_stands_again(tmp_path):
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     first, *_, last = ran.stderr.splitlines()
     assert first == last == "error: no such file: nothing.yaml" and "returned non-zero exit status 2" in ran.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--debug"]])
+def test_libraries_are_quiet_unless_asked(tmp_path, flags):
+    code = (
+        "import logging, os, sys, warnings\nfrom align.runtime.commandline import run\nfrom align.training.config import TrainConfig\n"
+        "def main(config):\n    warnings.warn('old name', FutureWarning)\n    log = logging.getLogger('DeepSpeed')\n"
+        "    log.warning('Setting accelerator to CPU')\n    log.warning('lost a gradient')\n"
+        "    sys.stderr.write(os.environ.get('TRANSFORMERS_VERBOSITY', 'its own'))\nrun(main, TrainConfig, 'train')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-c", code, "--config", write(tmp_path, TRAIN), *flags]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).resolve().parents[3])
+    heard = [word in ran.stderr for word in ("old name", "Setting accelerator", "lost a gradient", "its own")]
+    assert heard == ([True] * 4 if flags else [False, False, True, False]), ran.stderr
