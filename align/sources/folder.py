@@ -61,13 +61,13 @@ class FolderReader(ShardReader):
             path = os.fsdecode(self._names[index])
             stem = os.path.splitext(path)[0]
             key, fields = self._row_name(index), dict[str, Any]()
+            if folder := os.path.dirname(path):
+                fields["label"] = os.fsencode(os.path.basename(folder)).decode("utf-8", "replace")
             try:
                 key = gate_key(stem)
-                if folder := os.path.dirname(path):
-                    fields["label"] = os.path.basename(folder)
                 if os.path.lexists(os.path.join(self.root, f"{stem}.txt")):
                     fields["txt"] = text_captions(read_below(self.root, f"{stem}.txt", MAX_ROW_BYTES), whole=False)
             except Reject as reject:
-                yield Row(index, key, None, {}, reject)
+                yield Row(index, key, None, fields, reject)
                 continue
             yield Row(index, key, self._image_of(path) if images else None, fields)

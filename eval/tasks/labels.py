@@ -17,7 +17,8 @@ from eval.tasks.task import Task
 
 _SHOWN = 8  # names in a message
 _DIGITS = 40  # of a class number
-_ID = re.compile(r"n\d{8}|\d+")  # a synset id or a number: no name
+_ID = re.compile(r"n\d{8}|\d+|(?=.*\d)[0-9a-f-]{8,}")  # a synset id, a number or a hash: no name
+_NUMBERED = re.compile(r"\d+[\W_]")  # how the names of CUB's folders begin
 
 
 def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -62,8 +63,9 @@ def checked_classes(
     """Return what the user should know: the names in use, names without images, names that are ids, and files that are not read.
 
     `lost` are the labels of rejected rows, `values` and `labels` (N,) those of usable ones. Raise DataError if all images have one class,
-    or if a class has images but none that can be used: chance would rise silently.
+    or if a class has images but none that can be used: chance would rise silently. Also if class folders lie at different depths.
     """
+    shared = _class_folders(task, place) if task.layout == "folder" else ""
     if len(np.unique(labels)) < 2:
         deeper = ". A class is the folder an image lies in: class/1.jpg, not class/images/1.jpg" if task.layout == "folder" else ""
         raise DataError(f"task {task.id!r}: all {len(labels)} images have the class {names[labels[0]]!r}, so any answer is right{deeper}")
@@ -83,9 +85,36 @@ def checked_classes(
         said.append(f"{len(names) - used} of {len(names)} class names have no image")
     if ids := [name for name in names if _ID.fullmatch(name)]:
         said.append(f"{len(ids)} class names are ids, not words: {_listed(ids)}. Give `classes`, a file of `id<TAB>name` lines")
+    elif all(map(_NUMBERED.match, names)):
+        said.append(f"all class names begin with a number: {_listed(names)}. Give `classes`, a file of `folder<TAB>name` lines")
+    if shared:
+        said.append(shared)
     if unread:
         said.append(f"files that are not read: {_counted(unread)}")
     return said
+
+
+def _class_folders(task: Task, place: Path) -> str:
+    """Return which class is made of several folders, or ""; DataError if the folders that hold images lie at different depths."""
+    depths, homes = dict[int, str](), dict[str, list[str]]()
+    for folder, inside, files in os.walk(place):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if Path(folder) != place and any(name.lower().endswith(IMAGE_ENDINGS) and name[0] != "." for name in files):
+            path = os.path.relpath(folder, place)
+            depths.setdefault(path.count(os.sep), path)
+            homes.setdefault(os.path.basename(path), []).append(path)
+    if len(depths) > 1:
+        near, far = depths[min(depths)], depths[max(depths)]
+        raise DataError(
+            f"task {task.id!r}: images lie in folders of different depths, {near!r} and {far!r}, and a class is the folder an image lies "
+            f"in: {os.path.basename(near)!r} and {os.path.basename(far)!r}. Put each image directly into the folder of its class"
+        )
+    several = {name: paths for name, paths in homes.items() if len(paths) > 1}
+    name = next(iter(several), "")
+    if not name:
+        return ""
+    where = f"the first is {name!r}: {_listed(several[name])}"
+    return f"{len(several)} classes have images in several folders, {where}. If these are splits, give the folder of one as `data`"
 
 
 def _unread(place: Path) -> tuple[dict[str, Counter[str]], Counter[str]]:

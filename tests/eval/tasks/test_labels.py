@@ -32,6 +32,28 @@ def test_one_class_is_refused(tmp_path):
         load_task(folders(tmp_path, ["cat/images/0.jpg", "dog/images/1.jpg"]), tmp_path)
 
 
+def test_class_folders_of_different_depths_are_refused(tmp_path):
+    with pytest.raises(DataError, match="different depths, 'car' and 'cat/images'.*directly into the folder of its class"):
+        load_task(folders(tmp_path, ["dog/0.jpg", "cat/images/1.jpg", "car/2.jpg"]), tmp_path)
+
+
+def test_a_class_of_several_folders_is_named(tmp_path):
+    data = load_task(folders(tmp_path, [f"{split}/{name}/{split}.jpg" for split in ("train", "val") for name in ("cat", "dog")]), tmp_path)
+    assert "2 classes have images in several folders, the first is 'cat': train/cat, val/cat" in " ".join(data.remarks)
+
+
+def test_a_class_whose_name_is_not_utf_8_does_not_vanish(tmp_path):
+    task = folders(tmp_path, ["cat/0.jpg", "dog/1.jpg", "d\udcffg/2.jpg"])
+    with pytest.raises(DataError, match="without a usable image: d\ufffdg"):
+        load_task(task, tmp_path)
+
+
+@pytest.mark.parametrize("names", [["001.Albatross", "002.Auk"], ["00ff11aa", "a3f9c2d1"]])
+def test_names_with_numbers_and_hashes_are_named(tmp_path, names):
+    said = " ".join(load_task(folders(tmp_path, [f"{name}/{name}.jpg" for name in names]), tmp_path).remarks)
+    assert names[0] in said and "Give `classes`" in said
+
+
 def test_a_class_without_a_file_that_is_read_is_refused_with_its_files(tmp_path):
     task = folders(tmp_path, ["cat/0.jpg", "dog/1.jpg", "bird/2.avif", "bird/3.heic", "bird/4.avif"])
     with pytest.raises(DataError, match=r"without a usable image: bird \(2 \.avif, 1 \.heic\)"):
