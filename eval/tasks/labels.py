@@ -23,6 +23,8 @@ _NUMBERED = re.compile(r"\d+[\W_]")  # how the names of CUB's folders begin
 
 def class_labels(task: Task, lines: tuple[str, ...], values: list[int | str]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return class numbers (N,) and class names. Numeric labels need `lines`, the file of class names; text labels do not."""
+    if unlabeled := sum(not str(value).strip() for value in values):
+        raise DataError(f"task {task.id!r}: {unlabeled} of {len(values)} rows have an empty label: label or remove them")
     if lines and all("\t" in line for line in lines):  # `label<TAB>name`, where a label may be a number
         values = [str(value) for value in values]
     elif (lines or task.layout != "folder") and not set(map(str, values)) <= set(lines):

@@ -32,6 +32,11 @@ def test_one_class_is_refused(tmp_path):
         load_task(folders(tmp_path, ["cat/images/0.jpg", "dog/images/1.jpg"]), tmp_path)
 
 
+def test_empty_labels_are_no_class(tmp_path):
+    with pytest.raises(DataError, match="2 of 5 rows have an empty label"):
+        load_task(table(tmp_path, ["cat", "", "dog", " ", "cat"]), tmp_path)
+
+
 def test_class_folders_of_different_depths_are_refused(tmp_path):
     with pytest.raises(DataError, match="different depths, 'car' and 'cat/images'.*directly into the folder of its class"):
         load_task(folders(tmp_path, ["dog/0.jpg", "cat/images/1.jpg", "car/2.jpg"]), tmp_path)
