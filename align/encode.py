@@ -59,7 +59,7 @@ def main(config: EncodeConfig) -> None:
 
 def announced(config: EncodeConfig, state: "PartialState", console: "Console") -> "Extraction":
     """Return the job and print what it has to do. Raises DiskFullError or UsageError if it cannot be done."""
-    job = planned(config, state)
+    job = planned(config, state, console)
     size = job.predicted_bytes()
     for note in job.plan.notes:
         console.print(note)
@@ -73,25 +73,34 @@ def announced(config: EncodeConfig, state: "PartialState", console: "Console") -
     return job
 
 
-def planned(config: EncodeConfig, state: "PartialState") -> "Extraction":
-    """Return the job: the encoders, None if not requested, and the plan. The first process makes and saves it; a dry run saves nothing."""
+def planned(config: EncodeConfig, state: "PartialState", console: "Console") -> "Extraction":
+    """Return the job: the plan, of which some samples are tried, then the encoders, None if not requested.
+
+    The first process makes and saves the plan; a dry run saves nothing.
+    """
     from align.encoders.text import load_text_encoder
     from align.encoders.vision import load_vision_encoder
     from align.features.extract import Extraction, Stopping
     from align.sources.gate import Limits
     from align.sources.plan import Plan, plan
+    from align.sources.trial import try_samples
 
+    limits = Limits(max_pixels=config.max_pixels, gray_bits=config.gray_bits)
     source, folder = config.source(config.data), Path(config.output)
     if state.is_main_process or config.dry_run:
         made = plan(source, config.shard_rows, config.captions)
-        if not config.dry_run or (folder / "plan.parquet").exists():  # saves it, or refuses another one
+        if begun := (folder / "plan.parquet").exists():
+            made.keep(folder, "files, columns or --shard-rows")  # refuses another one
+        for note in try_samples(source, made, config.captions, bool(config.vision), limits, config.max_reject_fraction):
+            console.print(note)
+        if not begun and not config.dry_run:
             made.keep(folder, "files, columns or --shard-rows")
     state.wait_for_everyone()
     vision, text = config.encoders(resolve_precision(config.precision, state.device))
     return Extraction(
         source, made if config.dry_run else Plan.load(folder), folder, vision=load_vision_encoder(vision, state.device) if vision else None,
         text=load_text_encoder(text, state.device) if text else None, columns=config.captions, batch_size=config.batch_size,
-        text_batch_size=config.text_batch_size, workers=config.workers, limits=Limits(max_pixels=config.max_pixels),
+        text_batch_size=config.text_batch_size, workers=config.workers, limits=limits,
         stopping=Stopping(config.max_reject_fraction, config.max_rejects_in_a_row),
     )  # fmt: skip
 
@@ -132,6 +141,8 @@ def report(job: "Extraction", console: "Console") -> None:
     counts = Counter(job.finish()["code"].to_pylist())
     summary = ", ".join(f"{code} {count}" for code, count in counts.most_common()) or "none"
     console.print(f"rejected: {summary} (each in rejects.parquet)")
+    if note := job.gray.note(job.limits.gray_bits):
+        console.print(note)
     for writer in job.writers:
         store = FeatureStore(writer.folder)
         console.print(f"{writer.folder}: {len(store)} x {store.width} features, {human_bytes(store.nbytes)}")

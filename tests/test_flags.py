@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from PIL import Image
 
 from align.runtime.commandline import parse
 from align.runtime.recipes_yaml import load_yaml
@@ -49,10 +50,10 @@ FILES = {section: f"{section}.py" for section in BASE} | {"eval": "run.py", "ins
 VISION, TEXT = "load_vision_encoder", "load_text_encoder"
 ENCODERS = {f"align.encoders.vision.{VISION}": None, f"align.encoders.text.{TEXT}": None}
 SOURCE = [("layout", "csv"), ("image-column", "picture"), ("key-column", "name"), ("image-root", "OUT")]
-SOURCE += [("group", "key"), ("key-prefix", "file")]
+SOURCE += [("group", "key"), ("key-prefix", "file"), ("gray-bits", "12")]
 PLACES = {"layout": "layout", "image-column": "image", "key-column": "key", "image-root": "image_root"}
-PLACES |= {"group": "group", "key-prefix": "key_prefix"}
-LOADED = {f"align.training.data.{name}": None for name in (VISION, TEXT, "plan", "Plan")}
+PLACES |= {"group": "group", "key-prefix": "key_prefix", "gray-bits": "gray_bits"}
+LOADED = {f"align.training.data.{name}": None for name in (VISION, TEXT, "plan", "Plan", "try_samples")}
 HEADS = {"align.model.published_heads.read_weights": None, "align.model.published_heads.heads_from": None, **ENCODERS}
 SCORING = {f"align.assessment.encoding.{name}": [] for name in ("encode_visions", "encode_texts")}
 SCORING |= {"align.assessment.encoding.draw_samples": None, "align.runtime.runs.add_launch": None}
@@ -288,6 +289,8 @@ class Arrived(BaseException):
 @pytest.fixture
 def places(tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(f'{{"key": "{key}", "image": "{key}.png", "short": "a dog"}}\n' for key in "ab"))
+    for key in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{key}.png")
     (tmp_path / "out/lmms").mkdir(parents=True)
     return {"DATA": str(tmp_path / "data.jsonl"), "OUT": str(tmp_path / "out")}
 

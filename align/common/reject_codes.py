@@ -18,6 +18,7 @@ SAMPLE_CODES: dict[str, str] = {
     "image_aspect": "the longer side is more than Limits.max_aspect times the shorter",
     "image_damaged": "the header is good but the content is cut, fails its checksum or expands beyond Pillow's limits",
     "image_nonfinite": "a float image with NaN or infinity",
+    "image_range": "16-bit gray with a value above the white that --gray-bits says",
     # image files and archive members
     "unsafe_path": "a URL, or a path outside the image folder or archive",
     "file_missing": "no file at that path (it may have vanished since the manifest was made)",
@@ -75,6 +76,25 @@ CONVERSATION_CODES: dict[str, str] = {  # their order is stored in indexes of co
 }
 
 REJECT_CODES = SAMPLE_CODES | FEATURE_CODES | CONVERSATION_CODES
+
+
+_TASK = "(of a task: `image_root`)"
+ADVICE = {  # for codes that say what to do; of others the data is to be mended
+    "file_missing": f"Image paths start at the table's folder or at --image-root {_TASK}: give the right one, or take such rows out.",
+    "unsafe_path": f"Images have to lie below one folder: give one above all of them as --image-root {_TASK}. Nothing is downloaded.",
+    "image_missing": "Is --image-column the column of the images?",
+    "image_type": "Is --image-column the column of the images?",
+    "image_ambiguous": "Give the suffix of one of them as --image-column, for example --image-column input.jpg.",
+    "image_range": "Give a larger --gray-bits (of a task: `gray_bits`).",
+    "file_denied": "Let yourself read the files (chmod), or run as a user who may.",
+    "missing_column": "Name a column that the rows have.",
+    "caption_type": "Name a column of texts.",
+}
+
+
+def advice(code: str, otherwise: str = "Mend the data.") -> str:
+    """Return what to do if most samples have this code."""
+    return ADVICE.get(code, otherwise)
 
 
 class Reject(DataError):

@@ -24,14 +24,14 @@ from align.common.errors import DataError
 from align.common.files import require_free
 from align.common.locks import Lease
 from align.common.preemption import stay
-from align.common.reject_codes import Reject, RejectedRow
+from align.common.reject_codes import Reject, RejectedRow, advice
 from align.encoders.text import TextEncoder
 from align.encoders.vision import VisionEncoder
 from align.features.store import StoreHeader
 from align.features.writer import StoreWriter
 from align.runtime.console import Progress
 from align.sources.content import content_digest
-from align.sources.gate import Limits, gate_image, split_captions
+from align.sources.gate import GRAY_BITS, GrayCount, Limits, gate_image, split_captions
 from align.sources.plan import Plan, Source, open_shard
 from align.sources.row import ShardReader
 
@@ -74,6 +74,7 @@ class _Decoded:
     captions: dict[str, list[tuple[str, list[str]]]]
     rejects: list[RejectedRow]
     rows: list[int] = field(default_factory=list)  # of the shard, each the first of a sample
+    gray_bits: list[int | None] = field(default_factory=list)  # of the images
 
 
 @dataclass
@@ -105,7 +106,9 @@ class _Batches(Dataset):
             if task.images:
                 try:
                     assert self.transform is not None
-                    pixels.append(self.transform(gate_image(row.image, self.limits)))
+                    image = gate_image(row.image, self.limits)
+                    decoded.gray_bits.append(image.info.get(GRAY_BITS))
+                    pixels.append(self.transform(image))
                     decoded.keys.append(row.key)
                 except Reject as reject:
                     decoded.rejects.append(RejectedRow.of(reject, row.index, row.key, "image"))
@@ -143,8 +146,9 @@ class Extraction:
         self.source, self.plan, self.output = source, plan, output
         self.vision, self.text, self.columns = vision, text, columns
         self.batch_size, self.text_batch_size, self.workers = batch_size, text_batch_size, workers
-        self.limits, self.stopping = limits or Limits(), stopping or Stopping()
+        self.limits, self.stopping = limits or Limits(gray_bits=source.gray_bits), stopping or Stopping()
         self.progress = Progress()
+        self.gray = GrayCount()
         self.rows = self.samples = self.rejected = self._in_a_row = 0  # of this process
         self.image_stores: list[ImageStore] = []
         if vision is not None:
@@ -271,6 +275,8 @@ class Extraction:
         shard.rejects += decoded.rejects
         self.rows += decoded.task.stop - decoded.task.start
         self.samples += len(decoded.rows)
+        for bits in decoded.gray_bits:
+            self.gray.add(bits)
         rejected_rows = {reject.row for reject in decoded.rejects if not reject.column.endswith(SOME)}
         self.rejected += len(rejected_rows)
         for row in decoded.rows:
@@ -301,9 +307,8 @@ class Extraction:
                 self.caption_writers[column].write(task.shard, features, keys, items, rejects, texts)
 
     def _stop(self, why: str, rejects: list[dict[str, Any]]) -> None:
-        counts = ", ".join(f"{code} {count}" for code, count in Counter(reject["code"] for reject in rejects).most_common(5))
+        codes = Counter(reject["code"] for reject in rejects).most_common(5)
+        counts = ", ".join(f"{code} {count}" for code, count in codes)
         first = " First: {key!r} {column}: {code} ({detail}).".format(**rejects[0]) if rejects else ""
-        raise DataError(
-            f"{why} (codes: {counts}).{first} Mend the data, or raise --max-reject-fraction / --max-rejects-in-a-row; "
-            "committed shards are kept."
-        )
+        mend = "Mend the data, or raise --max-reject-fraction / --max-rejects-in-a-row; committed shards are kept."
+        raise DataError(f"{why} (codes: {counts}).{first} {advice(codes[0][0], mend) if codes else mend}")

@@ -25,6 +25,8 @@ class SourceFlags:
     other."""
     key_prefix: Literal["none", "file"] = "none"
     """file: put the path of a row's file before its key, for data sets whose files count from 0 each."""
+    gray_bits: int = 16
+    """Bits that 16-bit gray images use: 12 for the X-ray and CT images whose white is 4095. Brighter images are rejected."""
     workers: int = 2
     """Processes that read and decode images during the forward pass."""
 
@@ -32,4 +34,4 @@ class SourceFlags:
         """Return the source that reads `data` (a folder, a file or a glob)."""
         from align.sources.plan import Source  # here, as it loads pyarrow
 
-        return Source(data, self.layout, self.image_column, self.key_column, self.image_root, self.group, self.key_prefix)
+        return Source(data, self.layout, self.image_column, self.key_column, self.image_root, self.group, self.key_prefix, self.gray_bits)

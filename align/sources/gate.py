@@ -30,6 +30,8 @@ _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
     EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+GRAY_BITS = "gray_bits"  # in the info of a decoded image
+FULL_BITS, DARK_BITS = 16, 14
 _TRUNCATED = "LOAD_TRUNCATED_IMAGES"  # the name of Pillow's process-wide switch
 
 
@@ -42,11 +44,14 @@ class Limits:
     max_aspect: float = 50.0  # longer side / shorter side
     max_caption_chars: int = 20_000  # Unicode code points of one caption
     max_captions: int = 100  # captions in one cell
+    gray_bits: int = 16  # of 16-bit gray: its white is 2**gray_bits - 1
 
     def __post_init__(self) -> None:
         highest = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         if not 1 <= self.max_pixels <= highest:
             raise UsageError(f"max_pixels is {self.max_pixels}; allowed is 1 to {highest}, where Pillow itself refuses an image")
+        if not 8 <= self.gray_bits <= 16:
+            raise UsageError(f"--gray-bits {self.gray_bits}: 8 to 16 bits of a 16-bit gray image can hold values")
         if self.min_side < 1 or self.max_aspect < 1 or self.max_caption_chars < 1 or not 1 <= self.max_captions <= 32_767:
             raise UsageError(f"{self}: all limits must be at least 1, and max_captions at most 32767")
 
@@ -55,8 +60,9 @@ def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
     """Return the image file `data` as a decoded, upright, 8-bit RGB image. Raise Reject if it is bad, and if `data` is None or a Reject.
 
     Formats: see FORMATS. An animation gives its first frame. EXIF orientation is applied; damaged EXIF and color profiles are ignored.
-    Transparency is composited on white. 16-bit gray is divided by 257. Float gray within [0, 1] is multiplied by 255. Other float gray,
-    and 32-bit integers outside 16 bits, are stretched from their minimum and maximum to 0..255.
+    Transparency is composited on white. 16-bit gray is scaled so that 2**gray_bits - 1 is white; `info[GRAY_BITS]` then says how many
+    bits its largest value has. Float gray within [0, 1] is multiplied by 255. Other float gray, and 32-bit integers outside 16 bits, are
+    stretched from their minimum and maximum to 0..255.
     """
     if data is None:
         raise Reject("image_missing")
@@ -73,7 +79,7 @@ def gate_image(data: bytes | Reject | None, limits: Limits) -> Image.Image:
                 _open(data).verify()  # checksums of all chunks, which decoding does not check
             image.load()
             method = _TRANSPOSE.get(_orientation(image))
-            converted = _to_rgb(image)
+            converted = _to_rgb(image, limits.gray_bits)
         except _DECODER_ERRORS as error:
             raise Reject("image_damaged", f"{image.format} {image.mode}: {error}") from error
     return converted if method is None else converted.transpose(method)
@@ -119,9 +125,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, gray_bits: int) -> Image.Image:
     if image.mode in _SIXTEEN_BITS or image.mode in ("I", "F"):
-        return _to_eight_bits(image).convert("RGB")
+        return _to_eight_bits(image, gray_bits).convert("RGB")
     if image.mode in _ALPHA or "transparency" in image.info:
         if image.mode in ("RGBa", "La"):  # premultiplied: only to its own plain mode
             image = image.convert(image.mode.upper())
@@ -130,8 +136,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image, gray_bits: int) -> Image.Image:
     """Return 16-bit, 32-bit or float gray (H, W) as 8-bit gray. Raise Reject `image_nonfinite` for NaN or infinity."""
+    bits = None
     values = np.asarray(image)
     if image.mode == "F" and not np.isfinite(values).all():
         raise Reject("image_nonfinite")
@@ -139,12 +146,44 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     elif image.mode != "F" and low >= 0 and high <= 65_535:
-        low, high = 0.0, 65_535.0
+        bits, white = int(high).bit_length(), 2**gray_bits - 1
+        if high > white:
+            raise Reject("image_range", f"a value of {high:.0f}; white is {white} with --gray-bits {gray_bits}")
+        low, high = 0.0, float(white)
     scale = 255 / (high - low) if high > low else 0.0
     gray = values.astype(np.float32)
     gray *= scale  # before the shift, so that float32 cannot overflow
     gray -= low * scale
-    return Image.fromarray(np.rint(gray, out=gray).clip(0, 255).astype(np.uint8))
+    scaled = Image.fromarray(np.rint(gray, out=gray).clip(0, 255).astype(np.uint8))
+    if bits is not None:
+        scaled.info[GRAY_BITS] = bits
+    return scaled
+
+
+@dataclass
+class GrayCount:
+    """How many 16-bit gray images were seen, and how many of them hold values of 14 bits or fewer, which come out dark."""
+
+    seen: int = 0
+    dark: int = 0
+    bits: int = 0  # of the largest value in a dark one
+
+    def add(self, bits: int | None) -> None:
+        """Count an image by its `info.get(GRAY_BITS)`."""
+        if bits is not None:
+            self.seen += 1
+            self.dark += bits <= DARK_BITS
+            self.bits = max(self.bits, bits if bits <= DARK_BITS else 0)
+
+    def note(self, gray_bits: int) -> str:
+        """Return a warning, or "" if no image comes out dark or --gray-bits was given."""
+        if not self.dark or gray_bits < FULL_BITS:
+            return ""
+        largest = 2 ** max(8, self.bits) - 1
+        return (
+            f"{self.dark} of {self.seen} 16-bit gray images hold values of {self.bits} bits at most and come out dark: if their white is "
+            f"{largest}, give --gray-bits {max(8, self.bits)} (of a task: `gray_bits`)"
+        )
 
 
 def gate_captions(value: Any, limits: Limits) -> list[str]:

@@ -25,6 +25,7 @@ from align.common.files import atomic_path
 from align.common.fingerprints import compare_fingerprints
 from align.sources.delimited import CsvReader
 from align.sources.folder import FolderReader, list_images
+from align.sources.gate import FULL_BITS
 from align.sources.places import find_files, refuse_compressed
 from align.sources.row import Scan, ShardReader
 from align.sources.samples import JOINED_SCHEMA, Group, Identities, Shards, joined_part, joined_rows, shard_samples
@@ -48,6 +49,7 @@ class Source:
     image_root: str | None = None  # folder that image paths are relative to and must stay in; None: the file's own folder
     group: Group = "image"  # which rows of a table are one sample
     key_prefix: Literal["none", "file"] = "none"  # file: the path of the row's file below the common folder, put before the key
+    gray_bits: int = 16  # of 16-bit gray images: see Limits
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def plan(source: Source, rows_per_shard: int, columns: Sequence[str] = ()) -> Pl
         layout, files = find_files(source.data, source.layout)
     except OSError as error:
         raise DataError(f"{source.data} cannot be listed ({error})") from error
-    digest = xxhash.xxh3_128(repr((layout, source.image, source.key, rows_per_shard)).encode())
+    settings = (layout, source.image, source.key, rows_per_shard) + ((source.gray_bits,) if source.gray_bits != FULL_BITS else ())
+    digest = xxhash.xxh3_128(repr(settings).encode())
     listing, pieces, scans = None, list[tuple[int, str, int, int, int]](), list[Scan]()
     for file in files:
         try:

@@ -16,7 +16,9 @@ from align.encoders.vision import load_vision_encoder
 from align.features.store import FeatureStore
 from align.model.dual_encoder import SailConfig, SailModel
 from align.runtime.runs import JsonLines
+from align.sources.gate import Limits
 from align.sources.plan import Plan, plan
+from align.sources.trial import try_samples
 from align.training.config import TrainConfig
 from align.training.online import SHARD_ROWS, OnlinePairs
 from align.training.pairs import PairedFeatures, open_pairs
@@ -65,7 +67,11 @@ def _stores(slots: Sequence[str]) -> list[str]:
 
 
 def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
-    """Return the training data of --data, with both encoders loaded. Only the first process lists the files."""
+    """Return the training data of --data: the files, of which some samples are tried, then both encoders.
+
+    Only the first process lists the files.
+    """
+    plans, remarks = planned(config, state)
     options: dict[str, Any] = {"precision": resolve_precision(config.precision, state.device)}
     if config.head == "token":
         options["feature"] = "tokens"
@@ -73,29 +79,43 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
     assert config.data and vision_spec and text_spec
     vision, text = load_vision_encoder(vision_spec, state.device), load_text_encoder(text_spec, state.device)
     loaders = {"vision": vision.spec.stored(), "text": text.spec.stored()}
-    opened, remarks = [], list[str]()
     inputs = {"vision": fingerprint_digest(vision.fingerprint), "text": fingerprint_digest(text.fingerprint)}
-    for name, data in (("data", config.data), ("val-data", config.val_data)):
-        source = config.source(str(data))
-        folder = Path(config.output) / name
-        if data and (state.is_main_process or config.dry_run):  # each process of a dry run has a view of its own
-            plan(source, SHARD_ROWS, config.captions).keep(folder, "files or columns")
-        state.wait_for_everyone()
-        if data:
-            made = Plan.load(folder)
-            remarks += [f"{data}: {made.counted()}", *made.notes]
-            pairs = OnlinePairs(
-                source, made, config.captions, vision, text, seed=config.seed, augment=config.augment and name == "data",
-                batch_size=config.encoder_batch_size, workers=config.workers, max_reject_fraction=config.max_reject_fraction,
-                positives=config.positives,
-            )  # fmt: skip
-            opened.append(pairs)
-            if state.is_main_process:  # which alone compares
-                inputs[name.replace("-", "_")] = pairs.digest()
+    opened = []
+    for name, made in plans.items():
+        pairs = OnlinePairs(
+            config.source(str(getattr(config, name))), made, config.captions, vision, text, seed=config.seed,
+            augment=config.augment and name == "data", batch_size=config.encoder_batch_size, workers=config.workers,
+            max_reject_fraction=config.max_reject_fraction, positives=config.positives,
+        )  # fmt: skip
+        opened.append(pairs)
+        if state.is_main_process:  # which alone compares
+            inputs[name] = pairs.digest()
     tokenizer = Path(config.output) / "tokenizer"
     if state.is_main_process:
         text.tokenizer.save_pretrained(tokenizer)
     return TrainingData(opened[0], opened[1] if len(opened) > 1 else None, loaders, tokenizer, tuple(remarks), inputs)
+
+
+def planned(config: TrainConfig, state: PartialState) -> tuple[dict[str, Plan], list[str]]:
+    """Return the plans of `data` and, if given, `val_data`, kept in the run folder, and what the user should know about them."""
+    plans, remarks = dict[str, Plan](), list[str]()
+    for name in ("data", "val_data"):
+        if (data := getattr(config, name)) is None:
+            continue
+        source, folder = config.source(data), Path(config.output) / name.replace("_", "-")
+        tried = list[str]()
+        if state.is_main_process or config.dry_run:  # each process of a dry run has a view of its own
+            made = plan(source, SHARD_ROWS, config.captions)
+            limits = Limits(gray_bits=config.gray_bits)
+            if begun := (folder / "plan.parquet").exists():
+                made.keep(folder, "files or columns")  # refuses another one
+            tried = try_samples(source, made, config.captions, True, limits, config.max_reject_fraction)
+            if not begun:
+                made.keep(folder, "files or columns")
+        state.wait_for_everyone()
+        plans[name] = Plan.load(folder)
+        remarks += [f"{data}: {plans[name].counted()}", *plans[name].notes, *tried]
+    return plans, remarks
 
 
 def fit_batch(asked: int, pairs: int, processes: int, tell: Callable[[str], None]) -> int:

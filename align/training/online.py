@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from align.common.errors import DataError, UsageError
 from align.common.files import hash64
 from align.common.preemption import stay
-from align.common.reject_codes import Reject
+from align.common.reject_codes import Reject, advice
 from align.common.seeds import generator
 from align.encoders.text import TextEncoder
 from align.encoders.transforms import PixelNormalizer, Transform, pixel_normalizer
@@ -97,7 +97,7 @@ class _Samples(Dataset):
         self, source: Source, plan: Plan, slots: Sequence[str], transform: Transform, augmentation: Augmentation | None, seed: int
     ) -> None:
         self.source, self.plan, self.slots, self.transform = source, plan, tuple(slots), transform
-        self.augmentation, self.seed, self.limits = augmentation, seed, Limits()
+        self.augmentation, self.seed, self.limits = augmentation, seed, Limits(gray_bits=source.gray_bits)
         self.starts = np.cumsum([0, *plan.lengths])
         self._readers: dict[int, ShardReader] = {}
 
@@ -294,7 +294,8 @@ class OnlinePairs:
             for row in one.piece.rows.tolist():
                 self._in_a_row = self._in_a_row + 1 if row in bad else 0
                 if self._in_a_row >= IN_A_ROW:
-                    raise DataError(f"{IN_A_ROW} samples in a row were rejected, the last: {one.rejects[-1]}; mend the data")
+                    last = one.rejects[-1]
+                    raise DataError(f"{IN_A_ROW} samples in a row were rejected, the last: {last}. {advice(last[2])}")
             self._last = one.rejects[-1] if one.rejects else self._last
             for row, key, code, detail in one.rejects + one.dropped:
                 if row not in self._listed and self.rejects is not None:
@@ -302,6 +303,6 @@ class OnlinePairs:
             self._listed |= {row for row, *_ in one.rejects + one.dropped}
         if self._seen >= MIN_ROWS_FOR_SHARE and self._rejected > self.max_reject_fraction * self._seen:
             raise DataError(
-                f"{self._rejected} of {self._seen} samples were rejected, for example {self._last}; "
-                f"mend the data, or raise --max-reject-fraction ({self.max_reject_fraction})"
+                f"{self._rejected} of {self._seen} samples were rejected, for example {self._last}. "
+                + advice(self._last[2] if self._last else "", f"Mend the data, or raise --max-reject-fraction ({self.max_reject_fraction})")
             )

@@ -177,7 +177,7 @@ def pictures(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, Imag
     """Yield (number, RGB picture) of samples that were encoded; DataError if a file has changed since."""
     for number, encoded in read_images(data, numbers):
         try:
-            yield number, gate_image(encoded, Limits())
+            yield number, gate_image(encoded, Limits(gray_bits=data.source.gray_bits))
         except Reject as reject:
             changed = f"image {data.keys[number]!r} of {data.task.id} changed while it was measured"
             raise DataError(f"{changed} ({reject}); run again") from reject

@@ -209,10 +209,46 @@ def test_other_content_under_the_same_names_and_sizes_is_refused(world, forked, 
 def test_too_many_rejects_stop_the_job_with_the_codes(world, tmp_path):
     with pytest.raises(DataError, match="image_damaged 1"):
         encode(world, tmp_path / "out", **{"max-reject-fraction": 0.01})
-    rows = [{"key": f"k{n}", "image": f"images/{n}.png"} for n in range(100, 130)]
+    rows = [{"key": f"k{n}", "image": f"{world}/images/{n % 40 if n < 20 or n > 31 else n + 100}.png"} for n in range(72)]
     (tmp_path / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="10 samples in a row were rejected .*file_missing"):
-        encode(world, tmp_path / "none", data=tmp_path / "gone.jsonl", text=None, captions=None, **{"max-rejects-in-a-row": 10})
+    changes = {"data": tmp_path / "gone.jsonl", "image-root": world, "group": "none", "text": None, "captions": None}
+    with pytest.raises(DataError, match="10 samples in a row were rejected .*file_missing.*--image-root"):
+        encode(world, tmp_path / "none", **changes, **{"max-rejects-in-a-row": 10})
+
+
+def test_images_that_are_not_there_are_told_before_an_encoder_is_opened(world, tmp_path, monkeypatch):
+    """With the place that was tried and the one where they are, for a dry run and a start; nothing is left of it."""
+    for name in ("vision.load_vision_encoder", "text.load_text_encoder"):
+        monkeypatch.setattr(f"align.encoders.{name}", lambda *given: pytest.fail("an encoder was opened"))
+    rows = [{"key": f"k{n}", "image": f"{n}.png", "short": "a dog"} for n in range(40)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": tmp_path / "in" / "pairs.jsonl", "captions": ["short"]}
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(DataError) as refused:
+            main(parse(EncodeConfig, "encode", [*flags(world, tmp_path / "out", **changes), *more]))
+        said = str(refused.value)
+        assert f"'k0': file_missing: '{tmp_path}/in/0.png': No such file" in said and "--image-root" in said and "max-reject" not in said
+        assert not list((tmp_path / "out").glob("*.parquet"))
+    (tmp_path / "photos").symlink_to(world / "images")
+    with pytest.raises(DataError, match=f"0.png is in {tmp_path}/photos: give --image-root {tmp_path}/photos"):
+        main(parse(EncodeConfig, "encode", flags(world, tmp_path / "out", **changes)))
+
+
+def test_dark_16_bit_images_are_told_before_and_after(world, tmp_path, capsys):
+    (tmp_path / "x-rays").mkdir()
+    for n in range(6):
+        Image.fromarray(np.full((8, 8), 4095 - n, np.uint16)).save(tmp_path / f"x-rays/{n}.png")
+    changes = {"data": tmp_path / "x-rays", "text": None, "captions": None}
+    encode(world, tmp_path / "dark", **changes)
+    said = "6 of 6 16-bit gray images hold values of 12 bits at most and come out dark: if their white is 4095, give --gray-bits 12"
+    assert " ".join(capsys.readouterr().out.split()).count(said) == 2
+    encode(world, tmp_path / "light", **changes, **{"gray-bits": 12})
+    assert "come out dark" not in capsys.readouterr().out
+    dark, light = (all_features(FeatureStore(tmp_path / name / "images")) for name in ("dark", "light"))
+    assert not np.array_equal(dark, light)
+    with pytest.raises(FingerprintError):
+        encode(world, tmp_path / "dark", **changes, **{"gray-bits": 12})
 
 
 def test_verify_and_dry_run_touch_nothing(world, straight, tmp_path, capsys):

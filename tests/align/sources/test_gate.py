@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from align.common.errors import UsageError
 from align.common.reject_codes import REJECT_CODES, Reject
-from align.sources.gate import Limits, gate_captions, gate_image, gate_key, split_captions
+from align.sources.gate import GRAY_BITS, GrayCount, Limits, gate_captions, gate_image, gate_key, split_captions
 
 LIMITS = Limits()
 
@@ -118,8 +118,12 @@ def test_limits_are_applied_exactly():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"max_pixels": 0}, {"max_pixels": 10**9}, {"min_side": 0}, {"max_aspect": 0.5}, {"max_captions": 40_000}]
-)
+    "setting",
+    [
+        {"max_pixels": 0}, {"max_pixels": 10**9}, {"min_side": 0}, {"max_aspect": 0.5}, {"max_captions": 40_000},
+        {"gray_bits": 7}, {"gray_bits": 17},
+    ],
+)  # fmt: skip
 def test_impossible_limits_are_refused(setting):
     with pytest.raises(UsageError):
         Limits(**setting)
@@ -141,6 +145,28 @@ def test_16_bit_gray_is_rescaled_not_clipped(kind):
     for steps in ([0, 1, 128, 255], [2, 3, 4, 5]):  # a narrow range is not stretched
         values = np.repeat(np.array(steps, np.uint16) * 257, 4).reshape(4, 4)
         assert pixels(encoded(Image.fromarray(values), kind))[:, 0].tolist() == [[step] * 3 for step in steps]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("bits", "white"), [(8, 255), (10, 1023), (12, 4095), (14, 16383), (16, 65535)])
+def test_gray_of_fewer_bits_in_16_bit_files_is_rescaled_on_request_and_never_clipped(kind, bits, white):
+    steps = np.array([0, white // 4, white // 2, white], np.uint16)
+    data = encoded(Image.fromarray(np.repeat(steps, 4).reshape(4, 4)), kind)
+    image = gate_image(data, Limits(gray_bits=bits))
+    assert np.asarray(image)[:, 0, 0].tolist() == np.rint(steps / white * 255).astype(int).tolist() and image.info[GRAY_BITS] == bits
+    assert gate_image(data, LIMITS).info[GRAY_BITS] == bits
+    if bits > 8:
+        with pytest.raises(Reject, match=rf"image_range: a value of {white}; white is {2 ** (bits - 1) - 1} with --gray-bits {bits - 1}"):
+            gate_image(data, Limits(gray_bits=bits - 1))
+
+
+def test_dark_16_bit_images_are_counted_with_the_flag_that_rescales_them():
+    count = GrayCount()
+    for bits in (None, 16, 12, 11, None, 0):
+        count.add(bits)
+    said = "3 of 4 16-bit gray images hold values of 12 bits at most and come out dark: if their white is 4095, give --gray-bits 12"
+    assert count.note(16).startswith(said) and count.note(12) == GrayCount().note(16) == ""
+    assert "gray_bits" not in gate_image(JPEG, LIMITS).info
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_bad_samples_are_left_out_and_listed_once(spoiled, encoders, tmp_path):
 def test_too_many_rejects_stop_the_run(spoiled, encoders, monkeypatch):
     monkeypatch.setattr("align.training.online.MIN_ROWS_FOR_SHARE", 20)
     pairs = opened(spoiled, encoders, file="spoiled.jsonl", max_reject_fraction=0.05)
-    with pytest.raises(DataError, match="3 of .* samples were rejected, for example .*--max-reject-fraction"):
+    with pytest.raises(DataError, match="3 of .* samples were rejected, for example .*--image-root"):
         list(pairs.batches(BatchOrder(ROWS, 28, seed=0), range(1), slice(None)))
     monkeypatch.setattr("align.training.online.IN_A_ROW", 1)
     with pytest.raises(DataError, match="1 samples in a row"):
