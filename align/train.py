@@ -101,6 +101,7 @@ def train(config: TrainConfig, state: "PartialState", console: "Console") -> Non
 def open_data(config: TrainConfig, state: "PartialState", console: "Console") -> "TrainingData":
     """Return the training pairs, with the validation pairs split off."""
     from align.training.data import from_samples, from_stores
+    from align.training.online import OnlinePairs
     from align.training.pairs import read_keys
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # with --data, workers fork after the tokenizer has run
@@ -114,6 +115,10 @@ def open_data(config: TrainConfig, state: "PartialState", console: "Console") ->
         console.print(f"{config.keys}: {len(chosen)} chosen, {missing} of them are no pair here")
     if config.val_rows:
         data.hold_out(config.val_rows, config.seed, console.print)
+    if config.val_apart is not None:
+        assert not isinstance(data.held_out, OnlinePairs | None) and not isinstance(data.pairs, OnlinePairs)
+        left_out = data.pairs.leave_out_near(data.held_out, config.val_apart)
+        console.print(f"--val-apart {config.val_apart}: {left_out} pairs left out, as near to a held-out image")
     if config.positives != "diagonal" and not config.data:
         console.print(f"--positives {config.positives}: {data.pairs.repeated} pairs share their image with an earlier pair")
     return data

@@ -214,9 +214,20 @@ def _prefixes(files: list[str]) -> dict[str, str]:
     return {file: os.path.splitext(os.path.relpath(os.path.abspath(file), common))[0] for file in files}
 
 
+def image_names(source: Source, plan: Plan) -> np.ndarray:
+    """Return a hash of what names each row's image (N,) int64, a path or its bytes; 0 in tars and folders, where only the key does."""
+    if plan.layout in ("webdataset", "folder"):
+        return np.zeros(plan.rows, dtype=np.int64)
+    return _shards(source, plan).identities(True).images
+
+
+def _shards(source: Source, made: Plan) -> Shards:
+    return Shards(made.shards["file"].to_pylist(), made.shards["start"].to_pylist(), made.lengths, partial(open_shard, source, made))
+
+
 def _joined(source: Source, made: Plan, scans: Sequence[Scan]) -> pa.Table | None:
     """Return the rows that are no sample of their own, or None; DataError if rows of two files have one key."""
-    shards = Shards(made.shards["file"].to_pylist(), made.shards["start"].to_pylist(), made.lengths, partial(open_shard, source, made))
+    shards = _shards(source, made)
     keys, marks = ([part for part in column if part is not None] for column in ([s.keys for s in scans], [s.marks for s in scans]))
     if keys:
         names = Identities(np.concatenate(keys), np.zeros(made.rows, dtype=np.int64))

@@ -52,7 +52,10 @@ class TrainConfig(EncoderFlags, SourceFlags):
     val_captions: tuple[str, ...] = ()
     """Caption stores for validation retrieval. All captions are used."""
     val_rows: int = 0
-    """Without --val-images: training pairs to hold out for validation, chosen by the seed."""
+    """Without --val-images: images to hold out for validation, with all their pairs, chosen by the seed."""
+    val_apart: float | None = None
+    """With stores: leave out training pairs whose image features have at least this cosine with those of a held-out image. They are
+    near-duplicates, such as frames of one video. What is near depends on the encoder: try 0.95."""
     val_limit: int = 5000
     """Maximum number of validation images."""
     head: Literal["linear", "mlp", "glu", "sharelock", "token"] = "glu"
@@ -143,6 +146,10 @@ class TrainConfig(EncoderFlags, SourceFlags):
         check(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"--lr {self.lr} --min-lr {self.min_lr}", "need 0 <= min-lr <= lr, lr > 0")
         check(bool(self.val_images) == bool(self.val_captions), "--val-images and --val-captions", "give both or neither")
         given = [bool(self.val_rows), bool(self.val_images), bool(self.val_data)]
+        if self.val_apart is not None:
+            check(0 < self.val_apart <= 1, f"--val-apart {self.val_apart}", "is a cosine above 0, at most 1")
+            allowed = "needs --images, and --val-rows or --val-images"
+            check(not self.data and any(given), f"--val-apart {self.val_apart}", allowed)
         check(sum(given) <= 1, "--val-rows, --val-images and --val-data", "give at most one of them")
         check(self.keep >= 1, f"--keep {self.keep}", "must be at least 1: the run must be able to resume")
 

@@ -37,11 +37,13 @@ class TrainingData:
     inputs: dict[str, str] = field(default_factory=dict)  # by field of the config: hashes of what its paths hold
 
     def hold_out(self, rows: int, seed: int, tell: Callable[[str], None]) -> None:
-        """Split `rows` pairs off for validation; where that is more than half of them a fifth, and `tell` is called with a sentence."""
+        """Split `rows` images off for validation, with all their pairs; a fifth if that is more than half, and `tell` is told of it."""
         if 2 * rows > len(self.pairs):
             asked, rows = rows, max(1, len(self.pairs) // 5)
             tell(f"--val-rows {asked} is more than half of the {len(self.pairs)} pairs: {rows} are held out")
         self.held_out = self.pairs.split(rows, seed)
+        if len(self.held_out) != rows:
+            tell(f"{rows} images are held out with all their {len(self.held_out)} pairs")
 
     def list_rejects(self, folder: Path, rank: int, step: int) -> None:
         """From now on list rejected samples in files of `folder`. Entries of a killed run after `step` are removed."""

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from align.common.errors import DataError, UsageError
+from align.common.errors import DataError
 from align.common.files import hash64
 from align.common.preemption import stay
 from align.common.reject_codes import Reject, advice
@@ -34,9 +34,10 @@ from align.encoders.vision import VisionEncoder
 from align.runtime.runs import JsonLines
 from align.sources.content import content_digest
 from align.sources.gate import Limits, gate_image, split_captions
-from align.sources.plan import Plan, Source, open_shard
+from align.sources.plan import Plan, Source, image_names, open_shard
 from align.sources.row import ShardReader
 from align.training.config import Positives
+from align.training.holdout import drawn_images, image_numbers
 from align.training.pairs import BatchOrder, PairBatch
 
 SHARD_ROWS = 1024  # samples per shard; opening a shard reads the places of its samples
@@ -198,11 +199,13 @@ class OnlinePairs:
         return 1 if self.plan.layout != "parquet" and len(self.plan.shards) <= KEPT_READERS else BLOCK_ROWS
 
     def split(self, held_out: int, seed: int) -> "OnlinePairs":
-        """Move `held_out` samples to a new object and return it. The choice depends only on `seed` and the number of samples."""
-        if held_out >= len(self):
-            raise UsageError(f"{held_out} samples cannot be held out of {len(self)}; give a smaller --val-rows")
-        other, chosen = copy.copy(self), np.zeros(len(self), dtype=bool)
-        chosen[generator(seed, 4).choice(len(self), held_out, replace=False)] = True
+        """Move the samples of `held_out` images to a new object and return it.
+
+        The choice depends only on `seed` and on which samples name one image (with `group: none`, several may).
+        """
+        rows = np.arange(len(self))
+        names = image_names(self.source, self.plan)[self._rows] if self.source.group != "image" else np.zeros_like(rows)
+        other, chosen = copy.copy(self), drawn_images(image_numbers(np.where(names == 0, -1 - rows, names)), held_out, seed)
         self._rows, other._rows, other._listed = self._rows[~chosen], self._rows[chosen], set()
         return other
 

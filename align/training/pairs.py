@@ -21,6 +21,7 @@ from align.common.fingerprints import compare_fingerprints
 from align.common.seeds import generator
 from align.features.store import FeatureStore
 from align.training.config import Positives
+from align.training.holdout import BLOCK, content_ids, drawn_images, image_numbers, merged, near, unit
 
 BLOCK_BYTES = 1 << 20  # read at once if features do not fit in memory
 MEMORY_SHARE = 0.5  # share of the available memory above which features are read in blocks
@@ -88,6 +89,11 @@ class _Dataset:
         """Hashes of the images' keys (n,) int64."""
         return self.images.key_ids[self.image_rows]
 
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number of the first image, features (n, F)) of neighboring images, in order."""
+        for begin in range(0, len(self.image_rows), BLOCK):
+            yield begin, self.images.features(self.image_rows[begin : begin + BLOCK])
+
     def only(self, mask: np.ndarray) -> "_Dataset":
         """Return the images where `mask` (n,) is True."""
         return replace(self, image_rows=self.image_rows[mask], first=self.first[:, mask], count=self.count[:, mask])
@@ -115,6 +121,7 @@ class PairedFeatures:
         self.image_fingerprint, self.image_width = images[0].fingerprint, images[0].width
         self.text_fingerprint, self.text_width = texts[0].fingerprint, texts[0].width
         self.positives = positives
+        self._merges = False  # whether equal images are one in `everything`
         self.unpaired = 0  # images left out: no caption in a slot, or an ambiguous key
         self._datasets = [self._join(store, [slot[d] for slot in slots]) for d, store in enumerate(images)]
         if len(self) == 0:
@@ -169,8 +176,8 @@ class PairedFeatures:
         for one, other in itertools.combinations(self._datasets, 2):
             _, here, there = np.intersect1d(one.image_ids, other.image_ids, return_indices=True)
             drawn = np.linspace(0, len(here) - 1, min(len(here), NAMESAKES)).astype(np.int64)
-            ours = _unit(one.images.features(one.image_rows[here[drawn]]))
-            theirs = _unit(other.images.features(other.image_rows[there[drawn]]))
+            ours = unit(one.images.features(one.image_rows[here[drawn]]))
+            theirs = unit(other.images.features(other.image_rows[there[drawn]]))
             similarity = ours @ theirs.T  # (n, n) cosines; an image's nearest should be itself
             if 2 * np.count_nonzero(similarity.diagonal() >= similarity.max(axis=1, initial=-1)) < len(drawn):
                 raise UsageError(
@@ -217,15 +224,27 @@ class PairedFeatures:
         return int((~found).sum())
 
     def split(self, held_out: int, seed: int) -> "PairedFeatures":
-        """Move `held_out` pairs to a new object and return it. The choice depends only on `seed` and the number of pairs."""
-        if held_out >= len(self):
-            raise UsageError(f"{held_out} pairs cannot be held out of {len(self)}; give a smaller --val-rows")
-        chosen = np.zeros(len(self), dtype=bool)
-        chosen[generator(seed, 4).choice(len(self), held_out, replace=False)] = True
+        """Move the pairs of `held_out` images to a new object and return it.
+
+        Pairs show one image if they have one key, in any data set, or equal features. The choice depends only on `seed` and on which
+        pairs show one image.
+        """
+        keys = np.concatenate([dataset.image_ids for dataset in self._datasets])
+        contents = content_ids(features for dataset in self._datasets for _, features in dataset.blocks())
+        chosen = drawn_images(image_numbers(keys, contents), held_out, seed)
         other, parts = copy.copy(self), list(zip(self._datasets, np.split(chosen, self._starts[1:-1]), strict=True))
-        other._datasets = [dataset.only(mask) for dataset, mask in parts]
+        other._datasets, other._merges = [dataset.only(mask) for dataset, mask in parts], True
         self._datasets = [dataset.only(~mask) for dataset, mask in parts]
         return other
+
+    def leave_out_near(self, held_out: "PairedFeatures", cosine: float) -> int:
+        """Leave out the pairs whose image has at least this cosine with one of `held_out`; return how many. DataError if none is left."""
+        others = held_out.everything()[0]
+        masks = [np.concatenate([near(rows, others, cosine) for _, rows in dataset.blocks()] or [[]]) for dataset in self._datasets]
+        self._datasets = [dataset.only(~mask.astype(bool)) for dataset, mask in zip(self._datasets, masks, strict=True)]
+        if len(self) == 0:
+            raise DataError(f"--val-apart {cosine}: every image is as near to a held-out one; give a larger cosine")
+        return int(sum(mask.sum() for mask in masks))
 
     def batch(self, indices: np.ndarray, seed: int, step: int, part: slice = slice(None)) -> PairBatch:
         """Return the pairs `indices[part]` (numbers in 0..N-1). Captions are drawn for the whole batch, whatever the part."""
@@ -282,7 +301,8 @@ class PairedFeatures:
                 offsets = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
                 captions.append(dataset.slots[slot].features(np.repeat(dataset.first[slot, local], count) + offsets))
                 owners.append(np.repeat(here, count))
-        return np.concatenate(images), np.concatenate(captions), np.concatenate(owners)
+        found = np.concatenate(images), np.concatenate(captions), np.concatenate(owners)
+        return merged(*found) if self._merges else found
 
 
 def open_pairs(images: Sequence[str], slots: Sequence[str], positives: Positives = "diagonal") -> PairedFeatures:
@@ -298,11 +318,6 @@ def read_keys(path: str) -> pa.Table:
         return pq.read_table(path, columns=names).cast(pa.schema([(name, pa.string()) for name in names]))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a parquet file with a column key, such as align/curate.py's chosen.parquet ({error})") from error
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    wide = rows.astype(np.float32)
-    return wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
 
 
 def _caption_runs(keys: pa.Array, store: FeatureStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
