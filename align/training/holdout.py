@@ -15,13 +15,13 @@ BLOCK = 8192  # rows of features in memory
 
 def content_ids(blocks: Iterable[np.ndarray]) -> np.ndarray:
     """Return a number (N,) int64 for each row of features (n, F) float16 in `blocks`: equal for equal rows."""
-    found, factors = [np.zeros(0, dtype=np.uint64)], np.zeros(0, dtype=np.uint64)
+    found, factors = list[np.ndarray](), np.zeros(0, dtype=np.uint64)
     for rows in blocks:
         words = np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))).view(np.uint64)
         if len(factors) != words.shape[1]:
             factors = generator(0, 31).integers(0, 1 << 63, words.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         found.append((words * factors).sum(axis=1, dtype=np.uint64))
-    return np.concatenate(found).view(np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.uint64), *found]).view(np.int64)
 
 
 def image_numbers(*identities: np.ndarray) -> np.ndarray:

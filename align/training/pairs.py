@@ -240,8 +240,11 @@ class PairedFeatures:
     def leave_out_near(self, held_out: "PairedFeatures", cosine: float) -> int:
         """Leave out the pairs whose image has at least this cosine with one of `held_out`; return how many. DataError if none is left."""
         others = held_out.everything()[0]
-        masks = [np.concatenate([near(rows, others, cosine) for _, rows in dataset.blocks()] or [[]]) for dataset in self._datasets]
-        self._datasets = [dataset.only(~mask.astype(bool)) for dataset, mask in zip(self._datasets, masks, strict=True)]
+        masks = [
+            np.concatenate([np.zeros(0, dtype=bool), *(near(rows, others, cosine) for _, rows in dataset.blocks())])
+            for dataset in self._datasets
+        ]
+        self._datasets = [dataset.only(~mask) for dataset, mask in zip(self._datasets, masks, strict=True)]
         if len(self) == 0:
             raise DataError(f"--val-apart {cosine}: every image is as near to a held-out one; give a larger cosine")
         return int(sum(mask.sum() for mask in masks))
