@@ -15,7 +15,8 @@ BLOCK = 8192  # rows of features in memory
 
 def content_ids(blocks: Iterable[np.ndarray]) -> np.ndarray:
     """Return a number (N,) int64 for each row of features (n, F) float16 in `blocks`: equal for equal rows."""
-    found, factors = list[np.ndarray](), np.zeros(0, dtype=np.uint64)
+    found = list[np.ndarray]()
+    factors: np.ndarray = np.zeros(0, dtype=np.uint64)
     for rows in blocks:
         words = np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))).view(np.uint64)
         if len(factors) != words.shape[1]:
