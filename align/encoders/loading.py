@@ -8,13 +8,17 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 import xxhash
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from torch import nn
 from transformers import dynamic_module_utils
@@ -27,6 +31,7 @@ from align.encoders.claims import within_weights
 from align.encoders.spec import EncoderSpec
 
 CODE_NAMED_IN = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "modules.json")
+HUB_SECONDS = 4  # in which the hub has to answer
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Where it is told nothing, transformers asks on the terminal whether to run the code of a folder. Without time for an answer it refuses.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
@@ -47,7 +52,42 @@ def resolve_encoder(name: str) -> str:
         return str(folder)
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise UsageError(f"{name!r} is not a folder; give an existing folder, a hub id (owner/name) or an embedded: id")
+    require_hub(name)
     return name
+
+
+def require_hub(name: str) -> None:
+    """Raise OfflineError within HUB_SECONDS if the hub cannot be reached and nothing of `name` is cached.
+
+    If something is, the cache alone is read from now on: each file would else be asked for again and again.
+    """
+    if constants.HF_HUB_OFFLINE or _hub_answers(constants.ENDPOINT):
+        return
+    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots")
+    if not any(snapshots.glob("*/*")):
+        raise OfflineError(_out_of_reach(name, constants.ENDPOINT))
+    constants.HF_HUB_OFFLINE = True
+
+
+@lru_cache
+def _hub_answers(endpoint: str) -> bool:
+    answers: list[Any] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # whatever it was, there is no answer
+            answers.append(get_session().head(endpoint, timeout=HUB_SECONDS))
+
+    asking = Thread(target=ask, daemon=True)  # the lookup of a name knows no timeout
+    asking.start()
+    asking.join(HUB_SECONDS)
+    return bool(answers)
+
+
+def _out_of_reach(name: str, why: str) -> str:
+    return (
+        f"{name} is not a local folder, and the hub is out of reach ({why}); give a downloaded folder (where there is a connection: "
+        f"hf download {name} --local-dir FOLDER), or set HF_ENDPOINT to a mirror"
+    )
 
 
 @contextmanager
@@ -74,9 +114,7 @@ def load_errors_named(name: str, needed: str) -> Iterator[None]:
         raise DamagedError(f"{name}: the weights cannot be read ({first_line(error)}); fetch or copy them again") from error
     except BaseException as error:
         if any(sign in str(error) for sign in ("couldn't connect", "offline mode", "Cannot reach", "ConnectError")):
-            raise OfflineError(
-                f"{name} is not a local folder, and the hub is out of reach ({first_line(error)}); give a downloaded folder"
-            ) from error
+            raise OfflineError(_out_of_reach(name, first_line(error))) from error
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"{name} comes with code of its own, which runs only if you ask for it: read that code, then give --trust-remote-code "

@@ -20,7 +20,7 @@ def content_ids(blocks: Iterable[np.ndarray]) -> np.ndarray:
     for rows in blocks:
         words = np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))).view(np.uint64)
         if len(factors) != words.shape[1]:
-            factors = generator(0, 31).integers(0, 1 << 63, words.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+            factors = 1 + 2 * generator(0, 31).integers(0, 1 << 63, words.shape[1]).astype(np.uint64)
         found.append((words * factors).sum(axis=1, dtype=np.uint64))
     return np.concatenate([np.zeros(0, dtype=np.uint64), *found]).view(np.int64)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from align.common.seeds import generator
 from align.runtime.console import Progress
 from align.runtime.runs import git_commit, versions
+from align.sources.gate import Limits
+from align.sources.trial import try_samples
 from eval.measures.compositional import (
     compositional,
     compositional_chance,
@@ -60,7 +62,10 @@ def read_task(task: Task, root: Path, cache: Path, max_reject_fraction: float) -
     """Return a task's samples; DataError, which says what to put where, if its data is missing or unusable."""
     if task.kind == "segmentation":
         return load_segmentation(task, root, max_reject_fraction=max_reject_fraction)
-    return load_task(task, root, cache=cache)
+    data = load_task(task, root, cache=cache)
+    limits = Limits(gray_bits=task.gray_bits)
+    tried = try_samples(data.source, data.plan, (), True, limits, max_reject_fraction)  # before a model is loaded
+    return replace(data, remarks=(*data.remarks, *tried))
 
 
 @dataclass

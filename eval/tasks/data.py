@@ -5,6 +5,7 @@ read by `eval.tasks.masks`. Built-in tasks also accept CLIP_benchmark's webdatas
 .txt members, `classnames.txt`, `zeroshot_classification_templates.txt`.
 """
 
+import glob
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ import xxhash
 from PIL import Image
 
 from align.common.errors import DataError
-from align.common.reject_codes import Reject
+from align.common.reject_codes import Reject, advice
 from align.sources.gate import Limits, gate_image, split_captions
+from align.sources.places import expand_braces, find_files
 from align.sources.plan import Plan, Source, open_shard, plan
 from align.sources.samples import Group
 from eval.tasks.labels import checked_classes, class_labels
@@ -37,6 +39,8 @@ _EXPECTED = {
     "jsonl": 'a JSONL file with {"key", "image", "label" or "captions"} rows, image paths relative to it',
     "csv": "a CSV file with the columns key, image and label or captions, image paths relative to it",
     "parquet": "parquet files with the columns key, image and label or captions",
+    "arrow": "Arrow files, as `save_to_disk` writes them, with the columns key, image and label or captions",
+    "auto": "images in folders named like their classes, or tars, parquet, JSONL or CSV files",
 }
 
 
@@ -112,7 +116,7 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
         source, official = read_official(task.layout, place, task.id, cache or data_root / ".manifests")
         names = official.class_names
     else:
-        source = _source(task, place)
+        source = _source(task, folder)
         names = read_lines(folder / task.classes) if task.classes else ()
     made = plan(source, SHARD_ROWS, (task.column,))
     grouped = f"{made.rows} rows name {made.samples} images: rows of one image are one sample." if made.samples != made.rows else ""
@@ -127,7 +131,8 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
     if not usable:
         linked = "; link the whole folder, not folders in it" if "unsafe_path" in rejected else ""
         shown = ", ".join(f"{code} {count}" for code, count in rejected.most_common())
-        raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({shown}){linked}")
+        mend = advice(rejected.most_common(1)[0][0])
+        raise DataError(f"task {task.id!r}: none of the {len(rows)} samples in {place} is usable ({shown}){linked}. {mend}")
     labels, captions, values, said = np.zeros(0, dtype=np.int64), list[list[str]](), [row.value for row in usable], list[str]()
     if task.kind == "classification":
         labels, names = class_labels(task, names, values)
@@ -157,11 +162,14 @@ def load_task(task: Task, data_root: Path, cache: Path | None = None) -> TaskDat
     )
 
 
-def _source(task: Task, place: Path) -> Source:
+def _source(task: Task, folder: Path) -> Source:
     """Return the source of a task in a plain layout. In retrieval, rows that name one image are one sample with several captions."""
     group = task.group or ("image" if task.kind == "retrieval" else "none")
     key_prefix = cast(Literal["none", "file"], task.key_prefix)
-    return Source(str(place), cast(PlainLayout, task.layout), task.image, task.key, group=cast(Group, group), key_prefix=key_prefix)
+    root = str(folder / task.image_root) if task.image_root else None
+    return Source(
+        str(folder / task.data), cast(PlainLayout, task.layout), task.image, task.key, root, cast(Group, group), key_prefix, task.gray_bits
+    )  # fmt: skip
 
 
 def read_images(data: TaskData, numbers: Sequence[int]) -> Iterator[tuple[int, bytes | Reject | None]]:
@@ -231,16 +239,15 @@ def _usable(rows: Sequence[_Sample]) -> tuple[Counter[str], list[_Sample]]:
 
 def _found(task: Task, data_root: Path) -> Task:
     """Return the task as found on disk, in its own layout or as CLIP_benchmark's tars; DataError if it is in neither."""
-    folder = data_root / task.path
-    place = folder / task.data
     if task.layout not in READERS:
-        if not folder.is_dir() or not (place.exists() or any(folder.glob(task.data))):
-            expected = f"{_EXPECTED[task.layout]} at {place}{_beside(task, folder)}"
-            raise DataError(f"task {task.id!r} has no data: put {expected}, or give another --data-root")
+        task = _plain(task, data_root)
+        folder = data_root / task.path
         for name in (task.classes, task.templates):
             if name.endswith((".txt", ".json")) and not (folder / name).is_file():
                 raise DataError(f"task {task.id!r} lacks {folder / name}{_beside(task, folder)}")
         return task
+    folder = data_root / task.path
+    place = folder / task.data
     layout = READERS[task.layout]
     missing = layout.missing(place)
     if not missing:
@@ -259,6 +266,22 @@ def _found(task: Task, data_root: Path) -> Task:
     tars = f" or CLIP_benchmark's test/*.tar in {data_root / packed[1]}," if packed else ""
     where = f"{place}{lacking}{_beside(task, folder)}"
     raise DataError(f"task {task.id!r} has no data: put {layout.what} in {where},{tars} or give another --data-root{trap}")
+
+
+def _plain(task: Task, data_root: Path) -> Task:
+    """Return a task in a plain layout with its folder as `path` and its files as `data`; DataError if there are none."""
+    if task.data == "." and not (data_root / task.path).is_dir():  # a file or a pattern
+        parts = Path(task.path).parts
+        first = next((at for at, part in enumerate(parts) if set("*?[{") & set(part)), len(parts) - 1)
+        task = replace(task, path=str(Path(*parts[:first])), data=str(Path(*parts[first:])))
+    folder = data_root / task.path
+    place = folder / task.data
+    if not (place.exists() or glob.glob(str(place), recursive=True) or any(map(glob.glob, expand_braces(str(place))[:1]))):
+        expected = f"{_EXPECTED[task.layout]} at {place}{_beside(task, folder)}"
+        near = next((root for root in (Path(), data_root.parent) if (root / task.path / task.data).exists()), None)
+        advice = f"give --data-root {near.absolute()}, where {Path(task.path, task.data)} is" if near else "give another --data-root"
+        raise DataError(f"task {task.id!r} has no data: put {expected}, or {advice}")
+    return replace(task, layout=find_files(str(place), "auto")[0]) if task.layout == "auto" else task
 
 
 def _templates(task: Task, folder: Path) -> str:

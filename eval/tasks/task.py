@@ -11,7 +11,7 @@ from align.runtime.recipes_yaml import load_yaml, nearest
 from align.sources.samples import Group
 from eval.tasks.official.manifest import READERS
 
-PlainLayout = Literal["webdataset", "folder", "jsonl", "csv", "parquet"]
+PlainLayout = Literal["auto", "webdataset", "folder", "jsonl", "csv", "parquet", "arrow"]
 Kind = Literal["classification", "retrieval", "compositional", "segmentation"]
 MASKS = {  # the layouts of eval.tasks.masks and their files
     "folder": "a folder of images, one of label PNGs named like them, and a file of class names, one class a line",
@@ -20,6 +20,7 @@ MASKS = {  # the layouts of eval.tasks.masks and their files
     "voc": "VOC2012: JPEGImages, SegmentationClass and ImageSets/Segmentation/val.txt",
 }
 _LABEL = {"webdataset": "cls"}  # default columns of the label and the captions
+_FLAGS = {"image_column": "image", "key_column": "key"}  # flags of align/encode.py that a field has another name for
 _CAPTIONS = {"webdataset": "txt", "folder": "txt"}
 
 
@@ -34,7 +35,7 @@ class Task:
     layout: str
     """How the data lies on disk: a PlainLayout, an official one (eval.tasks.official.manifest.READERS), or one of MASKS."""
     path: str
-    """The task's folder, relative to the data root."""
+    """The task's folder, or its only file or pattern, relative to the data root."""
     data: str = "."
     """The data in that folder: a file, a folder or a glob."""
     templates: str = "simple"
@@ -51,6 +52,10 @@ class Task:
     """Column of the sample key."""
     group: str = ""
     """Rows of a table that are one sample: image, key or none, as `--group` of align/encode.py. Default: image for retrieval, else none."""
+    image_root: str = ""
+    """Folder that image paths start from, relative to the task's folder. Default: the folder of the table."""
+    gray_bits: int = 16
+    """Bits that 16-bit gray images use, as `--gray-bits` of align/encode.py."""
     key_prefix: str = "none"
     """file: put the path of a row's file before its key, as `--key-prefix` of align/encode.py."""
     protocol: str = ""
@@ -103,6 +108,8 @@ def read_task_file(path: Path) -> Task:
     """Return the task that a YAML file describes; UsageError for an unknown, missing or wrongly typed field."""
     content = load_yaml(path)
     known = {field.name: field.type for field in fields(Task)}
+    if isinstance(content, dict):
+        content = {_FLAGS.get(str(key), key): value for key, value in content.items()}
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected `field: value` lines; fields are {', '.join(known)}")
     for key, value in content.items():
@@ -111,8 +118,9 @@ def read_task_file(path: Path) -> Task:
         wanted, what, mend = (int, "a whole number", "") if known[key] is int else (str, "text", "; put it in quotes")
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise UsageError(f"{path}: {key} should be {what}, found {value!r}{mend}")
-    missing = [field for field in ("id", "kind", "layout", "path") if field not in content]
+    missing = [field for field in ("id", "kind", "path") if field not in content]
     if missing:
-        raise UsageError(f"{path} lacks {', '.join(missing)}; a task needs at least id, kind, layout and path")
-    content |= {key: expand_home(content[key]) for key in ("path", "data") if key in content}
+        raise UsageError(f"{path} lacks {', '.join(missing)}; a task needs at least id, kind and path")
+    content = {"layout": "auto", **content}
+    content |= {key: expand_home(content[key]) for key in ("path", "data", "image_root") if key in content}
     return Task(**content)

@@ -3,7 +3,10 @@
 import json
 import pickle
 import shutil
+import socket
+import time
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel, BitImageProcessor, ViTIm
 
 from align.common.errors import DamagedError, OfflineError, UsageError
 from align.encoders.families import VISION_ADAPTERS
+from align.encoders.loading import resolve_encoder
 from align.encoders.spec import VisionSpec
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import feature_width, load_vision_encoder
@@ -385,6 +389,21 @@ def test_names_that_lead_nowhere_are_refused(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(OfflineError):
         load_text_encoder("nobody/has-this-model")
+
+
+def test_a_hub_that_does_not_answer_is_told_within_five_seconds_and_what_is_cached_is_opened(monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(OfflineError, match="hf download nobody/has-this-model --local-dir FOLDER"):
+                resolve_encoder("nobody/has-this-model")
+            assert time.monotonic() - began < 5
+        (tmp_path / "models--nobody--has-this-model/snapshots/0").mkdir(parents=True)
+        (tmp_path / "models--nobody--has-this-model/snapshots/0/config.json").touch()
+        assert resolve_encoder("nobody/has-this-model") and huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.assets

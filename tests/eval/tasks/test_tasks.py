@@ -161,6 +161,42 @@ def test_missing_data_says_what_to_put_where(tmp_path):
         (("dog", "cat"), ("dog", "dog", "cat"), "twice"),
     ],
 )
+def described(folder, **fields):
+    """Write six pictures in `photos`, a CSV that names them, and a task file; return the task."""
+    (folder / "data/photos").mkdir(parents=True, exist_ok=True)
+    for number in range(6):
+        (folder / f"data/photos/{number}.jpg").write_bytes(jpeg(number))
+    rows = [f"n{number},{number}.jpg,\"['a {number}', 'b {number}']\"\n" for number in range(6)]
+    (folder / "data/pairs.csv").write_text("name,pic,text\n" + "".join(rows))
+    lines = {"id": "mine", "kind": "retrieval", "captions": "text", **fields}
+    (folder / "task.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in lines.items()))
+    return find_task(str(folder / "task.yaml"))
+
+
+COLUMNS = {"image": "pic", "key": "name", "image_root": "photos"}
+
+
+@pytest.mark.parametrize("fields", [
+    {"path": "pairs.csv"}, {"path": "pairs.csv", "layout": "csv"}, {"path": "*.csv"}, {"path": ".", "data": "pairs.csv"},
+    {"path": "{pairs,pairs}.csv"},
+])  # fmt: skip
+def test_a_path_may_be_a_file_or_a_pattern_and_columns_have_names(tmp_path, fields):
+    data = load_task(described(tmp_path, **fields, **COLUMNS), tmp_path / "data")
+    assert data.keys == tuple(f"n{number}" for number in range(6)) and data.captions[:2] == ("a 0", "b 0") and data.task.layout == "csv"
+    flags = {"image_column": "pic", "key_column": "name", "image_root": "photos"}
+    assert load_task(described(tmp_path, **fields, **flags), tmp_path / "data").digest == data.digest
+
+
+def test_data_that_is_there_is_never_called_missing(tmp_path):
+    with pytest.raises(DataError, match=f"give --data-root {tmp_path}/data, where pairs.csv is"):
+        load_task(described(tmp_path, path="pairs.csv", **COLUMNS), tmp_path / "data" / "photos")
+    without = {name: COLUMNS[name] for name in ("image", "key")}
+    with pytest.raises(DataError, match="none of the 6 samples .* is usable .file_missing 6.*image_root"):
+        load_task(described(tmp_path, path="pairs.csv", **without), tmp_path / "data")
+    with pytest.raises(DataError, match="no column 'captions'; it has 'name', 'pic', 'text'"):
+        load_task(described(tmp_path, path="pairs.csv", captions="captions", **without), tmp_path / "data")
+
+
 def test_labels_that_would_falsify_the_result_are_errors(tmp_path, labels, classes, says):
     task = clip_benchmark(tmp_path / "wds", labels, classes)
     with pytest.raises(DataError, match=says):
