@@ -18,9 +18,10 @@ def content_ids(blocks: Iterable[np.ndarray]) -> np.ndarray:
     found = list[np.ndarray]()
     factors: np.ndarray = np.zeros(0, dtype=np.uint64)
     for rows in blocks:
-        words = np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))).view(np.uint64)
+        words: np.ndarray = np.ascontiguousarray(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4)))).view(np.uint64)
         if len(factors) != words.shape[1]:
-            factors = 1 + 2 * generator(0, 31).integers(0, 1 << 63, words.shape[1]).astype(np.uint64)
+            drawn: np.ndarray = generator(0, 31).integers(0, 1 << 63, size=(words.shape[1],))
+            factors = (1 + 2 * drawn.astype(np.uint64)).astype(np.uint64)
         found.append((words * factors).sum(axis=1, dtype=np.uint64))
     return np.concatenate([np.zeros(0, dtype=np.uint64), *found]).view(np.int64)
 
