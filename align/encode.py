@@ -74,10 +74,7 @@ def announced(config: EncodeConfig, state: "PartialState", console: "Console") -
 
 
 def planned(config: EncodeConfig, state: "PartialState", console: "Console") -> "Extraction":
-    """Return the job: the plan, of which some samples are tried, then the encoders, None if not requested.
-
-    The first process makes and saves the plan; a dry run saves nothing.
-    """
+    """Return the job: the plan, of which samples are tried, and the encoders. The first process saves the plan, a dry run nothing."""
     from align.encoders.text import load_text_encoder
     from align.encoders.vision import load_vision_encoder
     from align.features.extract import Extraction, Stopping

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.common.errors import UsageError
-from align.common.files import expand_home
 from align.runtime.commandline import run, set_up
 from align.runtime.recipes_yaml import load_yaml, refuse_other_config
 from mllm.loop.config import FinetuneConfig
@@ -140,7 +139,7 @@ def section(argv: list[str]) -> str:
     stage, recipe = values.get("--stage"), values.get("--config")
     if stage in STAGES:
         return stage
-    content = load_yaml(Path(expand_home(recipe))) if recipe else {"instruct": {}}
+    content = load_yaml(Path(recipe).expanduser()) if recipe else {"instruct": {}}
     found = [name for name in STAGES if isinstance(content, dict) and name in content]
     if len(found) == 2:
         raise UsageError(f"{recipe} has both stages; add --stage pretrain or --stage instruct")

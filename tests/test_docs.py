@@ -145,9 +145,9 @@ def test_pages_name_all_that_there_is_to_choose_from():
 
 
 def test_the_yaml_task_of_the_pages_is_a_task(tmp_path):
-    [block] = blocks(PAGES["docs/measure.md"], "yaml")
-    (tmp_path / "task.yaml").write_text(block)
-    assert find_task(str(tmp_path / "task.yaml")).kind == "classification"
+    for block, kind in zip(blocks(PAGES["docs/measure.md"], "yaml"), ("classification", "retrieval"), strict=True):
+        (tmp_path / "task.yaml").write_text(block)
+        assert find_task(str(tmp_path / "task.yaml")).kind == kind
 
 
 def defined(module):

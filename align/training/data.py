@@ -101,8 +101,8 @@ def from_samples(config: TrainConfig, state: PartialState) -> TrainingData:
 def planned(config: TrainConfig, state: PartialState) -> tuple[dict[str, Plan], list[str]]:
     """Return the plans of `data` and, if given, `val_data`, kept in the run folder, and what the user should know about them."""
     plans, remarks = dict[str, Plan](), list[str]()
-    for name in ("data", "val_data"):
-        if (data := getattr(config, name)) is None:
+    for name, data in (("data", config.data), ("val_data", config.val_data)):
+        if data is None:
             continue
         source, folder = config.source(data), Path(config.output) / name.replace("_", "-")
         tried = list[str]()
