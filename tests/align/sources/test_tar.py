@@ -163,7 +163,7 @@ def test_members_of_giant_size_are_not_read(tmp_path, monkeypatch):
         file.seek(0, os.SEEK_END)
         file.write(members())
     tracemalloc.start()
-    rows = all_rows(Source(str(path)))
+    rows = all_rows(Source(str(path), group="none"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert codes(rows) == [None, "file_large", "duplicate_key", None] and peak < 20 << 20
