@@ -152,15 +152,6 @@ def test_missing_data_says_what_to_put_where(tmp_path):
         load_task(task, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("labels", "classes", "says"),
-    [
-        ((0, 1, 3), ("dog", "cat", "cow"), "labels from 0 to 3.*0 to 2"),
-        ((0, 1, "dog"), ("dog", "cat", "cow"), "use one of them"),
-        (("dog", "dogs"), ("dog", "cat"), "'dogs' is not in classnames.txt; did you mean 'dog'"),
-        (("dog", "cat"), ("dog", "dog", "cat"), "twice"),
-    ],
-)
 def described(folder, **fields):
     """Write six pictures in `photos`, a CSV that names them, and a task file; return the task."""
     (folder / "data/photos").mkdir(parents=True, exist_ok=True)
@@ -197,6 +188,15 @@ def test_data_that_is_there_is_never_called_missing(tmp_path):
         load_task(described(tmp_path, path="pairs.csv", captions="captions", **without), tmp_path / "data")
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "says"),
+    [
+        ((0, 1, 3), ("dog", "cat", "cow"), "labels from 0 to 3.*0 to 2"),
+        ((0, 1, "dog"), ("dog", "cat", "cow"), "use one of them"),
+        (("dog", "dogs"), ("dog", "cat"), "'dogs' is not in classnames.txt; did you mean 'dog'"),
+        (("dog", "cat"), ("dog", "dog", "cat"), "twice"),
+    ],
+)
 def test_labels_that_would_falsify_the_result_are_errors(tmp_path, labels, classes, says):
     task = clip_benchmark(tmp_path / "wds", labels, classes)
     with pytest.raises(DataError, match=says):
