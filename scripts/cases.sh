@@ -193,20 +193,20 @@ TABLE = [
      "80 rows, all rejected (duplicate_key 80, missing_column 40), exit 3", [encode("stage1/01/00000.tar", "01a")], COUNTS),
     ("stage1/01", "the same with 150 samples", NO_TXT, [encode("stage1/01/150.tar", "01b")], COUNTS),
     ("stage1/02", "two tars whose keys both count from 0, as one data set",
-     "120 samples encoded; then no image has a caption with its key", [encode("stage1/02/*/*.tar", "02")], COUNTS),
-    ("stage1/02", "the same with keys prefixed by file", "no such flag",
+     "120 samples encoded, exit 0; then no image has a caption with its key", [encode("stage1/02/*/*.tar", "02")], COUNTS),
+    ("stage1/02", "the same with keys prefixed by file", "no such flag, exit 2",
      [encode("stage1/02/*/*.tar", "02p", more="--key-prefix file")], COUNTS),
-    ("stage1/03", "CSV with one row a caption, five rows an image", "200 images encoded for 40 files",
+    ("stage1/03", "CSV with one row a caption, five rows an image", "200 samples encoded for 40 files, exit 0",
      [encode("stage1/03/captions.csv", "03", "caption")], COUNTS),
-    ("stage1/03", "the same as a retrieval task", "each image five times; its copies count as wrong answers",
+    ("stage1/03", "the same as a retrieval task", "each image five times without a word, exit 0; its copies count as wrong answers",
      [measure("stage1/03/task.yaml", "03e")], "rows name"),
     ("stage1/03", "the same, the image column is the key", "160 of 200 rows rejected (duplicate_key), exit 3",
      [measure("stage1/03/task_key.yaml", "03k")], "rows name"),
-    ("stage1/03", "captions of 60 images, one a row; then the same grouped", "text-to-image R@1 of a trained model 0.0; grouped 100.0",
+    ("stage1/03", "captions of 60 images, one a row; then the same grouped", "text-to-image R@1 0.0; grouped 2.5 (of a trained model 0.0; 100.0), exit 0",
      ["> " + measure("stage1/03/sprites/perrow.yaml", "03r"), "> " + measure("stage1/03/sprites/grouped.yaml", "03g")], "rows name|R@1 "),
-    ("stage1/04", "TSV with a stray double quote", "20 of 60 rows read, none rejected",
+    ("stage1/04", "TSV with a stray double quote", "20 of 60 rows read, none rejected, exit 0, exit 0",
      [encode("stage1/04/pairs.tsv", "04", "caption")], COUNTS),
-    ("stage1/06", "class folders with an inner folder (tiny-imagenet)", "one class, accuracy 100%",
+    ("stage1/06", "class folders with an inner folder (tiny-imagenet)", "one class, accuracy 100.0%, exit 0",
      [measure("stage1/06/tiny.yaml", "06t")], ""),
     ("stage1/06", "class folders named by synset ids", "prompts 'a photo of a n01440764' without a word",
      [measure("stage1/06/synset.yaml", "06s")], "classes|class names"),
@@ -215,7 +215,7 @@ TABLE = [
     ("stage1/11", "NaN in a column of .json that nobody asks for", "6 of 60 samples rejected, exit 3",
      [encode("stage1/11/00000.tar", "11")], COUNTS),
     ("stage1/13", "16-bit gray PNGs that hold 12-bit values", "12 encoded, nearly black, without a word", [encode("stage1/13", "13")], f"{COUNTS}|16-bit"),
-    ("stage1/13", "the same with their bits", "no such flag", [encode("stage1/13", "13b", more="--gray-bits 12")], f"{COUNTS}|16-bit"),
+    ("stage1/13", "the same with their bits", "no such flag, exit 2", [encode("stage1/13", "13b", more="--gray-bits 12")], f"{COUNTS}|16-bit"),
     ("stage1/15", "tar members 22.05.jpg", NO_TXT, [encode("stage1/15/dots.tar", "15d")], COUNTS),
     ("stage1/15", "tar members img_v1.00.jpg", NO_TXT, [encode("stage1/15/same.tar", "15s")], COUNTS),
     ("stage1/15", "tar members input.jpg and outputs.txt", NO_TXT, [encode("stage1/15/compound.tar", "15p")], COUNTS),
@@ -266,8 +266,12 @@ TABLE = [
 HEAD = """# Cases
 
 Inputs that once went wrong, given to the kit as it is: written by `bash scripts/cases.sh`, which takes the cases' folder. "Before" is what
-was seen when a case was found, at commit 294cbaa or earlier. "Now" is what the commands below print, shortened, and their exit codes. The
-models are tiny and random, so a number says only whether two are equal. "Not run" is what SKIP left out of the run that wrote this page.
+was seen when a case was found, at commit 294cbaa or earlier. The commands of stage1/01 to stage1/04 and of tiny-imagenet were run again at
+294cbaa, and those cells say what they printed; the others are notes of the day.
+The commands of stage1/01 to stage1/04 and of tiny-imagenet were run again at
+294cbaa, and those cells say what they printed; the others are notes of the day. "Now" is what the commands below print, shortened, and
+their exit codes. The models are tiny and random, so a number says only whether two are equal. "Not run" is what SKIP left out of the run
+that wrote this page.
 """
 if not Path("tiny/last").exists():
     forking().exit_codes([forking().fork(prepare)])[0] and sys.exit("the models could not be made")
