@@ -71,7 +71,7 @@ def measure(config: LmmsConfig, known: "dict[str, LocalTask]", console: "Console
         console.print(f"report: {page} (figures as PNG in {output / 'figures'})")
     console.print(f"results: {saved}")
     if failures:
-        raise DataError("; ".join([*failures, "the other models' results were kept"]))
+        raise DataError("; ".join([*failures, "the other models' and tasks' results were kept"]))
 
 
 if __name__ == "__main__":

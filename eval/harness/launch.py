@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 
 from align.common.errors import DataError, UsageError
-from align.common.files import atomic_bytes
+from align.common.files import TEMPORARY, atomic_bytes
+from align.common.folders import RETIRED
 from align.common.hardware import choose_device
 from eval.harness.config import LmmsConfig
 from eval.harness.local import LocalTask
@@ -23,6 +24,7 @@ from eval.harness.output import TaskRun, model_record, read_run
 from eval.results.records import RESULTS, ModelRecord, file_name, load_results
 from mllm.model.saving import mllm_folder
 
+INCOMPLETE = ".incomplete"  # suffix of the newest files that lack a task
 NAME = "MLLM"  # prefix of column names, because eval/run.py may also have a model called trained
 
 
@@ -70,31 +72,98 @@ def check_ready(config: LmmsConfig, known: dict[str, LocalTask]) -> None:
 def ask(
     config: LmmsConfig, models: Sequence[AskedModel], tasks: Path, console: Console
 ) -> tuple[list[tuple[ModelRecord, list[TaskRun]]], list[str]]:
-    """Run lmms-eval on all models; return what it measured, and a sentence for each incomplete model. `tasks`: folder of YAML tasks."""
+    """Run lmms-eval on all models; return what it measured, and a sentence for each incomplete model or task.
+
+    `tasks`: folder of YAML tasks. If lmms-eval does not finish for a model, it asks that model once more, each task on its own. Its files
+    of a model stay until new ones are complete; incomplete ones are kept beside them, in NAME.incomplete.
+    """
     output = Path(config.output)
-    jobs_file, log = output / "lmms" / "jobs.yaml", output / "lmms" / "log.txt"
-    jobs = [_job(config, model, tasks) for model in models]
-    atomic_bytes(jobs_file, yaml.safe_dump(jobs, sort_keys=False).encode())
-    spread = ["-m", "torch.distributed.run", "--nproc_per_node", str(config.processes)] if config.processes > 1 else []
     names = ", ".join(model.record.name for model in models)
-    console.print(f"lmms-eval asks {names}: {', '.join(config.tasks)} (log: {log})")
-    code = _run([sys.executable, *spread, "-m", "lmms_eval", "--config", str(jobs_file)], log, console)
-    answered, failures = [], []
+    console.print(f"lmms-eval asks {names}: {', '.join(config.tasks)} (log: {output / 'lmms' / 'log.txt'})")
+    fresh = {model.record.name: _begun(model.place(output)) for model in models}
+    log, code = _launch(
+        config, [_job(config, model, config.tasks, tasks, fresh[model.record.name]) for model in models], "log.txt", console
+    )
+    stuck = [model for model in models if len(config.tasks) > 1 and not list(fresh[model.record.name].rglob("*_results.json"))]
+    if stuck:
+        names = ", ".join(model.record.name for model in stuck)
+        console.print(f"lmms-eval did not finish with {names} (exit code {code}). {_last_error(log)} Each task is asked on its own")
+        jobs = [
+            _job(config, model, [task], tasks, _begun(fresh[model.record.name] / file_name(task)))
+            for model in stuck for task in config.tasks
+        ]  # fmt: skip
+        log, code = _launch(config, jobs, "log-by-task.txt", console)
+    answered, failures = [], list[str]()
     for model in models:
-        try:
-            answered.append((model.record, read_run(model.place(output), config.tasks, config.limit)))
-        except DataError as error:
-            failures.append(f"{model.record.name}: {error}")
+        place, failed = _ended(model.place(output)), list[str]()
+        runs = _read_by_task(place, config, failed) if model in stuck else _read(place, config.tasks, config.limit, failed)
+        if runs:
+            answered.append((model.record, runs))
+        if failed:
+            failures.append(f"{model.record.name}: {'; '.join(failed)}")
+        else:
+            _settle(place, model.place(output))
     if failures:
         failures.append(f"lmms-eval ended with exit code {code}. {_last_error(log)}")
     return answered, failures
 
 
-def _job(config: LmmsConfig, model: AskedModel, tasks: Path) -> dict[str, Any]:
-    """Return lmms-eval's job for one model, and empty that model's results folder."""
-    place = model.place(Path(config.output))
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+def _begun(place: Path) -> Path:
+    """Return an empty folder for new files beside those in `place`; what is left in it of a dead run is deleted."""
+    fresh = place.with_name(place.name + TEMPORARY)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    return fresh
+
+
+def _ended(place: Path) -> Path:
+    """Return the folder of the new files, renamed to what they are until they are read: incomplete."""
+    incomplete = place.with_name(place.name + INCOMPLETE)
+    shutil.rmtree(incomplete, ignore_errors=True)
+    place.with_name(place.name + TEMPORARY).rename(incomplete)
+    return incomplete
+
+
+def _settle(complete: Path, place: Path) -> None:
+    """Put complete new files in the place of the old ones."""
+    retired = place.with_name(place.name + RETIRED)
+    shutil.rmtree(retired, ignore_errors=True)
+    if place.exists():
+        place.rename(retired)
+    complete.rename(place)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _read(place: Path, tasks: Sequence[str], limit: int | None, failed: list[str]) -> list[TaskRun]:
+    """Return the tasks that were measured; sentences on the others are added to `failed`."""
+    try:
+        return read_run(place, tasks, limit, failed)
+    except DataError as error:
+        failed.append(str(error))
+        return []
+
+
+def _read_by_task(place: Path, config: LmmsConfig, failed: list[str]) -> list[TaskRun]:
+    """Return what `_read` does for tasks that were asked one by one."""
+    runs = []
+    for task in config.tasks:
+        missing = list[str]()
+        runs += _read(place / f"{file_name(task)}{TEMPORARY}", [task], config.limit, missing)
+        failed += [f"task {task}: {said}" for said in missing]
+    return runs
+
+
+def _launch(config: LmmsConfig, jobs: list[dict[str, Any]], log_name: str, console: Console) -> tuple[Path, int]:
+    """Run lmms-eval on `jobs`. Return its log and its exit code."""
+    folder = Path(config.output) / "lmms"
+    jobs_file, log = folder / "jobs.yaml", folder / log_name
+    atomic_bytes(jobs_file, yaml.safe_dump(jobs, sort_keys=False).encode())
+    spread = ["-m", "torch.distributed.run", "--nproc_per_node", str(config.processes)] if config.processes > 1 else []
+    return log, _run([sys.executable, *spread, "-m", "lmms_eval", "--config", str(jobs_file)], log, console)
+
+
+def _job(config: LmmsConfig, model: AskedModel, asked: Sequence[str], tasks: Path, place: Path) -> dict[str, Any]:
+    """Return lmms-eval's job: `model` is asked the tasks `asked`, the files go to `place`."""
     settings = {
         "pretrained": model.folder,
         "dtype": config.precision,
@@ -111,7 +180,7 @@ def _job(config: LmmsConfig, model: AskedModel, tasks: Path) -> dict[str, Any]:
     return {
         "model": "sail_llava",
         "model_args": ",".join(f"{name}={value}" for name, value in settings.items()),
-        "tasks": ",".join(config.tasks),
+        "tasks": ",".join(asked),
         "include_path": str(tasks),
         "batch_size": config.batch_size,
         "output_path": str(place),

@@ -48,8 +48,13 @@ class TaskRun:
         return next(iter(self.samples.values()))
 
 
-def read_run(folder: Path, tasks: Sequence[str], limit: int | None = None) -> list[TaskRun]:
-    """Return one TaskRun per task in `folder`, groups expanded; DataError if a task, a number or an answer (up to `limit`) is missing."""
+def read_run(folder: Path, tasks: Sequence[str], limit: int | None = None, failures: list[str] | None = None) -> list[TaskRun]:
+    """Return one TaskRun per task in `folder`, groups expanded.
+
+    DataError if a task, a number or an answer (up to `limit`) is missing. With a list `failures`, what is missing of a task is added
+    to it instead, and the other tasks are returned; DataError only if there are none.
+    """
+    failed = list[str]()
     found = sorted(folder.rglob("*_results.json"))
     if len(found) != 1:
         raise DataError(f"{len(found)} results files of lmms-eval in {folder}, expected 1: the evaluation did not finish")
@@ -57,21 +62,35 @@ def read_run(folder: Path, tasks: Sequence[str], limit: int | None = None) -> li
     sizes = content.get("n-samples", {})
     missing = [task for task in tasks if task not in sizes and task not in content.get("group_subtasks", {})]
     if missing or not sizes:
-        raise DataError(f"{found[0]} lacks the tasks {', '.join(missing or tasks)}; it has {', '.join(sizes) or 'none'}")
-    ordered = sorted(sizes, key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task))
-    return [_task_run(content, found[0], task, int(sizes[task]["original"]), limit) for task in ordered]
+        failed.append(f"{found[0]} lacks the tasks {', '.join(missing or tasks)}; it has {', '.join(sizes) or 'none'}")
+    runs = []
+    for task in sorted(sizes, key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task)):
+        try:
+            runs.append(_task_run(content, found[0], task, int(sizes[task]["original"]), limit))
+        except DataError as error:
+            failed.append(str(error))
+    if failed and (failures is None or not runs):
+        raise DataError("; ".join(failed))
+    if failures is not None:
+        failures += failed
+    return runs
 
 
 def _task_run(content: dict[str, Any], path: Path, task: str, questions: int, limit: int | None) -> TaskRun:
-    numbers = {}
+    given = {}
     for name, value in content["results"][task].items():
         metric, comma, chosen = name.partition(",")
-        if comma and not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")) and isinstance(value, int | float):
-            numbers[metric, chosen] = float(value)
-    if not numbers or not all(math.isfinite(value) for value in numbers.values()):
-        raise DataError(f"task {task} has no finite number in {path}: {content['results'][task]}")
+        if comma and not metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
+            given[metric, chosen] = value
+    numbers = {name: float(value) for name, value in given.items() if isinstance(value, int | float)}
+    if not numbers:
+        said = ", ".join(f"{metric} {value!r}" for (metric, _), value in given.items()) or "no metric"
+        raise DataError(f"task {task} has no number in {path} ({said}): of a split that a server scores, only the answers beside it count")
+    if not all(math.isfinite(value) for value in numbers.values()):
+        said = ", ".join(f"{metric} {value}" for (metric, _), value in numbers.items() if not math.isfinite(value))
+        raise DataError(f"task {task} has no finite number in {path} ({said})")
     asked = min(questions, limit) if limit else questions
-    filters = list(dict.fromkeys(chosen for _, chosen in numbers))
+    filters = list(dict.fromkeys(chosen for _, chosen in given))  # answers are logged for each, numbers or not
     logged = path.with_name(path.name.removesuffix("results.json") + f"samples_{task}.jsonl")
     if not logged.is_file():
         raise DataError(f"{logged} is missing: task {task} did not finish (or ran without --log_samples)")
@@ -189,8 +208,9 @@ def collect(
         for run in runs:
             entries += run_entries(run, record.name, generator(seed, 11), confidence)
             save_answers(output, run.task, record.name, answers_table(run))
-    first = answered[0][1]
-    majority = [entry for run in first for entry in majority_entry(run, confidence)] if baseline else []
+    asked = {run.task: run for _, runs in reversed(answered) for run in runs}  # of each task the first model's
+    tasks = [asked[task] for task in dict.fromkeys(run.task for _, runs in answered for run in runs)]
+    majority = [entry for run in tasks for entry in majority_entry(run, confidence)] if baseline else []
     records = [record for record, _ in answered]
     if majority:
         records.append(ModelRecord("majority", "majority", "always names the most frequent classes or answers", "", {}))
@@ -202,7 +222,7 @@ def collect(
         confidence=confidence,
         seconds={"generated answers": round(seconds, 2)},
         models=tuple(records),
-        tasks=tuple(task_record(run) for run in first),
+        tasks=tuple(map(task_record, tasks)),
         entries=(*entries, *majority),
     )
 
@@ -214,7 +234,7 @@ def write_examples(output: Path, results: Results, measured: Results, count: int
         tables = {model.name: load_answers(output, task.id, model.name) for model in results.models if model.name in asked}
         answers = {name: {int(row["key"]): row for row in table.to_pylist()} for name, table in tables.items()}
         numbers = drawn_questions(task.id, next(iter(answers.values())), count, seed)
-        found = {path.stem: path for path in (output / "lmms").glob(f"*/thumbnails/{file_name(task.id)}/*.jpg")}
+        found = {path.stem: path for path in (output / "lmms").glob(f"**/thumbnails/{file_name(task.id)}/*.jpg")}
         pictures = {number: Image.open(found[str(number)]) for number in numbers if str(number) in found}
         save_examples(output, task.id, generation_examples(numbers, answers, pictures), pictures.items())
 

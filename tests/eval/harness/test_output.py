@@ -102,7 +102,7 @@ def test_a_complete_run_is_read(tmp_path):
         (lambda p: p.unlink(), "0 results files"),
         (lambda p: shutil.copy(p, p.with_name("x_results.json")), "2 results files"),
         (lambda p: change(p, lambda c: c["n-samples"].pop("t")), "lacks the tasks"),
-        (lambda p: change(p, lambda c: c["results"].update(t={"alias": "t", "accuracy,none": "N/A"})), "no finite number"),
+        (lambda p: change(p, lambda c: c["results"].update(t={"alias": "t", "accuracy,none": "N/A"})), "no number.*accuracy 'N/A'"),
         (lambda p: change(p, lambda c: c["results"]["t"].update({"accuracy,none": math.nan})), "no finite number"),
         (lambda p: p.with_name("20300101_000000_samples_t.jsonl").unlink(), "is missing"),
         (lambda p: change(p, lambda c: c["n-samples"]["t"].update(original=11)), "10 of 11 questions"),
@@ -313,7 +313,7 @@ def fake_run(monkeypatch):
         for job in yaml.safe_load(Path(command[-1]).read_text()):
             settings = dict(pair.split("=", 1) for pair in job["model_args"].split(","))
             seen.append({**job, **settings})
-            if settings["pretrained"] in failing:
+            if failing & {settings["pretrained"], *job["tasks"].split(",")}:
                 continue
             place = Path(job["output_path"])
             write_run(place, {task: rows_of(shift=len(seen)) for task in job["tasks"].split(",")})
@@ -404,7 +404,9 @@ def test_what_lmms_eval_is_told(models, data, fake_run):
 
 def test_a_model_that_fails_is_an_error_and_the_others_are_kept(models, data, fake_run):
     fake_run[0].add(str(models / "two" / "model"))
-    with pytest.raises(DataError, match=r"MLLM untrained: 0 results files.*ValueError: too sad.*others|other models' results were kept"):
+    with pytest.raises(
+        DataError, match=r"MLLM untrained: 0 results files.*ValueError: too sad.*other models' and tasks' results were kept"
+    ):
         lmms.main(config(models, data))
     assert load_results(data / "eval").value("sprites_yesno", "accuracy", "MLLM trained")
     fake_run[0].add(str(models / "one"))
@@ -412,6 +414,43 @@ def test_a_model_that_fails_is_an_error_and_the_others_are_kept(models, data, fa
     with pytest.raises(DataError, match="MLLM trained"):
         lmms.main(config(models, data))
     assert (data / "eval" / "results.json").read_bytes() == before
+
+
+def test_a_task_that_fails_costs_the_others_nothing(models, data, fake_run):
+    """Without a number, or so that lmms-eval does not finish; and no file of an earlier run is lost before new ones are complete."""
+    both = ("sprites_yesno", "sprites_what")
+    lmms.main(config(models, data, tasks=both))
+    place = data / "eval/lmms/MLLM_trained"
+    old = sorted(path.name for path in place.rglob("*"))
+    fake_run[0].add("sprites_what")
+    with pytest.raises(
+        DataError, match=r"MLLM trained: task sprites_what: 0 results.*MLLM untrained.*too sad.*other models' and tasks' results"
+    ):
+        lmms.main(
+            config(models, data, tasks=both, mllm=(f"third={models / 'one'}", f"trained={models / 'one'}", f"untrained={models / 'two'}"))
+        )
+    found = load_results(data / "eval")
+    assert found.value("sprites_yesno", "accuracy", "MLLM third") and not found.value("sprites_what", "accuracy", "MLLM third")
+    assert found.value("sprites_what", "accuracy", "MLLM trained"), "that of the run before"
+    assert sorted(path.name for path in place.rglob("*")) == old and list((data / "eval/lmms").glob("MLLM_third.incomplete/*/a__model"))
+    assert not list((data / "eval/lmms").glob("*.partial"))
+    fake_run[0].clear()
+    lmms.main(config(models, data, tasks=both, mllm=(f"third={models / 'one'}",)))
+    assert load_results(data / "eval").value("sprites_what", "accuracy", "MLLM third")
+    assert (data / "eval/lmms/MLLM_third").is_dir()
+
+
+def test_of_several_tasks_those_with_a_number_are_read(tmp_path):
+    path = write_run(tmp_path, {"a": rows_of(), "b": rows_of(), "c": rows_of(), "d": rows_of()})
+    change(path, lambda c: c["results"].update(b={"alias": "b", "submission,none": None}))
+    change(path, lambda c: c["results"]["c"].update({"accuracy,none": math.nan}))
+    path.with_name("20300101_000000_samples_d.jsonl").unlink()
+    failures = []
+    assert [run.task for run in read_run(tmp_path, ["a", "b", "c", "d", "e"], None, failures)] == ["a"]
+    assert [said.split(" ")[1] for said in failures[1:]] == ["b", "c", "d"][:2] + ["is"], failures
+    assert "lacks the tasks e" in failures[0] and "submission None" in failures[1] and "accuracy nan" in failures[2]
+    with pytest.raises(DataError, match="lacks the tasks e.*task b"):
+        read_run(tmp_path, ["b", "e"])
 
 
 def test_wrong_requests_are_refused_before_anything_runs(models, data, fake_run):
