@@ -60,6 +60,7 @@ def main(config: TrainConfig) -> None:
 def train(config: TrainConfig, state: "PartialState", console: "Console") -> None:
     """Open the features, build the heads, write config and manifest, train from the newest checkpoint."""
     from align.common.hardware import resolve_precision
+    from align.model.saving import require_whole
     from align.runtime.processes import same_on_all
     from align.training.data import build_model, fit_batch
     from align.training.run import Run
@@ -69,6 +70,8 @@ def train(config: TrainConfig, state: "PartialState", console: "Console") -> Non
     batch_size = fit_batch(config.batch_size, len(data.pairs), state.num_processes, console.print)
     steps = config.steps or max(1, math.floor((config.epochs or 0) * (len(data.pairs) // batch_size)))
     model = build_model(config, data).to(state.device)
+    if config.embed_encoders:
+        require_whole(model.config)  # before training
     same_on_all(model.parameters())
     stepper = Stepper(
         model,

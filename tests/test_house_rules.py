@@ -15,7 +15,7 @@ from align.assessment.config import AssessConfig
 from align.curation.config import CurateConfig
 from align.demo.config import PrepareConfig
 from align.features.config import EncodeConfig
-from align.model.config import ConvertConfig
+from align.model.config import ConvertConfig, PackageConfig
 from align.runtime import commandline as cli
 from align.runtime.recipes_yaml import load_yaml
 from align.training.config import TrainConfig
@@ -32,13 +32,14 @@ PACKAGES = {"align": (), "mllm": ("align",), "eval": ("align", "mllm")}
 ENTRIES = {
     *("align/encode.py", "align/curate.py", "align/train.py", "align/prepare.py", "eval/run.py"),
     *("eval/report.py", "eval/lmms.py", "align/assess.py", "align/convert.py", "mllm/upgrade.py"),
+    "align/package.py",
     *("mllm/check.py", "mllm/finetune.py", "mllm/chat_cli.py"),
 }
 CONFIGS = {
     "prepare": PrepareConfig, "encode": EncodeConfig, "curate": CurateConfig, "train": TrainConfig,
     "eval": EvalConfig, "report": ReportConfig, "lmms": LmmsConfig, "upgrade": UpgradeConfig,
     "check": CheckConfig, "pretrain": FinetuneConfig, "instruct": FinetuneConfig, "chat": ChatConfig,
-    "convert": ConvertConfig, "assess": AssessConfig,
+    "convert": ConvertConfig, "package": PackageConfig, "assess": AssessConfig,
 }  # fmt: skip
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 RECIPES = sorted(path for package in ("align", "mllm") for path in (ROOT / package / "recipes").glob("*.yaml"))

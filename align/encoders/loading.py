@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from align.common.errors import DamagedError, KitError, OfflineError, UsageError
 from align.common.hardware import Arithmetic
+from align.common.tensor_files import read_tensor_file, write_tensor_file
 from align.encoders.claims import within_weights
 from align.encoders.spec import EncoderSpec
 
@@ -35,6 +36,8 @@ HUB_SECONDS = 4  # in which the hub has to answer
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Where it is told nothing, transformers asks on the terminal whether to run the code of a folder. Without time for an answer it refuses.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+MODULE_BIN = "pytorch_model.bin"
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pkl", ".npz", ".tflite")
 VISION_FILES = "needed are config.json, preprocessor_config.json (timm: only config.json) and model.safetensors"
 TEXT_FILES = "needed are config.json, the tokenizer's files, model.safetensors and, for its own pooling, modules.json"
 
@@ -186,17 +189,58 @@ def autocast(device: torch.device, precision: Arithmetic) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def copy_encoder(name: str, folder: Path, revision: str | None = None) -> None:
-    """Copy the files that load the encoder `name` (json, txt, model, safetensors, its own py; no other weights) to `folder`.
-
-    The copy's code runs as the encoder's: only with `trust_remote_code`.
-    """
+def snapshot(name: str, revision: str | None = None) -> Path:
+    """Return the folder of an encoder: the named one, or what was downloaded of a hub id."""
     source = Path(resolve_encoder(name))
     if not source.is_dir():
         with load_errors_named(name, "a downloaded snapshot"):
             source = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    for file in source.rglob("*"):
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".safetensors", ".py"):
-            target = folder / file.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
+    return source
+
+
+def require_copyable(name: str, revision: str | None = None) -> int:
+    """Return the bytes of a copy of an encoder. UsageError or DamagedError if one could not be opened without the original.
+
+    That is an adapter, whose base model lies elsewhere, and a module whose weights are a .bin file of more than tensors.
+    """
+    source = snapshot(name, revision)
+    if adapters := sorted(source.rglob("adapter_config.json")):
+        raise UsageError(
+            f"{name} is an adapter (LoRA, {adapters[0].name}) on the weights of another model, which a copy would lack. Merge it first: "
+            'python -c "from peft import AutoPeftModelForFeatureExtraction as M; '
+            f"M.from_pretrained('{adapters[0].parent}').merge_and_unload().save_pretrained('merged')\", add the tokenizer's and the other "
+            "files, and encode and train with that folder"
+        )
+    for file in _unsafe_weights(source):
+        read_tensor_file(file)
+    return sum(file.stat().st_size for file in _files(source))
+
+
+def copy_encoder(name: str, folder: Path, revision: str | None = None) -> None:
+    """Copy the files that load the encoder `name` to `folder`; a module's weights that are only a .bin file become safetensors.
+
+    The copy's code runs as the encoder's: only with `trust_remote_code`. Raises as `require_copyable`.
+    """
+    require_copyable(name, revision)
+    source = snapshot(name, revision)
+    for file in _files(source):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.name == MODULE_BIN:
+            write_tensor_file(target.with_name("model.safetensors"), {key: value.clone() for key, value in read_tensor_file(file).items()})
+        else:
             shutil.copyfile(file, target)
+
+
+def _files(source: Path) -> Iterator[Path]:
+    """Yield the files of a copy: no hidden ones, and of the weights only safetensors and what becomes it."""
+    converted = set(_unsafe_weights(source))
+    for file in sorted(source.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
+        if file.is_file() and not hidden and (file in converted or file.suffix not in OTHER_WEIGHTS):
+            yield file
+
+
+def _unsafe_weights(source: Path) -> list[Path]:
+    """Return the .bin files of modules that have no safetensors."""
+    return [file for file in sorted(source.rglob(MODULE_BIN)) if not any(file.parent.glob("*.safetensors"))]

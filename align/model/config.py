@@ -1,4 +1,4 @@
-"""What align/convert.py can be told. Every field is a flag; checked when it is made."""
+"""What align/convert.py and align/package.py can be told. Every field is a flag; checked when it is made."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -78,3 +78,21 @@ class ConvertConfig(EncoderFlags):
         """Return what describes both encoders, None where not asked for; `precision` is what `auto` was resolved to."""
         own = {"feature": self.feature, "layer": self.layer}
         return self.specs(own, {}, precision=precision, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageConfig:
+    """Write a model of stage one with copies of its encoders: a folder that opens on any machine."""
+
+    run: str
+    """Run folder of align/train.py, also a finished one, or a model folder."""
+    output: str
+    """Model folder to write."""
+    which: Literal["best", "last"] = "best"
+    """Which model of the run."""
+    vision: str | None = None
+    """Where the vision encoder lies, if not where the model says. It has to be the same one."""
+    text: str | None = None
+    """Where the text encoder lies, if not where the model says. It has to be the same one."""
+    trust_remote_code: bool = False
+    """Run code that ships with the encoders, to try the copies of those, too."""

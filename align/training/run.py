@@ -15,7 +15,7 @@ from align.common.errors import NonFiniteError, Preempted
 from align.common.files import atomic_json, require_free
 from align.common.fingerprints import compare_inputs
 from align.common.preemption import noted, reason
-from align.model.saving import save_model
+from align.model.saving import package, save_model
 from align.runtime.checkpoints import checkpoints, clean_checkpoints, newest_checkpoint, save_checkpoint
 from align.runtime.console import Progress
 from align.runtime.processes import any_rank
@@ -177,13 +177,16 @@ class Run:
 
     def _save(self, name: str) -> None:
         if self.process.is_main_process:
-            save_model(self.stepper.model, self.folder / name, self.data.tokenizer, self.embed_encoders)
+            save_model(self.stepper.model, self.folder / name, self.data.tokenizer)
 
     def _finish(self) -> None:
-        """Save the last model. Without validation it is also the best one."""
+        """Save the last model. Without validation it is also the best one. Then both get copies of the encoders, if asked for."""
         self._save("last")
         if self.data.held_out is None:
             self._save("best")
+        if self.embed_encoders and self.process.is_main_process:
+            for name in ("best", "last"):
+                package(self.folder / name, self.folder / name, {})
         self.process.wait_for_everyone()
         best = f"step {self.state['best_step'] or self.steps}"
         if self.data.held_out is not None and self.state["best_step"] == 0:

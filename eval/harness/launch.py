@@ -89,7 +89,7 @@ def ask(
         names = ", ".join(model.record.name for model in stuck)
         console.print(f"lmms-eval did not finish with {names} (exit code {code}). {_last_error(log)} Each task is asked on its own")
         jobs = [
-            _job(config, model, [task], tasks, _begun(fresh[model.record.name] / file_name(task)))
+            _job(config, model, [task], tasks, fresh[model.record.name] / file_name(task))
             for model in stuck for task in config.tasks
         ]  # fmt: skip
         log, code = _launch(config, jobs, "log-by-task.txt", console)
@@ -148,7 +148,7 @@ def _read_by_task(place: Path, config: LmmsConfig, failed: list[str]) -> list[Ta
     runs = []
     for task in config.tasks:
         missing = list[str]()
-        runs += _read(place / f"{file_name(task)}{TEMPORARY}", [task], config.limit, missing)
+        runs += _read(place / file_name(task), [task], config.limit, missing)
         failed += [f"task {task}: {said}" for said in missing]
     return runs
 
@@ -164,6 +164,7 @@ def _launch(config: LmmsConfig, jobs: list[dict[str, Any]], log_name: str, conso
 
 def _job(config: LmmsConfig, model: AskedModel, asked: Sequence[str], tasks: Path, place: Path) -> dict[str, Any]:
     """Return lmms-eval's job: `model` is asked the tasks `asked`, the files go to `place`."""
+    place.mkdir(parents=True, exist_ok=True)
     settings = {
         "pretrained": model.folder,
         "dtype": config.precision,

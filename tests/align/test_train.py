@@ -302,10 +302,14 @@ def test_the_loss_is_computed_in_tiles_of_the_given_side(paired_folders, monkeyp
 
 
 def test_encoders_are_embedded_in_saved_models_if_asked_for(paired_folders, monkeypatch):
-    saved = []
-    monkeypatch.setattr("align.training.run.save_model", lambda model, folder, tokenizer, embed: saved.append((folder.name, embed)))
+    """Also in best/, and by the same command in a run that was finished without."""
+    embedded, asked = [], []
+    monkeypatch.setattr("align.training.run.package", lambda source, folder, moved: embedded.append((source.name, folder.name)))
+    monkeypatch.setattr("align.model.saving.require_whole", lambda config: asked.append(len(embedded)))
+    train(paired_folders, paired_folders / "own", steps=1)
+    assert not embedded and not asked
     train(paired_folders, paired_folders / "own", **{"steps": 1, "embed-encoders": True})
-    assert saved[-1] == ("last", True) and ("best", True) in saved
+    assert embedded == [("best", "best"), ("last", "last")] and asked == [0], "asked before training whether it can be done"
 
 
 def poisoned(folder, output, limit=3, stop=None, bad=range(6, 99), **changes):
