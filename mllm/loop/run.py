@@ -20,6 +20,7 @@ from align.runtime.checkpoints import checkpoints, clean_checkpoints, newest_com
 from align.runtime.recipes_yaml import write_recipe
 from align.runtime.runs import RunLog, add_launch
 from mllm.conversations.batches import ConversationDataset
+from mllm.conversations.tokens import Chat
 from mllm.loop.config import FinetuneConfig, Lora
 from mllm.loop.flops import Collate, peak_tflops
 from mllm.loop.log import TrainingLog
@@ -74,7 +75,8 @@ def train(
     if config.deepspeed:
         unset_hf_deepspeed_config()  # else the exported model would be partitioned again
     if writing:
-        export(Path(config.model), tensors, config.learning_rates(), config.lora(), folder)
+        asked = dataset.chat if config.stage == "instruct" and config.template else None
+        export(Path(config.model), tensors, config.learning_rates(), config.lora(), folder, asked)
     trainer.accelerator.wait_for_everyone()
     console.print(f"done: {folder}/model")
 
@@ -134,9 +136,18 @@ def inputs_of(config: FinetuneConfig, dataset: ConversationDataset, settings: Tr
     return inputs
 
 
-def export(start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float], lora: Lora | None, folder: Path) -> None:
-    """Write `folder/model`: the model in `start` with the trained `tensors` (float32). With LoRA also write `folder/adapter` for peft."""
+def export(
+    start: Path, tensors: Mapping[str, Tensor], rates: Mapping[str, float], lora: Lora | None, folder: Path, chat: Chat | None = None
+) -> None:
+    """Write `folder/model`: the model in `start` with the trained `tensors` (float32). With LoRA also write `folder/adapter` for peft.
+
+    With a `chat` the model is asked by its template from then on, and its answers end where that ends them.
+    """
     model, processor = load_mllm(start)
+    if chat is not None:
+        processor.chat_template, ends = chat.template, model.generation_config.eos_token_id
+        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        model.generation_config.eos_token_id = list(dict.fromkeys([*known, *chat.stop_ids]))
     prepared = set_trainable(model, rates, lora, seed=0)
     load_trained(prepared, tensors, f"the run in {folder}")
     if hasattr(prepared, "merge_and_unload"):

@@ -18,6 +18,7 @@ from align.common.files import arm_failpoint
 from align.runtime.checkpoints import checkpoints, newest_committed
 from align.runtime.commandline import parse
 from mllm.conversations.templates import TEMPLATES
+from mllm.conversations.tokens import Chat
 from mllm.finetune import main, section
 from mllm.loop.config import FinetuneConfig
 from mllm.model.saving import load_mllm, save_mllm
@@ -225,6 +226,13 @@ def test_lora_merged_and_exported_equals_the_trained_model(world, forked, tmp_pa
         ours, theirs = exported(**inputs).logits, adapted(**inputs).logits
         plain = load_mllm(world / "init")[0](**inputs).logits
     assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5) and not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_a_template_of_the_run_is_that_of_its_model(world, forked, tmp_path):
+    assert forked(partial(train, world, tmp_path / "run", template="brief", steps=1)) == 0
+    model, processor = load_mllm(tmp_path / "run/model")
+    assert processor.chat_template == TEMPLATES["brief"] != load_mllm(world / "init")[1].chat_template
+    assert set(Chat.of_processor(processor).stop_ids) <= set(model.generation_config.eos_token_id)
 
 
 def poisoned(world, output, persistent, stop=None, **changes):
