@@ -7,9 +7,8 @@
         --vision facebook/dinov2-large --text sentence-transformers/all-roberta-large-v1 --loss infonce --batch-size 1024
     python align/train.py --config recipe.yaml --dry-run
 
-Writes to --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml.
-Interrupted runs resume with the same command from the newest checkpoint that verifies, to the same weights. On SIGTERM a
-run saves a checkpoint and exits with code 75.
+Writes to --output: best/ and last/ (model folders), metrics.jsonl, tensorboard/, checkpoints/, manifest.json, config.yaml. Interrupted
+runs resume with the same command to the same weights. On SIGTERM a run saves a checkpoint and exits with code 75.
 """
 
 import math
@@ -112,8 +111,7 @@ def open_data(config: TrainConfig, state: "PartialState", console: "Console") ->
     for remark in data.remarks:
         console.print(remark)
     if config.keys:
-        chosen = read_keys(config.keys)
-        missing = data.pairs.only(chosen)
+        missing = data.pairs.only(chosen := read_keys(config.keys))
         data.inputs["keys"] = hash_file(Path(config.keys))
         console.print(f"{config.keys}: {len(chosen)} chosen, {missing} of them are no pair here")
     if config.val_rows:

@@ -21,7 +21,7 @@ from align.encoders.families import VISION_ADAPTERS
 from align.encoders.text import load_text_encoder
 from align.encoders.vision import load_vision_encoder
 from align.features.config import EncodeConfig
-from align.model.config import ConvertConfig
+from align.model.config import ConvertConfig, PackageConfig
 from align.model.dual_encoder import SailConfig, SailModel
 from align.model.saving import save_model
 from align.runtime import commandline as cli
@@ -48,6 +48,7 @@ CONFIGS = {
     "align/assess.py": ("assess", AssessConfig),
     "align/curate.py": ("curate", CurateConfig),
     "align/convert.py": ("convert", ConvertConfig),
+    "align/package.py": ("package", PackageConfig),
     "eval/run.py": ("eval", EvalConfig),
     "eval/report.py": ("report", ReportConfig),
     "eval/lmms.py": ("lmms", LmmsConfig),

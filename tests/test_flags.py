@@ -72,11 +72,13 @@ COLLECTED = {**ANSWERED, "eval.harness.output.collect": MagicMock(models=()), "e
 COLLECTED |= {"eval.results.records.save_results": None, "eval.results.tables.results_table": "", "eval.lmms.replace": None}
 CURATED = {f"align.curation.{name}": None for name in ("pool.CandidatePool", "scoring.ConceptSpace")}
 CURATED |= {"align.curation.concepts.inputs_of": {}, "align.curation.concepts.concept_names": ("a", "b")}
+CURATED["align.curation.pool.CandidatePool.open"] = MagicMock(__len__=lambda self: 10**9)
 PROMPTED = {name: result for name, result in CURATED.items() if "Space" not in name} | {"align.curation.scoring.ConceptSpace.work": ""}
 JOINED = {"mllm.upgrade.assembled": (MagicMock(), MagicMock(), [])}
 CHECKED = {"mllm.model.saving.require_mllm": Path("m"), "mllm.model.processing.SailLlavaProcessor.from_pretrained": None}
 CHECKED |= {"mllm.conversations.tokens.Chat.of_processor": None, "mllm.conversations.table.open_conversations": None}
 CHECKED |= {"mllm.conversations.index.build_index": None, "mllm.conversations.checking.conversation_problems": []}
+CHECKED |= {"mllm.model.saving.fitting_length": 9}
 MLLM = {"mllm.model.saving.require_mllm": Path("m"), "mllm.model.modeling.SailLlavaConfig.from_pretrained": None}
 MLLM |= {"mllm.loop.flops.image_flops": 0.0, "mllm.loop.parameter_groups.load_trainable": (MagicMock(), MagicMock())}
 TRACKERS = "align.runtime.runs.require_trackers"

@@ -44,7 +44,8 @@ def drawn_images(images: np.ndarray, held_out: int, seed: int) -> np.ndarray:
     """Return (N,) bool: the pairs of `held_out` images that `seed` draws; `images` (N,) are their numbers. UsageError if too many."""
     count = int(images.max(initial=-1)) + 1
     if held_out >= count:
-        raise UsageError(f"{held_out} images cannot be held out of {count}; give a smaller --val-rows")
+        equal = f" ({len(images):,} pairs, the features of equal images are equal)" if count < len(images) else ""
+        raise UsageError(f"{held_out} images cannot be held out of {count} different ones{equal}; give a smaller --val-rows")
     return np.isin(images, generator(seed, 4).choice(count, held_out, replace=False))
 
 

@@ -254,9 +254,7 @@ def test_without_labels_the_columns_are_absent_and_it_says_so(world, tmp_path, c
 def test_trained_runs_are_matched_by_fingerprint(world, assessed, tmp_path, capsys):
     out, changes = assessed
     names = {}
-    for store in ("vit/layer-02", "vit/layer-03", "cnn/layer-06"):
-        if not (out / "pairs" / store).exists():
-            store = next(path for path in sorted((out / "pairs/cnn").glob("layer-*"))).relative_to(out / "pairs").as_posix()
+    for store in ("vit/layer-02", "vit/layer-03", "cnn/layer-01"):  # of the random CNN's last layer all images are equal
         names[store] = tmp_path / store.replace("/", "-")
         values = {
             "images": out / "pairs" / store, "captions": out / "pairs/st/captions-short", "output": names[store], "val-rows": 20,

@@ -238,7 +238,7 @@ def test_folders_of_something_else_are_left_alone(saved, tmp_path):
     with pytest.raises(UsageError, match="not a model folder"):
         save_mllm(*complete(), tmp_path / "notes")
     assert (tmp_path / "notes/thesis.txt").read_text() == "precious"
-    with pytest.raises(UsageError, match=r"no config\.json"):
+    with pytest.raises(UsageError, match=r"neither an MLLM folder \(with config\.json\) nor a run"):
         load_mllm(tmp_path / "notes")
     for model_type in ("llava", "llama"):
         (tmp_path / model_type).mkdir()
