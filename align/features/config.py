@@ -56,7 +56,9 @@ class EncodeConfig(EncoderFlags, SourceFlags):
 
     def __post_init__(self) -> None:
         check(bool(self.vision or self.text), "neither --vision nor --text", "name at least one encoder")
-        check(bool(self.text) == bool(self.captions), f"--text {self.text} with --captions {self.captions}", "give both or neither")
+        given = f"--text {self.text} with --captions {' '.join(self.captions) or 'not given'}"
+        both = "give both or neither; --captions names the columns that hold captions (of tars and folders: suffixes, such as txt)"
+        check(bool(self.text) == bool(self.captions), given, both)
         check(len(set(self.captions)) == len(self.captions), f"--captions {self.captions}", "name each column once")
         check_least(self, batch_size=1, text_batch_size=1, shard_rows=1, workers=0)
         check_share("max-reject-fraction", self.max_reject_fraction)
