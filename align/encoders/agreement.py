@@ -27,7 +27,7 @@ def require_agreement(name: str, backbone: Backbone, size: tuple[int, int]) -> N
     family = type(timm_model).__module__.rpartition(".")[2]
     try:
         why = _disagreement(timm_model, backbone, size)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
         why = f"its forward pass fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     if why:
         raise UsageError(

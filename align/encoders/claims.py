@@ -3,6 +3,7 @@
 A config may claim anything. Building what it says takes memory and time before a missing weight is noticed.
 """
 
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -35,7 +36,39 @@ def read_config(name: str, source: str, revision: str | None = None) -> dict[str
             f"{name} has the layout of the original LLaVA repository ({', '.join(original)} in its config.json), which transformers does "
             "not read; give the checkpoint converted for transformers (on the hub its name ends with -hf), or its LLM as --llm"
         )
+    if "architecture" in config or "pretrained_cfg" in config:
+        _require_timm(name, config)
     return config
+
+
+def _require_timm(name: str, config: dict[str, Any]) -> None:
+    """Refuse a config.json of timm's layout that does not say what was built and how its images are scaled."""
+    if config.get("model_type", "timm_wrapper") != "timm_wrapper":
+        return
+    architecture, arguments, given = (config.get(key) for key in ("architecture", "model_args", "pretrained_cfg"))
+    if not isinstance(architecture, str) or not isinstance(arguments, dict | None):
+        raise UsageError(
+            f"{name}: its config.json has architecture {architecture!r} and model_args {arguments!r}; needed are timm's name of the "
+            'architecture ("architecture": "vit_small_patch16_224") and, if timm.create_model was given more, "model_args" as an object'
+        )
+    if not isinstance(given, dict) or not given:
+        raise UsageError(
+            f"{name}: its config.json has no pretrained_cfg, so that nothing says how timm's {architecture} wants its images; save it "
+            "again with timm.models.save_for_hf(model, folder, safe_serialization=True), or add what it was trained with"
+            + _usual_images(architecture, arguments or {})
+        )
+
+
+def _usual_images(architecture: str, arguments: dict[str, Any]) -> str:
+    """Return what timm itself gives to an architecture's images, as the end of a sentence."""
+    timm = importlib.import_module("timm")  # seconds, for what few models ask
+    known = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    if known is None:
+        return f"; timm {timm.__version__} does not know this architecture"
+    usual = timm.data.resolve_data_config({}, pretrained_cfg=known.to_dict())
+    if side := arguments.get("img_size"):
+        usual["input_size"] = (3, *(side if isinstance(side, list) else [side, side]))
+    return f'. timm\'s values of this architecture: "pretrained_cfg": {json.dumps(usual)}'
 
 
 @contextmanager

@@ -123,11 +123,24 @@ def load_errors_named(name: str, needed: str) -> Iterator[None]:
                 f"{name} comes with code of its own, which runs only if you ask for it: read that code, then give --trust-remote-code "
                 "(in Python trust_remote_code=True) and, of a hub id, the 40 hex digits of its commit (--text-revision; assess: id@COMMIT)"
             ) from error
-        raise UsageError(f"{name} cannot be opened ({first_line(error)}); {needed}") from error
+        if "file named model.safetensors" in str(error) and (file := Path(name).expanduser() / MODULE_BIN).is_file():
+            raise UsageError(_only_pickled(name, file)) from error
+        why = "its weights have other shapes than its config.json" if "mismatched_sizes" in str(error) else first_line(error)
+        raise UsageError(f"{name} cannot be opened ({why}); {needed}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _only_pickled(name: str, file: Path) -> str:
+    return (
+        f"{name} has no model.safetensors; its {MODULE_BIN} is a pickle, which can run code and is not read. Save the model again: timm "
+        "with timm.models.save_for_hf(model, folder, safe_serialization=True), transformers with model.save_pretrained(folder). Or "
+        'convert it: python -c "import torch, safetensors.torch as s; '
+        f"s.save_file({{k: v.clone() for k, v in torch.load('{file}', weights_only=True).items()}}, "
+        f"'{file.with_name('model.safetensors')}', {{'format': 'pt'}})\""
+    )
 
 
 def require_own_code(name: str, source: str, revision: str | None) -> None:

@@ -20,7 +20,16 @@ from transformers import AutoConfig, AutoModel
 from align.common.errors import KitError, UsageError
 from align.encoders.agreement import require_agreement
 from align.encoders.families import DUAL_ENCODERS, VISION_ADAPTERS, Backbone
-from align.encoders.loading import VISION_FILES, autocast, first_line, hash_weights, opened, recorded_id, require_complete
+from align.encoders.loading import (
+    VISION_FILES,
+    autocast,
+    first_line,
+    hash_weights,
+    load_errors_named,
+    opened,
+    recorded_id,
+    require_complete,
+)
 from align.encoders.spec import VisionSpec
 from align.encoders.transforms import Transform, load_transform, output_size
 
@@ -162,7 +171,7 @@ def load_vision_encoder(spec: VisionSpec | str, device: str | torch.device = "cp
         backbone.to(memory_format=torch.channels_last)
     try:
         return VisionEncoder(backbone.to(device), transform, size, spec, weights)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
         if isinstance(error, KitError):
             raise
         raise UsageError(f"{spec.name} does not take images of {size[0]} x {size[1]} pixels ({first_line(error)})") from error
@@ -175,11 +184,27 @@ def _open(spec: VisionSpec) -> tuple[Any, str, set[str]]:
         config = AutoConfig.from_pretrained(source, **remote)
         if config.model_type not in VISION_ADAPTERS:
             raise UsageError(f"{spec.name}: model_type {config.model_type!r} has no vision adapter; {known}")
+        needed = f"{VISION_FILES}; {known}"
+        if config.model_type == "timm_wrapper":
+            config.model_args, needed = _timm_arguments(config.model_args or {}), _timm_needed(config)
         arguments = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-        model, report = AutoModel.from_pretrained(source, **arguments, **remote)
+        with load_errors_named(spec.name, needed):
+            model, report = AutoModel.from_pretrained(source, **arguments, **remote)
     half = "vision_model." if config.model_type in DUAL_ENCODERS else ""
     missing = {key.removeprefix(half) for key in report["missing_keys"] if key.startswith(half)}
     return model.vision_model if half else model, config.model_type, missing
+
+
+def _timm_arguments(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return what timm is given besides the architecture: no classes, which timm saves too and transformers sets itself."""
+    return {key: value for key, value in saved.items() if key != "num_classes"}
+
+
+def _timm_needed(config: Any) -> str:
+    return (
+        f"timm was told to build {config.architecture!r} with the model_args of config.json, {config.model_args}; they have to be what the "
+        "model was made with: timm.models.save_for_hf(model, folder, model_args={...}, safe_serialization=True) writes both"
+    )
 
 
 def _layer_index(layer: int, first: int, count: int) -> int:

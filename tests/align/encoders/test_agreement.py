@@ -1,5 +1,9 @@
 """Every architecture family of timm is read as it is, or refused by name."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -8,6 +12,7 @@ from timm.models._registry import _module_to_models
 from align.common.errors import UsageError
 from align.encoders.agreement import require_agreement
 from align.encoders.families import VISION_ADAPTERS
+from align.encoders.vision import load_vision_encoder
 
 
 class Wrapped(torch.nn.Module):
@@ -89,3 +94,49 @@ def test_every_family_of_timm_is_read_as_it_is_or_refused(module):
         assert model.config.architecture in str(error)
         return
     right(model, backbone)
+
+
+TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def saved_by_timm(folder, edit=lambda config: None, safe=True, **arguments):
+    model = timm.create_model("vit_tiny_patch16_224", **TINY, **arguments)
+    timm.models.save_for_hf(model, str(folder), model_args={**TINY, **arguments}, safe_serialization=safe)
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return model.eval()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_classes": 5}, {"class_token": False, "global_pool": "avg"}], ids=str)
+def test_folders_saved_by_timm_give_the_tokens_of_timm(tmp_path, arguments):
+    model, pixels = saved_by_timm(tmp_path / "m", **arguments), torch.randn(2, 3, 32, 32)
+    encoder = load_vision_encoder(str(tmp_path / "m"))
+    expected = model.forward_features(pixels)[:, model.num_prefix_tokens :]
+    assert encoder.layers == 3 and torch.allclose(encoder.encode(pixels)[1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda config: config.pop("pretrained_cfg"), r'no pretrained_cfg.*"input_size": \[3, 32, 32\].*"mean"'),
+        (lambda config: config.update(pretrained_cfg=None, architecture="nothing"), "timm .* does not know this architecture"),
+        (lambda config: config.pop("architecture"), "architecture None"),
+        (lambda config: config.update(model_args=[1]), r"model_args \[1\].*as an object"),
+        (lambda config: config["model_args"].update(foo=1), "unexpected keyword argument 'foo'.*save_for_hf"),
+        (lambda config: config.pop("model_args"), "other shapes.*model_args=.*safe_serialization=True"),
+    ],
+)
+def test_what_a_folder_of_timm_lacks_is_said_with_the_way_out(tmp_path, edit, said):
+    saved_by_timm(tmp_path / "m", edit)
+    with pytest.raises(UsageError, match=said):
+        load_vision_encoder(str(tmp_path / "m"))
+
+
+def test_a_pickle_of_timm_is_refused_with_a_command_that_converts_it(tmp_path):
+    saved_by_timm(tmp_path / "m", safe=False)
+    with pytest.raises(UsageError, match="safe_serialization=True") as caught:
+        load_vision_encoder(str(tmp_path / "m"))
+    code = str(caught.value).partition('python -c "')[2].removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert load_vision_encoder(str(tmp_path / "m")).width == 32
