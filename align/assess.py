@@ -67,7 +67,7 @@ def report(
     said = tables.recommend(results, weights) + [NO_LABELS] * (not config.labelled) + [NO_PATCHES] * (not config.patch_images)
     ranks = {text: tables.rank_matrix(results, text) for text in texts}
     said += [one.sentence() for one in worth]
-    commands = next_commands(config, tables.best_of(results).candidate, pairs)
+    commands = next_commands(config, tables.ranked(results)[0].candidate, pairs)
     facts = {"recommendation": said, "follows": follows, "correlations": found, "spearman": ranks, "commands": commands}
     facts["worth"] = list(map(asdict, worth))
     listed = [{**asdict(r.candidate), "scores": {name: asdict(score) for name, score in r.scores.items()}} for r in results]

@@ -15,7 +15,7 @@ from align.assessment.candidates import Candidate, captions_of, feature_columns,
 from align.assessment.encoding import EncodedVision, Sample
 from align.assessment.probing import CaptionedFeatures
 from align.assessment.scores import Score, Scorer, Settings, TextSide, cached
-from align.assessment.tables import Assessed
+from align.assessment.tables import Assessed, ranked
 from align.assessment.worth import Worth
 from align.common.errors import DataError
 from align.common.files import hash_bytes, hash_file
@@ -115,8 +115,7 @@ class Assessment:
         `progress(what, total)` makes progress lines.
         """
         order, found = np.concatenate(self.scorer.rows[::-1]), []  # the test images first
-        best = sorted((result for result in results if not result.candidate.random), key=lambda result: -result.scores["probing"].value)
-        for result in best[:count]:
+        for result in ranked(results)[:count]:
             named = f"worth of {result.candidate.name}: curves fitted"
             matching = [run for run in runs if result.fingerprints and worth.fingerprints_of(Path(run)) == result.fingerprints]
             for run in ["", *matching]:

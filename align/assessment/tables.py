@@ -160,10 +160,10 @@ def _interval(row: Mapping[str, Any], label: str) -> str:
     return f"{value:.2f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
 
 
-def best_of(results: Sequence[Assessed]) -> Assessed:
-    """Return the candidate that probing puts first, random weights left out."""
+def ranked(results: Sequence[Assessed]) -> list[Assessed]:
+    """Return the candidates as probing puts them, the best first; random weights are left out."""
     learned = [result for result in results if not result.candidate.random]
-    return max(learned, key=lambda result: result.scores["probing"].value)
+    return sorted(learned, key=lambda result: -result.scores["probing"].value)
 
 
 def recommend(results: Sequence[Assessed], weights: np.ndarray) -> list[str]:

@@ -39,7 +39,7 @@ def replaced_folder(folder: Path, name: str, needed: int | None = None) -> Itera
     A crash leaves the old folder (perhaps as NAME.retired) or the new one. The next call deletes half-written folders. Failpoints:
     `<name>-saved` and `<name>-retired`. Raises DiskFullError, before anything is written if `needed` bytes are known and not free.
     """
-    temporary, retired = folder.with_name(f"{folder.name}{TEMPORARY}"), folder.with_name(f"{folder.name}{RETIRED}")
+    temporary = folder.with_name(f"{folder.name}{TEMPORARY}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with disk_full_named(folder, needed):
@@ -47,16 +47,22 @@ def replaced_folder(folder: Path, name: str, needed: int | None = None) -> Itera
             temporary.mkdir(parents=True)
             yield temporary
             sync_tree(temporary)
-        shutil.rmtree(retired, ignore_errors=True)
-        failpoint(f"{name}-saved")
-        if folder.exists():
-            folder.rename(retired)
-        failpoint(f"{name}-retired")
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        move_into_place(temporary, folder, name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(complete: Path, folder: Path, name: str) -> None:
+    """Rename `complete` to `folder`, whose old content is deleted only then. Failpoints as in `replaced_folder`."""
+    retired = folder.with_name(f"{folder.name}{RETIRED}")
+    shutil.rmtree(retired, ignore_errors=True)
+    failpoint(f"{name}-saved")
+    if folder.exists():
+        folder.rename(retired)
+    failpoint(f"{name}-retired")
+    complete.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager

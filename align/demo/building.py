@@ -12,8 +12,7 @@ from align.common.errors import UsageError
 from align.common.files import failpoint, hash_file, read_object, require_free
 from align.common.folders import COMMIT, check_folder, commit_folder, replaced_folder
 from align.common.locks import locked
-from align.demo.config import PrepareConfig
-from align.demo.questions import KINDS
+from align.demo.config import KINDS, PrepareConfig
 from align.demo.rendering import OPTIONAL, Renderer, World, end_with_parent
 from align.demo.writing import (
     write_captioned,

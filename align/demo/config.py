@@ -1,9 +1,12 @@
 """Flags of align/prepare.py, checked when the config is made."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from align.common.checks import check, check_least
+
+Kind = Literal["exists", "relation", "what", "where", "count", "caption"]  # of questions
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class PrepareConfig:
     mllm_described: int = 0
     """Scenes of all training sprites with questions, answers and a caption, that are described by names and boxes: no pictures are
     written. They tune an MLLM whose encoder is aligned. 0: none."""
-    mllm_kinds: tuple[Literal["exists", "relation", "what", "where", "count", "caption"], ...] = ()
+    mllm_kinds: tuple[Kind, ...] = ()
     """Kinds of turns in conversations that tune an MLLM. None given: all."""
     mllm_test: int = 0
     """Scenes with questions that test an MLLM, and as many of sprites that stage two never shows (aligned: training scenes do;

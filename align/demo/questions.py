@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.demo.absence import can_be_absent, surely_absent
+from align.demo.config import KINDS
 from align.demo.scenes import Scene, Sprite
 from align.demo.wording import Box, article, relation, where
 
 _SEVERAL = {"of", "and", "with", "couple", "family", "on", "in", "behind"}
 DESCRIBE = "Describe the picture."
 CAPTION_EVERY = 8  # scenes: more captions would be most of what is learned, as they are long
-KINDS = ("exists", "relation", "what", "where", "count", "caption")
 MOST_EXISTS = 4  # existence questions in one conversation; more would crowd out the other kinds
 Pair = tuple[str, str, str]  # name, relation, name
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from align.common.errors import DataError
 from align.common.files import failpoint
-from align.demo.questions import KINDS, Shown, conversations, single_questions
+from align.demo.config import KINDS
+from align.demo.questions import Shown, conversations, single_questions
 from align.demo.rendering import NO_OBJECT, Rendered, Renderer, encoded, generator, question_groups, render_segmented, render_swapped
 from align.demo.wording import article
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from align.common.errors import UsageError
 from align.encoders.families import Backbone, PyramidBackbone
+from align.encoders.loading import FORWARD_ERRORS
 
 _PROBES = ((0.2, 0.6), (0.7, 0.3), (0.4, 0.9), (0.9, 0.5))  # places in an image, as shares of its height and width
 _RANDOM = 7  # seed of the probe images
@@ -27,7 +28,7 @@ def require_agreement(name: str, backbone: Backbone, size: tuple[int, int]) -> N
     family = type(timm_model).__module__.rpartition(".")[2]
     try:
         why = _disagreement(timm_model, backbone, size)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
+    except FORWARD_ERRORS as error:
         why = f"its forward pass fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     if why:
         raise UsageError(

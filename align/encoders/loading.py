@@ -36,6 +36,8 @@ HUB_SECONDS = 4  # in which the hub has to answer
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Where it is told nothing, transformers asks on the terminal whether to run the code of a folder. Without time for an answer it refuses.
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+# What a forward pass of a model of any code may raise.
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError)
 MODULE_BIN = "pytorch_model.bin"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pkl", ".npz", ".tflite")
 VISION_FILES = "needed are config.json, preprocessor_config.json (timm: only config.json) and model.safetensors"

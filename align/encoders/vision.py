@@ -21,6 +21,7 @@ from align.common.errors import KitError, UsageError
 from align.encoders.agreement import require_agreement
 from align.encoders.families import DUAL_ENCODERS, VISION_ADAPTERS, Backbone
 from align.encoders.loading import (
+    FORWARD_ERRORS,
     VISION_FILES,
     autocast,
     first_line,
@@ -171,7 +172,7 @@ def load_vision_encoder(spec: VisionSpec | str, device: str | torch.device = "cp
         backbone.to(memory_format=torch.channels_last)
     try:
         return VisionEncoder(backbone.to(device), transform, size, spec, weights)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
+    except FORWARD_ERRORS as error:
         if isinstance(error, KitError):
             raise
         raise UsageError(f"{spec.name} does not take images of {size[0]} x {size[1]} pixels ({first_line(error)})") from error

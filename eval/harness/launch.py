@@ -16,7 +16,7 @@ from rich.console import Console
 
 from align.common.errors import DataError, UsageError
 from align.common.files import TEMPORARY, atomic_bytes
-from align.common.folders import RETIRED
+from align.common.folders import move_into_place
 from align.common.hardware import choose_device
 from eval.harness.config import LmmsConfig
 from eval.harness.local import LocalTask
@@ -102,7 +102,7 @@ def ask(
         if failed:
             failures.append(f"{model.record.name}: {'; '.join(failed)}")
         else:
-            _settle(place, model.place(output))
+            move_into_place(place, model.place(output), "lmms")
     if failures:
         failures.append(f"lmms-eval ended with exit code {code}. {_last_error(log)}")
     return answered, failures
@@ -122,16 +122,6 @@ def _ended(place: Path) -> Path:
     shutil.rmtree(incomplete, ignore_errors=True)
     place.with_name(place.name + TEMPORARY).rename(incomplete)
     return incomplete
-
-
-def _settle(complete: Path, place: Path) -> None:
-    """Put complete new files in the place of the old ones."""
-    retired = place.with_name(place.name + RETIRED)
-    shutil.rmtree(retired, ignore_errors=True)
-    if place.exists():
-        place.rename(retired)
-    complete.rename(place)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _read(place: Path, tasks: Sequence[str], limit: int | None, failed: list[str]) -> list[TaskRun]:

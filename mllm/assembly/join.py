@@ -21,6 +21,7 @@ from mllm.assembly.places import places_in_words
 from mllm.assembly.vision import AlignedEncoder, image_processor_of
 from mllm.conversations.templates import puts_system_first
 from mllm.conversations.tokens import Chat
+from mllm.model.answer_ends import end_ids
 from mllm.model.modeling import SailLlavaConfig, SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaImageProcessor, SailLlavaProcessor
 from mllm.model.saving import context_length
@@ -186,9 +187,7 @@ def load_projector(model: SailLlavaForConditionalGeneration, path: Path) -> None
 def _set_generation(model: SailLlavaForConditionalGeneration, language: Language, stops: list[int]) -> None:
     """Take over the LLM's generation settings, and end answers also with what ends them in the template."""
     settings: Any = language.whole.generation_config
-    known = settings.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    settings.eos_token_id = list(dict.fromkeys([*known, *stops]))
+    settings.eos_token_id = list(dict.fromkeys([*end_ids(settings), *stops]))
     settings.pad_token_id = language.tokenizer.pad_token_id
     if not settings.do_sample:  # such leftovers, as in Vicuna, cannot be saved
         settings.temperature = settings.top_p = settings.top_k = None

@@ -27,6 +27,7 @@ from mllm.loop.log import TrainingLog
 from mllm.loop.parameter_groups import load_trained, merged, set_trainable, size, trained_tensors
 from mllm.loop.settings import make_optimizer
 from mllm.loop.trainer import INPUTS, MicroBatches, SailTrainer
+from mllm.model.answer_ends import end_ids
 from mllm.model.saving import load_mllm, save_mllm
 
 
@@ -145,9 +146,8 @@ def export(
     """
     model, processor = load_mllm(start)
     if chat is not None:
-        processor.chat_template, ends = chat.template, model.generation_config.eos_token_id
-        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        model.generation_config.eos_token_id = list(dict.fromkeys([*known, *chat.stop_ids]))
+        processor.chat_template, settings = chat.template, model.generation_config
+        settings.eos_token_id = list(dict.fromkeys([*end_ids(settings), *chat.stop_ids]))
     prepared = set_trainable(model, rates, lora, seed=0)
     load_trained(prepared, tensors, f"the run in {folder}")
     if hasattr(prepared, "merge_and_unload"):

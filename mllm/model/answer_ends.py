@@ -5,6 +5,7 @@ Legend: `V` vocabulary, `H` width.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +25,12 @@ ROWS = 3  # conversations whose ends are looked at
 _TRIES = 500
 _MARGIN = 1e-3  # of the cosine between a hidden state and two output rows; less is rounding
 OUTPUT = ("lm_head.weight", "model.language_model.embed_tokens.weight")  # the second where they are one matrix
+
+
+def end_ids(settings: Any) -> list[int]:
+    """Return the ids of the tokens that end an answer by generation settings, which may hold one, several or None."""
+    ends = settings.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def answer_ends(chat: Chat, conversations: Iterable[Sequence[Message]], rows: int = ROWS) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 from align.common.errors import DataError, UsageError
 from mllm.conversations.messages import Message, count_images
 from mllm.conversations.tokens import IGNORED, Chat
+from mllm.model.answer_ends import end_ids
 from mllm.model.modeling import SailLlavaForConditionalGeneration
 from mllm.model.processing import SailLlavaProcessor
 
@@ -58,9 +59,8 @@ class Answerer:
     def __init__(self, model: SailLlavaForConditionalGeneration, processor: SailLlavaProcessor, chat: Chat | None = None) -> None:
         self.model, self.processor = model.eval(), processor
         self.chat = chat or Chat.of_processor(processor)
-        ends, pad = model.generation_config.eos_token_id, processor.tokenizer.pad_token_id
-        known = ends if isinstance(ends, list) else [ends] if ends else []  # the LLM's own end tokens, besides the template's
-        self.stop_ids: list[int] = list(dict.fromkeys([*self.chat.stop_ids, *known]))
+        pad = processor.tokenizer.pad_token_id
+        self.stop_ids: list[int] = list(dict.fromkeys([*self.chat.stop_ids, *end_ids(model.generation_config)]))
         self.pad_id: int = pad if pad is not None else self.stop_ids[0]
         self.context: int = model.config.text_config.max_position_embeddings
         self._stoppers: dict[tuple[str, ...], StoppingCriteriaList] = {}

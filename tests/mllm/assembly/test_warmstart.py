@@ -296,7 +296,7 @@ def test_the_features_of_a_caption_store_are_used_as_they_are(encoded, monkeypat
     anew = torch.cat([side.embed(batch, range(len(batch.texts))) for batch in read.batches()])
     monkeypatch.setattr(type(side.model.text_encoder), "encode", None)
     kept = torch.cat([side.embed(batch, range(len(batch.texts))) for batch in texts.batches()])
-    torch.testing.assert_close(kept, anew, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(kept, anew, rtol=1e-3, atol=1e-3)  # float16; other texts differ by 2e-2 and more
     some = list(Texts((store,), most=150).batches())
     assert [len(batch.texts) for batch in some] == [128, 22] and len(some[1].features) == 22 and some[1].share == 1
 
